@@ -1,0 +1,887 @@
+"""plumbing.py -- what keeps a run alive and accounted for, and cannot change a loss.
+
+    knob, read_knobs      frozen dataclass + preset + environment + flags -> checked knobs
+    world                 join torchrun's process group, or be a world of one; catch signals
+    TokenShards           .bin shards as one stream of tokens, memory-mapped and checked
+    Prefetch              batches made on a thread, copied to the device ahead of use
+    Pulse                 one small all-gather a step: losses, signals and clocks of all ranks, one step late
+    RunLog                logs/<id>.txt, logs/<id>/{metrics.csv, status.json}, one row in results.csv
+    save_checkpoint, load_checkpoint    a folder that is whole or absent, for any number of ranks
+
+House rule: a line that could move a loss curve, or that two trainers could want to differ, is the trainers'.
+Importing this file does nothing. Shapes: W ranks, N tokens.
+"""
+
+import argparse
+import csv
+import dataclasses
+import faulthandler
+import glob
+import hashlib
+import io
+import json
+import math
+import os
+import queue
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import typing
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta, timezone
+from difflib import get_close_matches
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from filelock import FileLock, Timeout
+from torch import Tensor
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+
+
+class UserError(ValueError):
+    """What a user can put right. The message says what was found, what was expected, what to do next."""
+
+
+def launch(main: Callable[[], int | None]) -> typing.NoReturn:
+    """Run main() and exit with what it returns. A UserError becomes one line on stderr and exit code 2;
+    every rank meets the same ones (World.agree), so only rank 0 speaks."""
+    try:
+        sys.exit(main() or 0)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+# ----------------------------------------------------------------------------
+# Knobs
+
+
+def knob(default, text, *, low=None, above=None, high=None, choices=None, none=None, alias=(), free=False):
+    """One field of a Knobs class: its default and a help text with the unit.
+
+    low, high are inclusive bounds and above is an exclusive one; `none` is the word for None (off, auto);
+    alias lists other spellings; `free` marks what may differ when a run is resumed.
+    """
+    meta = dict(
+        text=text, low=low, above=above, high=high, choices=choices, none=none, alias=alias, free=free
+    )
+    return field(default=default, metadata=meta)
+
+
+def _kind(f: dataclasses.Field) -> type:
+    return next(t for t in (typing.get_args(f.type) or (f.type,)) if t is not type(None))
+
+
+def _expects(f: dataclasses.Field) -> str:
+    m, kind = f.metadata, _kind(f)
+    if m["choices"]:
+        words = "one of " + ", ".join(map(str, m["choices"]))
+    else:
+        words = {bool: "0 or 1", int: "a whole number", float: "a number", str: "text"}[kind]
+    bounds = [
+        f"{sign} {m[key]}"
+        for key, sign in (("low", ">="), ("above", ">"), ("high", "<="))
+        if m[key] is not None
+    ]
+    return (
+        words + (" " + " and ".join(bounds) if bounds else "") + (f", or '{m['none']}'" if m["none"] else "")
+    )
+
+
+def _parse(name: str, f: dataclasses.Field, text: str):
+    m, kind = f.metadata, _kind(f)
+    if m["none"] and text == m["none"]:
+        return None
+    try:
+        value = {"0": False, "1": True}[text] if kind is bool else kind(text)
+        bad = (
+            (kind is float and not math.isfinite(value))
+            or (m["choices"] and value not in m["choices"])
+            or (m["low"] is not None and value < m["low"])
+            or (m["above"] is not None and value <= m["above"])
+            or (m["high"] is not None and value > m["high"])
+        )
+    except (ValueError, KeyError):
+        bad = True
+    if bad:
+        near = get_close_matches(text.lower(), map(str, m["choices"] or ()), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(
+            f"{name}={text!r}: expected {_expects(f)}{hint} (the default is {show(f, f.default)})"
+        )
+    return value
+
+
+def show(f: dataclasses.Field, value) -> str:
+    """A knob's value as one would type it."""
+    return f.metadata["none"] if value is None else str(int(value)) if isinstance(value, bool) else str(value)
+
+
+def _near_miss(name: str, known: Mapping[str, dataclasses.Field]) -> str | None:
+    squeezed = {spelling.replace("_", ""): spelling for spelling in known}
+    plain = name.upper().replace("_", "")
+    if plain in squeezed:
+        return squeezed[plain]
+    return next(iter(get_close_matches(name, known, n=1, cutoff=0.85)), None)
+
+
+def _from_flags(known: Mapping[str, dataclasses.Field], argv: Sequence[str], doc: str) -> dict[str, str]:
+    parser = argparse.ArgumentParser(
+        description=doc,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Every knob is also an environment variable of the same name in capitals; a flag beats the environment,\n"
+        "the environment beats PRESET, PRESET beats the default. Switches take 0 or 1.",
+    )
+    for spelling, f in known.items():
+        name = spelling.lower()
+        if spelling != f.name.upper():
+            text = argparse.SUPPRESS
+        else:
+            text = f"{f.metadata['text']}; {_expects(f)}; default {show(f, f.default)}".replace("%", "%%")
+        extra = dict(nargs="?", const="1") if _kind(f) is bool else {}
+        flags = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+        parser.add_argument(*flags, dest=spelling, metavar="X", default=argparse.SUPPRESS, help=text, **extra)
+    found, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = _near_miss(unknown[0].lstrip("-").split("=")[0].upper().replace("-", "_"), known)
+        hint = f"did you mean --{near.lower()}?" if near else "--help lists the knobs"
+        raise UserError(f"{unknown[0]} is not a flag; {hint}")
+    return vars(found)
+
+
+def read_knobs(
+    cls,
+    presets: Mapping[str, Mapping] | None = None,
+    argv: Sequence[str] | None = None,
+    env: Mapping[str, str] | None = None,
+    doc: str = "",
+):
+    """Build `cls`: a flag beats the environment, the environment beats PRESET, PRESET beats the default.
+
+    Raises UserError, naming knob, value and what would do, for a wrong type, a value out of range or not among
+    the choices, an unknown flag, a near miss in the environment, two spellings that disagree, or knobs that do
+    not fit together (a ValueError from `cls.__post_init__`).
+    """
+    env = os.environ if env is None else env
+    known = {s.upper(): f for f in dataclasses.fields(cls) for s in (f.name, *f.metadata["alias"])}
+    flags = _from_flags(known, sys.argv[1:] if argv is None else argv, doc)
+    for name in sorted(env.keys() - known.keys()):
+        if near := _near_miss(name, known):
+            raise UserError(
+                f"{name} is set, but it is not a knob; did you mean {near}? (env -u {name} ... if it is not meant for this)"
+            )
+    values: dict[str, object] = {}
+    for source in (env, flags):
+        given: dict[str, tuple[str, object]] = {}
+        for spelling in known.keys() & source.keys():
+            f = known[spelling]
+            value = _parse(spelling, f, source[spelling])
+            other, before = given.setdefault(f.name, (spelling, value))
+            if before != value:
+                raise UserError(
+                    f"{spelling}={value} and {other}={before} are one knob with two values; set one of them"
+                )
+        values |= {name: value for name, (_, value) in given.items()}
+    chosen = (presets or {}).get(values.get("preset", getattr(cls, "preset", "")), {})
+    try:
+        return cls(**{**chosen, **values})
+    except ValueError as error:
+        raise UserError(error) from None
+
+
+def knobs_json(k, indent: int | None = 2) -> str:
+    return json.dumps(dataclasses.asdict(k), indent=indent)
+
+
+# ----------------------------------------------------------------------------
+# World
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others. `signals` fills with the numbers of the signals that asked it to stop."""
+
+    rank: int
+    size: int
+    device: torch.device
+    signals: list[int] = field(default_factory=list)
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def sync(self) -> None:
+        """Wait for the device, so that a clock read now means what it says."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def gather(self, item) -> list:
+        """Every rank's (small, picklable) item, on every rank. For setup, not for the loop."""
+        items = [None] * self.size
+        dist.all_gather_object(items, item)
+        return items
+
+    def agree(self, problem: str | None) -> None:
+        """Raise UserError on every rank if any rank has a problem, with the lowest such rank's words."""
+        if found := [p for p in self.gather(problem) if p]:
+            raise UserError(found[0])
+
+    def mean_scatter(self, table_WN: Tensor) -> None:
+        """Reduce-scatter in place: row r of rank r's table becomes the mean over ranks of their rows r."""
+        if self.size > 1:
+            reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+            reduce_scatter(table_WN[self.rank], table_WN.view(-1), op=dist.ReduceOp.AVG)
+
+    def all_rows(self, table_WN: Tensor) -> Tensor:
+        """All-gather in place: row r of everybody's table becomes rank r's row r."""
+        if self.size > 1:
+            all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+            all_gather(table_WN.view(-1), table_WN[self.rank])
+        return table_WN
+
+    def peak_memory_mib(self) -> int:
+        """Peak device memory on CUDA, peak resident memory of the process on CPU, in MiB."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) // 2**20
+        import resource  # not on Windows, where only CUDA runs come this far
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (
+            2**20 if sys.platform == "darwin" else 2**10
+        )
+
+    def name(self) -> str:
+        return (
+            torch.cuda.get_device_name(self.device)
+            if self.device.type == "cuda"
+            else f"CPU ({os.cpu_count()} cores)"
+        )
+
+
+def _choose_device(kind: str, hint: str) -> torch.device:
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if kind == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(f"DEVICE=cuda, but torch {torch.__version__} sees no CUDA GPU; {hint}")
+    if local >= torch.cuda.device_count():
+        raise UserError(
+            f"--nproc_per_node asks for GPU {local}, this machine has {torch.cuda.device_count()}; ask for that many"
+        )
+    return torch.device("cuda", local)
+
+
+@contextmanager
+def world(kind: str, hint: str = "set DEVICE=cpu") -> Iterator[World]:
+    """Join the group that torchrun describes in the environment; under plain `python`, be a group of one, so
+    that trainers need no `if distributed`. While inside, SIGTERM, SIGUSR1 and Ctrl-C only ask to stop.
+
+    Raises UserError when DEVICE=cuda and there is no GPU for this rank: nothing falls back to CPU by itself.
+    """
+    device = _choose_device(kind, hint)
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    # PyTorch's own flight recorder: after a hang, `torchfrtrace` reads who waited for whom.
+    for name, value in (("TORCH_FR_BUFFER_SIZE", "2000"), ("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")):
+        os.environ.setdefault(name, value)
+    store = None if "RANK" in os.environ else dist.HashStore()
+    extra = dict(device_id=device) if device.type == "cuda" else {}
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # Half an hour: a cold compile on one rank keeps the others waiting for longer than the default ten minutes.
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=size, timeout=timedelta(minutes=30), **extra
+    )
+    w = World(rank, size, device)
+    before = {}
+    try:
+        before = _catch_signals(w)
+        yield w
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        faulthandler.cancel_dump_traceback_later()
+        dist.destroy_process_group()
+
+
+def _catch_signals(w: World) -> dict:
+    first = [0.0]
+
+    def handle(number, frame):
+        # torchrun forwards the terminal's Ctrl-C a second time at once, so only a later one means "now".
+        if w.signals and number == signal.SIGINT and time.monotonic() - first[0] > 2:
+            raise KeyboardInterrupt
+        if not w.signals:
+            first[0] = time.monotonic()
+            if w.main:
+                os.write(2, f"\n{signal.Signals(number).name}: ends this step, saves and stops\n".encode())
+        w.signals.append(number)
+
+    wanted = [s for s in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, s)]
+    return {getattr(signal, s): signal.signal(getattr(signal, s), handle) for s in wanted}
+
+
+# ----------------------------------------------------------------------------
+# Token shards
+
+MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
+
+
+def read_shard(path: str | Path) -> np.ndarray:
+    """Map one shard: 256 int32 (magic, version, count, zeros), then `count` uint16 tokens.
+
+    Raises UserError, naming the file, when the magic, the version, the count or the length is wrong.
+    """
+    header = np.fromfile(path, "<i4", 3)
+    redo = "delete it and make or download it again"
+    if len(header) < 3 or header[0] != MAGIC or header[1] != VERSION:
+        raise UserError(
+            f"{path}: not a token shard (its first ints are {header.tolist()}, not [{MAGIC}, {VERSION}, count]); {redo}"
+        )
+    promised, found = HEADER_BYTES + 2 * int(header[2]), os.path.getsize(path)
+    if promised != found or header[2] < 1:
+        raise UserError(
+            f"{path}: its header promises {header[2]:,} tokens, {promised:,} bytes, the file has {found:,} bytes; {redo}"
+        )
+    return np.memmap(path, "<u2", "r", offset=HEADER_BYTES)
+
+
+def write_shard(path: str | Path, tokens_N: np.ndarray) -> None:
+    """Write uint16 tokens as one shard; the file exists whole or not at all."""
+    header = np.zeros(256, "<i4")
+    header[:3] = MAGIC, VERSION, len(tokens_N)
+    _write_whole(Path(path), header.tobytes() + tokens_N.astype("<u2").tobytes())
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    with open(part, "wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(part, path)
+
+
+class TokenShards:
+    """All tokens of the shards matching `pattern`, in name order, as one stream. Raises UserError if there are none."""
+
+    def __init__(
+        self, pattern: str, hint: str = "python cached_fineweb10B.py 9 downloads some; PRESET=demo needs none"
+    ):
+        self.pattern, self.paths = pattern, sorted(glob.glob(pattern))
+        if not self.paths:
+            raise UserError(f"no token shards match {pattern}; {hint}")
+        self.shards = [read_shard(p) for p in self.paths]
+        self.lengths = [len(s) for s in self.shards]
+        self.starts = np.concatenate(
+            [[0], np.cumsum(self.lengths)]
+        ).tolist()  # of each shard in the stream; then the total
+
+    @property
+    def total(self) -> int:
+        return self.starts[-1]
+
+    @property
+    def content(self) -> list[list]:
+        """[name, tokens] of each shard: enough to notice on resume that the data are not the same."""
+        return [[Path(p).name, n] for p, n in zip(self.paths, self.lengths, strict=True)]
+
+    def read(self, start: int, n: int) -> np.ndarray:
+        """(n,) uint16 from stream position `start`, running over shard edges."""
+        parts, shard = [], int(np.searchsorted(self.starts, start, "right")) - 1
+        while n > 0:
+            part = self.shards[shard][start - self.starts[shard] :][:n]
+            parts.append(part)
+            start, n, shard = start + len(part), n - len(part), shard + 1
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def gaps(self) -> list[int]:
+        """Numbers missing from the shards' own numbering, such as 2 when there are ..._000001 and ..._000003."""
+        numbers = {int(m[1]) for p in self.paths if (m := re.search(r"(\d+)\.bin$", p))}
+        return sorted(set(range(min(numbers), max(numbers))) - numbers) if numbers else []
+
+    def check_ids(self, vocab_size: int, w: World, last: int | None = None) -> None:
+        """Refuse, by name, a shard with ids beyond the vocabulary; looks at the stream up to position `last`.
+        Ranks share the reading, which warms the page cache for the first epoch."""
+        problem = None
+        used = [i for i in range(len(self.paths)) if last is None or self.starts[i] < last]
+        for i in used[w.rank :: w.size]:
+            if problem is None and (top := int(self.shards[i].max())) >= vocab_size:
+                problem = (
+                    f"{self.paths[i]}: holds token id {top}, VOCAB_SIZE={vocab_size} ends at {vocab_size - 1}; "
+                    f"raise VOCAB_SIZE or use shards made with another tokenizer"
+                )
+        w.agree(problem)
+
+
+class Prefetch:
+    """make(step) on a thread, `depth` steps ahead; get(step) gives its tensors on the device. On CUDA they are
+    pinned and copied without blocking. An error in the thread is raised by get."""
+
+    def __init__(
+        self, make: Callable[[int], tuple[Tensor, ...]], first: int, device: torch.device, depth: int = 2
+    ):
+        self.device, self.wait_s, self.closed = device, 0.0, threading.Event()
+        self.queue: queue.Queue = queue.Queue(depth)
+        self.thread = threading.Thread(target=self._fill, args=(make, first), daemon=True)
+        self.thread.start()
+
+    def _fill(self, make: Callable, step: int) -> None:
+        while not self.closed.is_set():
+            try:
+                item = make(step)
+                if self.device.type == "cuda":
+                    item = tuple(t.pin_memory() for t in item)
+            except Exception as error:
+                item = error
+            while not self.closed.is_set():
+                try:
+                    self.queue.put((step, item), timeout=0.2)
+                    break
+                except queue.Full:
+                    continue
+            if isinstance(item, Exception):
+                return
+            step += 1
+
+    def get(self, step: int) -> tuple[Tensor, ...]:
+        t0 = time.perf_counter()
+        made, item = self.queue.get()
+        self.wait_s += time.perf_counter() - t0
+        if isinstance(item, Exception):
+            raise item
+        assert made == step, f"batch of step {made} where step {step} was asked for"
+        return tuple(t.to(self.device, non_blocking=True) for t in item)
+
+    def close(self) -> None:
+        self.closed.set()
+        self.thread.join()
+
+
+# ----------------------------------------------------------------------------
+# Pulse
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What all ranks know of one finished step."""
+
+    step: int
+    values: np.ndarray  # (W, n) what each rank sent
+    signal: int  # the first stop signal that any rank has caught, 0 for none
+    clock: float  # rank 0's clock, as it sent it
+
+    @property
+    def finite(self) -> bool:
+        return bool(np.isfinite(self.values).all())
+
+
+class Pulse:
+    """One small all-gather a step. The host reads a step's pulse only after it has queued the next step, so it never
+    waits for work that it has just queued, and all ranks take every decision to stop from the same numbers.
+
+    `ok` is a device flag that falls with the first non-finite value and stays down: updates gated by it are never
+    applied from that step on, although the host hears of it a step later.
+    """
+
+    def __init__(self, w: World, watchdog_s: float = 1800):
+        self.w, self.watchdog_s = w, watchdog_s
+        self.ok = torch.ones((), dtype=torch.bool, device=w.device)
+        self.waiting: list[tuple[int, Tensor, torch.cuda.Event | None]] = []
+
+    def send(self, step: int, values_n: Tensor, clock: float) -> Tensor:
+        """Queue the exchange of (n,) fp32 device values of `step`; returns `ok` (a device bool)."""
+        if self.watchdog_s and hasattr(faulthandler, "dump_traceback_later") and sys.stderr is sys.__stderr__:
+            faulthandler.dump_traceback_later(self.watchdog_s)  # a hang prints every thread's stack
+        own = torch.tensor([self.w.signals[0] if self.w.signals else 0, clock], dtype=torch.float32)
+        own = torch.cat([own.to(self.w.device, non_blocking=True), values_n])
+        copy, event = self.w.all_rows(own.repeat(self.w.size, 1)), None
+        self.ok = self.ok & copy.isfinite().all()
+        if self.w.device.type == "cuda":
+            copy = torch.empty_like(copy, device="cpu", pin_memory=True).copy_(copy, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self.waiting.append((step, copy, event))
+        return self.ok
+
+    def read(self, keep: int = 1) -> list[Beat]:
+        """The beats sent so far but for the newest `keep`; 0 waits for all of them."""
+        beats = []
+        while len(self.waiting) > keep:
+            step, copy, event = self.waiting.pop(0)
+            if event is not None:
+                event.synchronize()
+            table = copy.numpy()
+            beats.append(Beat(step, table[:, 2:], int(table[:, 0].max()), float(table[0, 1])))
+        return beats
+
+
+# ----------------------------------------------------------------------------
+# Run log
+
+RULE = "=" * 100
+DONE = ("finished", "early_stop")  # a run in one of these states has nothing left to do
+
+
+def _git(*args: str) -> str:
+    try:
+        return subprocess.run(
+            ["git", "-C", str(HERE), *args], capture_output=True, text=True, timeout=20
+        ).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def _nvidia_smi() -> str:
+    try:
+        return subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=30).stdout.rstrip()
+    except (OSError, subprocess.TimeoutExpired):
+        return "nvidia-smi: not found"
+
+
+def new_run_id(w: World) -> str:
+    """UTC start time and 6 hex digits, one for all ranks, the same again when torchrun restarts the workers: it is
+    derived from the launching agent, which outlives them."""
+    stamp, seed = time.time(), uuid.uuid4().hex
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        agent = os.getppid()
+        try:
+            started = Path(f"/proc/{agent}/stat").read_text().rsplit(")", 1)[1].split()[19]
+            stamp = Path(f"/proc/{agent}").stat().st_ctime
+        except OSError:  # no /proc: the agent's pid alone has to do
+            started, stamp = "", 0.0
+        seed = f"{socket.gethostname()} {agent} {started} {os.environ['TORCHELASTIC_RUN_ID']}"
+    when = datetime.fromtimestamp(stamp, timezone.utc).strftime("%Y%m%d-%H%M%S")
+    return w.gather(f"{when}-{hashlib.sha256(seed.encode()).hexdigest()[:6]}")[0]
+
+
+class RunLog:
+    """One run's record; rank 0 writes, other ranks stay silent. Lines reach the file at once; they are forced to disk
+    when sync() is called (at validations, saves and the end), not at every step.
+
+    Raises UserError before training when the id belongs to a finished run or to one that is running, or when the
+    results file has other columns than ours.
+    """
+
+    def __init__(self, folder: Path, run_id: str, columns: Sequence[str], w: World, total_steps: int):
+        self.w, self.id, self.columns, self.total = w, run_id, list(columns), total_steps
+        self.folder, self.path, self.rows = (
+            folder / run_id,
+            folder / f"{run_id}.txt",
+            folder / run_id / "metrics.csv",
+        )
+        self.status_path, self.bar, self.told = self.folder / "status.json", None, 0.0
+        self.state: dict = {}
+        problem = None
+        if w.main:
+            try:
+                self._open()
+            except UserError as error:
+                problem = str(error)
+        w.agree(problem)
+
+    def _open(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][\w.+-]{0,120}", self.id):
+            raise UserError(f"RUN_ID={self.id!r}: use letters, digits, '.', '_', '+' and '-' only")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(self.folder / ".lock")
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"run {self.id} is being trained by another process; wait for it, or choose another RUN_ID"
+            ) from None
+        if self.status_path.exists():
+            self.state = json.loads(self.status_path.read_text())
+            if self.state["status"] in DONE:
+                raise UserError(
+                    f"run {self.id} is complete ({self.state['status']}, {self.path}); choose another RUN_ID"
+                )
+        self.resumed = bool(self.state)
+        self.log, self.csv = self._append(self.path), self._append(self.rows)
+        if self.csv.tell() == 0:
+            self.csv.write(",".join(self.columns) + "\n")
+            self.csv.flush()
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=self.total, unit="step", dynamic_ncols=True, smoothing=0.05)
+
+    @staticmethod
+    def _append(path: Path) -> io.TextIOWrapper:
+        """Open for appending; a last line that a crash tore is cut off, so that the next one starts clean."""
+        if path.exists() and not (data := path.read_bytes()).endswith(b"\n") and data:
+            with open(path, "r+b") as f:
+                f.truncate(data.rfind(b"\n") + 1)
+        return open(path, "a", newline="")
+
+    def header(self, k, sources: Sequence[str | Path], facts: Mapping[str, object]) -> None:
+        """The program, the machine and the knobs, before the first step of each start of the run."""
+        self.sources = [Path(p).read_text() for p in sources]
+        self.code_sha256 = hashlib.sha256("".join(self.sources).encode()).hexdigest()
+        self.commit, self.dirty = (
+            _git("rev-parse", "HEAD") or "unknown",
+            bool(_git("status", "--porcelain", "-uno")),
+        )
+        self.started = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
+        if not self.w.main:
+            return
+        lines = [RULE, *(line for source in self.sources for line in (source.rstrip("\n"), RULE))]
+        lines += [
+            f"git_commit: {self.commit}{' (dirty)' if self.dirty else ''}",
+            f"code_sha256: {self.code_sha256}",
+        ]
+        lines += [
+            f"command: {' '.join([Path(sys.executable).name, *sys.orig_argv[1:]])}",
+            f"seed: {getattr(k, 'seed', '')}",
+        ]
+        lines += ["hyperparameters:", knobs_json(k)]
+        lines += [f"{name}: {value}" for name, value in facts.items()]
+        lines += [
+            f"Running pytorch {torch.__version__} compiled for CUDA {torch.version.cuda}",
+            "nvidia-smi:",
+            _nvidia_smi(),
+            RULE,
+        ]
+        self.log.write("\n".join(lines) + "\n")
+        self.sync()
+
+    def say(self, line: str, quiet: bool = False) -> None:
+        """One line in the log and on stdout; `quiet` ones stay off a terminal, where the bar shows them."""
+        if not self.w.main:
+            return
+        self.log.write(line + "\n")
+        self.log.flush()
+        if self.bar is None:
+            print(line, flush=True)
+        elif not quiet:
+            tqdm.write(line)
+
+    def row(self, **values) -> None:
+        """One row of metrics.csv; columns that are not given stay empty."""
+        if self.w.main:
+            csv.DictWriter(self.csv, self.columns, lineterminator="\n").writerow(values)
+            self.csv.flush()
+
+    def sync(self) -> None:
+        if self.w.main:
+            for f in (self.log, self.csv):
+                f.flush()
+                os.fsync(f.fileno())
+
+    def status(self, status: str, step: int, every_s: float = 0, **facts) -> None:
+        """Update status.json in one replace; with every_s, at most that often (seconds)."""
+        if not self.w.main or time.monotonic() - self.told < every_s:
+            return
+        self.told = time.monotonic()
+        self.state = dict(run_id=self.id, status=status, step=step, num_iterations=self.total, **facts)
+        self.state |= dict(
+            pid=os.getpid(), host=socket.gethostname(), started=self.started, updated=time.time()
+        )
+        part = self.status_path.with_suffix(".part")
+        part.write_text(json.dumps(self.state, indent=1) + "\n")
+        os.replace(part, self.status_path)
+
+    def progress(self, step: int, **numbers) -> None:
+        if self.bar is not None:
+            self.bar.set_postfix(numbers, refresh=False)
+            self.bar.update(step - self.bar.n)
+
+    def close(self) -> None:
+        if self.w.main:
+            self.sync()
+            self.log.close()
+            self.csv.close()
+            if self.bar is not None:
+                self.bar.close()
+            self.lock.release()
+
+
+def check_results(path: Path, columns: Sequence[str], w: World) -> None:
+    """Raise UserError, before training, when `path` has other columns than ours or cannot be written."""
+    problem = None
+    if w.main:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "a+", newline="") as f:
+                f.seek(0)
+                found = f.readline().strip().split(",")
+            if found not in ([""], list(columns)):
+                wrong = sorted(set(found) ^ set(columns)) or "their order"
+                problem = f"{path}: its columns are not this version's (they differ in {wrong}); move it away, or set RESULTS to another file"
+        except OSError as error:
+            problem = f"{path}: cannot be written ({error.strerror}); set RESULTS to another file"
+    w.agree(problem)
+
+
+def append_result(path: Path, columns: Sequence[str], row: Mapping[str, object], w: World) -> None:
+    """Append one row in one write under a file lock, so that many runs may end at once; the header comes first in a
+    new file, and a last line that somebody's crash tore is closed, never continued."""
+    if not w.main:
+        return
+    with FileLock(f"{path}.lock"):
+        text = io.StringIO()
+        with open(path, "ab+") as f:
+            size = f.tell()
+            if size:
+                f.seek(size - 1)
+                text.write("" if f.read(1) == b"\n" else "\n")
+            else:
+                text.write(",".join(columns) + "\n")
+            csv.DictWriter(text, columns, lineterminator="\n").writerow(row)
+            os.write(f.fileno(), text.getvalue().encode())
+            os.fsync(f.fileno())
+
+
+# Dense bf16 (T4: fp16) tensor-core peaks in FLOP/s, from the vendors' data sheets; first match in the device name wins.
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+}
+PEAK_FLOPS |= {
+    "A800": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
+PEAK_FLOPS |= {"RTX 4090": 165e12, "RTX 3090": 71e12}
+
+
+def peak_flops(w: World) -> float | None:
+    """What the device could do at best, in FLOP/s; None when it is not in the table, and MFU is then not claimed."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in w.name()), None)
+
+
+# ----------------------------------------------------------------------------
+# Checkpoints
+
+
+def save_checkpoint(folder: Path, step: int, state: dict | None, w: World, keep: int = 2) -> None:
+    """Write rank 0's `state` (tensors and plain values, complete for any number of ranks) as folder/step_NNNNNN, which
+    appears by one rename after all of it is on disk. Killed at any point, the newest whole checkpoint is still the one
+    that load_checkpoint finds. The `keep` newest stay. Raises UserError on every rank when the disk is full."""
+    problem = None
+    if w.main:
+        done, part = folder / f"step_{step:06d}", folder / f"step_{step:06d}.part"
+        try:
+            for stale in folder.glob("step_*.part"):
+                shutil.rmtree(stale)
+            part.mkdir(parents=True)
+            with open(part / "state.pt", "wb") as f:
+                torch.save(state, f)
+                f.flush()
+                os.fsync(f.fileno())
+            facts = {
+                "state.pt": dict(bytes=(part / "state.pt").stat().st_size, sha256=_sha256(part / "state.pt"))
+            }
+            _write_whole(part / "manifest.json", json.dumps(dict(step=step, files=facts), indent=1).encode())
+            if done.exists():  # a bad one of the same step, or one written again after a resume
+                done.rename(done.with_suffix(".old.part"))
+            part.rename(done)
+            _fsync_folder(folder)
+            for old in sorted(folder.glob("step_??????"))[:-keep]:
+                old.rename(old.with_suffix(".old.part"))
+            for stale in folder.glob("step_*.part"):
+                shutil.rmtree(stale)
+        except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+            shutil.rmtree(part, ignore_errors=True)
+            problem = f"checkpoint {done} could not be written ({error}); earlier ones are untouched; free some space and resume"
+    w.agree(problem)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return (
+            hashlib.file_digest(f, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else hashlib.sha256(f.read()).hexdigest()
+        )
+
+
+def _fsync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+
+
+def checkpoint_problem(path: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None. Sizes and SHA-256 are compared with its manifest: torch.load
+    itself does not notice a flipped byte."""
+    try:
+        for name, facts in json.loads((path / "manifest.json").read_text())["files"].items():
+            if (size := (path / name).stat().st_size) != facts["bytes"]:
+                return f"{name} has {size:,} bytes, its manifest says {facts['bytes']:,}"
+            if _sha256(path / name) != facts["sha256"]:
+                return f"{name} does not have the SHA-256 of its manifest"
+    except (OSError, ValueError, KeyError) as error:
+        return f"its manifest or a file of it cannot be read ({error})"
+    return None
+
+
+def load_checkpoint(folder: Path, w: World, say: Callable[[str], None] = print) -> dict | None:
+    """The state of the newest checkpoint whose manifest verifies, on every rank (only rank 0 reads the disk), tensors
+    on CPU; None if there is none. A bad one is named and skipped."""
+    state = None
+    if w.main:
+        for path in sorted(folder.glob("step_??????"), reverse=True):
+            if problem := checkpoint_problem(path):
+                say(f"checkpoint {path} is skipped: {problem}")
+                continue
+            state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+            break
+    return _broadcast(state, w)
+
+
+def _broadcast(state, w: World):
+    """Rank 0's nested dicts and lists on every rank, tensor by tensor (an object broadcast would pickle gigabytes)."""
+    tensors: list[Tensor] = []
+
+    def strip(x):
+        if isinstance(x, Tensor):
+            tensors.append(x)
+            return ("tensor", tuple(x.shape), x.dtype)
+        return (
+            {key: strip(v) for key, v in x.items()}
+            if isinstance(x, dict)
+            else [strip(v) for v in x]
+            if isinstance(x, list)
+            else x
+        )
+
+    def fill(x):
+        if isinstance(x, tuple) and x and x[0] == "tensor":
+            t = (tensors.pop(0) if w.main else torch.empty(x[1], dtype=x[2])).to(w.device)
+            dist.broadcast(t, 0)
+            return t.cpu()
+        return (
+            {key: fill(v) for key, v in x.items()}
+            if isinstance(x, dict)
+            else [fill(v) for v in x]
+            if isinstance(x, list)
+            else x
+        )
+
+    shape = [strip(state)]
+    if w.size == 1:
+        return state
+    dist.broadcast_object_list(shape, 0)
+    return fill(shape[0])

@@ -1,0 +1,1168 @@
+"""train_gpt.py -- the 124M-parameter GPT of the 2024-10 speedrun records, with gated attention, in one file.
+
+    torchrun --standalone --nproc_per_node=8 train_gpt.py        8 GPUs, the speedrun baseline
+    ATTNGATE=elementwise LR=0.00468 torchrun --standalone --nproc_per_node=8 train_gpt.py
+    PRESET=demo python train_gpt.py                              a laptop, a minute, no download
+    python train_gpt.py --help                                   every knob; --dry_run shows the plan and stops
+
+Expect   the original study reports val_loss 3.2927 +- 0.0011 (no gate) and 3.2723 +- 0.0011 (elementwise) after 5100
+         steps at LR 0.00468, n=3 seeds each, 8x RTX PRO 6000, on 9 shards (2.98 epochs); see docs/experiments.md
+Shapes   B sequences, T tokens, C model width, H heads, D head width, F MLP width, V vocabulary, N = B * T tokens,
+         S matrices of one shape, R rows; x_BTC has shape (B, T, C)
+Units    losses in nats per token; BATCH_SIZE in sequences over all ranks; times in seconds or ms, as the name says
+Raises   UserError (one line, exit code 2) for a bad knob, shard, checkpoint or results file, before training starts
+Sources  modded-nanogpt records of 2024-10 (K. Jordan et al.): architecture, Muon, token order. Gates: Qiu et al.,
+         Gated Attention for LLMs, arXiv 2505.06708. Newton-Schulz: kellerjordan.github.io/posts/muon
+Shared   plumbing.py keeps the run alive and accounted for. Everything that can change the loss is in this file.
+"""
+
+import hashlib
+import importlib.util
+import math
+import os
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import plumbing
+from plumbing import HERE, Prefetch, Pulse, RunLog, TokenShards, UserError, World, knob, knobs_json, launch
+
+# ----------------------------------------------------------------------------
+# Knobs
+
+PRESETS = {
+    "speedrun": {},
+    # bytes of Python's own documentation: trains to below 2 nats a byte within a minute on two cores
+    "demo": dict(device="cpu", compile=False, input_bin="embedded", input_val_bin="embedded", vocab_size=256)
+    | dict(n_layer=3, n_head=2, n_embd=128, sequence_length=128, batch_size=32, device_batch_size=16)
+    | dict(num_iterations=400, warmdown_iters=200, val_every=50, val_tokens=65536, save_every=50, lr=0.01),
+    # GPT-2 tokens on a CPU: the whole system in small
+    "tiny": dict(device="cpu", compile=False, n_layer=4, n_head=2, n_embd=128, sequence_length=128)
+    | dict(batch_size=16, device_batch_size=8, num_iterations=300, warmdown_iters=150, val_every=50)
+    | dict(val_tokens=32768, save_every=100, lr=0.01),
+}
+
+
+@dataclass(frozen=True)
+class Knobs:
+    preset: str = knob("speedrun", "named set of defaults", choices=tuple(PRESETS), free=True)
+    # model
+    n_layer: int = knob(12, "transformer blocks", low=1)
+    n_head: int = knob(6, "attention heads", low=1)
+    n_embd: int = knob(768, "model width, channels", low=2)
+    vocab_size: int = knob(50304, "token ids, padded", low=2, high=65536)
+    attngate: str = knob(
+        "none", "gate of the attention", choices=("none", "headwise", "elementwise", "const")
+    )
+    gatepos: str = knob("sdpa", "what it multiplies", choices=("sdpa", "value", "key", "query", "output"))
+    gateact: str = knob("sigmoid", "its activation", choices=("sigmoid", "ns_sigmoid", "silu", "identity"))
+    gateopt: str = knob("muon", "optimizer of the gate's weights", choices=("muon", "adam"))
+    mlp_match: bool = knob(False, "shrink the MLP until the gated model has the ungated parameter count")
+    # batch
+    batch_size: int = knob(512, "sequences per step, over all ranks", low=1)
+    device_batch_size: int | None = knob(
+        64, "sequences per micro-batch of a rank", low=1, none="auto", free=True
+    )
+    sequence_length: int = knob(1024, "tokens per sequence", low=1)
+    # schedule
+    num_iterations: int = knob(5100, "optimizer steps", low=0, alias=("num_iter",))
+    warmup_iters: int = knob(0, "steps of linear warm-up", low=0)
+    warmdown_iters: int = knob(1450, "steps of linear decay to zero at the end", low=0)
+    time_budget_s: float | None = knob(
+        None, "training seconds; the schedule then runs on time", above=0, none="off"
+    )
+    # optimizers
+    lr: float = knob(
+        0.0036, "peak learning rate of AdamW; Muon's is 0.1 of it", low=0, alias=("learning_rate",)
+    )
+    seed: int = knob(1337, "initial weights", low=0)
+    # data
+    input_bin: str = knob(str(HERE / "data/fineweb10B/fineweb_train_*.bin"), "training shards, or 'embedded'")
+    input_val_bin: str = knob(
+        str(HERE / "data/fineweb10B/fineweb_val_*.bin"), "validation shards, or 'embedded'"
+    )
+    data_order: str = knob(
+        "record", "token order of the 8-GPU record, or one clean pass", choices=("record", "stream")
+    )
+    data_seed: int | None = knob(None, "shuffles the order of the steps' batches", low=0, none="off")
+    epochs_ok: bool = knob(False, "start over when the shards run out", free=True)
+    # evaluation, stopping, saving
+    val_every: int = knob(
+        125, "steps between validations (also at step 0 and the last); 0: the last only", low=0, free=True
+    )
+    val_tokens: int = knob(10485760, "tokens of a validation, from the first of the shards on", low=1)
+    early_stop_patience: int = knob(
+        0, "validations without improvement until the run stops; 0: never", low=0, free=True
+    )
+    early_stop_min_delta: float = knob(
+        0.0, "nats by which a validation must improve to count", low=0, free=True
+    )
+    target_loss: float | None = knob(
+        None, "log when validation first reaches this, in nats", none="off", free=True
+    )
+    save_every: int = knob(
+        500, "steps between checkpoints (also at the end); 0: only there", low=0, free=True
+    )
+    keep: int = knob(2, "checkpoints kept", low=1, free=True)
+    # the run
+    device: str = knob(
+        "cuda", "where to train; nothing falls back by itself", choices=("cuda", "cpu"), free=True
+    )
+    compile: bool = knob(True, "torch.compile", free=True)
+    run_id: str = knob(
+        "", "name of the run; that of an unfinished run resumes it; empty: made once per launch", free=True
+    )
+    stage: str = knob("", "stage of a study, copied into the results row", free=True)
+    runpod_instance_type: str = knob("unknown", "copied into the results row", free=True)
+    logs: str = knob(str(HERE / "logs"), "folder of the run's log, metrics and checkpoints", free=True)
+    results: str = knob(str(HERE / "experiments/results.csv"), "file that gets one row per run", free=True)
+    dry_run: bool = knob(False, "show knobs, sizes and data, and stop", free=True)
+
+    def __post_init__(self):
+        if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
+            raise ValueError(
+                f"N_EMBD={self.n_embd} must be N_HEAD={self.n_head} times an even head width (rotary)"
+            )
+        if self.warmup_iters + self.warmdown_iters > self.num_iterations > 0:
+            raise ValueError(
+                f"WARMUP_ITERS={self.warmup_iters} + WARMDOWN_ITERS={self.warmdown_iters} do not fit into "
+                f"NUM_ITERATIONS={self.num_iterations}; lower them, or train longer"
+            )
+        if self.data_order == "record" and self.batch_size % 8:
+            raise ValueError(
+                f"BATCH_SIZE={self.batch_size} must divide by 8 in DATA_ORDER=record, which has 8 virtual ranks; "
+                f"choose a multiple of 8, or DATA_ORDER=stream"
+            )
+        if self.val_tokens % self.sequence_length:
+            raise ValueError(
+                f"VAL_TOKENS={self.val_tokens} must be a multiple of SEQUENCE_LENGTH={self.sequence_length}"
+            )
+        if (self.input_bin == "embedded") != (self.input_val_bin == "embedded"):
+            raise ValueError("INPUT_BIN=embedded and INPUT_VAL_BIN=embedded go together; set both or neither")
+        if self.mlp_match and self.mlp_width < 1:
+            raise ValueError(
+                f"MLP_MATCH=1 leaves the MLP no width at N_EMBD={self.n_embd}; use a wider model"
+            )
+
+    @property
+    def gate_rows(self) -> int:
+        """Rows of the gate's weight matrix (R, C); 0 where the gate is none or input-independent."""
+        return {"headwise": self.n_head, "elementwise": self.n_embd}.get(self.attngate, 0)
+
+    @property
+    def gate_stacked(self) -> bool:
+        """Whether the gate's rows live in the stacked QKV matrix. A gate for AdamW cannot: its owner differs."""
+        return self.gate_rows > 0 and self.gateopt == "muon"
+
+    @property
+    def mlp_width(self) -> int:
+        gate = self.n_embd if self.attngate == "const" else self.gate_rows * self.n_embd
+        return 4 * self.n_embd - (math.ceil(gate / (2 * self.n_embd)) if self.mlp_match else 0)
+
+
+# ----------------------------------------------------------------------------
+# Model
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def rotary_tables(T: int, D: int) -> tuple[Tensor, Tensor]:
+    """cos and sin (T, 1, D/2), rounded to bf16 as the record's are. Su et al., arXiv 2104.09864; half-split layout."""
+    angle = torch.outer(torch.arange(T).float(), 1.0 / 10000 ** (torch.arange(0, D, 2).float() / D))
+    return angle.cos().bfloat16()[:, None], angle.sin().bfloat16()[:, None]
+
+
+def rotate(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x_BTHD.chunk(2, dim=-1)
+    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).type_as(x_BTHD)
+
+
+GATE_ACTIVATIONS = {
+    "sigmoid": torch.sigmoid,
+    "ns_sigmoid": lambda z: 0.5 + 0.5 * torch.sigmoid(z),
+    "silu": F.silu,
+    "identity": lambda z: z,
+}
+
+
+class Attention(nn.Module):
+    """Causal attention; Q, K, V and the gate's logits come from one matrix, `qkvg` (3C + R, C), and one GEMM.
+
+    The gate reads the same normalised block input as Q, K and V, and multiplies the attention output per head (sdpa, G1
+    of arXiv 2505.06708), V (G2), K (G3), Q (G4) or the projected output (output, G5). K and Q are gated after their
+    RMSNorm, which would undo a headwise gate.
+    """
+
+    def __init__(self, k: Knobs):
+        super().__init__()
+        self.k, C = k, k.n_embd
+        self.qkvg = nn.Parameter(torch.empty(3 * C + k.gate_stacked * k.gate_rows, C))
+        self.proj = nn.Parameter(torch.empty(C, C))
+        if k.attngate == "const":
+            self.gate = nn.Parameter(torch.empty(k.n_head, C // k.n_head))
+        elif k.gate_rows and not k.gate_stacked:
+            self.gate = nn.Parameter(torch.empty(k.gate_rows, C))
+
+    def gate_BTHD(self, x_BTC: Tensor, z_BTR: Tensor) -> Tensor:
+        """The gate, broadcastable to (B, T, H, D); z_BTR are the stacked matrix's rows beyond Q, K and V."""
+        B, T, _ = x_BTC.shape
+        if self.k.attngate == "const":
+            z = self.gate
+        else:
+            z = z_BTR if self.k.gate_stacked else F.linear(x_BTC, self.gate)
+            z = z.view(B, T, self.k.n_head, -1)
+        return GATE_ACTIVATIONS[self.k.gateact](z)
+
+    def forward(self, x_BTC: Tensor, cos: Tensor, sin: Tensor, cache: list | None = None) -> Tensor:
+        B, T, C = x_BTC.shape
+        w, heads = self.qkvg, (B, T, self.k.n_head, -1)
+        rows = len(w)
+        if rows % 8:  # tensor cores want 16-byte rows of output; six gate rows are padded to eight
+            w = F.pad(w, (0, 0, 0, -rows % 8))
+        qkv, z_BTR = F.linear(x_BTC, w)[..., :rows].split([3 * C, rows - 3 * C], dim=-1)
+        q, k, v = (t.view(heads) for t in qkv.split(C, dim=-1))
+        q, k = rms_norm(rotate(q, cos, sin)), rms_norm(rotate(k, cos, sin))
+        at = self.k.gatepos if self.k.attngate != "none" else ""
+        gate = self.gate_BTHD(x_BTC, z_BTR).type_as(v) if at else None
+        q, k, v = (t * gate if at == name else t for t, name in ((q, "query"), (k, "key"), (v, "value")))
+        if cache is not None:  # generation: keys and values of the tokens before
+            k, v = (
+                (torch.cat([past, new], 1) for past, new in zip(cache, (k, v), strict=True))
+                if cache
+                else (k, v)
+            )
+            cache[:] = k, v
+        y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=T == k.size(1))
+        y = y.transpose(1, 2)
+        y = F.linear((y * gate if at == "sdpa" else y).reshape(B, T, C), self.proj)
+        return (y.view(heads) * gate.type_as(y)).view(B, T, C) if at == "output" else y
+
+
+class Block(nn.Module):
+    """Pre-norm residual block with a relu^2 MLP (So et al., Primer, arXiv 2109.08668)."""
+
+    def __init__(self, k: Knobs):
+        super().__init__()
+        self.attn = Attention(k)
+        self.up = nn.Parameter(torch.empty(k.mlp_width, k.n_embd))
+        self.down = nn.Parameter(torch.empty(k.n_embd, k.mlp_width))
+
+    def forward(self, x_BTC: Tensor, cos: Tensor, sin: Tensor, cache: list | None = None) -> Tensor:
+        x_BTC = x_BTC + self.attn(rms_norm(x_BTC), cos, sin, cache)
+        return x_BTC + F.linear(F.linear(rms_norm(x_BTC), self.up).relu().square(), self.down)
+
+
+class GPT(nn.Module):
+    """Decoder-only transformer with one matrix, `wte`, for embedding and head; no biases, no learned norms."""
+
+    def __init__(self, k: Knobs):
+        super().__init__()
+        self.k = k
+        self.wte = nn.Parameter(torch.empty(k.vocab_size, k.n_embd))
+        self.blocks = nn.ModuleList(Block(k) for _ in range(k.n_layer))
+        cos, sin = rotary_tables(k.sequence_length, k.n_embd // k.n_head)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """nn.Linear's default bounds, zeros for the output projections and the constant gate. Each matrix has its own
+        generator, made of seed and name: a gate, or another MLP width, moves no other tensor."""
+        for name, p in self.named_parameters():
+            if name.endswith(("proj", "down")) or (self.k.attngate == "const" and name.endswith("gate")):
+                p.zero_()
+                continue
+            for part, rows in zip(
+                ("q", "k", "v", "gate") if "qkvg" in name else ("",), matrices(name, p, self.k), strict=False
+            ):
+                digest = hashlib.sha256(f"{seed} {name.removesuffix('.gate')} {part}".encode()).digest()
+                generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+                bound = rows.size(1) ** -0.5
+                rows.copy_(torch.empty(rows.shape).uniform_(-bound, bound, generator=generator))
+
+    def hidden(self, x_BT: Tensor, cache: list[list] | None = None) -> Tensor:
+        """(B, T, C) before the head. With a cache (one list per block, empty at first), x continues what it holds."""
+        t0 = cache[0][0].size(1) if cache and cache[0] else 0
+        cos, sin = self.cos[t0 : t0 + x_BT.size(1)], self.sin[t0 : t0 + x_BT.size(1)]
+        x_BTC = F.embedding(x_BT, self.wte)
+        for i, block in enumerate(self.blocks):
+            x_BTC = block(x_BTC, cos, sin, None if cache is None else cache[i])
+        return rms_norm(x_BTC)
+
+    def logits(self, x_BT: Tensor, cache: list[list] | None = None) -> Tensor:
+        """(B, T, V) in fp32, for generation and tests; training never forms all of them."""
+        return F.linear(self.hidden(x_BT, cache), self.wte).float()
+
+    def forward(self, x_BT: Tensor, y_BT: Tensor) -> Tensor:
+        """Mean cross-entropy of the next tokens y, in nats, fp32."""
+        return linear_cross_entropy(self.hidden(x_BT).flatten(0, 1), self.wte, y_BT.flatten())
+
+
+def matrices(name: str, p: Tensor, k: Knobs) -> tuple[Tensor, ...]:
+    """The matrices that a parameter stacks, as views: Muon orthogonalises each by itself."""
+    return p.split(k.n_embd) if name.endswith("qkvg") else (p,)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """mean(cross_entropy(x @ w.T, y)) in row chunks. Logits exist for one chunk at a time, and gradients are formed in
+    the forward, while they do: the (N, V) logits, 13 GB at full size, are never kept."""
+
+    @staticmethod
+    def forward(ctx, x_NC: Tensor, w_VC: Tensor, y_N: Tensor, rows: int) -> Tensor:
+        w = w_VC.to(x_NC.dtype)
+        dx_NC, dw_VC = torch.empty_like(x_NC), torch.zeros_like(w_VC)
+        loss = torch.zeros((), device=x_NC.device)
+        for x, y, dx in zip(x_NC.split(rows), y_N.split(rows), dx_NC.split(rows), strict=True):
+            logits = (x @ w.T).float()
+            lse = logits.logsumexp(1, keepdim=True)
+            loss += (lse[:, 0] - logits.gather(1, y[:, None])[:, 0]).sum()
+            hit = y[:, None] == torch.arange(len(w), device=y.device)
+            p = (((logits - lse).exp() - hit.float()) / len(x_NC)).to(x.dtype)
+            dx.copy_(p @ w)
+            dw_VC += (p.T @ x).float()
+        ctx.save_for_backward(dx_NC, dw_VC)
+        return loss / len(x_NC)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        dx_NC, dw_VC = ctx.saved_tensors
+        return dx_NC * grad, dw_VC * grad, None, None
+
+
+def linear_cross_entropy(x_NC: Tensor, w_VC: Tensor, y_N: Tensor) -> Tensor:
+    """Mean cross-entropy (nats, fp32) of targets y under logits x @ w.T; matmuls in autocast's dtype."""
+    kind = x_NC.device.type
+    if torch.is_autocast_enabled(kind):
+        x_NC = x_NC.to(torch.get_autocast_dtype(kind))
+    rows = 8192 if kind == "cuda" else 256
+    if torch.is_grad_enabled():
+        return LinearCrossEntropy.apply(x_NC, w_VC, y_N, rows)
+    w, loss = w_VC.to(x_NC.dtype), torch.zeros((), device=x_NC.device)
+    for x, y in zip(x_NC.split(rows), y_N.split(rows), strict=True):
+        loss += F.cross_entropy((x @ w.T).float(), y, reduction="sum", ignore_index=-1)
+    return loss / len(x_NC)
+
+
+# ----------------------------------------------------------------------------
+# Optimizers
+
+
+def newton_schulz(g_SMN: Tensor, steps: int = 5) -> Tensor:
+    """Nearest semi-orthogonal matrices, roughly, of S matrices at once, in bf16. The quintic iteration with Jordan's
+    coefficients in gram form: X <- aX + (bA + cA^2)X with A = XX^T, a sixth fewer FLOPs than the record's order."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = g_SMN.bfloat16()
+    if tall := x.size(1) > x.size(2):
+        x = x.mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+class Muon:
+    """MomentUm Orthogonalized by Newton-schulz (K. Jordan et al. 2024), sharded over ranks.
+
+    Every rank owns whole parameters, shared out by the cost of their Newton-Schulz. Gradients live in one buffer
+    (W, row), row r holding rank r's parameters, so that one reduce-scatter brings each owner its mean gradients; the
+    owner keeps their momentum and makes their updates, and one bf16 all-gather brings those to everybody.
+    """
+
+    def __init__(self, params: dict[str, nn.Parameter], k: Knobs, w: World, momentum: float = 0.95):
+        self.params, self.k, self.w, self.momentum = params, k, w, momentum
+        self.orthogonalise = torch.compile(newton_schulz, dynamic=False) if k.compile else newton_schulz
+        cost = {
+            n: sum(min(m.shape) ** 2 * (4 * max(m.shape) + 2 * min(m.shape)) for m in matrices(n, p, k))
+            for n, p in params.items()
+        }
+        loads, ends, self.places = [0] * w.size, [0] * w.size, {}
+        for name in sorted(cost, key=cost.get, reverse=True):
+            rank = loads.index(min(loads))
+            loads[rank] += cost[name]
+            self.places[name] = (rank, ends[rank])
+            ends[rank] += -(-params[name].numel() // 64) * 64  # every parameter starts on its own cache line
+        self.grads = torch.zeros(w.size, max(ends), device=w.device)
+        self.updates = torch.zeros(w.size, max(ends), device=w.device, dtype=torch.bfloat16)
+        self.buffer = torch.zeros(max(ends), device=w.device)
+        for name, p in params.items():
+            p.grad = self.view(self.grads, name)
+        self.own = [name for name in params if self.places[name][0] == w.rank]
+
+    def view(self, table: Tensor, name: str) -> Tensor:
+        """The place of parameter `name` in a (W, row) table, in its shape."""
+        rank, start = self.places[name]
+        return table[rank, start : start + self.params[name].numel()].view_as(self.params[name])
+
+    def reduce(self) -> dict[str, Tensor]:
+        """Mean over ranks of the owned gradients; returns their norms, by name."""
+        self.w.mean_scatter(self.grads)
+        return (
+            dict(
+                zip(self.own, torch._foreach_norm([self.view(self.grads, n) for n in self.own]), strict=True)
+            )
+            if self.own
+            else {}
+        )
+
+    @torch.no_grad()
+    def step(self, lr: float, ok: Tensor) -> None:
+        """One update; nothing moves when the device flag `ok` is down."""
+        grad = self.grads[self.w.rank]
+        self.buffer.mul_(self.momentum).add_(grad)
+        nesterov = grad.add_(self.buffer, alpha=self.momentum)[None].expand(self.w.size, -1)
+        by_shape: dict[tuple, list] = {}
+        for name in self.own:
+            pairs = zip(
+                matrices(name, self.view(nesterov, name), self.k),
+                matrices(name, self.view(self.updates, name), self.k),
+                strict=True,
+            )
+            for d, out in pairs:
+                turn = d.size(0) > d.size(1)  # tall ones join their wide siblings' batch
+                by_shape.setdefault(tuple(sorted(d.shape)), []).append(
+                    (d.mT if turn else d, out.mT if turn else out)
+                )
+        for pairs in by_shape.values():
+            found = self.orthogonalise(torch.stack([d.bfloat16() for d, _ in pairs]))
+            torch._foreach_copy_([out for _, out in pairs], list(torch.where(ok, found, 0).unbind()))
+        self.w.all_rows(self.updates)
+        for name, p in self.params.items():
+            scale = max(matrices(name, p, self.k)[0].shape) ** 0.5
+            p.add_(self.view(self.updates, name), alpha=-lr * scale)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Momentum of all parameters, by name, gathered from their owners: any number of ranks can load it."""
+        table = self.w.all_rows(self.buffer.repeat(self.w.size, 1))
+        return {name: self.view(table, name).cpu().clone() for name in self.params}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name in self.own:
+            self.view(self.buffer[None].expand(self.w.size, -1), name).copy_(state[name])
+
+
+class AdamW:
+    """torch's fused AdamW on this rank's row of a table (W, part) that holds its parameters end to end: gradients are
+    reduce-scattered, the updated rows all-gathered, and the moments are held once over all ranks."""
+
+    def __init__(self, params: dict[str, nn.Parameter], w: World):
+        self.params, self.w = params, w
+        part = -(-sum(p.numel() for p in params.values()) // w.size)
+        self.data, self.grads = (torch.zeros(w.size, part, device=w.device) for _ in range(2))
+        for name, p in params.items():
+            p.data = self.views(self.data)[name].copy_(p.data)
+            p.grad = self.views(self.grads)[name]
+        self.mine = nn.Parameter(self.data[w.rank])
+        self.mine.grad = self.grads[w.rank]
+        self.adam = torch.optim.AdamW([self.mine], lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+    def views(self, table: Tensor) -> dict[str, Tensor]:
+        """The parameters' places in a (W, part) table, in their shapes."""
+        sizes = [p.numel() for p in self.params.values()]
+        parts = table.view(-1)[: sum(sizes)].split(sizes)
+        return {name: part.view_as(p) for part, (name, p) in zip(parts, self.params.items(), strict=True)}
+
+    def reduce(self) -> dict[str, Tensor]:
+        """Mean over ranks of this rank's part of the gradients; returns its norm under the first name."""
+        self.w.mean_scatter(self.grads)
+        return {next(iter(self.params)): self.mine.grad.norm()}
+
+    @torch.no_grad()
+    def step(self, lr: float, ok: Tensor) -> None:
+        """One update; nothing moves when the device flag `ok` is down."""
+        self.adam.param_groups[0]["lr"] = lr
+        self.adam.found_inf = (~ok).float()
+        self.adam.step()
+        self.w.all_rows(self.data)
+
+    def state_dict(self) -> dict:
+        """Moments of all parameters, by name, and the number of updates."""
+        state, out = self.adam.state.get(self.mine, {}), {}
+        for key in ("exp_avg", "exp_avg_sq"):
+            rows = self.w.all_rows(
+                state.get(key, torch.zeros_like(self.mine)).detach().repeat(self.w.size, 1)
+            )
+            out[key] = {name: view.cpu().clone() for name, view in self.views(rows).items()}
+        return out | dict(step=float(state.get("step", 0.0)))
+
+    def load_state_dict(self, state: dict) -> None:
+        moments = dict(step=torch.tensor(state["step"], device=self.w.device))
+        for key in ("exp_avg", "exp_avg_sq"):
+            rows = torch.zeros_like(self.data)
+            for name, view in self.views(rows).items():
+                view.copy_(state[key][name])
+            moments[key] = rows[self.w.rank].clone()
+        self.adam.state[self.mine] = moments
+
+
+def make_optimizers(model: GPT, k: Knobs, w: World) -> tuple[AdamW, Muon]:
+    """AdamW for the tied matrix (and the gate, with GATEOPT=adam), Muon for every other matrix of the blocks."""
+    params = dict(model.named_parameters())
+    adam = [n for n in params if n == "wte" or (k.gateopt == "adam" and n.endswith("gate"))]
+    return AdamW({n: params[n] for n in adam}, w), Muon(
+        {n: p for n, p in params.items() if n not in adam}, k, w
+    )
+
+
+# ----------------------------------------------------------------------------
+# Schedules
+
+
+def lr_scale(step: float, k: Knobs) -> float:
+    """Trapezoid: up to 1 over the first WARMUP_ITERS updates, 1, then down over the last WARMDOWN_ITERS; update `step`
+    counts from 0. A fractional step comes from TIME_BUDGET_S. 0 at and after NUM_ITERATIONS, when there is a warmdown."""
+    up = (step + 1) / k.warmup_iters if k.warmup_iters else 1.0
+    down = (k.num_iterations - step) / k.warmdown_iters if k.warmdown_iters else 1.0
+    return max(0.0, min(up, 1.0, down))
+
+
+class Clock:
+    """Training time: stops for validation and saving, and leaves out the first ten steps of each start, as the record
+    does (compilation, autotuning). step_avg is the mean over the timed steps, and train_s(step) is step_avg times
+    (step - 10): for a run in one piece that is the time measured, and a resumed run is comparable with it."""
+
+    SKIP = 10
+
+    def __init__(self, w: World, timed_s: float = 0.0, timed_steps: int = 0):
+        self.w, self.timed_s, self.timed_steps, self.seen, self.t0 = w, timed_s, timed_steps, 0, None
+
+    def start(self) -> None:
+        self.w.sync()
+        self.t0 = time.perf_counter()
+
+    def stop(self) -> None:
+        self.w.sync()
+        if self.seen > self.SKIP:
+            self.timed_s += time.perf_counter() - self.t0
+        self.t0 = None
+
+    def tick(self) -> None:
+        """One more step is queued."""
+        self.seen += 1
+        if self.seen > self.SKIP:
+            self.timed_steps += 1
+        elif self.seen == self.SKIP:
+            self.start()
+
+    @property
+    def step_avg_s(self) -> float:
+        running = time.perf_counter() - self.t0 if self.t0 and self.seen > self.SKIP else 0.0
+        return (self.timed_s + running) / self.timed_steps if self.timed_steps else math.nan
+
+    def train_s(self, step: int) -> float:
+        return self.step_avg_s * max(step - self.SKIP, 0) if self.timed_steps else 0.0
+
+
+# ----------------------------------------------------------------------------
+# Batches
+
+VIRTUAL_RANKS = 8
+
+
+class Batches:
+    """Which tokens each step trains on: a pure function of the step, whatever the number of ranks.
+
+    stream: one clean pass over the shards, end to end. record: what the 8-GPU record of 2024-10 trains on, quirks
+    included: each of 8 virtual ranks strides through a shard by itself and leaves it when less than a whole batch is
+    left after its own position (so ranks 6 and 7 leave FineWeb's shards one batch early), and the first batch is used
+    twice. With DATA_SEED the order of the batches is shuffled, anew in each epoch.
+    """
+
+    def __init__(self, shards: TokenShards, k: Knobs, w: World):
+        self.shards, self.k, self.w = shards, k, w
+        self.order = lru_cache(maxsize=2)(self._order)
+        tokens = k.batch_size * k.sequence_length
+        if k.data_order == "stream":
+            self.counts = None
+            self.epoch_steps = (shards.total - 1) // tokens
+        else:
+            span = tokens // VIRTUAL_RANKS
+            short = next(
+                (p for p, n in zip(shards.paths, shards.lengths, strict=True) if n < tokens + 1), None
+            )
+            if short:
+                raise UserError(
+                    f"{short}: fewer than the {tokens + 1:,} tokens of one batch; use larger shards, a smaller BATCH_SIZE, or DATA_ORDER=stream"
+                )
+            # batches that virtual rank v takes from each shard, summed up: (8, shards + 1)
+            counts = [
+                [max(1, (n - 1 - tokens - v * span) // tokens + 1) for n in shards.lengths]
+                for v in range(VIRTUAL_RANKS)
+            ]
+            self.counts = np.cumsum(np.pad(counts, ((0, 0), (1, 0))), axis=1)
+            self.epoch_steps = int(self.counts[:, -1].min())
+        self.steps = self.epoch_steps + (
+            k.data_order == "record"
+        )  # fed without starting over; the record's first batch counts twice
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.k.data_seed, epoch]).permutation(self.epoch_steps)
+
+    def starts(self, step: int) -> list[int]:
+        """Stream positions at which the batch's equal spans of sequences begin: 8 spans in record order, else 1."""
+        tokens = self.k.batch_size * self.k.sequence_length
+        i = max(0, step - 1) if self.counts is not None else step
+        if self.k.data_seed is not None:
+            i = int(self.order(i // self.epoch_steps)[i % self.epoch_steps])
+        if self.counts is None:
+            return [i % self.epoch_steps * tokens]
+        found = []
+        for v, ends in enumerate(self.counts):
+            own = i % int(ends[-1])
+            shard = int(np.searchsorted(ends, own, "right")) - 1
+            found.append(
+                self.shards.starts[shard] + (own - int(ends[shard])) * tokens + v * tokens // VIRTUAL_RANKS
+            )
+        return found
+
+    def make(self, step: int) -> tuple[Tensor, Tensor]:
+        """This rank's inputs and targets of the step, (B_local, T) int32."""
+        starts, T = self.starts(step), self.k.sequence_length
+        local, per_span = self.k.batch_size // self.w.size, self.k.batch_size // len(starts)
+        at, end, x, y = self.w.rank * local, (self.w.rank + 1) * local, [], []
+        while at < end:
+            span, offset = divmod(at, per_span)
+            n = min(per_span - offset, end - at)
+            tokens = self.shards.read(starts[span] + offset * T, n * T + 1).astype(np.int32)
+            x.append(tokens[:-1].reshape(n, T))
+            y.append(tokens[1:].reshape(n, T))
+            at += n
+        return torch.from_numpy(np.concatenate(x)), torch.from_numpy(np.concatenate(y))
+
+    def last_token(self, steps: int) -> int | None:
+        """Stream position after the last token that `steps` steps read; None for all of them."""
+        if self.k.data_seed is not None or steps > self.steps:
+            return None
+        return max(self.starts(max(steps - 1, 0))) + self.k.batch_size * self.k.sequence_length + 1
+
+
+# ----------------------------------------------------------------------------
+# Evaluation
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, val: TokenShards, micro: int, k: Knobs, w: World) -> float:
+    """Mean loss of the first VAL_TOKENS validation tokens: the same tokens for every world size and micro-batch. The
+    last micro-batch is filled up with targets of -1, which do not count, so that the model meets one shape only."""
+    T, total = k.sequence_length, k.val_tokens // k.sequence_length
+    lo, hi = total * w.rank // w.size, total * (w.rank + 1) // w.size
+    loss = torch.zeros((), device=w.device, dtype=torch.float64)
+    for at in range(lo, hi, micro):
+        n = min(micro, hi - at)
+        tokens = torch.from_numpy(val.read(at * T, n * T + 1).astype(np.int64)).to(w.device)
+        x, y = (
+            F.pad(t.view(n, T), (0, 0, 0, micro - n), value=fill)
+            for t, fill in ((tokens[:-1], 0), (tokens[1:], -1))
+        )
+        with autocast(w):
+            loss += model(x, y).double() * micro
+    dist.all_reduce(loss)
+    return loss.item() / total
+
+
+# ----------------------------------------------------------------------------
+# Build
+
+HINT = "set DEVICE=cpu; PRESET=demo and PRESET=tiny are sizes that make that sensible"
+METRICS = "step train_loss val_loss lr train_time_s tokens tokens_per_s mfu grad_norm peak_memory_mib".split()
+RESULTS = (  # the original study's columns, in its order, then ours
+    "run_id date git_commit seed attn_gate gate_pos gate_act learning_rate batch_size device_batch_size sequence_length "
+    "num_iterations warmdown_iters final_val_loss best_val_loss train_time_ms ms_per_step gpu_name n_gpus runpod_instance "
+    "notes stage status steps_done warmup_iters n_params tokens_seen epochs peak_memory_mib torch world_size code_sha256 dirty"
+).split()
+IN_COLUMNS = "preset seed attngate gatepos gateact lr batch_size sequence_length num_iterations warmup_iters warmdown_iters".split()
+
+
+def autocast(w: World) -> torch.autocast:
+    return torch.autocast(w.device.type, dtype=torch.bfloat16)
+
+
+def flops_per_token(model: GPT, k: Knobs) -> int:
+    """Model FLOPs of forward and backward, for MFU: 6 per weight of a matrix product (the tied matrix counts once, as
+    the head), and attention counted causal: 6 * n_layer * T * C."""
+    weights = sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if not (k.attngate == "const" and name.endswith("gate"))
+    )
+    return 6 * weights + 6 * k.n_layer * k.sequence_length * k.n_embd
+
+
+def memory_mib(n_params: int, sequences: int, k: Knobs) -> int:
+    """Rough peak of a rank: weights, gradients, moments and updates, the activations of a micro-batch, a chunk of logits."""
+    state = n_params * (4 + 4 + 4 + 2) + k.vocab_size * k.n_embd * 8
+    saved = sequences * k.sequence_length * k.n_layer * (30 * k.n_embd + 6 * k.mlp_width)
+    return (state + saved + 8192 * k.vocab_size * 10) // 2**20
+
+
+def micro_batch(model: nn.Module, k: Knobs, w: World) -> int:
+    """DEVICE_BATCH_SIZE as it will be used: a divisor of the rank's part of the batch. 'auto' is the largest whose step
+    fits, tried out on CUDA, estimated on CPU; it changes the memory and the speed, not the training."""
+    local = k.batch_size // w.size
+    if k.batch_size % w.size:
+        raise UserError(
+            f"BATCH_SIZE={k.batch_size} does not divide among {w.size} ranks; change it, or --nproc_per_node"
+        )
+    if k.device_batch_size is not None:
+        micro = min(k.device_batch_size, local)
+        if local % micro:
+            raise UserError(
+                f"DEVICE_BATCH_SIZE={micro} does not divide a rank's {local} sequences of BATCH_SIZE={k.batch_size}; use a divisor, or auto"
+            )
+        return micro
+    n_params, fits = sum(p.numel() for p in model.parameters()), 1
+    for micro in (n for n in range(local, 0, -1) if local % n == 0):
+        if w.device.type == "cpu":
+            free = (
+                int(
+                    next(line for line in open("/proc/meminfo") if line.startswith("MemAvailable")).split()[1]
+                )
+                // 1024
+            )
+            if memory_mib(n_params, micro, k) <= free // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", 1))):
+                fits = micro
+                break
+            continue
+        try:
+            tokens = torch.zeros(micro, k.sequence_length, dtype=torch.long, device=w.device)
+            with autocast(w):
+                model(tokens, tokens).backward()
+            fits = micro
+            break
+        except torch.OutOfMemoryError:
+            pass
+        finally:
+            tokens = None
+            torch.cuda.empty_cache()
+    return min(w.gather(fits))
+
+
+def check_compiler(k: Knobs) -> None:
+    if (
+        k.compile
+        and k.device == "cpu"
+        and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++"))
+    ):
+        raise UserError(
+            "COMPILE=1 on a CPU needs a C++ compiler and found none (g++, clang++ or CXX); install one, or set COMPILE=0"
+        )
+    if k.compile and k.device == "cuda" and importlib.util.find_spec("triton") is None:
+        raise UserError(
+            "COMPILE=1 on a GPU needs the package triton, which this torch came without; install it, or set COMPILE=0"
+        )
+
+
+def open_data(k: Knobs) -> tuple[TokenShards, TokenShards, str]:
+    """Training shards, validation shards, and the SHA-256 of the embedded corpus ('' for other data)."""
+    train, val, sha = k.input_bin, k.input_val_bin, ""
+    if k.input_bin == "embedded":
+        if k.vocab_size < 256:
+            raise UserError(
+                f"INPUT_BIN=embedded is made of bytes; VOCAB_SIZE={k.vocab_size} must be at least 256"
+            )
+        train, val, sha = plumbing.embedded_corpus(HERE / "data")
+    found = TokenShards(train), TokenShards(val)
+    if found[1].total < k.val_tokens + 1:
+        raise UserError(
+            f"{val}: {found[1].total:,} tokens, VAL_TOKENS={k.val_tokens:,} needs one more than that; lower it or download more"
+        )
+    return *found, sha
+
+
+def check_steps(batches: Batches, k: Knobs) -> None:
+    if batches.epoch_steps < 1 or (k.num_iterations > batches.steps and not k.epochs_ok):
+        raise UserError(
+            f"{len(batches.shards.paths)} shard(s) match {batches.shards.pattern}: {batches.shards.total:,} tokens feed "
+            f"{batches.steps} steps, NUM_ITERATIONS={k.num_iterations}; download more shards, lower NUM_ITERATIONS, or "
+            f"set EPOCHS_OK=1 to start over when they run out"
+        )
+
+
+def show_plan(k: Knobs) -> int:
+    """--dry_run: what would be trained, on what. Needs neither GPU nor data."""
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    with torch.device("meta"):
+        model = GPT(k)
+    n_params, tokens = sum(p.numel() for p in model.parameters()), k.batch_size * k.sequence_length
+    micro = min(k.device_batch_size or 1, k.batch_size // ranks)
+    print(knobs_json(k))
+    print(f"parameters:      {n_params:,}")
+    print(f"tokens per step: {tokens:,} ({ranks} rank(s), micro-batch {k.device_batch_size or 'auto'})")
+    print(f"training tokens: {tokens * k.num_iterations:,} in {k.num_iterations} steps")
+    print(f"compute:         {flops_per_token(model, k) * tokens * k.num_iterations:.3g} FLOPs")
+    print(f"memory:          about {memory_mib(n_params, micro, k):,} MiB per rank at micro-batch {micro}")
+    try:
+        train, _, sha = open_data(k)
+        batches = Batches(train, k, World(0, ranks, torch.device("cpu")))
+        epochs = k.num_iterations / max(batches.epoch_steps, 1)
+        print(
+            f"data:            {train.total:,} tokens in {len(train.paths)} shard(s) feed {batches.steps} steps; this is {epochs:.2f} epochs"
+        )
+        print(f"data_sha256:     {sha}" if sha else f"shard gaps:      {train.gaps() or 'none'}")
+        check_steps(batches, k)
+    except UserError as error:
+        print(f"data:            {error}")
+    return 0
+
+
+class Run:
+    """One run: everything checked and built, restored from its newest checkpoint if there is one, and its records."""
+
+    def __init__(self, k: Knobs, w: World):
+        self.k, self.w = k, w
+        check_compiler(k)
+        self.train, self.val, self.data_sha = open_data(k)
+        self.batches = Batches(self.train, k, w)
+        check_steps(self.batches, k)
+        plumbing.check_results(Path(k.results), RESULTS, w)
+        self.log = RunLog(Path(k.logs), k.run_id or plumbing.new_run_id(w), METRICS, w, k.num_iterations)
+        self.train.check_ids(k.vocab_size, w, self.batches.last_token(k.num_iterations))
+        self.val.check_ids(k.vocab_size, w, k.val_tokens + 1)
+
+        self.model = GPT(k)
+        self.model.init_weights(k.seed)
+        self.model.to(w.device)
+        self.n_params = sum(p.numel() for p in self.model.parameters())
+        self.adam, self.muon = make_optimizers(self.model, k, w)
+        self.micro = micro_batch(self.model, k, w)
+        self.adam.grads.zero_()
+        self.muon.grads.zero_()
+        if k.compile and k.device == "cuda":
+            torch._inductor.config.coordinate_descent_tuning = True  # the record's only compiler setting
+        self.compiled = torch.compile(self.model) if k.compile else self.model
+        self.flops_per_token, self.peak = flops_per_token(self.model, k), plumbing.peak_flops(w)
+
+        self.step, self.clock, self.progress = 0, Clock(w), 0.0
+        self.val_loss = self.best_loss = self.train_loss = math.nan
+        self.validated_at, self.misses, self.reached, self.stop_signal = -1, 0, "", 0
+        self.pending: dict = {}
+        self.log.header(k, (__file__, plumbing.__file__), self.facts())
+        self.restore()
+        self.saved_at, self.heard_at = self.step, 0.0
+
+    def facts(self) -> dict[str, object]:
+        k, w, tokens = self.k, self.w, self.k.batch_size * self.k.sequence_length
+        local = k.batch_size // w.size
+        epochs = k.num_iterations / self.batches.epoch_steps
+        return dict(
+            run_id=self.log.id,
+            parameters=f"{self.n_params:,}",
+            tokens_per_step=f"{tokens:,} = {w.size} rank(s) x {local // self.micro} micro-batch(es) x {self.micro} x {k.sequence_length}",
+            data=f"{self.train.total:,} tokens in {len(self.train.paths)} shard(s), {epochs:.2f} epochs, {k.data_order} order",
+            data_sha256=self.data_sha or "not computed: token shards",
+            device=f"{w.size} x {w.name()}",
+            mfu=f"of {self.peak / 1e12:.0f} TFLOP/s dense bf16, attention counted causal"
+            if self.peak
+            else "n/a: peak of this device not known",
+        )
+
+    # ---- checkpoints
+
+    def restore(self) -> None:
+        log, k = self.log, self.k
+        for name, value in self.facts().items():
+            log.say(f"{name}: {value}")
+        if gaps := self.train.gaps():
+            log.say(f"shards missing from the numbering of {self.train.pattern}: {gaps}")
+        if self.micro != k.device_batch_size and k.device_batch_size is not None:
+            log.say(
+                f"DEVICE_BATCH_SIZE={k.device_batch_size} is more than a rank's {self.micro} sequences: using {self.micro}"
+            )
+        state = plumbing.load_checkpoint(log.folder, self.w, log.say)
+        if state is None:
+            return
+        changed = [
+            f.name
+            for f in fields(k)
+            if not f.metadata["free"] and state["knobs"].get(f.name) != getattr(k, f.name)
+        ]
+        if changed:
+            was = ", ".join(f"{n.upper()}={state['knobs'].get(n)} (now {getattr(k, n)})" for n in changed)
+            raise UserError(
+                f"run {log.id} was started with {was}; resume with the same, or choose another RUN_ID"
+            )
+        if state["content"] != self.train.content[: len(state["content"])]:
+            raise UserError(
+                f"run {log.id} was trained on other shards than {self.train.pattern} holds now; put them back, or choose another RUN_ID"
+            )
+        self.model.load_state_dict(state["model"])
+        self.adam.load_state_dict(state["adam"])
+        self.muon.load_state_dict(state["muon"])
+        torch.set_rng_state(state["rng"])
+        self.step, self.clock = state["step"], Clock(self.w, state["timed_s"], state["timed_steps"])
+        for name in ("val_loss", "best_loss", "train_loss", "validated_at", "misses", "reached", "progress"):
+            setattr(self, name, state[name])
+        log.say(f"resumed step:{self.step} from a checkpoint written by {state['world_size']} rank(s)")
+        if state["code_sha256"] != log.code_sha256:
+            log.say(
+                f"the code has changed since that checkpoint: {state['code_sha256'][:12]} -> {log.code_sha256[:12]}"
+            )
+
+    def save(self) -> None:
+        """The checkpoint: everything that the next step depends on, complete for any number of ranks."""
+        state = dict(
+            step=self.step,
+            tokens=self.step * self.k.batch_size * self.k.sequence_length,
+            model={name: p.detach().cpu().clone() for name, p in self.model.state_dict().items()}
+            if self.w.main
+            else None,
+            adam=self.adam.state_dict(),
+            muon=self.muon.state_dict(),
+            rng=torch.get_rng_state(),
+            timed_s=self.clock.timed_s,
+            timed_steps=self.clock.timed_steps,
+            **{
+                n: getattr(self, n)
+                for n in (
+                    "val_loss",
+                    "best_loss",
+                    "train_loss",
+                    "validated_at",
+                    "misses",
+                    "reached",
+                    "progress",
+                )
+            },
+            content=self.train.content,
+            knobs=asdict(self.k),
+            world_size=self.w.size,
+            code_sha256=self.log.code_sha256,
+        )
+        self.log.sync()  # a row is on disk before the checkpoint that follows it
+        plumbing.save_checkpoint(self.log.folder, self.step, state, self.w, self.k.keep)
+        self.saved_at = self.step
+
+    # ---- what was heard of a step, and of a validation
+
+    def hear(self, beat: plumbing.Beat) -> str:
+        """Record one finished step; returns the status with which to stop, or ''."""
+        names, clock, k = [*self.adam.params, *self.muon.params], self.clock, self.k
+        self.flush_row()
+        if not beat.finite:
+            bad = [names[i] for i in range(len(names)) if not np.isfinite(beat.values[:, 1 + i]).all()]
+            ranks = [r for r in range(self.w.size) if not np.isfinite(beat.values[r]).all()]
+            self.log.say(
+                f"step:{beat.step} is not finite: losses {beat.values[:, 0].tolist()}, first on rank {ranks[0]}; first bad gradient: "
+                f"{bad[0] if bad else 'none'}; no update was applied from this step on"
+            )
+            return "nan"
+        self.train_loss, self.progress = float(beat.values[:, 0].mean()), beat.clock
+        now, tokens = time.perf_counter(), k.batch_size * k.sequence_length
+        speed = tokens / (now - self.heard_at) if self.heard_at else math.nan
+        self.heard_at = now
+        mfu = speed * self.flops_per_token / self.peak / self.w.size if self.peak else math.nan
+        cell = lambda value, form: "" if math.isnan(value) else format(value, form)
+        self.pending = dict(
+            step=beat.step,
+            train_loss=f"{self.train_loss:.6f}",
+            lr=f"{k.lr * lr_scale(self.position(beat.step - 1), k):.6g}",
+            train_time_s=f"{clock.train_s(beat.step):.3f}",
+            tokens=beat.step * tokens,
+            tokens_per_s=cell(speed, ".0f"),
+            mfu=cell(mfu, ".4f"),
+            grad_norm=f"{math.sqrt(np.square(beat.values[:, 1:].astype(np.float64)).sum()):.6g}",
+            peak_memory_mib=self.w.peak_memory_mib(),
+        )
+        self.log.say(
+            f"step:{beat.step}/{k.num_iterations} train_loss:{self.train_loss:.4f} {self.times(beat.step)}",
+            quiet=True,
+        )
+        self.log.progress(
+            beat.step,
+            train_loss=f"{self.train_loss:.3f}",
+            val_loss=f"{self.val_loss:.3f}",
+            tok_s=cell(speed, ",.0f"),
+        )
+        eta = (k.num_iterations - beat.step) * tokens / speed if speed == speed else None
+        facts = dict(
+            train_loss=self.train_loss,
+            val_loss=cell(self.val_loss, ".6f"),
+            tokens_per_s=cell(speed, ".0f"),
+            eta_s=eta,
+        )
+        self.log.status("running", beat.step, every_s=2, **facts)
+        self.stop_signal = beat.signal
+        return "preempted" if beat.signal else ""
+
+    def times(self, step: int) -> str:
+        return f"train_time:{1000 * self.clock.train_s(step):.0f}ms step_avg:{1000 * self.clock.step_avg_s:.2f}ms"
+
+    def flush_row(self) -> None:
+        if self.pending:
+            self.log.row(**self.pending)
+        self.pending = {}
+
+    def validate(self) -> str:
+        """Evaluate and record; returns 'early_stop' when patience has run out, or ''. Every rank decides alike, because
+        the loss is the same all-reduced number on each."""
+        k = self.k
+        self.val_loss, self.validated_at = evaluate(self.compiled, self.val, self.micro, k, self.w), self.step
+        mark = f" data_sha256:{self.data_sha[:12]}" if self.data_sha else ""
+        self.log.say(
+            f"step:{self.step}/{k.num_iterations} val_loss:{self.val_loss:.4f} {self.times(self.step)}{mark}"
+        )
+        if not self.pending:
+            self.pending = dict(step=self.step, train_time_s=f"{self.clock.train_s(self.step):.3f}", tokens=0)
+        self.pending["val_loss"] = f"{self.val_loss:.6f}"
+        self.flush_row()
+        self.log.sync()
+        if k.target_loss is not None and not self.reached and self.val_loss <= k.target_loss:
+            self.reached = f"reached_step={self.step} reached_ms={1000 * self.clock.train_s(self.step):.0f}"
+            self.log.say(f"target_loss:{k.target_loss} {self.reached}")
+        better = (
+            not self.val_loss >= self.best_loss - k.early_stop_min_delta
+        )  # also the first, when best is nan
+        self.best_loss, self.misses = (self.val_loss, 0) if better else (self.best_loss, self.misses + 1)
+        return "early_stop" if 0 < k.early_stop_patience <= self.misses else ""
+
+    def position(self, step: int) -> float:
+        """Where update `step` stands in the schedule, in steps: itself, or the share of the time budget that is spent."""
+        budget = self.k.time_budget_s
+        return step if budget is None else self.k.num_iterations * self.progress / budget
+
+    def over(self) -> bool:
+        return self.position(self.step) >= self.k.num_iterations
+
+    def close(self, status: str) -> None:
+        """Write the status and the results row, whatever way the run ended."""
+        k, w, log = self.k, self.w, self.log
+        self.flush_row()
+        blank = lambda x: "" if isinstance(x, float) and math.isnan(x) else x
+        other = [f.name for f in fields(k) if not f.metadata["free"] and f.name not in IN_COLUMNS]
+        usual = asdict(Knobs(**PRESETS[k.preset]))
+        notes = [f"PRESET={k.preset}"] * (k.preset != "speedrun") + [
+            f"{n.upper()}={getattr(k, n)}" for n in other if getattr(k, n) != usual[n]
+        ]
+        tokens = k.batch_size * k.sequence_length
+        values = [
+            log.id,
+            log.started,
+            log.commit,
+            k.seed,
+            k.attngate,
+            k.gatepos,
+            k.gateact,
+            k.lr,
+            k.batch_size,
+            self.micro,
+        ]
+        values += [
+            k.sequence_length,
+            k.num_iterations,
+            k.warmdown_iters,
+            blank(self.val_loss),
+            blank(self.best_loss),
+        ]
+        values += [
+            1000 * self.clock.train_s(self.step),
+            blank(1000 * self.clock.step_avg_s),
+            w.name(),
+            w.size * (k.device == "cuda"),
+        ]
+        values += [
+            k.runpod_instance_type,
+            " ".join(notes + [self.reached] * bool(self.reached)),
+            k.stage,
+            status,
+            self.step,
+        ]
+        values += [
+            k.warmup_iters,
+            self.n_params,
+            self.step * tokens,
+            round(self.step / self.batches.epoch_steps, 4),
+        ]
+        values += [w.peak_memory_mib(), torch.__version__, w.size, log.code_sha256, int(log.dirty)]
+        plumbing.append_result(Path(k.results), RESULTS, dict(zip(RESULTS, values, strict=True)), w)
+        log.status(status, self.step, train_loss=blank(self.train_loss), val_loss=blank(self.val_loss))
+        log.say(
+            f"{status}: step:{self.step}/{k.num_iterations} peak_memory:{w.peak_memory_mib()}MiB log:{log.path}"
+        )
+        log.close()
+
+
+# ----------------------------------------------------------------------------
+# Training
+
+
+def train(run: Run, k: Knobs, w: World) -> str:
+    """The loop. Returns finished, early_stop, nan or preempted."""
+    micros = k.batch_size // w.size // run.micro
+    norms = torch.zeros(len(run.adam.params) + len(run.muon.params), device=w.device)
+    index = {name: i for i, name in enumerate([*run.adam.params, *run.muon.params])}
+    batches, pulse, status = Prefetch(run.batches.make, run.step, w.device), Pulse(w), ""
+    run.clock.start()
+    while True:
+        # -------- clock stopped: hear of the last step, evaluate, save, leave --------
+        status = status or ("finished" if run.over() else "")
+        every = lambda n: n > 0 and run.step % n == 0
+        validate = (
+            run.validated_at != run.step and status in ("", "finished") and (status or every(k.val_every))
+        )
+        save = run.saved_at != run.step and (status or every(k.save_every))
+        if validate or save or status:
+            run.clock.stop()
+            for beat in pulse.read(keep=0):
+                status = run.hear(beat) or status
+            if validate and status != "nan":
+                status = run.validate() or status
+            if (save or status) and status != "nan" and run.saved_at != run.step:
+                run.save()
+            if status:
+                batches.close()
+                return status
+            run.heard_at = 0.0
+            run.clock.start()
+
+        # -------- one optimizer step --------
+        x, y = batches.get(run.step)
+        loss = torch.zeros((), device=w.device)
+        for x_BT, y_BT in zip(x.split(run.micro), y.split(run.micro), strict=True):
+            with autocast(w):
+                part = run.compiled(x_BT.long(), y_BT.long()) / micros
+            part.backward()
+            loss += part.detach()
+        for name, norm in (run.adam.reduce() | run.muon.reduce()).items():
+            norms[index[name]] = norm
+        ok = pulse.send(run.step + 1, torch.cat([loss[None], norms]), run.clock.train_s(run.step))
+        rate = k.lr * lr_scale(run.position(run.step), k)
+        run.adam.step(rate, ok)
+        run.muon.step(0.1 * rate, ok)
+        run.adam.grads.zero_()
+        run.muon.grads.zero_()
+        run.step += 1
+        run.clock.tick()
+        for beat in pulse.read():
+            status = run.hear(beat) or status
+
+
+def main() -> int:
+    k = plumbing.read_knobs(Knobs, PRESETS, doc=__doc__)
+    if k.dry_run:
+        return show_plan(k)
+    with plumbing.world(k.device, HINT) as w:
+        run, status = Run(k, w), "failed"
+        try:
+            status = train(run, k, w)
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"out of GPU memory at DEVICE_BATCH_SIZE={run.micro}; lower it, or set DEVICE_BATCH_SIZE=auto"
+            ) from None
+        finally:
+            run.close(status)
+    return {"finished": 0, "early_stop": 0, "nan": 1}.get(status, 128 + run.stop_signal)
+
+
+if __name__ == "__main__":
+    launch(main)
