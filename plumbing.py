@@ -13,26 +13,31 @@ Importing this file does nothing. Shapes: W ranks, N tokens.
 """
 
 import argparse
+import ast
 import csv
 import dataclasses
 import faulthandler
 import glob
 import hashlib
+import importlib.util
 import io
 import json
 import math
 import os
 import queue
 import re
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 import typing
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -69,15 +74,13 @@ def launch(main: Callable[[], int | None]) -> typing.NoReturn:
 # Knobs
 
 
-def knob(default, text, *, low=None, above=None, high=None, choices=None, none=None, alias=(), free=False):
+def knob(default, text, *, low=None, above=None, high=None, choices=None, none=None, alias=()):
     """One field of a Knobs class: its default and a help text with the unit.
 
     low, high are inclusive bounds and above is an exclusive one; `none` is the word for None (off, auto);
-    alias lists other spellings; `free` marks what may differ when a run is resumed.
+    alias lists other spellings.
     """
-    meta = dict(
-        text=text, low=low, above=above, high=high, choices=choices, none=none, alias=alias, free=free
-    )
+    meta = dict(text=text, low=low, above=above, high=high, choices=choices, none=none, alias=alias)
     return field(default=default, metadata=meta)
 
 
@@ -91,14 +94,8 @@ def _expects(f: dataclasses.Field) -> str:
         words = "one of " + ", ".join(map(str, m["choices"]))
     else:
         words = {bool: "0 or 1", int: "a whole number", float: "a number", str: "text"}[kind]
-    bounds = [
-        f"{sign} {m[key]}"
-        for key, sign in (("low", ">="), ("above", ">"), ("high", "<="))
-        if m[key] is not None
-    ]
-    return (
-        words + (" " + " and ".join(bounds) if bounds else "") + (f", or '{m['none']}'" if m["none"] else "")
-    )
+    bounds = [f"{sign} {m[key]}" for key, sign in (("low", ">="), ("above", ">"), ("high", "<=")) if m[key] is not None]
+    return words + (" " + " and ".join(bounds) if bounds else "") + (f", or '{m['none']}'" if m["none"] else "")
 
 
 def _parse(name: str, f: dataclasses.Field, text: str):
@@ -119,9 +116,7 @@ def _parse(name: str, f: dataclasses.Field, text: str):
     if bad:
         near = get_close_matches(text.lower(), map(str, m["choices"] or ()), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(
-            f"{name}={text!r}: expected {_expects(f)}{hint} (the default is {show(f, f.default)})"
-        )
+        raise UserError(f"{name}={text!r}: expected {_expects(f)}{hint} (the default is {show(f, f.default)})")
     return value
 
 
@@ -143,7 +138,7 @@ def _from_flags(known: Mapping[str, dataclasses.Field], argv: Sequence[str], doc
         description=doc,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Every knob is also an environment variable of the same name in capitals; a flag beats the environment,\n"
+        epilog="Every knob is also an environment variable, its name in capitals. A flag beats the environment,\n"
         "the environment beats PRESET, PRESET beats the default. Switches take 0 or 1.",
     )
     for spelling, f in known.items():
@@ -182,7 +177,7 @@ def read_knobs(
     for name in sorted(env.keys() - known.keys()):
         if near := _near_miss(name, known):
             raise UserError(
-                f"{name} is set, but it is not a knob; did you mean {near}? (env -u {name} ... if it is not meant for this)"
+                f"{name} is set, but it is not a knob; did you mean {near}? (env -u {name} unsets it for one command)"
             )
     values: dict[str, object] = {}
     for source in (env, flags):
@@ -259,15 +254,11 @@ class World:
             return torch.cuda.max_memory_allocated(self.device) // 2**20
         import resource  # not on Windows, where only CUDA runs come this far
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (
-            2**20 if sys.platform == "darwin" else 2**10
-        )
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)
 
     def name(self) -> str:
         return (
-            torch.cuda.get_device_name(self.device)
-            if self.device.type == "cuda"
-            else f"CPU ({os.cpu_count()} cores)"
+            torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"CPU ({os.cpu_count()} cores)"
         )
 
 
@@ -302,9 +293,7 @@ def world(kind: str, hint: str = "set DEVICE=cpu") -> Iterator[World]:
         torch.cuda.set_device(device)
     # Half an hour: a cold compile on one rank keeps the others waiting for longer than the default ten minutes.
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend, store=store, rank=rank, world_size=size, timeout=timedelta(minutes=30), **extra
-    )
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(minutes=30), **extra)
     w = World(rank, size, device)
     before = {}
     try:
@@ -354,7 +343,7 @@ def read_shard(path: str | Path) -> np.ndarray:
     promised, found = HEADER_BYTES + 2 * int(header[2]), os.path.getsize(path)
     if promised != found or header[2] < 1:
         raise UserError(
-            f"{path}: its header promises {header[2]:,} tokens, {promised:,} bytes, the file has {found:,} bytes; {redo}"
+            f"{path}: its header promises {header[2]:,} tokens, {promised:,} bytes; the file has {found:,}; {redo}"
         )
     return np.memmap(path, "<u2", "r", offset=HEADER_BYTES)
 
@@ -374,6 +363,72 @@ def _write_whole(path: Path, data: bytes) -> None:
         f.flush()
         os.fsync(f.fileno())
     os.replace(part, path)
+
+
+# ----------------------------------------------------------------------------
+# Embedded corpus
+
+
+def _python_text(stdlib: Path) -> Iterator[str]:
+    """The English every Python carries: docstrings of the standard library, then pydoc's topics."""
+    for folder, subfolders, names in os.walk(stdlib):
+        skip = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+        subfolders[:] = sorted(set(subfolders) - skip)
+        for name in sorted(n for n in names if n.endswith(".py")):
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # invalid escapes in old modules
+                    tree = ast.parse(Path(folder, name).read_bytes())
+            except (SyntaxError, ValueError):  # templates, and files that are broken on purpose
+                continue
+            for node in ast.walk(tree):
+                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                    yield ast.get_docstring(node) or ""  # runs inspect.cleandoc
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:  # stripped; the size check below decides whether enough is left
+        return
+    whole = [topics[key].strip() for key in sorted(topics)]
+    for text in whole:  # a topic that is a section of a longer one, under the same title, is left out
+        if not any(text.split("\n", 3)[-1] in other for other in whole if len(other) > len(text)):
+            yield text
+
+
+def embedded_corpus(folder: Path) -> tuple[str, str, str]:
+    """Byte shards of Python's own documentation, built under `folder` unless they are there already.
+
+    Returns the patterns of the training and the validation shard and the SHA-256 of the text, which differs
+    from one Python version to the next. Byte 0 stands before every document; about 7% of the documents,
+    chosen by their hash, are validation. Raises UserError when this Python comes without its sources.
+    """
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    made_from = f"recipe 1, {sys.version}, {stdlib}"  # known builds cost no parsing
+    for note in sorted(folder.glob("embedded-*/made_from.json")):
+        known = json.loads(note.read_text())
+        patterns = [str(note.parent / f"embedded_{part}_*.bin") for part in ("train", "val")]
+        if known["made_from"] == made_from and all(glob.glob(p) for p in patterns):
+            return patterns[0], patterns[1], known["sha256"]
+
+    texts = (t.replace("\0", "").encode("utf-8", "replace") for t in _python_text(stdlib))
+    # In the order of their hashes, so that one part of the stream is like another.
+    docs = sorted((hashlib.sha256(t).digest(), t) for t in {t for t in texts if len(t) > 80})
+    corpus = b"".join(b"\0" + text for _, text in docs)
+    if len(corpus) < 500_000:
+        raise UserError(
+            f"{stdlib}: {len(corpus):,} bytes of documentation, about 1.9 million expected; this Python is "
+            f"without its sources. Use another one, or make shards of any text with scripts/make_shards.py"
+        )
+    sha = hashlib.sha256(corpus).hexdigest()
+    home = folder / f"embedded-{sha[:12]}"
+    for part, is_val in (("train", False), ("val", True)):
+        stream = b"".join(b"\0" + text for digest, text in docs if (digest[-1] < 18) == is_val)
+        write_shard(home / f"embedded_{part}_000000.bin", np.frombuffer(stream, np.uint8).astype(np.uint16))
+    _write_whole(home / "made_from.json", json.dumps(dict(sha256=sha, made_from=made_from)).encode())
+    return str(home / "embedded_train_*.bin"), str(home / "embedded_val_*.bin"), sha
+
+
+# ----------------------------------------------------------------------------
+# The stream of tokens
 
 
 class TokenShards:
@@ -432,9 +487,7 @@ class Prefetch:
     """make(step) on a thread, `depth` steps ahead; get(step) gives its tensors on the device. On CUDA they are
     pinned and copied without blocking. An error in the thread is raised by get."""
 
-    def __init__(
-        self, make: Callable[[int], tuple[Tensor, ...]], first: int, device: torch.device, depth: int = 2
-    ):
+    def __init__(self, make: Callable[[int], tuple[Tensor, ...]], first: int, device: torch.device, depth: int = 2):
         self.device, self.wait_s, self.closed = device, 0.0, threading.Event()
         self.queue: queue.Queue = queue.Queue(depth)
         self.thread = threading.Thread(target=self._fill, args=(make, first), daemon=True)
@@ -489,6 +542,14 @@ class Beat:
     def finite(self) -> bool:
         return bool(np.isfinite(self.values).all())
 
+    def culprit(self, names: Sequence[str]) -> str:
+        """Names the first rank and the first of `names`, one per value, that are not finite."""
+        bad = ~np.isfinite(self.values)
+        rank = int(bad.any(axis=1).argmax())
+        words = [name for name, wrong in zip(names, bad.any(axis=0), strict=True) if wrong]
+        first = next((word for word in words if word != "loss"), "none")
+        return f"loss {self.values[rank, 0]:g} on rank {rank}, first bad gradient {first}"
+
 
 class Pulse:
     """One small all-gather a step. The host reads a step's pulse only after it has queued the next step, so it never
@@ -531,26 +592,68 @@ class Pulse:
 
 
 # ----------------------------------------------------------------------------
+# Clock
+
+
+class Clock:
+    """Training time: stops for validation and saving, and leaves out the first ten steps of each start, as the
+    speedrun records do (compilation, autotuning). step_avg is the mean over the timed steps, and train_s(step) is
+    step_avg times (step - 10): the time measured, for a run in one piece, and comparable for a resumed one."""
+
+    SKIP = 10
+
+    def __init__(self, w: World, timed_s: float = 0.0, timed_steps: int = 0):
+        self.w, self.timed_s, self.timed_steps, self.seen, self.t0 = w, timed_s, timed_steps, 0, None
+        self.step_s = self.ticked_at = math.nan
+
+    def start(self) -> None:
+        self.w.sync()
+        self.t0 = self.ticked_at = time.perf_counter()
+
+    def stop(self) -> None:
+        self.w.sync()
+        if self.seen > self.SKIP:
+            self.timed_s += time.perf_counter() - self.t0
+        self.t0 = None
+
+    def tick(self) -> None:
+        """One more step is queued; the host is at most one step ahead, so step_s is the time a step takes."""
+        self.step_s, self.ticked_at = time.perf_counter() - self.ticked_at, time.perf_counter()
+        self.seen += 1
+        if self.seen > self.SKIP:
+            self.timed_steps += 1
+        elif self.seen == self.SKIP:
+            self.start()
+
+    @property
+    def step_avg_s(self) -> float:
+        running = time.perf_counter() - self.t0 if self.t0 and self.seen > self.SKIP else 0.0
+        return (self.timed_s + running) / self.timed_steps if self.timed_steps else math.nan
+
+    def train_s(self, step: int) -> float:
+        return self.step_avg_s * max(step - self.SKIP, 0) if self.timed_steps else 0.0
+
+    def times(self, step: int) -> str:
+        return f"train_time:{1000 * self.train_s(step):.0f}ms step_avg:{1000 * self.step_avg_s:.2f}ms"
+
+
+# ----------------------------------------------------------------------------
 # Run log
 
 RULE = "=" * 100
+METRICS = "step train_loss val_loss lr train_time_s tokens tokens_per_s mfu grad_norm peak_memory_mib".split()
 DONE = ("finished", "early_stop")  # a run in one of these states has nothing left to do
 
 
-def _git(*args: str) -> str:
+def _output(*command: str) -> str:
     try:
-        return subprocess.run(
-            ["git", "-C", str(HERE), *args], capture_output=True, text=True, timeout=20
-        ).stdout.strip()
+        return subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=30).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         return ""
 
 
-def _nvidia_smi() -> str:
-    try:
-        return subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=30).stdout.rstrip()
-    except (OSError, subprocess.TimeoutExpired):
-        return "nvidia-smi: not found"
+def _blank(value: float, form: str) -> str:
+    return "" if math.isnan(value) else format(value, form)
 
 
 def new_run_id(w: World) -> str:
@@ -570,22 +673,16 @@ def new_run_id(w: World) -> str:
 
 
 class RunLog:
-    """One run's record; rank 0 writes, other ranks stay silent. Lines reach the file at once; they are forced to disk
-    when sync() is called (at validations, saves and the end), not at every step.
+    """One run's record: logs/<id>.txt for eyes, logs/<id>/metrics.csv for programs, logs/<id>/status.json for others to
+    watch. Rank 0 writes. Lines reach the file at once and are forced to disk by sync(), not at every step.
 
-    Raises UserError before training when the id belongs to a finished run or to one that is running, or when the
-    results file has other columns than ours.
+    Raises UserError before training when the id is that of a finished run, or of one that is being trained now.
     """
 
-    def __init__(self, folder: Path, run_id: str, columns: Sequence[str], w: World, total_steps: int):
-        self.w, self.id, self.columns, self.total = w, run_id, list(columns), total_steps
-        self.folder, self.path, self.rows = (
-            folder / run_id,
-            folder / f"{run_id}.txt",
-            folder / run_id / "metrics.csv",
-        )
-        self.status_path, self.bar, self.told = self.folder / "status.json", None, 0.0
-        self.state: dict = {}
+    def __init__(self, folder: Path, run_id: str, w: World, total_steps: int):
+        self.w, self.id, self.total, self.folder = w, run_id, total_steps, folder / run_id
+        self.path, self.status_path = folder / f"{run_id}.txt", folder / run_id / "status.json"
+        self.bar, self.told, self.pending, self.facts = None, 0.0, {}, {}
         problem = None
         if w.main:
             try:
@@ -602,61 +699,47 @@ class RunLog:
         try:
             self.lock.acquire(timeout=0)
         except Timeout:
-            raise UserError(
-                f"run {self.id} is being trained by another process; wait for it, or choose another RUN_ID"
-            ) from None
+            raise UserError(f"run {self.id} is being trained by another process; choose another RUN_ID") from None
         if self.status_path.exists():
-            self.state = json.loads(self.status_path.read_text())
-            if self.state["status"] in DONE:
-                raise UserError(
-                    f"run {self.id} is complete ({self.state['status']}, {self.path}); choose another RUN_ID"
-                )
-        self.resumed = bool(self.state)
-        self.log, self.csv = self._append(self.path), self._append(self.rows)
+            status = json.loads(self.status_path.read_text())["status"]
+            if status in DONE:
+                raise UserError(f"run {self.id} is complete ({status}, {self.path}); choose another RUN_ID")
+        self.log, self.csv = self._append(self.path), self._append(self.folder / "metrics.csv")
         if self.csv.tell() == 0:
-            self.csv.write(",".join(self.columns) + "\n")
-            self.csv.flush()
+            self.csv.write(",".join(METRICS) + "\n")
         if sys.stderr.isatty():
             self.bar = tqdm(total=self.total, unit="step", dynamic_ncols=True, smoothing=0.05)
 
     @staticmethod
     def _append(path: Path) -> io.TextIOWrapper:
         """Open for appending; a last line that a crash tore is cut off, so that the next one starts clean."""
-        if path.exists() and not (data := path.read_bytes()).endswith(b"\n") and data:
-            with open(path, "r+b") as f:
-                f.truncate(data.rfind(b"\n") + 1)
+        if path.exists() and (data := path.read_bytes()) and not data.endswith(b"\n"):
+            os.truncate(path, data.rfind(b"\n") + 1)
         return open(path, "a", newline="")
 
     def header(self, k, sources: Sequence[str | Path], facts: Mapping[str, object]) -> None:
-        """The program, the machine and the knobs, before the first step of each start of the run."""
-        self.sources = [Path(p).read_text() for p in sources]
-        self.code_sha256 = hashlib.sha256("".join(self.sources).encode()).hexdigest()
-        self.commit, self.dirty = (
-            _git("rev-parse", "HEAD") or "unknown",
-            bool(_git("status", "--porcelain", "-uno")),
-        )
-        self.started = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
+        """The program, the machine and the knobs, at each start of the run."""
+        texts = [Path(p).read_text() for p in sources]
+        self.code_sha256 = hashlib.sha256("".join(texts).encode()).hexdigest()
+        self.commit, self.dirty = (_output("git", "rev-parse", "HEAD"), bool(_output("git", "status", "-s", "-uno")))
+        self.commit, self.started = (self.commit or "unknown", f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S}")
         if not self.w.main:
             return
-        lines = [RULE, *(line for source in self.sources for line in (source.rstrip("\n"), RULE))]
-        lines += [
-            f"git_commit: {self.commit}{' (dirty)' if self.dirty else ''}",
-            f"code_sha256: {self.code_sha256}",
-        ]
-        lines += [
-            f"command: {' '.join([Path(sys.executable).name, *sys.orig_argv[1:]])}",
-            f"seed: {getattr(k, 'seed', '')}",
-        ]
-        lines += ["hyperparameters:", knobs_json(k)]
-        lines += [f"{name}: {value}" for name, value in facts.items()]
-        lines += [
-            f"Running pytorch {torch.__version__} compiled for CUDA {torch.version.cuda}",
-            "nvidia-smi:",
-            _nvidia_smi(),
-            RULE,
-        ]
+        lines = [RULE, *(line for text in texts for line in (text.rstrip("\n"), RULE))]
+        lines += [f"git_commit: {self.commit}{' (dirty)' * self.dirty}", f"code_sha256: {self.code_sha256}"]
+        lines += [f"command: {shlex.join(sys.orig_argv)}", "hyperparameters:", knobs_json(k)]
+        lines += [f"Running pytorch {torch.__version__} compiled for CUDA {torch.version.cuda}", "nvidia-smi:"]
+        lines += [_output("nvidia-smi") or "not found", RULE]
         self.log.write("\n".join(lines) + "\n")
+        for name, value in (facts | dict(device=f"{self.w.size} x {self.w.name()}", log=self.path)).items():
+            self.say(f"{name}: {value}")
         self.sync()
+
+    def rates(self, tokens_per_step: int, flops_per_token: float) -> None:
+        """What throughput and MFU are computed from; an unknown device's MFU is not claimed."""
+        self.tokens, self.flops, self.peak = tokens_per_step, flops_per_token, peak_flops(self.w)
+        peak = f"of {self.peak / 1e12:.0f} TFLOP/s dense bf16, attention counted causal" if self.peak else "n/a"
+        self.say(f"mfu: {peak}")
 
     def say(self, line: str, quiet: bool = False) -> None:
         """One line in the log and on stdout; `quiet` ones stay off a terminal, where the bar shows them."""
@@ -669,44 +752,79 @@ class RunLog:
         elif not quiet:
             tqdm.write(line)
 
-    def row(self, **values) -> None:
-        """One row of metrics.csv; columns that are not given stay empty."""
-        if self.w.main:
-            csv.DictWriter(self.csv, self.columns, lineterminator="\n").writerow(values)
+    def step(self, step: int, train_loss: float, lr: float, grad_norm: float, clock: Clock) -> None:
+        """One finished optimizer step: a line, a row, the bar, and (every two seconds) the status."""
+        if not self.w.main:
+            return
+        self._flush_row()
+        speed = self.tokens / clock.step_s
+        self.pending = dict(step=step, train_loss=f"{train_loss:.6f}", lr=f"{lr:.6g}", grad_norm=f"{grad_norm:.6g}")
+        self.pending |= dict(train_time_s=f"{clock.train_s(step):.3f}", tokens=step * self.tokens)
+        self.pending |= dict(tokens_per_s=_blank(speed, ".0f"), peak_memory_mib=self.w.peak_memory_mib())
+        self.pending |= dict(mfu=_blank(speed * self.flops / self.peak / self.w.size, ".4f") if self.peak else "")
+        self.say(f"step:{step}/{self.total} train_loss:{train_loss:.4f} {clock.times(step)}", quiet=True)
+        self.facts |= dict(train_loss=round(train_loss, 6), tokens_per_s=_blank(speed, ".0f"))
+        self.facts |= dict(eta_s=_blank((self.total - step) * self.tokens / speed, ".0f"))
+        if time.monotonic() - self.told > 2:
+            self.status("running", step)
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {train_loss:.3f}, {_blank(speed, ',.0f') or '-'} tokens/s", refresh=False)
+            self.bar.update(step - self.bar.n)
+
+    def validation(self, step: int, val_loss: float, clock: Clock, mark: str = "") -> None:
+        """One validation: a line, and the val_loss of the step's row, which is then on disk."""
+        if not self.w.main:
+            return
+        self.say(f"step:{step}/{self.total} val_loss:{val_loss:.4f} {clock.times(step)}{mark}")
+        self.pending = self.pending or dict(step=step, tokens=step * self.tokens)
+        self.pending["val_loss"] = f"{val_loss:.6f}"
+        self.facts |= dict(val_loss=round(val_loss, 6))
+        self.sync()
+        self.status("running", step)
+
+    def _flush_row(self) -> None:
+        if self.pending:
+            csv.DictWriter(self.csv, METRICS, lineterminator="\n").writerow(self.pending)
             self.csv.flush()
+        self.pending = {}
 
     def sync(self) -> None:
+        """Force what was written so far to disk."""
         if self.w.main:
+            self._flush_row()
             for f in (self.log, self.csv):
                 f.flush()
                 os.fsync(f.fileno())
 
-    def status(self, status: str, step: int, every_s: float = 0, **facts) -> None:
-        """Update status.json in one replace; with every_s, at most that often (seconds)."""
-        if not self.w.main or time.monotonic() - self.told < every_s:
-            return
-        self.told = time.monotonic()
-        self.state = dict(run_id=self.id, status=status, step=step, num_iterations=self.total, **facts)
-        self.state |= dict(
-            pid=os.getpid(), host=socket.gethostname(), started=self.started, updated=time.time()
-        )
-        part = self.status_path.with_suffix(".part")
-        part.write_text(json.dumps(self.state, indent=1) + "\n")
-        os.replace(part, self.status_path)
-
-    def progress(self, step: int, **numbers) -> None:
-        if self.bar is not None:
-            self.bar.set_postfix(numbers, refresh=False)
-            self.bar.update(step - self.bar.n)
-
-    def close(self) -> None:
+    def status(self, status: str, step: int) -> None:
+        """Replace status.json."""
         if self.w.main:
+            self.told = time.monotonic()
+            facts = dict(run_id=self.id, status=status, step=step, num_iterations=self.total, **self.facts)
+            facts |= dict(pid=os.getpid(), host=socket.gethostname(), started=self.started, updated=time.time())
+            part = self.status_path.with_suffix(".part")
+            part.write_text(json.dumps(facts, indent=1) + "\n")
+            os.replace(part, self.status_path)
+
+    def close(self, status: str, step: int) -> None:
+        """The run has ended, with `status`."""
+        if self.w.main:
+            self.status(status, step)
+            if self.bar is not None:
+                self.bar.close()
+                self.bar = None
+            self.say(f"{status}: step:{step}/{self.total} peak_memory:{self.w.peak_memory_mib()}MiB log:{self.path}")
             self.sync()
             self.log.close()
             self.csv.close()
-            if self.bar is not None:
-                self.bar.close()
             self.lock.release()
+
+
+def notes(k, presets: Mapping[str, Mapping], hidden: Sequence[str]) -> list[str]:
+    """NAME=value of the knobs that are not as their preset has them; `hidden` ones have a column or change no loss."""
+    usual = dataclasses.asdict(type(k)(**presets[k.preset])) | dict(preset=next(iter(presets)))
+    rest = [f for f in dataclasses.fields(k) if f.name not in hidden or f.name == "preset"]
+    return [f"{f.name.upper()}={show(f, v)}" for f in rest if (v := getattr(k, f.name)) != usual[f.name]]
 
 
 def check_results(path: Path, columns: Sequence[str], w: World) -> None:
@@ -720,7 +838,7 @@ def check_results(path: Path, columns: Sequence[str], w: World) -> None:
                 found = f.readline().strip().split(",")
             if found not in ([""], list(columns)):
                 wrong = sorted(set(found) ^ set(columns)) or "their order"
-                problem = f"{path}: its columns are not this version's (they differ in {wrong}); move it away, or set RESULTS to another file"
+                problem = f"{path}: other columns than ours ({wrong}); move it away, or set RESULTS to another file"
         except OSError as error:
             problem = f"{path}: cannot be written ({error.strerror}); set RESULTS to another file"
     w.agree(problem)
@@ -740,29 +858,15 @@ def append_result(path: Path, columns: Sequence[str], row: Mapping[str, object],
                 text.write("" if f.read(1) == b"\n" else "\n")
             else:
                 text.write(",".join(columns) + "\n")
+            row = {name: "" if value != value else value for name, value in row.items()}  # nan: nothing to report
             csv.DictWriter(text, columns, lineterminator="\n").writerow(row)
             os.write(f.fileno(), text.getvalue().encode())
             os.fsync(f.fileno())
 
 
 # Dense bf16 (T4: fp16) tensor-core peaks in FLOP/s, from the vendors' data sheets; first match in the device name wins.
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "GH200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-}
-PEAK_FLOPS |= {
-    "A800": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "V100": 125e12,
-    "T4": 65e12,
-}
+PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12}
+PEAK_FLOPS |= {"A800": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "A10": 125e12, "V100": 125e12, "T4": 65e12}
 PEAK_FLOPS |= {"RTX 4090": 165e12, "RTX 3090": 71e12}
 
 
@@ -771,8 +875,62 @@ def peak_flops(w: World) -> float | None:
     return next((peak for name, peak in PEAK_FLOPS.items() if name in w.name()), None)
 
 
+def check_compiler(compile: bool, device: str) -> None:
+    """Raise UserError when torch.compile is asked for and what it generates code with is not installed."""
+    if compile and device == "cpu" and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
+        raise UserError("COMPILE=1 on a CPU needs a C++ compiler (g++, clang++ or CXX); install one, or set COMPILE=0")
+    if compile and device == "cuda" and importlib.util.find_spec("triton") is None:
+        raise UserError("COMPILE=1 on a GPU needs the package triton; install it, or set COMPILE=0")
+
+
+def largest_that_fits(n: int, attempt: Callable[[int], None], estimate_mib: Callable[[int], int], w: World) -> int:
+    """The largest divisor of n whose step fits on every rank: tried out on CUDA; on a CPU, estimated to need
+    no more than half of the free memory; at least 1."""
+    fits = 1
+    for size in (d for d in range(n, 0, -1) if n % d == 0):
+        if w.device.type == "cpu":
+            free = next(line for line in Path("/proc/meminfo").read_text().splitlines() if "MemAvailable" in line)
+            if estimate_mib(size) * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > int(free.split()[1]) // 2048:
+                continue
+        else:
+            try:
+                attempt(size)
+            except torch.OutOfMemoryError:
+                continue
+            finally:
+                torch.cuda.empty_cache()
+        fits = size
+        break
+    return min(w.gather(fits))
+
+
 # ----------------------------------------------------------------------------
 # Checkpoints
+
+
+def resume_facts(k, shards: TokenShards, log: RunLog) -> dict:
+    """What a checkpoint says of its run, for check_resume."""
+    facts = dict(knobs=dataclasses.asdict(k), content=shards.content, code_sha256=log.code_sha256)
+    return facts | dict(world_size=log.w.size)
+
+
+def check_resume(state: dict, k, free: Sequence[str], shards: TokenShards, log: RunLog) -> None:
+    """Raise UserError when a run is resumed with other knobs (the `free` ones may change) or other shards."""
+    was = state["knobs"]
+    changed = [f for f in dataclasses.fields(k) if f.name not in free and was.get(f.name) != getattr(k, f.name)]
+    if changed:
+        words = ", ".join(
+            f"{f.name.upper()}={show(f, was.get(f.name))}, not {show(f, getattr(k, f.name))}" for f in changed
+        )
+        raise UserError(f"run {log.id} was started with {words}; resume it with the same, or choose another RUN_ID")
+    if state["content"] != shards.content[: len(state["content"])]:
+        raise UserError(
+            f"run {log.id} was trained on other shards than {shards.pattern} matches now; put them back, or choose "
+            f"another RUN_ID"
+        )
+    log.say(f"resumed step:{state['step']} from a checkpoint written by {state['world_size']} rank(s)")
+    if state["code_sha256"] != log.code_sha256:
+        log.say(f"the code is not that of the checkpoint: {log.code_sha256[:12]}, was {state['code_sha256'][:12]}")
 
 
 def save_checkpoint(folder: Path, step: int, state: dict | None, w: World, keep: int = 2) -> None:
@@ -790,9 +948,7 @@ def save_checkpoint(folder: Path, step: int, state: dict | None, w: World, keep:
                 torch.save(state, f)
                 f.flush()
                 os.fsync(f.fileno())
-            facts = {
-                "state.pt": dict(bytes=(part / "state.pt").stat().st_size, sha256=_sha256(part / "state.pt"))
-            }
+            facts = {"state.pt": dict(bytes=(part / "state.pt").stat().st_size, sha256=_sha256(part / "state.pt"))}
             _write_whole(part / "manifest.json", json.dumps(dict(step=step, files=facts), indent=1).encode())
             if done.exists():  # a bad one of the same step, or one written again after a resume
                 done.rename(done.with_suffix(".old.part"))
@@ -804,7 +960,7 @@ def save_checkpoint(folder: Path, step: int, state: dict | None, w: World, keep:
                 shutil.rmtree(stale)
         except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
             shutil.rmtree(part, ignore_errors=True)
-            problem = f"checkpoint {done} could not be written ({error}); earlier ones are untouched; free some space and resume"
+            problem = f"checkpoint {done} could not be written ({error}); earlier ones are whole; free space and resume"
     w.agree(problem)
 
 

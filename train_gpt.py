@@ -17,14 +17,10 @@ Shared   plumbing.py keeps the run alive and accounted for. Everything that can 
 """
 
 import hashlib
-import importlib.util
 import math
 import os
-import shutil
-import sys
-import time
-from dataclasses import asdict, dataclass, fields
-from functools import lru_cache, partial
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -34,110 +30,90 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import plumbing
-from plumbing import HERE, Prefetch, Pulse, RunLog, TokenShards, UserError, World, knob, knobs_json, launch
+from plumbing import HERE, Clock, Prefetch, Pulse, RunLog, TokenShards, UserError, World, knob, knobs_json, launch
 
 # ----------------------------------------------------------------------------
 # Knobs
 
+VIRTUAL_RANKS = 8  # of DATA_ORDER=record
+FINEWEB = HERE / "data/fineweb10B/fineweb"
 PRESETS = {
     "speedrun": {},
     # bytes of Python's own documentation: trains to below 2 nats a byte within a minute on two cores
     "demo": dict(device="cpu", compile=False, input_bin="embedded", input_val_bin="embedded", vocab_size=256)
     | dict(n_layer=3, n_head=2, n_embd=128, sequence_length=128, batch_size=32, device_batch_size=16)
     | dict(num_iterations=400, warmdown_iters=200, val_every=50, val_tokens=65536, save_every=50, lr=0.01),
-    # GPT-2 tokens on a CPU: the whole system in small
-    "tiny": dict(device="cpu", compile=False, n_layer=4, n_head=2, n_embd=128, sequence_length=128)
-    | dict(batch_size=16, device_batch_size=8, num_iterations=300, warmdown_iters=150, val_every=50)
-    | dict(val_tokens=32768, save_every=100, lr=0.01),
+    # GPT-2 tokens on a CPU, at the record's width: the whole system with few layers and short sequences
+    "tiny": dict(device="cpu", compile=False, n_layer=2, sequence_length=128, batch_size=8, device_batch_size=4)
+    | dict(num_iterations=150, warmdown_iters=75, val_every=25, val_tokens=16384, save_every=50),
 }
+# What may differ when a run is resumed: nothing here moves the loss curve.
+FREE = (
+    "preset device_batch_size epochs_ok val_every early_stop_patience early_stop_min_delta target_loss save_every keep "
+)
+FREE += "device compile run_id stage runpod_instance_type logs results dry_run"
+GATES, POSITIONS = ("none", "headwise", "elementwise", "const"), ("sdpa", "value", "key", "query", "output")
+ACTIVATIONS, OPTIMIZERS = ("sigmoid", "ns_sigmoid", "silu", "identity"), ("muon", "adam")
 
 
 @dataclass(frozen=True)
 class Knobs:
-    preset: str = knob("speedrun", "named set of defaults", choices=tuple(PRESETS), free=True)
+    preset: str = knob("speedrun", "named set of defaults", choices=tuple(PRESETS))
     # model
     n_layer: int = knob(12, "transformer blocks", low=1)
     n_head: int = knob(6, "attention heads", low=1)
     n_embd: int = knob(768, "model width, channels", low=2)
     vocab_size: int = knob(50304, "token ids, padded", low=2, high=65536)
-    attngate: str = knob(
-        "none", "gate of the attention", choices=("none", "headwise", "elementwise", "const")
-    )
-    gatepos: str = knob("sdpa", "what it multiplies", choices=("sdpa", "value", "key", "query", "output"))
-    gateact: str = knob("sigmoid", "its activation", choices=("sigmoid", "ns_sigmoid", "silu", "identity"))
-    gateopt: str = knob("muon", "optimizer of the gate's weights", choices=("muon", "adam"))
+    attngate: str = knob("none", "gate of the attention", choices=GATES)
+    gatepos: str = knob("sdpa", "what the gate multiplies", choices=POSITIONS)
+    gateact: str = knob("sigmoid", "the gate's activation", choices=ACTIVATIONS)
+    gateopt: str = knob("muon", "optimizer of the gate's weights", choices=OPTIMIZERS)
     mlp_match: bool = knob(False, "shrink the MLP until the gated model has the ungated parameter count")
-    # batch
+    # batch, in sequences
     batch_size: int = knob(512, "sequences per step, over all ranks", low=1)
-    device_batch_size: int | None = knob(
-        64, "sequences per micro-batch of a rank", low=1, none="auto", free=True
-    )
+    device_batch_size: int | None = knob(64, "sequences per micro-batch of a rank", low=1, none="auto")
     sequence_length: int = knob(1024, "tokens per sequence", low=1)
-    # schedule
+    # schedule, in optimizer steps
     num_iterations: int = knob(5100, "optimizer steps", low=0, alias=("num_iter",))
     warmup_iters: int = knob(0, "steps of linear warm-up", low=0)
     warmdown_iters: int = knob(1450, "steps of linear decay to zero at the end", low=0)
-    time_budget_s: float | None = knob(
-        None, "training seconds; the schedule then runs on time", above=0, none="off"
-    )
+    time_budget_s: float | None = knob(None, "training seconds; the schedule runs on time", above=0, none="off")
     # optimizers
-    lr: float = knob(
-        0.0036, "peak learning rate of AdamW; Muon's is 0.1 of it", low=0, alias=("learning_rate",)
-    )
+    lr: float = knob(0.0036, "peak rate of AdamW; Muon's is 0.1 of it", low=0, alias=("learning_rate",))
     seed: int = knob(1337, "initial weights", low=0)
     # data
-    input_bin: str = knob(str(HERE / "data/fineweb10B/fineweb_train_*.bin"), "training shards, or 'embedded'")
-    input_val_bin: str = knob(
-        str(HERE / "data/fineweb10B/fineweb_val_*.bin"), "validation shards, or 'embedded'"
-    )
-    data_order: str = knob(
-        "record", "token order of the 8-GPU record, or one clean pass", choices=("record", "stream")
-    )
+    input_bin: str = knob(f"{FINEWEB}_train_*.bin", "training shards, or 'embedded'")
+    input_val_bin: str = knob(f"{FINEWEB}_val_*.bin", "validation shards, or 'embedded'")
+    data_order: str = knob("record", "tokens as the 8-GPU record, or one clean pass", choices=("record", "stream"))
     data_seed: int | None = knob(None, "shuffles the order of the steps' batches", low=0, none="off")
-    epochs_ok: bool = knob(False, "start over when the shards run out", free=True)
+    epochs_ok: bool = knob(False, "start over when the shards run out")
     # evaluation, stopping, saving
-    val_every: int = knob(
-        125, "steps between validations (also at step 0 and the last); 0: the last only", low=0, free=True
-    )
+    val_every: int = knob(125, "steps between validations, also at step 0 and the last; 0: the last only", low=0)
     val_tokens: int = knob(10485760, "tokens of a validation, from the first of the shards on", low=1)
-    early_stop_patience: int = knob(
-        0, "validations without improvement until the run stops; 0: never", low=0, free=True
-    )
-    early_stop_min_delta: float = knob(
-        0.0, "nats by which a validation must improve to count", low=0, free=True
-    )
-    target_loss: float | None = knob(
-        None, "log when validation first reaches this, in nats", none="off", free=True
-    )
-    save_every: int = knob(
-        500, "steps between checkpoints (also at the end); 0: only there", low=0, free=True
-    )
-    keep: int = knob(2, "checkpoints kept", low=1, free=True)
+    early_stop_patience: int = knob(0, "validations without improvement until it stops; 0: never", low=0)
+    early_stop_min_delta: float = knob(0.0, "nats by which a validation must improve to count", low=0)
+    target_loss: float | None = knob(None, "log when validation first reaches this, in nats", none="off")
+    save_every: int = knob(500, "steps between checkpoints, also at the end; 0: only there", low=0)
+    keep: int = knob(2, "checkpoints kept", low=1)
     # the run
-    device: str = knob(
-        "cuda", "where to train; nothing falls back by itself", choices=("cuda", "cpu"), free=True
-    )
-    compile: bool = knob(True, "torch.compile", free=True)
-    run_id: str = knob(
-        "", "name of the run; that of an unfinished run resumes it; empty: made once per launch", free=True
-    )
-    stage: str = knob("", "stage of a study, copied into the results row", free=True)
-    runpod_instance_type: str = knob("unknown", "copied into the results row", free=True)
-    logs: str = knob(str(HERE / "logs"), "folder of the run's log, metrics and checkpoints", free=True)
-    results: str = knob(str(HERE / "experiments/results.csv"), "file that gets one row per run", free=True)
-    dry_run: bool = knob(False, "show knobs, sizes and data, and stop", free=True)
+    device: str = knob("cuda", "where to train; nothing falls back by itself", choices=("cuda", "cpu"))
+    compile: bool = knob(True, "torch.compile")
+    run_id: str = knob("", "an unfinished run's id resumes it; empty: made once per launch")
+    stage: str = knob("", "stage of a study, copied into the results row")
+    runpod_instance_type: str = knob("unknown", "copied into the results row")
+    logs: str = knob(str(HERE / "logs"), "folder of the run's log, metrics and checkpoints")
+    results: str = knob(str(HERE / "experiments/results.csv"), "file that gets one row per run")
+    dry_run: bool = knob(False, "show knobs, sizes and data, and stop")
 
     def __post_init__(self):
         if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
-            raise ValueError(
-                f"N_EMBD={self.n_embd} must be N_HEAD={self.n_head} times an even head width (rotary)"
-            )
+            raise ValueError(f"N_EMBD={self.n_embd} must be N_HEAD={self.n_head} times an even head width (rotary)")
         if self.warmup_iters + self.warmdown_iters > self.num_iterations > 0:
             raise ValueError(
                 f"WARMUP_ITERS={self.warmup_iters} + WARMDOWN_ITERS={self.warmdown_iters} do not fit into "
                 f"NUM_ITERATIONS={self.num_iterations}; lower them, or train longer"
             )
-        if self.data_order == "record" and self.batch_size % 8:
+        if self.data_order == "record" and self.batch_size % VIRTUAL_RANKS:
             raise ValueError(
                 f"BATCH_SIZE={self.batch_size} must divide by 8 in DATA_ORDER=record, which has 8 virtual ranks; "
                 f"choose a multiple of 8, or DATA_ORDER=stream"
@@ -148,10 +124,6 @@ class Knobs:
             )
         if (self.input_bin == "embedded") != (self.input_val_bin == "embedded"):
             raise ValueError("INPUT_BIN=embedded and INPUT_VAL_BIN=embedded go together; set both or neither")
-        if self.mlp_match and self.mlp_width < 1:
-            raise ValueError(
-                f"MLP_MATCH=1 leaves the MLP no width at N_EMBD={self.n_embd}; use a wider model"
-            )
 
     @property
     def gate_rows(self) -> int:
@@ -188,12 +160,12 @@ def rotate(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).type_as(x_BTHD)
 
 
-GATE_ACTIVATIONS = {
-    "sigmoid": torch.sigmoid,
-    "ns_sigmoid": lambda z: 0.5 + 0.5 * torch.sigmoid(z),
-    "silu": F.silu,
-    "identity": lambda z: z,
-}
+def activate(z: Tensor, name: str) -> Tensor:
+    if name == "sigmoid":
+        return torch.sigmoid(z)
+    if name == "ns_sigmoid":  # "non-sparse": between a half and one
+        return 0.5 + 0.5 * torch.sigmoid(z)
+    return F.silu(z) if name == "silu" else z
 
 
 class Attention(nn.Module):
@@ -222,7 +194,7 @@ class Attention(nn.Module):
         else:
             z = z_BTR if self.k.gate_stacked else F.linear(x_BTC, self.gate)
             z = z.view(B, T, self.k.n_head, -1)
-        return GATE_ACTIVATIONS[self.k.gateact](z)
+        return activate(z, self.k.gateact)
 
     def forward(self, x_BTC: Tensor, cos: Tensor, sin: Tensor, cache: list | None = None) -> Tensor:
         B, T, C = x_BTC.shape
@@ -237,11 +209,7 @@ class Attention(nn.Module):
         gate = self.gate_BTHD(x_BTC, z_BTR).type_as(v) if at else None
         q, k, v = (t * gate if at == name else t for t, name in ((q, "query"), (k, "key"), (v, "value")))
         if cache is not None:  # generation: keys and values of the tokens before
-            k, v = (
-                (torch.cat([past, new], 1) for past, new in zip(cache, (k, v), strict=True))
-                if cache
-                else (k, v)
-            )
+            k, v = (torch.cat([past, new], 1) for past, new in zip(cache, (k, v), strict=True)) if cache else (k, v)
             cache[:] = k, v
         y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=T == k.size(1))
         y = y.transpose(1, 2)
@@ -409,9 +377,7 @@ class Muon:
         """Mean over ranks of the owned gradients; returns their norms, by name."""
         self.w.mean_scatter(self.grads)
         return (
-            dict(
-                zip(self.own, torch._foreach_norm([self.view(self.grads, n) for n in self.own]), strict=True)
-            )
+            dict(zip(self.own, torch._foreach_norm([self.view(self.grads, n) for n in self.own]), strict=True))
             if self.own
             else {}
         )
@@ -431,9 +397,7 @@ class Muon:
             )
             for d, out in pairs:
                 turn = d.size(0) > d.size(1)  # tall ones join their wide siblings' batch
-                by_shape.setdefault(tuple(sorted(d.shape)), []).append(
-                    (d.mT if turn else d, out.mT if turn else out)
-                )
+                by_shape.setdefault(tuple(sorted(d.shape)), []).append((d.mT if turn else d, out.mT if turn else out))
         for pairs in by_shape.values():
             found = self.orthogonalise(torch.stack([d.bfloat16() for d, _ in pairs]))
             torch._foreach_copy_([out for _, out in pairs], list(torch.where(ok, found, 0).unbind()))
@@ -490,9 +454,7 @@ class AdamW:
         """Moments of all parameters, by name, and the number of updates."""
         state, out = self.adam.state.get(self.mine, {}), {}
         for key in ("exp_avg", "exp_avg_sq"):
-            rows = self.w.all_rows(
-                state.get(key, torch.zeros_like(self.mine)).detach().repeat(self.w.size, 1)
-            )
+            rows = self.w.all_rows(state.get(key, torch.zeros_like(self.mine)).detach().repeat(self.w.size, 1))
             out[key] = {name: view.cpu().clone() for name, view in self.views(rows).items()}
         return out | dict(step=float(state.get("step", 0.0)))
 
@@ -510,9 +472,7 @@ def make_optimizers(model: GPT, k: Knobs, w: World) -> tuple[AdamW, Muon]:
     """AdamW for the tied matrix (and the gate, with GATEOPT=adam), Muon for every other matrix of the blocks."""
     params = dict(model.named_parameters())
     adam = [n for n in params if n == "wte" or (k.gateopt == "adam" and n.endswith("gate"))]
-    return AdamW({n: params[n] for n in adam}, w), Muon(
-        {n: p for n, p in params.items() if n not in adam}, k, w
-    )
+    return AdamW({n: params[n] for n in adam}, w), Muon({n: p for n, p in params.items() if n not in adam}, k, w)
 
 
 # ----------------------------------------------------------------------------
@@ -521,53 +481,14 @@ def make_optimizers(model: GPT, k: Knobs, w: World) -> tuple[AdamW, Muon]:
 
 def lr_scale(step: float, k: Knobs) -> float:
     """Trapezoid: up to 1 over the first WARMUP_ITERS updates, 1, then down over the last WARMDOWN_ITERS; update `step`
-    counts from 0. A fractional step comes from TIME_BUDGET_S. 0 at and after NUM_ITERATIONS, when there is a warmdown."""
+    counts from 0. A fractional step comes from TIME_BUDGET_S. With a warmdown, 0 at and after NUM_ITERATIONS."""
     up = (step + 1) / k.warmup_iters if k.warmup_iters else 1.0
     down = (k.num_iterations - step) / k.warmdown_iters if k.warmdown_iters else 1.0
     return max(0.0, min(up, 1.0, down))
 
 
-class Clock:
-    """Training time: stops for validation and saving, and leaves out the first ten steps of each start, as the record
-    does (compilation, autotuning). step_avg is the mean over the timed steps, and train_s(step) is step_avg times
-    (step - 10): for a run in one piece that is the time measured, and a resumed run is comparable with it."""
-
-    SKIP = 10
-
-    def __init__(self, w: World, timed_s: float = 0.0, timed_steps: int = 0):
-        self.w, self.timed_s, self.timed_steps, self.seen, self.t0 = w, timed_s, timed_steps, 0, None
-
-    def start(self) -> None:
-        self.w.sync()
-        self.t0 = time.perf_counter()
-
-    def stop(self) -> None:
-        self.w.sync()
-        if self.seen > self.SKIP:
-            self.timed_s += time.perf_counter() - self.t0
-        self.t0 = None
-
-    def tick(self) -> None:
-        """One more step is queued."""
-        self.seen += 1
-        if self.seen > self.SKIP:
-            self.timed_steps += 1
-        elif self.seen == self.SKIP:
-            self.start()
-
-    @property
-    def step_avg_s(self) -> float:
-        running = time.perf_counter() - self.t0 if self.t0 and self.seen > self.SKIP else 0.0
-        return (self.timed_s + running) / self.timed_steps if self.timed_steps else math.nan
-
-    def train_s(self, step: int) -> float:
-        return self.step_avg_s * max(step - self.SKIP, 0) if self.timed_steps else 0.0
-
-
 # ----------------------------------------------------------------------------
 # Batches
-
-VIRTUAL_RANKS = 8
 
 
 class Batches:
@@ -588,12 +509,11 @@ class Batches:
             self.epoch_steps = (shards.total - 1) // tokens
         else:
             span = tokens // VIRTUAL_RANKS
-            short = next(
-                (p for p, n in zip(shards.paths, shards.lengths, strict=True) if n < tokens + 1), None
-            )
+            short = next((p for p, n in zip(shards.paths, shards.lengths, strict=True) if n < tokens + 1), None)
             if short:
                 raise UserError(
-                    f"{short}: fewer than the {tokens + 1:,} tokens of one batch; use larger shards, a smaller BATCH_SIZE, or DATA_ORDER=stream"
+                    f"{short}: {min(shards.lengths):,} tokens, a batch in record order takes {tokens + 1:,}; "
+                    f"use larger shards, a smaller BATCH_SIZE, or DATA_ORDER=stream"
                 )
             # batches that virtual rank v takes from each shard, summed up: (8, shards + 1)
             counts = [
@@ -621,9 +541,7 @@ class Batches:
         for v, ends in enumerate(self.counts):
             own = i % int(ends[-1])
             shard = int(np.searchsorted(ends, own, "right")) - 1
-            found.append(
-                self.shards.starts[shard] + (own - int(ends[shard])) * tokens + v * tokens // VIRTUAL_RANKS
-            )
+            found.append(self.shards.starts[shard] + (own - int(ends[shard])) * tokens + v * tokens // VIRTUAL_RANKS)
         return found
 
     def make(self, step: int) -> tuple[Tensor, Tensor]:
@@ -662,8 +580,7 @@ def evaluate(model: nn.Module, val: TokenShards, micro: int, k: Knobs, w: World)
         n = min(micro, hi - at)
         tokens = torch.from_numpy(val.read(at * T, n * T + 1).astype(np.int64)).to(w.device)
         x, y = (
-            F.pad(t.view(n, T), (0, 0, 0, micro - n), value=fill)
-            for t, fill in ((tokens[:-1], 0), (tokens[1:], -1))
+            F.pad(t.view(n, T), (0, 0, 0, micro - n), value=fill) for t, fill in ((tokens[:-1], 0), (tokens[1:], -1))
         )
         with autocast(w):
             loss += model(x, y).double() * micro
@@ -675,13 +592,13 @@ def evaluate(model: nn.Module, val: TokenShards, micro: int, k: Knobs, w: World)
 # Build
 
 HINT = "set DEVICE=cpu; PRESET=demo and PRESET=tiny are sizes that make that sensible"
-METRICS = "step train_loss val_loss lr train_time_s tokens tokens_per_s mfu grad_norm peak_memory_mib".split()
 RESULTS = (  # the original study's columns, in its order, then ours
-    "run_id date git_commit seed attn_gate gate_pos gate_act learning_rate batch_size device_batch_size sequence_length "
-    "num_iterations warmdown_iters final_val_loss best_val_loss train_time_ms ms_per_step gpu_name n_gpus runpod_instance "
-    "notes stage status steps_done warmup_iters n_params tokens_seen epochs peak_memory_mib torch world_size code_sha256 dirty"
+    "run_id date git_commit seed attn_gate gate_pos gate_act learning_rate batch_size device_batch_size "
+    "sequence_length num_iterations warmdown_iters final_val_loss best_val_loss train_time_ms ms_per_step gpu_name "
+    "n_gpus runpod_instance notes stage status steps_done warmup_iters n_params tokens_seen epochs peak_memory_mib "
+    "torch world_size code_sha256 dirty"
 ).split()
-IN_COLUMNS = "preset seed attngate gatepos gateact lr batch_size sequence_length num_iterations warmup_iters warmdown_iters".split()
+IN_COLUMNS = "seed attngate gatepos gateact lr batch_size sequence_length num_iterations warmup_iters warmdown_iters"
 
 
 def autocast(w: World) -> torch.autocast:
@@ -692,75 +609,40 @@ def flops_per_token(model: GPT, k: Knobs) -> int:
     """Model FLOPs of forward and backward, for MFU: 6 per weight of a matrix product (the tied matrix counts once, as
     the head), and attention counted causal: 6 * n_layer * T * C."""
     weights = sum(
-        p.numel()
-        for name, p in model.named_parameters()
-        if not (k.attngate == "const" and name.endswith("gate"))
+        p.numel() for name, p in model.named_parameters() if not (k.attngate == "const" and name.endswith("gate"))
     )
     return 6 * weights + 6 * k.n_layer * k.sequence_length * k.n_embd
 
 
 def memory_mib(n_params: int, sequences: int, k: Knobs) -> int:
-    """Rough peak of a rank: weights, gradients, moments and updates, the activations of a micro-batch, a chunk of logits."""
+    """Rough peak of a rank: weights, gradients, moments, updates, activations of a micro-batch, a chunk of logits."""
     state = n_params * (4 + 4 + 4 + 2) + k.vocab_size * k.n_embd * 8
     saved = sequences * k.sequence_length * k.n_layer * (30 * k.n_embd + 6 * k.mlp_width)
     return (state + saved + 8192 * k.vocab_size * 10) // 2**20
 
 
 def micro_batch(model: nn.Module, k: Knobs, w: World) -> int:
-    """DEVICE_BATCH_SIZE as it will be used: a divisor of the rank's part of the batch. 'auto' is the largest whose step
-    fits, tried out on CUDA, estimated on CPU; it changes the memory and the speed, not the training."""
+    """DEVICE_BATCH_SIZE as it will be used: a divisor of the rank's part of the batch. 'auto' is the largest whose
+    step fits; it changes memory and speed, not the training. Raises UserError when the batch does not divide."""
     local = k.batch_size // w.size
     if k.batch_size % w.size:
-        raise UserError(
-            f"BATCH_SIZE={k.batch_size} does not divide among {w.size} ranks; change it, or --nproc_per_node"
-        )
+        raise UserError(f"BATCH_SIZE={k.batch_size} does not divide among {w.size} ranks; change one of the two")
     if k.device_batch_size is not None:
         micro = min(k.device_batch_size, local)
         if local % micro:
             raise UserError(
-                f"DEVICE_BATCH_SIZE={micro} does not divide a rank's {local} sequences of BATCH_SIZE={k.batch_size}; use a divisor, or auto"
+                f"DEVICE_BATCH_SIZE={micro} does not divide a rank's {local} of BATCH_SIZE={k.batch_size} sequences; "
+                f"use a divisor, or auto"
             )
         return micro
-    n_params, fits = sum(p.numel() for p in model.parameters()), 1
-    for micro in (n for n in range(local, 0, -1) if local % n == 0):
-        if w.device.type == "cpu":
-            free = (
-                int(
-                    next(line for line in open("/proc/meminfo") if line.startswith("MemAvailable")).split()[1]
-                )
-                // 1024
-            )
-            if memory_mib(n_params, micro, k) <= free // (2 * int(os.environ.get("LOCAL_WORLD_SIZE", 1))):
-                fits = micro
-                break
-            continue
-        try:
-            tokens = torch.zeros(micro, k.sequence_length, dtype=torch.long, device=w.device)
-            with autocast(w):
-                model(tokens, tokens).backward()
-            fits = micro
-            break
-        except torch.OutOfMemoryError:
-            pass
-        finally:
-            tokens = None
-            torch.cuda.empty_cache()
-    return min(w.gather(fits))
 
+    def attempt(micro: int) -> None:
+        tokens = torch.zeros(micro, k.sequence_length, dtype=torch.long, device=w.device)
+        with autocast(w):
+            model(tokens, tokens).backward()
 
-def check_compiler(k: Knobs) -> None:
-    if (
-        k.compile
-        and k.device == "cpu"
-        and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++"))
-    ):
-        raise UserError(
-            "COMPILE=1 on a CPU needs a C++ compiler and found none (g++, clang++ or CXX); install one, or set COMPILE=0"
-        )
-    if k.compile and k.device == "cuda" and importlib.util.find_spec("triton") is None:
-        raise UserError(
-            "COMPILE=1 on a GPU needs the package triton, which this torch came without; install it, or set COMPILE=0"
-        )
+    n_params = sum(p.numel() for p in model.parameters())
+    return plumbing.largest_that_fits(local, attempt, lambda micro: memory_mib(n_params, micro, k), w)
 
 
 def open_data(k: Knobs) -> tuple[TokenShards, TokenShards, str]:
@@ -768,14 +650,12 @@ def open_data(k: Knobs) -> tuple[TokenShards, TokenShards, str]:
     train, val, sha = k.input_bin, k.input_val_bin, ""
     if k.input_bin == "embedded":
         if k.vocab_size < 256:
-            raise UserError(
-                f"INPUT_BIN=embedded is made of bytes; VOCAB_SIZE={k.vocab_size} must be at least 256"
-            )
+            raise UserError(f"INPUT_BIN=embedded is made of bytes; VOCAB_SIZE={k.vocab_size} must be at least 256")
         train, val, sha = plumbing.embedded_corpus(HERE / "data")
     found = TokenShards(train), TokenShards(val)
     if found[1].total < k.val_tokens + 1:
         raise UserError(
-            f"{val}: {found[1].total:,} tokens, VAL_TOKENS={k.val_tokens:,} needs one more than that; lower it or download more"
+            f"{val}: {found[1].total:,} tokens, VAL_TOKENS={k.val_tokens:,} needs one more; lower it, or get more"
         )
     return *found, sha
 
@@ -783,8 +663,8 @@ def open_data(k: Knobs) -> tuple[TokenShards, TokenShards, str]:
 def check_steps(batches: Batches, k: Knobs) -> None:
     if batches.epoch_steps < 1 or (k.num_iterations > batches.steps and not k.epochs_ok):
         raise UserError(
-            f"{len(batches.shards.paths)} shard(s) match {batches.shards.pattern}: {batches.shards.total:,} tokens feed "
-            f"{batches.steps} steps, NUM_ITERATIONS={k.num_iterations}; download more shards, lower NUM_ITERATIONS, or "
+            f"{len(batches.shards.paths)} shard(s) match {batches.shards.pattern}; their {batches.shards.total:,} tokens "
+            f"feed {batches.steps} steps, NUM_ITERATIONS={k.num_iterations}; download more shards, lower NUM_ITERATIONS, or "
             f"set EPOCHS_OK=1 to start over when they run out"
         )
 
@@ -806,9 +686,8 @@ def show_plan(k: Knobs) -> int:
         train, _, sha = open_data(k)
         batches = Batches(train, k, World(0, ranks, torch.device("cpu")))
         epochs = k.num_iterations / max(batches.epoch_steps, 1)
-        print(
-            f"data:            {train.total:,} tokens in {len(train.paths)} shard(s) feed {batches.steps} steps; this is {epochs:.2f} epochs"
-        )
+        print(f"data:            {train.total:,} tokens in {len(train.paths)} shard(s) feed {batches.steps} steps")
+        print(f"epochs:          {epochs:.2f}")
         print(f"data_sha256:     {sha}" if sha else f"shard gaps:      {train.gaps() or 'none'}")
         check_steps(batches, k)
     except UserError as error:
@@ -820,13 +699,13 @@ class Run:
     """One run: everything checked and built, restored from its newest checkpoint if there is one, and its records."""
 
     def __init__(self, k: Knobs, w: World):
-        self.k, self.w = k, w
-        check_compiler(k)
+        self.k, self.w, self.tokens = k, w, k.batch_size * k.sequence_length
+        plumbing.check_compiler(k.compile, k.device)
         self.train, self.val, self.data_sha = open_data(k)
         self.batches = Batches(self.train, k, w)
         check_steps(self.batches, k)
         plumbing.check_results(Path(k.results), RESULTS, w)
-        self.log = RunLog(Path(k.logs), k.run_id or plumbing.new_run_id(w), METRICS, w, k.num_iterations)
+        self.log = RunLog(Path(k.logs), k.run_id or plumbing.new_run_id(w), w, k.num_iterations)
         self.train.check_ids(k.vocab_size, w, self.batches.last_token(k.num_iterations))
         self.val.check_ids(k.vocab_size, w, k.val_tokens + 1)
 
@@ -835,261 +714,116 @@ class Run:
         self.model.to(w.device)
         self.n_params = sum(p.numel() for p in self.model.parameters())
         self.adam, self.muon = make_optimizers(self.model, k, w)
+        self.names = [*self.adam.params, *self.muon.params]
         self.micro = micro_batch(self.model, k, w)
-        self.adam.grads.zero_()
-        self.muon.grads.zero_()
+        self.zero_grad()
         if k.compile and k.device == "cuda":
             torch._inductor.config.coordinate_descent_tuning = True  # the record's only compiler setting
         self.compiled = torch.compile(self.model) if k.compile else self.model
-        self.flops_per_token, self.peak = flops_per_token(self.model, k), plumbing.peak_flops(w)
 
-        self.step, self.clock, self.progress = 0, Clock(w), 0.0
+        self.step, self.clock, self.spent_s, self.lrs = 0, Clock(w), 0.0, []
         self.val_loss = self.best_loss = self.train_loss = math.nan
-        self.validated_at, self.misses, self.reached, self.stop_signal = -1, 0, "", 0
-        self.pending: dict = {}
+        self.validated_at, self.misses, self.reached, self.signal = -1, 0, "", 0
         self.log.header(k, (__file__, plumbing.__file__), self.facts())
+        self.log.rates(self.tokens, flops_per_token(self.model, k))
         self.restore()
-        self.saved_at, self.heard_at = self.step, 0.0
+        self.saved_at = self.step
 
     def facts(self) -> dict[str, object]:
-        k, w, tokens = self.k, self.w, self.k.batch_size * self.k.sequence_length
-        local = k.batch_size // w.size
-        epochs = k.num_iterations / self.batches.epoch_steps
+        k, w, local = self.k, self.w, self.k.batch_size // self.w.size
+        split = f"{w.size} rank(s) x {local // self.micro} micro-batch(es) x {self.micro} x {k.sequence_length}"
+        epochs = f"{k.num_iterations / self.batches.epoch_steps:.2f} epochs"
         return dict(
             run_id=self.log.id,
             parameters=f"{self.n_params:,}",
-            tokens_per_step=f"{tokens:,} = {w.size} rank(s) x {local // self.micro} micro-batch(es) x {self.micro} x {k.sequence_length}",
-            data=f"{self.train.total:,} tokens in {len(self.train.paths)} shard(s), {epochs:.2f} epochs, {k.data_order} order",
-            data_sha256=self.data_sha or "not computed: token shards",
-            device=f"{w.size} x {w.name()}",
-            mfu=f"of {self.peak / 1e12:.0f} TFLOP/s dense bf16, attention counted causal"
-            if self.peak
-            else "n/a: peak of this device not known",
+            tokens_per_step=f"{self.tokens:,} = {split}",
+            data=f"{self.train.total:,} tokens, {len(self.train.paths)} shard(s), {epochs}, {k.data_order} order",
+            **(dict(data_sha256=self.data_sha) if self.data_sha else {}),
+            **(dict(shard_gaps=f"missing from the numbering: {gaps}") if (gaps := self.train.gaps()) else {}),
         )
 
-    # ---- checkpoints
+    def zero_grad(self) -> None:
+        self.adam.grads.zero_()
+        self.muon.grads.zero_()
+
+    # Restored and saved as they are; with model, optimizers and clock they are all that the next step depends on.
+    KEPT = "step val_loss best_loss train_loss validated_at misses reached spent_s".split()
 
     def restore(self) -> None:
-        log, k = self.log, self.k
-        for name, value in self.facts().items():
-            log.say(f"{name}: {value}")
-        if gaps := self.train.gaps():
-            log.say(f"shards missing from the numbering of {self.train.pattern}: {gaps}")
-        if self.micro != k.device_batch_size and k.device_batch_size is not None:
-            log.say(
-                f"DEVICE_BATCH_SIZE={k.device_batch_size} is more than a rank's {self.micro} sequences: using {self.micro}"
-            )
-        state = plumbing.load_checkpoint(log.folder, self.w, log.say)
+        state = plumbing.load_checkpoint(self.log.folder, self.w, self.log.say)
         if state is None:
             return
-        changed = [
-            f.name
-            for f in fields(k)
-            if not f.metadata["free"] and state["knobs"].get(f.name) != getattr(k, f.name)
-        ]
-        if changed:
-            was = ", ".join(f"{n.upper()}={state['knobs'].get(n)} (now {getattr(k, n)})" for n in changed)
-            raise UserError(
-                f"run {log.id} was started with {was}; resume with the same, or choose another RUN_ID"
-            )
-        if state["content"] != self.train.content[: len(state["content"])]:
-            raise UserError(
-                f"run {log.id} was trained on other shards than {self.train.pattern} holds now; put them back, or choose another RUN_ID"
-            )
+        plumbing.check_resume(state, self.k, FREE.split(), self.train, self.log)
         self.model.load_state_dict(state["model"])
         self.adam.load_state_dict(state["adam"])
         self.muon.load_state_dict(state["muon"])
         torch.set_rng_state(state["rng"])
-        self.step, self.clock = state["step"], Clock(self.w, state["timed_s"], state["timed_steps"])
-        for name in ("val_loss", "best_loss", "train_loss", "validated_at", "misses", "reached", "progress"):
+        self.clock = Clock(self.w, *state["clock"])
+        for name in self.KEPT:
             setattr(self, name, state[name])
-        log.say(f"resumed step:{self.step} from a checkpoint written by {state['world_size']} rank(s)")
-        if state["code_sha256"] != log.code_sha256:
-            log.say(
-                f"the code has changed since that checkpoint: {state['code_sha256'][:12]} -> {log.code_sha256[:12]}"
-            )
 
     def save(self) -> None:
-        """The checkpoint: everything that the next step depends on, complete for any number of ranks."""
         state = dict(
-            step=self.step,
-            tokens=self.step * self.k.batch_size * self.k.sequence_length,
-            model={name: p.detach().cpu().clone() for name, p in self.model.state_dict().items()}
-            if self.w.main
-            else None,
+            model={name: p.detach().cpu() for name, p in self.model.state_dict().items()} if self.w.main else None,
             adam=self.adam.state_dict(),
             muon=self.muon.state_dict(),
             rng=torch.get_rng_state(),
-            timed_s=self.clock.timed_s,
-            timed_steps=self.clock.timed_steps,
-            **{
-                n: getattr(self, n)
-                for n in (
-                    "val_loss",
-                    "best_loss",
-                    "train_loss",
-                    "validated_at",
-                    "misses",
-                    "reached",
-                    "progress",
-                )
-            },
-            content=self.train.content,
-            knobs=asdict(self.k),
-            world_size=self.w.size,
-            code_sha256=self.log.code_sha256,
+            clock=[self.clock.timed_s, self.clock.timed_steps],
+            tokens=self.step * self.tokens,
+            **{name: getattr(self, name) for name in self.KEPT},
+            **plumbing.resume_facts(self.k, self.train, self.log),
         )
         self.log.sync()  # a row is on disk before the checkpoint that follows it
         plumbing.save_checkpoint(self.log.folder, self.step, state, self.w, self.k.keep)
         self.saved_at = self.step
 
-    # ---- what was heard of a step, and of a validation
-
     def hear(self, beat: plumbing.Beat) -> str:
         """Record one finished step; returns the status with which to stop, or ''."""
-        names, clock, k = [*self.adam.params, *self.muon.params], self.clock, self.k
-        self.flush_row()
         if not beat.finite:
-            bad = [names[i] for i in range(len(names)) if not np.isfinite(beat.values[:, 1 + i]).all()]
-            ranks = [r for r in range(self.w.size) if not np.isfinite(beat.values[r]).all()]
             self.log.say(
-                f"step:{beat.step} is not finite: losses {beat.values[:, 0].tolist()}, first on rank {ranks[0]}; first bad gradient: "
-                f"{bad[0] if bad else 'none'}; no update was applied from this step on"
+                f"step:{beat.step} not finite: {beat.culprit(['loss', *self.names])}; its update was not applied"
             )
             return "nan"
-        self.train_loss, self.progress = float(beat.values[:, 0].mean()), beat.clock
-        now, tokens = time.perf_counter(), k.batch_size * k.sequence_length
-        speed = tokens / (now - self.heard_at) if self.heard_at else math.nan
-        self.heard_at = now
-        mfu = speed * self.flops_per_token / self.peak / self.w.size if self.peak else math.nan
-        cell = lambda value, form: "" if math.isnan(value) else format(value, form)
-        self.pending = dict(
-            step=beat.step,
-            train_loss=f"{self.train_loss:.6f}",
-            lr=f"{k.lr * lr_scale(self.position(beat.step - 1), k):.6g}",
-            train_time_s=f"{clock.train_s(beat.step):.3f}",
-            tokens=beat.step * tokens,
-            tokens_per_s=cell(speed, ".0f"),
-            mfu=cell(mfu, ".4f"),
-            grad_norm=f"{math.sqrt(np.square(beat.values[:, 1:].astype(np.float64)).sum()):.6g}",
-            peak_memory_mib=self.w.peak_memory_mib(),
-        )
-        self.log.say(
-            f"step:{beat.step}/{k.num_iterations} train_loss:{self.train_loss:.4f} {self.times(beat.step)}",
-            quiet=True,
-        )
-        self.log.progress(
-            beat.step,
-            train_loss=f"{self.train_loss:.3f}",
-            val_loss=f"{self.val_loss:.3f}",
-            tok_s=cell(speed, ",.0f"),
-        )
-        eta = (k.num_iterations - beat.step) * tokens / speed if speed == speed else None
-        facts = dict(
-            train_loss=self.train_loss,
-            val_loss=cell(self.val_loss, ".6f"),
-            tokens_per_s=cell(speed, ".0f"),
-            eta_s=eta,
-        )
-        self.log.status("running", beat.step, every_s=2, **facts)
-        self.stop_signal = beat.signal
+        self.train_loss, self.spent_s, self.signal = float(beat.values[:, 0].mean()), beat.clock, beat.signal
+        norm = math.sqrt(np.square(beat.values[:, 1:].astype(np.float64)).sum())
+        self.log.step(beat.step, self.train_loss, self.lrs.pop(0), norm, self.clock)
         return "preempted" if beat.signal else ""
 
-    def times(self, step: int) -> str:
-        return f"train_time:{1000 * self.clock.train_s(step):.0f}ms step_avg:{1000 * self.clock.step_avg_s:.2f}ms"
-
-    def flush_row(self) -> None:
-        if self.pending:
-            self.log.row(**self.pending)
-        self.pending = {}
-
     def validate(self) -> str:
-        """Evaluate and record; returns 'early_stop' when patience has run out, or ''. Every rank decides alike, because
-        the loss is the same all-reduced number on each."""
+        """Evaluate and record; returns 'early_stop' when patience has run out, or ''. Every rank decides alike,
+        because the loss is the same all-reduced number on each."""
         k = self.k
         self.val_loss, self.validated_at = evaluate(self.compiled, self.val, self.micro, k, self.w), self.step
-        mark = f" data_sha256:{self.data_sha[:12]}" if self.data_sha else ""
-        self.log.say(
-            f"step:{self.step}/{k.num_iterations} val_loss:{self.val_loss:.4f} {self.times(self.step)}{mark}"
+        self.log.validation(
+            self.step, self.val_loss, self.clock, f" data_sha256:{self.data_sha[:12]}" * bool(self.data_sha)
         )
-        if not self.pending:
-            self.pending = dict(step=self.step, train_time_s=f"{self.clock.train_s(self.step):.3f}", tokens=0)
-        self.pending["val_loss"] = f"{self.val_loss:.6f}"
-        self.flush_row()
-        self.log.sync()
         if k.target_loss is not None and not self.reached and self.val_loss <= k.target_loss:
             self.reached = f"reached_step={self.step} reached_ms={1000 * self.clock.train_s(self.step):.0f}"
             self.log.say(f"target_loss:{k.target_loss} {self.reached}")
-        better = (
-            not self.val_loss >= self.best_loss - k.early_stop_min_delta
-        )  # also the first, when best is nan
+        better = not self.val_loss >= self.best_loss - k.early_stop_min_delta  # also the first, when best is nan
         self.best_loss, self.misses = (self.val_loss, 0) if better else (self.best_loss, self.misses + 1)
         return "early_stop" if 0 < k.early_stop_patience <= self.misses else ""
 
     def position(self, step: int) -> float:
-        """Where update `step` stands in the schedule, in steps: itself, or the share of the time budget that is spent."""
-        budget = self.k.time_budget_s
-        return step if budget is None else self.k.num_iterations * self.progress / budget
-
-    def over(self) -> bool:
-        return self.position(self.step) >= self.k.num_iterations
+        """Where update `step` stands in the schedule, in steps: itself, or the spent share of the time budget."""
+        return self.k.num_iterations * self.spent_s / self.k.time_budget_s if self.k.time_budget_s else step
 
     def close(self, status: str) -> None:
         """Write the status and the results row, whatever way the run ended."""
-        k, w, log = self.k, self.w, self.log
-        self.flush_row()
-        blank = lambda x: "" if isinstance(x, float) and math.isnan(x) else x
-        other = [f.name for f in fields(k) if not f.metadata["free"] and f.name not in IN_COLUMNS]
-        usual = asdict(Knobs(**PRESETS[k.preset]))
-        notes = [f"PRESET={k.preset}"] * (k.preset != "speedrun") + [
-            f"{n.upper()}={getattr(k, n)}" for n in other if getattr(k, n) != usual[n]
-        ]
-        tokens = k.batch_size * k.sequence_length
-        values = [
-            log.id,
-            log.started,
-            log.commit,
-            k.seed,
-            k.attngate,
-            k.gatepos,
-            k.gateact,
-            k.lr,
-            k.batch_size,
-            self.micro,
-        ]
-        values += [
-            k.sequence_length,
-            k.num_iterations,
-            k.warmdown_iters,
-            blank(self.val_loss),
-            blank(self.best_loss),
-        ]
-        values += [
-            1000 * self.clock.train_s(self.step),
-            blank(1000 * self.clock.step_avg_s),
-            w.name(),
-            w.size * (k.device == "cuda"),
-        ]
-        values += [
-            k.runpod_instance_type,
-            " ".join(notes + [self.reached] * bool(self.reached)),
-            k.stage,
-            status,
-            self.step,
-        ]
-        values += [
-            k.warmup_iters,
-            self.n_params,
-            self.step * tokens,
-            round(self.step / self.batches.epoch_steps, 4),
-        ]
-        values += [w.peak_memory_mib(), torch.__version__, w.size, log.code_sha256, int(log.dirty)]
-        plumbing.append_result(Path(k.results), RESULTS, dict(zip(RESULTS, values, strict=True)), w)
-        log.status(status, self.step, train_loss=blank(self.train_loss), val_loss=blank(self.val_loss))
-        log.say(
-            f"{status}: step:{self.step}/{k.num_iterations} peak_memory:{w.peak_memory_mib()}MiB log:{log.path}"
-        )
-        log.close()
+        k, w, log, clock = self.k, self.w, self.log, self.clock
+        notes = plumbing.notes(k, PRESETS, [*FREE.split(), *IN_COLUMNS.split()]) + [self.reached] * bool(self.reached)
+        row = dict(run_id=log.id, date=log.started, git_commit=log.commit, seed=k.seed, attn_gate=k.attngate)
+        row |= dict(gate_pos=k.gatepos, gate_act=k.gateact, learning_rate=k.lr, batch_size=k.batch_size)
+        row |= dict(device_batch_size=self.micro, sequence_length=k.sequence_length, num_iterations=k.num_iterations)
+        row |= dict(warmdown_iters=k.warmdown_iters, final_val_loss=self.val_loss, best_val_loss=self.best_loss)
+        row |= dict(train_time_ms=1000 * clock.train_s(self.step), ms_per_step=1000 * clock.step_avg_s)
+        row |= dict(gpu_name=w.name(), n_gpus=w.size * (k.device == "cuda"), runpod_instance=k.runpod_instance_type)
+        row |= dict(notes=" ".join(notes), stage=k.stage, status=status, steps_done=self.step)
+        row |= dict(warmup_iters=k.warmup_iters, n_params=self.n_params, tokens_seen=self.step * self.tokens)
+        row |= dict(epochs=round(self.step / self.batches.epoch_steps, 4), peak_memory_mib=w.peak_memory_mib())
+        row |= dict(torch=torch.__version__, world_size=w.size, code_sha256=log.code_sha256, dirty=int(log.dirty))
+        plumbing.append_result(Path(k.results), RESULTS, row, w)
+        log.close(status, self.step)
 
 
 # ----------------------------------------------------------------------------
@@ -1099,18 +833,14 @@ class Run:
 def train(run: Run, k: Knobs, w: World) -> str:
     """The loop. Returns finished, early_stop, nan or preempted."""
     micros = k.batch_size // w.size // run.micro
-    norms = torch.zeros(len(run.adam.params) + len(run.muon.params), device=w.device)
-    index = {name: i for i, name in enumerate([*run.adam.params, *run.muon.params])}
     batches, pulse, status = Prefetch(run.batches.make, run.step, w.device), Pulse(w), ""
     run.clock.start()
     while True:
         # -------- clock stopped: hear of the last step, evaluate, save, leave --------
-        status = status or ("finished" if run.over() else "")
-        every = lambda n: n > 0 and run.step % n == 0
-        validate = (
-            run.validated_at != run.step and status in ("", "finished") and (status or every(k.val_every))
-        )
-        save = run.saved_at != run.step and (status or every(k.save_every))
+        status = status or ("finished" if run.position(run.step) >= k.num_iterations else "")
+        validate, save = (status or (every and run.step % every == 0) for every in (k.val_every, k.save_every))
+        validate = validate and run.validated_at != run.step and status in ("", "finished")
+        save = save and run.saved_at != run.step
         if validate or save or status:
             run.clock.stop()
             for beat in pulse.read(keep=0):
@@ -1122,7 +852,6 @@ def train(run: Run, k: Knobs, w: World) -> str:
             if status:
                 batches.close()
                 return status
-            run.heard_at = 0.0
             run.clock.start()
 
         # -------- one optimizer step --------
@@ -1133,17 +862,18 @@ def train(run: Run, k: Knobs, w: World) -> str:
                 part = run.compiled(x_BT.long(), y_BT.long()) / micros
             part.backward()
             loss += part.detach()
-        for name, norm in (run.adam.reduce() | run.muon.reduce()).items():
-            norms[index[name]] = norm
-        ok = pulse.send(run.step + 1, torch.cat([loss[None], norms]), run.clock.train_s(run.step))
+        norms = run.adam.reduce() | run.muon.reduce()  # of what this rank owns
+        zero = torch.zeros((), device=w.device)
+        beat = torch.stack([loss, *(norms.get(name, zero) for name in run.names)])
+        ok = pulse.send(run.step + 1, beat, run.clock.train_s(run.step))
         rate = k.lr * lr_scale(run.position(run.step), k)
+        run.lrs.append(rate)
         run.adam.step(rate, ok)
         run.muon.step(0.1 * rate, ok)
-        run.adam.grads.zero_()
-        run.muon.grads.zero_()
+        run.zero_grad()
         run.step += 1
         run.clock.tick()
-        for beat in pulse.read():
+        for beat in pulse.read():  # of the step before: the host never waits for the one just queued
             status = run.hear(beat) or status
 
 
@@ -1161,7 +891,7 @@ def main() -> int:
             ) from None
         finally:
             run.close(status)
-    return {"finished": 0, "early_stop": 0, "nan": 1}.get(status, 128 + run.stop_signal)
+    return {"finished": 0, "early_stop": 0, "nan": 1}.get(status, 128 + run.signal)
 
 
 if __name__ == "__main__":
