@@ -226,14 +226,21 @@ class World:
 
     def gather(self, item) -> list:
         """Every rank's (small, picklable) item, on every rank. For setup, not for the loop."""
-        items = [None] * self.size
-        dist.all_gather_object(items, item)
+        items = [item] * self.size
+        if self.size > 1:
+            dist.all_gather_object(items, item)
         return items
 
     def agree(self, problem: str | None) -> None:
         """Raise UserError on every rank if any rank has a problem, with the lowest such rank's words."""
         if found := [p for p in self.gather(problem) if p]:
             raise UserError(found[0])
+
+    def sum(self, x: Tensor) -> Tensor:
+        """All-reduce in place; bitwise the same on every rank."""
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
 
     def mean_scatter(self, table_WN: Tensor) -> None:
         """Reduce-scatter in place: row r of rank r's table becomes the mean over ranks of their rows r."""
@@ -287,13 +294,12 @@ def world(kind: str, hint: str = "set DEVICE=cpu") -> Iterator[World]:
     # PyTorch's own flight recorder: after a hang, `torchfrtrace` reads who waited for whom.
     for name, value in (("TORCH_FR_BUFFER_SIZE", "2000"), ("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")):
         os.environ.setdefault(name, value)
-    store = None if "RANK" in os.environ else dist.HashStore()
-    extra = dict(device_id=device) if device.type == "cuda" else {}
-    if device.type == "cuda":
+    cuda = device.type == "cuda"
+    if cuda:
         torch.cuda.set_device(device)
-    # Half an hour: a cold compile on one rank keeps the others waiting for longer than the default ten minutes.
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(minutes=30), **extra)
+    if size > 1:  # half an hour: a cold compile on one rank keeps the others waiting for longer than the default
+        extra = dict(device_id=device) if cuda else {}
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30), **extra)
     w = World(rank, size, device)
     before = {}
     try:
@@ -303,7 +309,8 @@ def world(kind: str, hint: str = "set DEVICE=cpu") -> Iterator[World]:
         for number, handler in before.items():
             signal.signal(number, handler)
         faulthandler.cancel_dump_traceback_later()
-        dist.destroy_process_group()
+        if size > 1:
+            dist.destroy_process_group()
 
 
 def _catch_signals(w: World) -> dict:

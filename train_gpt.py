@@ -25,7 +25,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -251,13 +250,12 @@ class GPT(nn.Module):
             if name.endswith(("proj", "down")) or (self.k.attngate == "const" and name.endswith("gate")):
                 p.zero_()
                 continue
-            for part, rows in zip(
-                ("q", "k", "v", "gate") if "qkvg" in name else ("",), matrices(name, p, self.k), strict=False
-            ):
-                digest = hashlib.sha256(f"{seed} {name.removesuffix('.gate')} {part}".encode()).digest()
+            names = [name.replace("qkvg", part) for part in ("q", "k", "v", "gate")]
+            for own, weight in zip(names, matrices(name, p, self.k), strict=False):
+                digest = hashlib.sha256(f"{seed} {own}".encode()).digest()
                 generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-                bound = rows.size(1) ** -0.5
-                rows.copy_(torch.empty(rows.shape).uniform_(-bound, bound, generator=generator))
+                bound = weight.size(1) ** -0.5
+                weight.copy_(torch.empty(weight.shape).uniform_(-bound, bound, generator=generator))
 
     def hidden(self, x_BT: Tensor, cache: list[list] | None = None) -> Tensor:
         """(B, T, C) before the head. With a cache (one list per block, empty at first), x continues what it holds."""
@@ -584,8 +582,7 @@ def evaluate(model: nn.Module, val: TokenShards, micro: int, k: Knobs, w: World)
         )
         with autocast(w):
             loss += model(x, y).double() * micro
-    dist.all_reduce(loss)
-    return loss.item() / total
+    return w.sum(loss).item() / total
 
 
 # ----------------------------------------------------------------------------
@@ -663,9 +660,9 @@ def open_data(k: Knobs) -> tuple[TokenShards, TokenShards, str]:
 def check_steps(batches: Batches, k: Knobs) -> None:
     if batches.epoch_steps < 1 or (k.num_iterations > batches.steps and not k.epochs_ok):
         raise UserError(
-            f"{len(batches.shards.paths)} shard(s) match {batches.shards.pattern}; their {batches.shards.total:,} tokens "
-            f"feed {batches.steps} steps, NUM_ITERATIONS={k.num_iterations}; download more shards, lower NUM_ITERATIONS, or "
-            f"set EPOCHS_OK=1 to start over when they run out"
+            f"{len(batches.shards.paths)} shard(s) match {batches.shards.pattern}; their "
+            f"{batches.shards.total:,} tokens feed {batches.steps} steps, NUM_ITERATIONS={k.num_iterations}; download more "
+            f"shards, lower NUM_ITERATIONS, or set EPOCHS_OK=1 to start over when they run out"
         )
 
 

@@ -1,0 +1,117 @@
+"""split_results.py -- results.csv to one file and one table per stage.
+
+    python scripts/split_results.py
+    python scripts/split_results.py --stage1-iters 1500,1501 --stage2-iters 800
+    python scripts/split_results.py --source old/results_*.csv --stages experiments/stages_original.toml
+
+A row belongs to the stage in its own stage column. Where that is empty, to stage1 or stage2 by num_iterations (the
+original's rule), or, with --stages, to every stage whose conditions it meets:
+
+    [stage.stage1]                     # names results_stage1.csv and tables/stage1.csv, .md
+    num_iterations = [1500]            # any columns; a row must meet all; a value or a list of values
+    learning_rate = 0.0036
+    keys = ["gate_act"]                # columns the table has even where they do not vary
+    baseline = {attn_gate = "none"}    # what the others are compared with: the cell like them in all else
+    extra_csv = ["baseline.csv"]       # further rows for the table, relative to the first source's folder
+
+Writes results_<stage>.csv (rows as they stand), tables/<stage>.csv and tables/<stage>.md, and prints the tables. No
+row is lost: those in no stage, unfinished or torn are counted and named, and a results_<stage>.csv that holds rows
+no source has is not replaced. docs/experiments.md explains the columns.
+Raises   UserError naming file and line, stage or option
+"""
+
+import argparse
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import lib_results as lib
+from lib_results import Row, UserError
+
+
+def check_targets(targets: Sequence[Path], sources: Sequence[Path], rows: Sequence[Row]) -> None:
+    """Raise UserError before a write that would destroy a source, or rows that are nowhere else."""
+    read = {path.resolve() for path in sources}
+    known = {frozenset((k, v) for k, v in row.values.items() if v) for row in rows}
+    for target in targets:
+        if target.resolve() in read:
+            raise UserError(f"{target} is a source and would be replaced by its own rows; choose another --out-dir")
+        if not target.exists():
+            continue
+        old, _ = lib.read_results(target)
+        lost = [row for row in old if frozenset((k, v) for k, v in row.values.items() if v) not in known]
+        if lost:
+            raise UserError(
+                f"{target} holds {lib.count(len(lost), 'row')} that no source has ({lost[0].where}, "
+                f"run {lost[0]['run_id']}); add it to --source, move it away, or choose another --out-dir"
+            )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--source", nargs="+", type=Path, metavar="CSV", default=[lib.REPO / "experiments/results.csv"])
+    p.add_argument("--out-dir", type=Path, metavar="DIR", default=lib.REPO / "experiments")
+    p.add_argument("--stage1-iters", metavar="N,N", help="num_iterations of stage1 (default 1500)")
+    p.add_argument("--stage2-iters", metavar="N,N", help="num_iterations of stage2 (default 800)")
+    p.add_argument("--stages", type=Path, metavar="TOML", help="a file that defines the stages instead")
+    a = p.parse_args(argv)
+    if a.stages and (a.stage1_iters is not None or a.stage2_iters is not None):
+        raise UserError("--stages and --stage1-iters or --stage2-iters both define the stages; give one of them")
+    default = lambda value, usual: usual if value is None else value
+    iters = default(a.stage1_iters, "1500"), default(a.stage2_iters, "800")
+    stages = lib.read_stages(a.stages) if a.stages else lib.stages_by_iters(*iters)
+
+    rows: list[Row] = []
+    problems: list[str] = []
+    for source in a.source:
+        found = lib.read_results(source)
+        rows += found[0]
+        problems += found[1]
+    sorted_rows, homeless = lib.sort_into_stages(rows, stages)
+
+    extras: dict[str, list[Row]] = {}
+    extra_paths = []
+    for name, (stage, _) in sorted_rows.items():
+        for extra in stage.extra_csv:
+            extra_paths.append(a.source[0].parent / extra)
+            more, torn = lib.read_results(extra_paths[-1])
+            extras[name] = extras.get(name, []) + more
+            problems += torn
+    used = {name: own for name, (_, own) in sorted_rows.items() if own}
+    targets = {name: a.out_dir / f"results_{name}.csv" for name in used}
+    check_targets(list(targets.values()), [*a.source, *extra_paths], rows)
+
+    written = []
+    for name, target in targets.items():
+        lib.write_whole(target, lib.results_text(used[name]))
+        written.append(target)
+    for name, (stage, own) in sorted_rows.items():
+        if not own:
+            print(f"{name}: no rows\n")
+            continue
+        table = lib.make_table([*own, *extras.get(name, [])], stage)
+        print(lib.table_text(table))
+        if name in extras:
+            print(f"  {lib.count(len(extras[name]), 'row')} of these from {', '.join(stage.extra_csv)}")
+        print()
+        sources = [path.name for path in a.source] + list(stage.extra_csv)
+        for suffix, text in (("csv", lib.table_csv(table)), ("md", lib.table_md(table, sources))):
+            written.append(a.out_dir / "tables" / f"{name}.{suffix}")
+            lib.write_whole(written[-1], text)
+
+    if not rows:
+        print(f"{', '.join(map(str, a.source))}: no rows yet")
+    if homeless:
+        which = [f"{row['run_id']} ({row.where}, num_iterations {row['num_iterations']})" for row in homeless]
+        print(f"{lib.count(len(homeless), 'row')} in no stage: {lib.listing(which, '; ')}")
+    times = Counter(id(row) for own in used.values() for row in own)
+    if several := [row["run_id"] for row in rows if times[id(row)] > 1]:
+        print(f"{lib.count(len(several), 'row')} in more than one stage: {lib.listing(several)}")
+    for problem in problems:
+        print(problem)
+    for path in written:
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    lib.launch(main)

@@ -1,0 +1,105 @@
+"""A loopback stand-in for the hub: the endpoints huggingface_hub's downloads use, and faults on demand.
+
+    with Hub({"fineweb_val_000000.bin": data}) as hub:
+        hub.faults["fineweb_val_000000.bin"] = ["cut"]     # the first GET breaks off half way
+        ...                                                # HF_ENDPOINT=hub.url
+        hub.gets, hub.sent                                 # what was asked for, bytes of bodies sent
+
+It shows how the client behaves against these answers, not that the live hub gives them.
+"""
+
+import hashlib
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+REPO = "kjj0/fineweb10B-gpt2"
+COMMIT = "c0ffee" * 6 + "beef"
+
+
+class Hub:
+    """Serves `files` (name -> bytes) as dataset REPO on 127.0.0.1 until the `with` block ends.
+
+    faults: name -> what goes wrong with its next GETs, one word per GET, used up from the front:
+        "cut"        half of the body, then the connection closes
+        "flip"       the last byte is another one; the length is right
+        "no_range"   the Range header is ignored: 200 and the whole file
+    A key ending in "!" gives one word for every GET.
+    """
+
+    def __init__(self, files: dict[str, bytes]):
+        self.files = files
+        self.faults: dict[str, list[str] | str] = {}
+        self.gets: list[str] = []  # names, in order
+        self.sent = 0  # bytes of bodies
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_HEAD(self) -> None:
+                hub._answer(self, body=False)
+
+            def do_GET(self) -> None:
+                hub._answer(self, body=True)
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def __enter__(self) -> "Hub":
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def _answer(self, r: BaseHTTPRequestHandler, body: bool) -> None:
+        folder, _, rest = r.path.partition("/resolve/")
+        name = rest.partition("/")[2]
+        if folder != f"/datasets/{REPO}" or name not in self.files:
+            r.send_response(404)
+            if folder == f"/datasets/{REPO}":
+                r.send_header("X-Error-Code", "EntryNotFound")
+                r.send_header("X-Repo-Commit", COMMIT)
+            r.send_header("Content-Length", "0")
+            r.end_headers()
+            return
+        data, fault = self.files[name], ""
+        digest = hashlib.sha256(data).hexdigest()
+        if body:
+            self.gets.append(name)
+            if every := self.faults.get(name + "!"):
+                fault = every
+            elif words := self.faults.get(name):
+                fault = words.pop(0)
+        if fault == "flip":
+            data = data[:-1] + bytes([data[-1] ^ 1])
+        start, stop, asked = 0, len(data), r.headers.get("Range", "")
+        partial = asked.startswith("bytes=") and fault != "no_range"
+        if partial:
+            first, _, last = asked.removeprefix("bytes=").partition("-")
+            start, stop = int(first), min(int(last) + 1 if last else len(data), len(data))
+        r.send_response(206 if partial else 200)
+        if partial:
+            r.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(data)}")
+        r.send_header("Content-Length", str(stop - start))
+        r.send_header("ETag", f'"{digest}"')
+        r.send_header("X-Linked-Etag", f'"{digest}"')
+        r.send_header("X-Linked-Size", str(len(data)))
+        r.send_header("X-Repo-Commit", COMMIT)
+        r.end_headers()
+        if not body:
+            return
+        part = data[start : start + (stop - start) // 2] if fault == "cut" else data[start:stop]
+        try:
+            r.wfile.write(part)
+            self.sent += len(part)
+        except ConnectionError:  # the client had enough
+            pass
+        if fault == "cut":
+            r.close_connection = True
+            r.connection.shutdown(2)

@@ -1,0 +1,420 @@
+"""What keeps a run alive, tried by doing the bad thing to it."""
+
+import csv
+import dataclasses
+import errno
+import multiprocessing
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support import ONE, ROOT, environment, run_here, same_tensors, write_data
+
+import plumbing
+import train_gpt
+from plumbing import Clock, Prefetch, RunLog, TokenShards, UserError, read_knobs, write_shard
+from train_gpt import PRESETS, Knobs
+
+# ---------------------------------------------------------------- knobs
+
+CPU = {"DEVICE": "cpu"}
+
+
+def read(argv=(), env=None) -> Knobs:
+    return read_knobs(Knobs, PRESETS, list(argv), env or {})
+
+
+def test_flag_beats_environment_beats_preset_beats_default():
+    assert read().lr == 0.0036
+    assert read(env={"PRESET": "demo"}).lr == PRESETS["demo"]["lr"]
+    assert read(env={"PRESET": "demo", "LR": "0.5"}).lr == 0.5
+    assert read(["--lr", "0.25"], {"PRESET": "demo", "LR": "0.5"}).lr == 0.25
+    assert read(["--warmup-iters=3", "--compile=0"]).warmup_iters == 3
+
+
+BAD = {int: "1.5", float: "0,3", bool: "yes"}
+
+
+@pytest.mark.parametrize("f", dataclasses.fields(Knobs), ids=lambda f: f.name)
+def test_every_knob_refuses_a_bad_value_and_says_what_would_do(f):
+    kind = plumbing._kind(f)
+    bad = ["no-such-choice"] if f.metadata["choices"] else [BAD[kind]] if kind in BAD else []
+    bad += [str(f.metadata["low"] - 1)] if f.metadata["low"] is not None else []
+    bad += [str(f.metadata["above"])] if f.metadata["above"] is not None else []
+    bad += ["nan", "inf"] if kind is float else []
+    for text in bad:
+        with pytest.raises(UserError, match=rf"{f.name.upper()}='{text}': expected .*default is"):
+            read(env={f.name.upper(): text})
+        with pytest.raises(UserError, match=f.name.upper()):
+            read([f"--{f.name}={text}"])
+    assert bad or kind is str
+
+
+@pytest.mark.parametrize("f", dataclasses.fields(Knobs), ids=lambda f: f.name)
+def test_every_misspelt_knob_is_refused_with_the_right_name(f):
+    name = f.name.upper()
+    with pytest.raises(UserError, match="is not a flag"):
+        read([f"--{f.name}x=1"])
+    if len(name) > 5:
+        wrong = name[:3] + name[4:]
+        with pytest.raises(UserError, match=f"{wrong} is set, but it is not a knob; did you mean {name}?"):
+            read(env={wrong: "1"})
+
+
+@pytest.mark.parametrize("name", ["ATTN_GATE", "attngate", "NUM_ITERATION", "DEVICE_BATCHSIZE"])
+def test_near_misses_in_the_environment_are_refused(name):
+    with pytest.raises(UserError, match=f"{name} is set, but it is not a knob; did you mean"):
+        read(env={name: "none"})
+
+
+def test_a_wrong_choice_names_the_near_one():
+    with pytest.raises(UserError, match="did you mean headwise"):
+        read(env={"ATTNGATE": "headwize"})
+
+
+def test_two_spellings_of_one_knob_must_agree():
+    assert read(env={"NUM_ITER": "1500", "NUM_ITERATIONS": "1500"}).num_iterations == 1500
+    with pytest.raises(UserError, match="one knob with two values"):
+        read(env={"NUM_ITER": "1500", "NUM_ITERATIONS": "1600"})
+
+
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        ({"WARMUP_ITERS": "150", "NUM_ITERATIONS": "800"}, "WARMUP_ITERS=150 .* WARMDOWN_ITERS=1450 do not fit into"),
+        ({"N_HEAD": "5"}, "N_EMBD=768 must be N_HEAD=5 times"),
+        ({"BATCH_SIZE": "12"}, "BATCH_SIZE=12 must divide by 8"),
+        ({"VAL_TOKENS": "1000"}, "VAL_TOKENS=1000 must be a multiple of SEQUENCE_LENGTH=1024"),
+        ({"INPUT_BIN": "embedded"}, "go together"),
+    ],
+)
+def test_knobs_that_do_not_fit_together_are_refused(env, words):
+    with pytest.raises(UserError, match=words):
+        read(env=env)
+
+
+def test_a_user_error_is_one_line_and_exit_code_2(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train_gpt.py")],
+        cwd=tmp_path,
+        env=environment(ATTNGATE="headwize"),
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("train_gpt.py: error: ATTNGATE='headwize'") and done.stderr.count("\n") == 1
+
+
+def test_importing_a_trainer_starts_nothing(tmp_path):
+    code = "import torch.distributed as d, train_gpt, os; assert not d.is_initialized(); print(os.listdir('.'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment(ATTNGATE="bogus"), capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout == "[]\n", done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_the_way_out_is_named(monkeypatch, tmp_path):
+    with pytest.raises(UserError, match="sees no CUDA GPU; set DEVICE=cpu; PRESET=demo"):
+        run_here(monkeypatch, tmp_path, device="cuda")
+
+
+# ---------------------------------------------------------------- shards
+
+
+def test_tokens_run_over_shard_edges(tmp_path):
+    for i, n in enumerate((5, 3, 7)):
+        write_shard(tmp_path / f"s_{i}.bin", np.arange(n, dtype=np.uint16) + 100 * i)
+    shards = TokenShards(str(tmp_path / "s_*.bin"))
+    whole = [0, 1, 2, 3, 4, 100, 101, 102, *range(200, 207)]
+    assert shards.total == 15
+    for start in range(15):
+        for n in range(1, 16 - start):
+            assert shards.read(start, n).tolist() == whole[start : start + n]
+
+
+def damage(path: Path, how: str) -> None:
+    data = bytearray(path.read_bytes())
+    if how == "magic":
+        data[0] ^= 1
+    elif how == "version":
+        data[4] = 2
+    elif how == "count":
+        data[8] ^= 1
+    elif how == "truncated":
+        data = data[:-2]
+    elif how == "odd":
+        data = data[:-1]
+    else:
+        data = data[:6]
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("how", ["magic", "version", "count", "truncated", "odd", "header cut"])
+def test_a_bad_shard_is_refused_by_name_before_training(monkeypatch, tmp_path, how):
+    write_data(tmp_path)
+    damage(tmp_path / "t_000002.bin", how)
+    with pytest.raises(UserError, match=r"t_000002.bin: .*delete it"):
+        run_here(monkeypatch, tmp_path)
+    assert not (tmp_path / "results.csv").exists()
+
+
+def test_ids_beyond_the_vocabulary_are_refused_by_name(monkeypatch, tmp_path):
+    write_data(tmp_path)
+    write_shard(tmp_path / "t_000001.bin", np.array([*range(60), 64] * 50, np.uint16))
+    with pytest.raises(UserError, match=r"t_000001.bin: holds token id 64, VOCAB_SIZE=64"):
+        run_here(monkeypatch, tmp_path)
+
+
+def test_gaps_in_the_numbering_are_reported(monkeypatch, tmp_path):
+    write_data(tmp_path, train=(3000, 3000, 3000, 3000))
+    for n in (2, 3):
+        (tmp_path / f"t_{n:06d}.bin").unlink()
+    _, out = run_here(monkeypatch, tmp_path, num_iterations=1, warmup_iters=0, warmdown_iters=0)
+    assert "shard_gaps: missing from the numbering: [2, 3]" in out
+
+
+def test_missing_shards_name_the_command_that_gets_some(monkeypatch, tmp_path):
+    with pytest.raises(UserError, match=r"no token shards match .*nope.*cached_fineweb10B.py"):
+        run_here(monkeypatch, tmp_path, input_bin=str(tmp_path / "nope_*.bin"))
+
+
+def test_prefetched_batches_come_in_order_and_errors_reach_the_trainer():
+    def make(step):
+        if step == 5:
+            raise OSError("the disk is gone")
+        return (torch.tensor([step]),)
+
+    batches = Prefetch(make, 2, torch.device("cpu"))
+    assert [batches.get(step)[0].item() for step in (2, 3, 4)] == [2, 3, 4]
+    with pytest.raises(OSError, match="the disk is gone"):
+        batches.get(5)
+    batches.close()
+
+
+# ---------------------------------------------------------------- run log and results
+
+
+def test_a_torn_row_is_cut_off_before_the_next_one(monkeypatch, tmp_path):
+    run_here(monkeypatch, tmp_path, run_id="a", num_iterations=4, warmdown_iters=0)
+    path = tmp_path / "logs/a/metrics.csv"
+    whole = path.read_text()
+    path.write_text(whole + "5,1.2")
+    (tmp_path / "logs/a/status.json").unlink()
+    log = RunLog(tmp_path / "logs", "a", ONE, 4)
+    log.csv.write("next\n")
+    log.csv.close()
+    log.lock.release()
+    assert path.read_text() == whole + "next\n"
+
+
+def test_a_finished_run_id_is_refused(monkeypatch, tmp_path):
+    short = dict(run_id="a", num_iterations=2, warmup_iters=0, warmdown_iters=0)
+    assert run_here(monkeypatch, tmp_path, **short)[0] == 0
+    with pytest.raises(UserError, match=r"run a is complete .*choose another RUN_ID"):
+        run_here(monkeypatch, tmp_path, **short)
+
+
+def test_a_run_id_in_use_is_refused(monkeypatch, tmp_path):
+    log = RunLog(tmp_path / "logs", "a", ONE, 1)
+    with pytest.raises(UserError, match="run a is being trained by another process"):
+        run_here(monkeypatch, tmp_path, run_id="a")
+    log.lock.release()
+
+
+def test_a_run_id_that_is_a_path_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"RUN_ID='\.\./x'"):
+        RunLog(tmp_path, "../x", ONE, 1)
+
+
+def test_results_with_other_columns_are_refused_before_training(monkeypatch, tmp_path):
+    (tmp_path / "results.csv").write_text("run_id,loss\n")
+    with pytest.raises(UserError, match=r"results.csv: .*set RESULTS to another file"):
+        run_here(monkeypatch, tmp_path)
+    assert not (tmp_path / "logs").exists()
+
+
+def _append(args) -> None:
+    path, worker = args
+    for i in range(20):
+        row = dict(run_id=f"{worker}-{i}", notes="x" * 20_000, status="finished")
+        plumbing.append_result(path, train_gpt.RESULTS, row, ONE)
+
+
+def test_sixteen_processes_append_and_no_row_is_torn(tmp_path):
+    path = tmp_path / "results.csv"
+    with multiprocessing.get_context("fork").Pool(16) as pool:
+        pool.map(_append, [(path, w) for w in range(16)])
+    with open(path) as f:
+        found = list(csv.DictReader(f))
+    assert {r["run_id"] for r in found} == {f"{w}-{i}" for w in range(16) for i in range(20)} and len(found) == 320
+    assert all(r["notes"] == "x" * 20_000 and r["status"] == "finished" for r in found)
+    assert path.read_text().count("run_id,date") == 1
+
+
+def test_a_torn_results_line_is_closed_and_kept(tmp_path):
+    path = tmp_path / "results.csv"
+    path.write_text("run_id,status\nold,fin")
+    plumbing.append_result(path, ["run_id", "status"], dict(run_id="new", status="finished"), ONE)
+    assert path.read_text().splitlines() == ["run_id,status", "old,fin", "new,finished"]
+
+
+def test_the_log_holds_the_program_and_the_speedrun_lines(monkeypatch, tmp_path):
+    run_here(monkeypatch, tmp_path, run_id="a")
+    text = (tmp_path / "logs/a.txt").read_text()
+    first, trainer, plumb, facts, lines = text.split(plumbing.RULE + "\n")
+    assert (
+        first == "" and trainer == (ROOT / "train_gpt.py").read_text() and plumb == (ROOT / "plumbing.py").read_text()
+    )
+    assert '"num_iterations": 12' in facts and "git_commit: " in facts and "nvidia-smi:" in facts
+    step = r"step:\d+/12 {}_loss:\d+\.\d{{4}} train_time:\d+ms step_avg:(nan|\d+\.\d\d)ms"
+    assert len(re.findall(step.format("train"), lines)) == 12 and len(re.findall(step.format("val"), lines)) == 4
+
+
+# ---------------------------------------------------------------- checkpoints
+
+STATE = dict(step=1, w=torch.arange(1000.0), nested=dict(list=[torch.ones(3), 2, "x"], none=None))
+
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path):
+    plumbing.save_checkpoint(tmp_path, 1, STATE, ONE)
+    found = plumbing.load_checkpoint(tmp_path, ONE)
+    assert found["nested"]["list"][1:] == [2, "x"] and torch.equal(found["w"], STATE["w"])
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped byte", "empty", "no manifest", "no state"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, how):
+    for step in (1, 2):
+        plumbing.save_checkpoint(tmp_path, step, STATE | dict(step=step), ONE)
+    path = tmp_path / "step_000002" / ("manifest.json" if how == "no manifest" else "state.pt")
+    data = bytearray(path.read_bytes())
+    if how.startswith("no"):
+        path.unlink()
+    elif how == "flipped byte":
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    else:
+        path.write_bytes(b"" if how == "empty" else data[:-100])
+    said = []
+    assert plumbing.load_checkpoint(tmp_path, ONE, said.append)["step"] == 1
+    assert len(said) == 1 and "step_000002 is skipped" in said[0]
+
+
+def test_only_the_newest_are_kept_and_leftovers_of_a_crash_go(tmp_path):
+    (tmp_path / "step_000001.part").mkdir()
+    for step in range(1, 6):
+        plumbing.save_checkpoint(tmp_path, step, STATE, ONE, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000004", "step_000005"]
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint_whole(monkeypatch, tmp_path):
+    plumbing.save_checkpoint(tmp_path, 1, STATE, ONE)
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match=r"No space left on device.*earlier ones are whole"):
+        plumbing.save_checkpoint(tmp_path, 2, STATE, ONE)
+    assert plumbing.load_checkpoint(tmp_path, ONE)["step"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["step_000001"]
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+def test_a_checkpoint_cannot_run_code(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    plumbing.save_checkpoint(tmp_path, 1, dict(step=1, bomb=Bomb()), ONE)
+    with pytest.raises(pickle.UnpicklingError):
+        plumbing.load_checkpoint(tmp_path, ONE)
+    assert not Path("exploded").exists()
+
+
+SAVER = """
+import sys, torch
+from pathlib import Path
+from plumbing import World, save_checkpoint
+w = World(0, 1, torch.device("cpu"))
+state = torch.full((2_000_000,), 0.0)
+print("ready", flush=True)
+for step in range(int(sys.argv[2]), 10**6):
+    save_checkpoint(Path(sys.argv[1]), step, dict(step=step, w=state.fill_(step)), w)
+    print(step, flush=True)
+"""
+
+
+def test_sigkill_during_a_save_never_loses_the_last_good_checkpoint(tmp_path):
+    rng, step = np.random.default_rng(0), 0
+    for _ in range(12):
+        p = subprocess.Popen(
+            [sys.executable, "-c", SAVER, str(tmp_path), str(step + 1)], env=environment(), stdout=subprocess.PIPE
+        )
+        assert p.stdout.readline() == b"ready\n"
+        time.sleep(rng.uniform(0.05, 0.25))
+        p.kill()
+        told = p.stdout.read().split()
+        p.wait()
+        state = plumbing.load_checkpoint(tmp_path, ONE, lambda line: pytest.fail(line))
+        assert state is not None or not told, "the first save was interrupted, or there is a checkpoint"
+        step = state["step"] if state else 0
+        assert step >= int(told[-1] if told else 0), "a checkpoint that was reported is gone"
+        assert state is None or torch.equal(state["w"], torch.full((2_000_000,), float(step)))
+    assert step > 0
+
+
+def test_resuming_with_other_knobs_or_shards_is_refused(monkeypatch, tmp_path):
+    base = dict(run_id="a", num_iterations=8)
+    run_here(monkeypatch, tmp_path, **base)
+    shutil.rmtree(tmp_path / "logs/a/step_000008")
+    status = tmp_path / "logs/a/status.json"
+    status.write_text(status.read_text().replace("finished", "running"))
+    with pytest.raises(UserError, match=r"run a was started with LR=0.01, not 0.02; resume it with the same"):
+        run_here(monkeypatch, tmp_path, **base, lr=0.02)
+    write_data(tmp_path, train=(6000, 4000))
+    with pytest.raises(UserError, match="run a was trained on other shards"):
+        run_here(monkeypatch, tmp_path, **base)
+    write_data(tmp_path)
+    code, out = run_here(monkeypatch, tmp_path, **base, val_every=2, device_batch_size=8)
+    assert code == 0 and "resumed step:4 from a checkpoint written by 1 rank(s)" in out
+
+
+# ---------------------------------------------------------------- clock and pulse
+
+
+def test_the_clock_leaves_out_pauses_and_the_first_ten_steps(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(plumbing.time, "perf_counter", lambda: now[0])
+    clock = Clock(ONE)
+    clock.start()
+    for step in range(1, 31):
+        now[0] += 100 if step <= 10 else 2
+        clock.tick()
+        if step % 5 == 0:
+            clock.stop()
+            now[0] += 1000
+            clock.start()
+    assert clock.step_avg_s == 2 and clock.train_s(30) == 40 and clock.train_s(5) == 0
+    resumed = Clock(ONE, clock.timed_s, clock.timed_steps)
+    resumed.start()
+    for _ in range(20):
+        now[0] += 2
+        resumed.tick()
+    assert resumed.step_avg_s == 2 and resumed.train_s(50) == 80, "as if the run had not been interrupted"
+
+
+def test_same_tensors_sees_one_flipped_bit():
+    a = dict(w=torch.zeros(3))
+    b = dict(w=torch.tensor([0.0, 0.0, 1e-45]))
+    assert same_tensors(a, a) and not same_tensors(a, b)
