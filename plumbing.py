@@ -359,14 +359,15 @@ def write_shard(path: str | Path, tokens_N: np.ndarray) -> None:
     """Write uint16 tokens as one shard; the file exists whole or not at all."""
     header = np.zeros(256, "<i4")
     header[:3] = MAGIC, VERSION, len(tokens_N)
-    _write_whole(Path(path), header.tobytes() + tokens_N.astype("<u2").tobytes())
+    _write_whole(Path(path), header, tokens_N.astype("<u2", copy=False))
 
 
-def _write_whole(path: Path, data: bytes) -> None:
+def _write_whole(path: Path, *data: bytes | np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     with open(part, "wb") as f:
-        f.write(data)
+        for piece in data:
+            f.write(piece)
         f.flush()
         os.fsync(f.fileno())
     os.replace(part, path)
@@ -845,9 +846,9 @@ def check_results(path: Path, columns: Sequence[str], w: World) -> None:
                 found = f.readline().strip().split(",")
             if found not in ([""], list(columns)):
                 wrong = sorted(set(found) ^ set(columns)) or "their order"
-                problem = f"{path}: other columns than ours ({wrong}); move it away, or set RESULTS to another file"
+                problem = f"{path}: other columns than ours ({wrong}); move it away, or set RESULTS_FILE to another"
         except OSError as error:
-            problem = f"{path}: cannot be written ({error.strerror}); set RESULTS to another file"
+            problem = f"{path}: cannot be written ({error.strerror}); set RESULTS_FILE to another"
     w.agree(problem)
 
 

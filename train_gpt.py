@@ -50,7 +50,7 @@ PRESETS = {
 FREE = (
     "preset device_batch_size epochs_ok val_every early_stop_patience early_stop_min_delta target_loss save_every keep "
 )
-FREE += "device compile run_id stage runpod_instance_type logs results dry_run"
+FREE += "device compile run_id stage runpod_instance_type logs_folder results_file dry_run"
 GATES, POSITIONS = ("none", "headwise", "elementwise", "const"), ("sdpa", "value", "key", "query", "output")
 ACTIVATIONS, OPTIMIZERS = ("sigmoid", "ns_sigmoid", "silu", "identity"), ("muon", "adam")
 
@@ -100,8 +100,8 @@ class Knobs:
     run_id: str = knob("", "an unfinished run's id resumes it; empty: made once per launch")
     stage: str = knob("", "stage of a study, copied into the results row")
     runpod_instance_type: str = knob("unknown", "copied into the results row")
-    logs: str = knob(str(HERE / "logs"), "folder of the run's log, metrics and checkpoints")
-    results: str = knob(str(HERE / "experiments/results.csv"), "file that gets one row per run")
+    logs_folder: str = knob(str(HERE / "logs"), "folder of the run's log, metrics and checkpoints")
+    results_file: str = knob(str(HERE / "experiments/results.csv"), "file that gets one row per run")
     dry_run: bool = knob(False, "show knobs, sizes and data, and stop")
 
     def __post_init__(self):
@@ -661,8 +661,8 @@ def check_steps(batches: Batches, k: Knobs) -> None:
     if batches.epoch_steps < 1 or (k.num_iterations > batches.steps and not k.epochs_ok):
         raise UserError(
             f"{len(batches.shards.paths)} shard(s) match {batches.shards.pattern}; their "
-            f"{batches.shards.total:,} tokens feed {batches.steps} steps, NUM_ITERATIONS={k.num_iterations}; download more "
-            f"shards, lower NUM_ITERATIONS, or set EPOCHS_OK=1 to start over when they run out"
+            f"{batches.shards.total:,} tokens feed {batches.steps} steps, NUM_ITERATIONS={k.num_iterations}; download "
+            f"more, lower NUM_ITERATIONS, or set EPOCHS_OK=1 to start over when they run out"
         )
 
 
@@ -701,8 +701,8 @@ class Run:
         self.train, self.val, self.data_sha = open_data(k)
         self.batches = Batches(self.train, k, w)
         check_steps(self.batches, k)
-        plumbing.check_results(Path(k.results), RESULTS, w)
-        self.log = RunLog(Path(k.logs), k.run_id or plumbing.new_run_id(w), w, k.num_iterations)
+        plumbing.check_results(Path(k.results_file), RESULTS, w)
+        self.log = RunLog(Path(k.logs_folder), k.run_id or plumbing.new_run_id(w), w, k.num_iterations)
         self.train.check_ids(k.vocab_size, w, self.batches.last_token(k.num_iterations))
         self.val.check_ids(k.vocab_size, w, k.val_tokens + 1)
 
@@ -819,7 +819,7 @@ class Run:
         row |= dict(warmup_iters=k.warmup_iters, n_params=self.n_params, tokens_seen=self.step * self.tokens)
         row |= dict(epochs=round(self.step / self.batches.epoch_steps, 4), peak_memory_mib=w.peak_memory_mib())
         row |= dict(torch=torch.__version__, world_size=w.size, code_sha256=log.code_sha256, dirty=int(log.dirty))
-        plumbing.append_result(Path(k.results), RESULTS, row, w)
+        plumbing.append_result(Path(k.results_file), RESULTS, row, w)
         log.close(status, self.step)
 
 

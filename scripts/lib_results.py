@@ -1,4 +1,4 @@
-"""lib_results.py -- the shared code of the programs that read results: files, stages, statistics, tables, plots.
+"""lib_results.py -- shared by the programs that read results: files, stages, statistics, tables, plots.
 
 Reading is forgiving about files (CRLF, older columns, torn rows: named, then skipped) and strict about sums:
 every row ends up in a table or is named below it. No pandas: a number is written as it was read.
@@ -200,7 +200,8 @@ def read_metrics(path: Path) -> tuple[Points, int]:
             if len(fields) != len(header):
                 raise ValueError
             if values["val_loss"]:
-                points[step] = (float(values["train_time_s"]), float(values["val_loss"]))
+                seconds = values["train_time_s"] if step else 0  # at step 0 there is no time yet, and none is written
+                points[step] = (float(seconds), float(values["val_loss"]))
         except ValueError:
             torn += 1
     good = sorted((step, t, loss) for step, (t, loss) in points.items() if math.isfinite(t + loss))

@@ -4,9 +4,9 @@
     python scripts/plot.py --stage stage1 --each           a line per run
     python scripts/plot.py 20260101-120000-a1b2c3 my_run   these runs, also unfinished ones; same lines as above
 
-Reads logs/<run_id>/metrics.csv; results.csv says which runs form a cell. A run that it does not know is a line of its
-own. With --stage, finished runs only. The y axis leaves out step 0, whose loss (16, or ln of the vocabulary) would
-squash the rest. Runs without validations are named and left out.
+Reads logs/<run_id>/metrics.csv; results.csv says which runs form a cell. A run that it does not know is a
+line of its own. With --stage, finished runs only. The y axis leaves out step 0, whose loss (16, or ln of the
+vocabulary) would squash the rest. Runs without validations are named and left out.
 Raises   UserError naming the file or option: no runs, no such stage, no matplotlib
 """
 

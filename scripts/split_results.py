@@ -4,8 +4,8 @@
     python scripts/split_results.py --stage1-iters 1500,1501 --stage2-iters 800
     python scripts/split_results.py --source old/results_*.csv --stages experiments/stages_original.toml
 
-A row belongs to the stage in its own stage column. Where that is empty, to stage1 or stage2 by num_iterations (the
-original's rule), or, with --stages, to every stage whose conditions it meets:
+A row belongs to the stage in its own stage column. Where that is empty, to stage1 or stage2 by num_iterations
+(the original's rule), or, with --stages, to every stage whose conditions it meets:
 
     [stage.stage1]                     # names results_stage1.csv and tables/stage1.csv, .md
     num_iterations = [1500]            # any columns; a row must meet all; a value or a list of values
@@ -14,9 +14,9 @@ original's rule), or, with --stages, to every stage whose conditions it meets:
     baseline = {attn_gate = "none"}    # what the others are compared with: the cell like them in all else
     extra_csv = ["baseline.csv"]       # further rows for the table, relative to the first source's folder
 
-Writes results_<stage>.csv (rows as they stand), tables/<stage>.csv and tables/<stage>.md, and prints the tables. No
-row is lost: those in no stage, unfinished or torn are counted and named, and a results_<stage>.csv that holds rows
-no source has is not replaced. docs/experiments.md explains the columns.
+Writes results_<stage>.csv (rows as they stand), tables/<stage>.csv and tables/<stage>.md, and prints the
+tables. No row is lost: those in no stage, unfinished or torn are counted and named, and a results_<stage>.csv
+that holds rows no source has is not replaced. docs/experiments.md explains the columns.
 Raises   UserError naming file and line, stage or option
 """
 
@@ -57,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     a = p.parse_args(argv)
     if a.stages and (a.stage1_iters is not None or a.stage2_iters is not None):
         raise UserError("--stages and --stage1-iters or --stage2-iters both define the stages; give one of them")
-    default = lambda value, usual: usual if value is None else value
-    iters = default(a.stage1_iters, "1500"), default(a.stage2_iters, "800")
+    asked = a.stages or a.stage1_iters is not None or a.stage2_iters is not None
+    iters = ("1500" if a.stage1_iters is None else a.stage1_iters, "800" if a.stage2_iters is None else a.stage2_iters)
     stages = lib.read_stages(a.stages) if a.stages else lib.stages_by_iters(*iters)
 
     rows: list[Row] = []
@@ -87,7 +87,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         written.append(target)
     for name, (stage, own) in sorted_rows.items():
         if not own:
-            print(f"{name}: no rows\n")
+            if asked:  # stage1 and stage2 of the default rule are nobody's wish
+                print(f"{name}: no rows\n")
             continue
         table = lib.make_table([*own, *extras.get(name, [])], stage)
         print(lib.table_text(table))

@@ -1,14 +1,14 @@
 """plain_gpt.py -- the plain implementation that train_gpt.py's faster one is compared with.
 
-The same training step the straightforward way: one weight per projection, logits in full, one Newton-Schulz per
-matrix. Nothing here is tuned and nothing is shared with train_gpt.py, so that agreement between the two means
-something. Dtypes follow the bf16 autocast that train_step() puts around the forward pass.
+The same training step the straightforward way: one weight per projection, logits in full, one
+Newton-Schulz per matrix. Nothing here is tuned and nothing is shared with train_gpt.py, so that agreement
+between the two means something. Dtypes follow the bf16 autocast that train_step() puts around the forward.
 
-Shapes   B sequences, T tokens, C model width, H heads, D = C / H head width, V vocabulary; x_BT has shape (B, T)
+Shapes   B sequences, T tokens, C model width, H heads, D = C / H head width, V vocabulary; x_BT is (B, T)
 Weights  wte (V, C), also the head; blocks.{i}.q k v o (C, C), up (M, C), down (C, M), M = mlp_hidden or 4 C;
          blocks.{i}.gate: headwise (H, C), elementwise (C, C) with channel = head * D + dim, const (H, D)
-Source   modded-nanogpt, the record of 2024-10-14 by Keller Jordan and others, from its description; gates after
-         Qiu et al., arXiv 2505.06708
+Source   modded-nanogpt, the record of 2024-10-14 by Keller Jordan and others, from its description;
+         gates after Qiu et al., arXiv 2505.06708
 """
 
 import torch
@@ -88,7 +88,8 @@ class Block(nn.Module):
         v = F.linear(h_BTC, self.v).view(heads)
         # Gates on q and k come after their norm, which would undo a headwise one.
         q, k, v = self.gated(q, h_BTC, "query"), self.gated(k, h_BTC, "key"), self.gated(v, h_BTC, "value")
-        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         y = self.gated(y.transpose(1, 2), h_BTC, "sdpa").reshape(B, T, C)
         return self.gated(F.linear(y, self.o).view(heads), h_BTC, "output").reshape(B, T, C)
 
@@ -141,7 +142,7 @@ def newton_schulz(G: Tensor) -> Tensor:
 
 
 class PlainMuon(torch.optim.Optimizer):
-    """Nesterov momentum, each matrix orthogonalized by itself; the root gives an update an RMS of about lr."""
+    """Nesterov momentum, each matrix orthogonalized by itself; the root makes the update's RMS about lr."""
 
     def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95, compiled: bool = False) -> None:
         super().__init__(params, dict(lr=lr, momentum=momentum))
@@ -160,7 +161,7 @@ class PlainMuon(torch.optim.Optimizer):
 
 
 def plain_optimizers(model: PlainGPT, lr: float, compiled: bool = False) -> list[torch.optim.Optimizer]:
-    """AdamW for the tied embedding, Muon at a tenth of its rate for everything in the blocks, gates included."""
+    """AdamW for the tied embedding, Muon at a tenth of its rate for all in the blocks, gates included."""
     return [
         torch.optim.AdamW([model.wte], lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0, fused=True),
         PlainMuon(list(model.blocks.parameters()), lr=0.1 * lr, compiled=compiled),
@@ -170,7 +171,7 @@ def plain_optimizers(model: PlainGPT, lr: float, compiled: bool = False) -> list
 def train_step(
     model: nn.Module, optimizers: list[torch.optim.Optimizer], x_BT: Tensor, y_BT: Tensor, micro_batch_seqs: int
 ) -> Tensor:
-    """One optimizer step on a batch; model is a PlainGPT or torch.compile of one. The mean loss of the batch."""
+    """One optimizer step; model is a PlainGPT or torch.compile of one. Returns the batch's mean loss."""
     num_micro = len(x_BT) // micro_batch_seqs
     losses = []
     for x, y in zip(x_BT.split(micro_batch_seqs), y_BT.split(micro_batch_seqs), strict=True):

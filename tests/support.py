@@ -44,7 +44,7 @@ def flags(folder: Path, **knobs) -> list[str]:
         if not list(folder.glob("t_*.bin"))
         else dict(input_bin=str(folder / "t_*.bin"), input_val_bin=str(folder / "v_*.bin"))
     )
-    values = SMALL | data | dict(logs=str(folder / "logs"), results=str(folder / "results.csv")) | knobs
+    values = SMALL | data | dict(logs_folder=str(folder / "logs"), results_file=str(folder / "results.csv")) | knobs
     return [f"--{name}={value}" for name, value in values.items()]
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed.run
 from support import ONE, ROOT, environment, run_here, same_tensors, write_data
 
 import plumbing
@@ -99,6 +100,14 @@ def test_two_spellings_of_one_knob_must_agree():
 def test_knobs_that_do_not_fit_together_are_refused(env, words):
     with pytest.raises(UserError, match=words):
         read(env=env)
+
+
+def test_no_flag_is_a_prefix_of_one_of_torchruns():
+    """torchrun reads the whole command line, and refuses a prefix of two of its flags even behind the script's name."""
+    theirs = [o for a in torch.distributed.run.get_args_parser()._actions for o in a.option_strings]
+    for f in dataclasses.fields(Knobs):
+        for flag in (f"--{f.name}", f"--{f.name.replace('_', '-')}"):
+            assert not any(o.startswith(flag) for o in theirs), flag
 
 
 def test_a_user_error_is_one_line_and_exit_code_2(tmp_path):
@@ -238,7 +247,7 @@ def test_a_run_id_that_is_a_path_is_refused(tmp_path):
 
 def test_results_with_other_columns_are_refused_before_training(monkeypatch, tmp_path):
     (tmp_path / "results.csv").write_text("run_id,loss\n")
-    with pytest.raises(UserError, match=r"results.csv: .*set RESULTS to another file"):
+    with pytest.raises(UserError, match=r"results.csv: .*set RESULTS_FILE to another"):
         run_here(monkeypatch, tmp_path)
     assert not (tmp_path / "logs").exists()
 
