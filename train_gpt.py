@@ -19,8 +19,9 @@ Shared   plumbing.py keeps the run alive and accounted for. Everything that can 
 import hashlib
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -257,22 +258,18 @@ class GPT(nn.Module):
                 bound = weight.size(1) ** -0.5
                 weight.copy_(torch.empty(weight.shape).uniform_(-bound, bound, generator=generator))
 
-    def hidden(self, x_BT: Tensor, cache: list[list] | None = None) -> Tensor:
-        """(B, T, C) before the head. With a cache (one list per block, empty at first), x continues what it holds."""
+    def forward(self, x_BTC: Tensor, cache: list[list] | None = None) -> Tensor:
+        """The trunk: embedded tokens to what the head reads, (B, T, C). With a cache (one list per block, empty at
+        first), x continues what it holds."""
         t0 = cache[0][0].size(1) if cache and cache[0] else 0
-        cos, sin = self.cos[t0 : t0 + x_BT.size(1)], self.sin[t0 : t0 + x_BT.size(1)]
-        x_BTC = F.embedding(x_BT, self.wte)
+        cos, sin = self.cos[t0 : t0 + x_BTC.size(1)], self.sin[t0 : t0 + x_BTC.size(1)]
         for i, block in enumerate(self.blocks):
             x_BTC = block(x_BTC, cos, sin, None if cache is None else cache[i])
         return rms_norm(x_BTC)
 
     def logits(self, x_BT: Tensor, cache: list[list] | None = None) -> Tensor:
         """(B, T, V) in fp32, for generation and tests; training never forms all of them."""
-        return F.linear(self.hidden(x_BT, cache), self.wte).float()
-
-    def forward(self, x_BT: Tensor, y_BT: Tensor) -> Tensor:
-        """Mean cross-entropy of the next tokens y, in nats, fp32."""
-        return linear_cross_entropy(self.hidden(x_BT).flatten(0, 1), self.wte, y_BT.flatten())
+        return F.linear(self(F.embedding(x_BT, self.wte), cache), self.wte).float()
 
 
 def matrices(name: str, p: Tensor, k: Knobs) -> tuple[Tensor, ...]:
@@ -280,44 +277,81 @@ def matrices(name: str, p: Tensor, k: Knobs) -> tuple[Tensor, ...]:
     return p.split(k.n_embd) if name.endswith("qkvg") else (p,)
 
 
-class LinearCrossEntropy(torch.autograd.Function):
-    """mean(cross_entropy(x @ w.T, y)) in row chunks. Logits exist for one chunk at a time, and gradients are formed in
-    the forward, while they do: the (N, V) logits, 13 GB at full size, are never kept."""
-
-    @staticmethod
-    def forward(ctx, x_NC: Tensor, w_VC: Tensor, y_N: Tensor, rows: int) -> Tensor:
-        w = w_VC.to(x_NC.dtype)
-        dx_NC, dw_VC = torch.empty_like(x_NC), torch.zeros_like(w_VC)
-        loss = torch.zeros((), device=x_NC.device)
-        for x, y, dx in zip(x_NC.split(rows), y_N.split(rows), dx_NC.split(rows), strict=True):
-            logits = (x @ w.T).float()
-            lse = logits.logsumexp(1, keepdim=True)
-            loss += (lse[:, 0] - logits.gather(1, y[:, None])[:, 0]).sum()
-            hit = y[:, None] == torch.arange(len(w), device=y.device)
-            p = (((logits - lse).exp() - hit.float()) / len(x_NC)).to(x.dtype)
-            dx.copy_(p @ w)
-            dw_VC += (p.T @ x).float()
-        ctx.save_for_backward(dx_NC, dw_VC)
-        return loss / len(x_NC)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        dx_NC, dw_VC = ctx.saved_tensors
-        return dx_NC * grad, dw_VC * grad, None, None
+# Rows of logits at a time. On a CPU, bf16 logits of 256 rows stay in the cache's reach; a GPU wants enough to fill it.
+LOSS_ROWS = {"cpu": 256, "cuda": 8192}
 
 
-def linear_cross_entropy(x_NC: Tensor, w_VC: Tensor, y_N: Tensor) -> Tensor:
-    """Mean cross-entropy (nats, fp32) of targets y under logits x @ w.T; matmuls in autocast's dtype."""
-    kind = x_NC.device.type
-    if torch.is_autocast_enabled(kind):
-        x_NC = x_NC.to(torch.get_autocast_dtype(kind))
-    rows = 8192 if kind == "cuda" else 256
-    if torch.is_grad_enabled():
-        return LinearCrossEntropy.apply(x_NC, w_VC, y_N, rows)
-    w, loss = w_VC.to(x_NC.dtype), torch.zeros((), device=x_NC.device)
-    for x, y in zip(x_NC.split(rows), y_N.split(rows), strict=True):
-        loss += F.cross_entropy((x @ w.T).float(), y, reduction="sum", ignore_index=-1)
-    return loss / len(x_NC)
+def softmax_rows(logits_NV: Tensor, y_N: Tensor, e_NV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Fills e = exp(l - max); of each row: its loss, s = sum(e), and s * d loss / d l_y, which is exact where e_y is
+    nearly s. One exp per logit: whoever needs the probabilities divides by s on the narrow side of a product."""
+    top = logits_NV.amax(-1, keepdim=True).float()
+    e = (logits_NV.float() - top).exp()
+    s = e.sum(-1, keepdim=True)
+    target = logits_NV.gather(-1, y_N[:, None]).float() - top
+    e_NV.copy_(e)
+    return s.log() - target, s, target.exp() - s
+
+
+def add_to(total: Tensor, part: Tensor) -> None:
+    total.add_(part)  # compiled: eager would first make an fp32 copy of a bf16 part
+
+
+class MicroStep:
+    """Loss and gradients of a micro-batch. The trunk is compiled as one graph; the tied matrix, a third of the FLOPs,
+    is handled around it by hand: cross-entropy in row chunks, gradients formed while a chunk's logits exist, summed in
+    fp32 right in `wte.grad`, in buffers that are kept. The (N, V) logits, 13 GB at full size, never exist, and a CPU
+    saves the page faults of allocating them."""
+
+    def __init__(self, model: GPT, k: Knobs, w: World, dtype: torch.dtype = torch.bfloat16):
+        self.model, self.w, self.dtype = model, w, dtype
+        wrap = partial(torch.compile, dynamic=False) if k.compile else lambda f: f
+        self.trunk, self.softmax_rows, self.add_to = wrap(model), wrap(softmax_rows), wrap(add_to)
+        self.rows = max(LOSS_ROWS[w.device.type], k.n_embd)  # of logits, so that their buffer also holds a chunk's dW
+        self.wte = torch.empty_like(model.wte, dtype=self.dtype)
+        self.buffers = torch.empty(2, self.rows, k.vocab_size, dtype=self.dtype, device=w.device)
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """The tied matrix has changed: cast it, once per optimizer step."""
+        self.wte.copy_(self.model.wte)
+
+    def hidden(self, x_BT: Tensor) -> tuple[Tensor, Tensor]:
+        x_BTC = F.embedding(x_BT, self.model.wte.detach()).requires_grad_(torch.is_grad_enabled())
+        with torch.autocast(self.w.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            return x_BTC, self.trunk(x_BTC).flatten(0, 1).to(self.dtype)
+
+    def chunks(self, h_NC: Tensor, y_N: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Of each chunk of rows: their slice, e, loss, s and s * d loss / d l_y."""
+        for start in range(0, len(h_NC), self.rows):
+            part = slice(start, min(start + self.rows, len(h_NC)))
+            logits, e = self.buffers[:, : part.stop - start]
+            torch.mm(h_NC[part], self.wte.T, out=logits)
+            yield part, e, *self.softmax_rows(logits, y_N[part], e)
+
+    def backward(self, x_BT: Tensor, y_BT: Tensor, share: float) -> Tensor:
+        """Mean loss in nats, fp32; adds `share` times its gradient to every parameter's."""
+        x_BTC, h_NC = self.hidden(x_BT)
+        h, y_N, losses = h_NC.detach(), y_BT.flatten(), []
+        dh = torch.empty_like(h)
+        for part, e, loss, s, d_target in self.chunks(h, y_N):
+            e[torch.arange(len(e), device=e.device), y_N[part]] = d_target[:, 0].to(e.dtype)
+            scale = share / (s * len(h))
+            torch.mul(e @ self.wte, scale, out=dh[part])
+            dw = self.buffers[0].flatten()[: self.wte.numel()].view_as(self.wte)  # this chunk's logits are done with
+            self.add_to(self.model.wte.grad, torch.mm(e.T, (h[part] * scale).to(e.dtype), out=dw))
+            losses.append(loss)
+        h_NC.backward(dh)
+        self.model.wte.grad.index_add_(0, x_BT.flatten(), x_BTC.grad.flatten(0, 1))
+        return torch.cat(losses).mean()
+
+    @torch.no_grad()
+    def loss_sum(self, x_BT: Tensor, y_BT: Tensor) -> Tensor:
+        """Summed loss over the targets that are not -1, in nats; no gradients."""
+        _, h_NC = self.hidden(x_BT)
+        y_N = y_BT.flatten()
+        losses = torch.cat([loss[:, 0] for _, _, loss, *_ in self.chunks(h_NC, y_N.clamp(min=0))])
+        return losses.where(y_N >= 0, 0).double().sum()
 
 
 # ----------------------------------------------------------------------------
@@ -348,7 +382,6 @@ class Muon:
 
     def __init__(self, params: dict[str, nn.Parameter], k: Knobs, w: World, momentum: float = 0.95):
         self.params, self.k, self.w, self.momentum = params, k, w, momentum
-        self.orthogonalise = torch.compile(newton_schulz, dynamic=False) if k.compile else newton_schulz
         cost = {
             n: sum(min(m.shape) ** 2 * (4 * max(m.shape) + 2 * min(m.shape)) for m in matrices(n, p, k))
             for n, p in params.items()
@@ -397,8 +430,8 @@ class Muon:
                 turn = d.size(0) > d.size(1)  # tall ones join their wide siblings' batch
                 by_shape.setdefault(tuple(sorted(d.shape)), []).append((d.mT if turn else d, out.mT if turn else out))
         for pairs in by_shape.values():
-            found = self.orthogonalise(torch.stack([d.bfloat16() for d, _ in pairs]))
-            torch._foreach_copy_([out for _, out in pairs], list(torch.where(ok, found, 0).unbind()))
+            found = newton_schulz(torch.stack([d.bfloat16() for d, _ in pairs])).masked_fill_(~ok, 0)
+            torch._foreach_copy_([out for _, out in pairs], list(found.unbind()))
         self.w.all_rows(self.updates)
         for name, p in self.params.items():
             scale = max(matrices(name, p, self.k)[0].shape) ** 0.5
@@ -567,8 +600,7 @@ class Batches:
 # Evaluation
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, val: TokenShards, micro: int, k: Knobs, w: World) -> float:
+def evaluate(step: MicroStep, val: TokenShards, micro: int, k: Knobs, w: World) -> float:
     """Mean loss of the first VAL_TOKENS validation tokens: the same tokens for every world size and micro-batch. The
     last micro-batch is filled up with targets of -1, which do not count, so that the model meets one shape only."""
     T, total = k.sequence_length, k.val_tokens // k.sequence_length
@@ -577,12 +609,9 @@ def evaluate(model: nn.Module, val: TokenShards, micro: int, k: Knobs, w: World)
     for at in range(lo, hi, micro):
         n = min(micro, hi - at)
         tokens = torch.from_numpy(val.read(at * T, n * T + 1).astype(np.int64)).to(w.device)
-        x, y = (
-            F.pad(t.view(n, T), (0, 0, 0, micro - n), value=fill) for t, fill in ((tokens[:-1], 0), (tokens[1:], -1))
-        )
-        with autocast(w):
-            loss += model(x, y).double() * micro
-    return w.sum(loss).item() / total
+        pad = lambda t, fill: F.pad(t.view(n, T), (0, 0, 0, micro - n), value=fill)  # noqa: B023
+        loss += step.loss_sum(pad(tokens[:-1], 0), pad(tokens[1:], -1))
+    return w.sum(loss).item() / (total * T)
 
 
 # ----------------------------------------------------------------------------
@@ -598,10 +627,6 @@ RESULTS = (  # the original study's columns, in its order, then ours
 IN_COLUMNS = "seed attngate gatepos gateact lr batch_size sequence_length num_iterations warmup_iters warmdown_iters"
 
 
-def autocast(w: World) -> torch.autocast:
-    return torch.autocast(w.device.type, dtype=torch.bfloat16)
-
-
 def flops_per_token(model: GPT, k: Knobs) -> int:
     """Model FLOPs of forward and backward, for MFU: 6 per weight of a matrix product (the tied matrix counts once, as
     the head), and attention counted causal: 6 * n_layer * T * C."""
@@ -612,13 +637,13 @@ def flops_per_token(model: GPT, k: Knobs) -> int:
 
 
 def memory_mib(n_params: int, sequences: int, k: Knobs) -> int:
-    """Rough peak of a rank: weights, gradients, moments, updates, activations of a micro-batch, a chunk of logits."""
-    state = n_params * (4 + 4 + 4 + 2) + k.vocab_size * k.n_embd * 8
+    """Rough peak of a rank: weights, gradients, moments, updates, activations of a micro-batch, chunks of logits."""
+    state = n_params * (4 + 4 + 4 + 2) + k.vocab_size * (k.n_embd * 6 + LOSS_ROWS[k.device] * 4)
     saved = sequences * k.sequence_length * k.n_layer * (30 * k.n_embd + 6 * k.mlp_width)
-    return (state + saved + 8192 * k.vocab_size * 10) // 2**20
+    return (state + saved) // 2**20
 
 
-def micro_batch(model: nn.Module, k: Knobs, w: World) -> int:
+def micro_batch(step: MicroStep, k: Knobs, w: World) -> int:
     """DEVICE_BATCH_SIZE as it will be used: a divisor of the rank's part of the batch. 'auto' is the largest whose
     step fits; it changes memory and speed, not the training. Raises UserError when the batch does not divide."""
     local = k.batch_size // w.size
@@ -635,10 +660,9 @@ def micro_batch(model: nn.Module, k: Knobs, w: World) -> int:
 
     def attempt(micro: int) -> None:
         tokens = torch.zeros(micro, k.sequence_length, dtype=torch.long, device=w.device)
-        with autocast(w):
-            model(tokens, tokens).backward()
+        step.backward(tokens, tokens, 1.0)
 
-    n_params = sum(p.numel() for p in model.parameters())
+    n_params = sum(p.numel() for p in step.model.parameters())
     return plumbing.largest_that_fits(local, attempt, lambda micro: memory_mib(n_params, micro, k), w)
 
 
@@ -712,11 +736,11 @@ class Run:
         self.n_params = sum(p.numel() for p in self.model.parameters())
         self.adam, self.muon = make_optimizers(self.model, k, w)
         self.names = [*self.adam.params, *self.muon.params]
-        self.micro = micro_batch(self.model, k, w)
-        self.zero_grad()
         if k.compile and k.device == "cuda":
             torch._inductor.config.coordinate_descent_tuning = True  # the record's only compiler setting
-        self.compiled = torch.compile(self.model) if k.compile else self.model
+        self.micro_step = MicroStep(self.model, k, w)
+        self.micro = micro_batch(self.micro_step, k, w)
+        self.zero_grad()
 
         self.step, self.clock, self.spent_s, self.lrs = 0, Clock(w), 0.0, []
         self.val_loss = self.best_loss = self.train_loss = math.nan
@@ -755,6 +779,7 @@ class Run:
         self.adam.load_state_dict(state["adam"])
         self.muon.load_state_dict(state["muon"])
         torch.set_rng_state(state["rng"])
+        self.micro_step.refresh()
         self.clock = Clock(self.w, *state["clock"])
         for name in self.KEPT:
             setattr(self, name, state[name])
@@ -790,7 +815,7 @@ class Run:
         """Evaluate and record; returns 'early_stop' when patience has run out, or ''. Every rank decides alike,
         because the loss is the same all-reduced number on each."""
         k = self.k
-        self.val_loss, self.validated_at = evaluate(self.compiled, self.val, self.micro, k, self.w), self.step
+        self.val_loss, self.validated_at = evaluate(self.micro_step, self.val, self.micro, k, self.w), self.step
         self.log.validation(
             self.step, self.val_loss, self.clock, f" data_sha256:{self.data_sha[:12]}" * bool(self.data_sha)
         )
@@ -855,10 +880,7 @@ def train(run: Run, k: Knobs, w: World) -> str:
         x, y = batches.get(run.step)
         loss = torch.zeros((), device=w.device)
         for x_BT, y_BT in zip(x.split(run.micro), y.split(run.micro), strict=True):
-            with autocast(w):
-                part = run.compiled(x_BT.long(), y_BT.long()) / micros
-            part.backward()
-            loss += part.detach()
+            loss += run.micro_step.backward(x_BT.long(), y_BT.long(), 1 / micros) / micros
         norms = run.adam.reduce() | run.muon.reduce()  # of what this rank owns
         zero = torch.zeros((), device=w.device)
         beat = torch.stack([loss, *(norms.get(name, zero) for name in run.names)])
@@ -867,6 +889,7 @@ def train(run: Run, k: Knobs, w: World) -> str:
         run.lrs.append(rate)
         run.adam.step(rate, ok)
         run.muon.step(0.1 * rate, ok)
+        run.micro_step.refresh()
         run.zero_grad()
         run.step += 1
         run.clock.tick()
