@@ -502,6 +502,8 @@ class Prefetch:
         self.thread.start()
 
     def _fill(self, make: Callable, step: int) -> None:
+        if self.device.type == "cuda":  # per thread: without it, pinning would make a context on every node's GPU 0
+            torch.cuda.set_device(self.device)
         while not self.closed.is_set():
             try:
                 item = make(step)

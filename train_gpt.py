@@ -292,6 +292,12 @@ def softmax_rows(logits_NV: Tensor, y_N: Tensor, e_NV: Tensor) -> tuple[Tensor, 
     return s.log() - target, s, target.exp() - s
 
 
+def softmax_blocks(logits_NV: Tensor, y_N: Tensor, e_NV: Tensor) -> tuple[Tensor, ...]:
+    """softmax_rows without a compiler, in blocks whose fp32 copies a CPU's allocator keeps instead of mapping anew."""
+    blocks = zip(logits_NV.split(64), y_N.split(64), e_NV.split(64), strict=True)
+    return tuple(map(torch.cat, zip(*(softmax_rows(*block) for block in blocks), strict=True)))
+
+
 def add_to(total: Tensor, part: Tensor) -> None:
     total.add_(part)  # compiled: eager would first make an fp32 copy of a bf16 part
 
@@ -305,7 +311,8 @@ class MicroStep:
     def __init__(self, model: GPT, k: Knobs, w: World, dtype: torch.dtype = torch.bfloat16):
         self.model, self.w, self.dtype = model, w, dtype
         wrap = partial(torch.compile, dynamic=False) if k.compile else lambda f: f
-        self.trunk, self.softmax_rows, self.add_to = wrap(model), wrap(softmax_rows), wrap(add_to)
+        self.trunk, self.add_to = wrap(model), wrap(add_to)
+        self.softmax_rows = wrap(softmax_rows) if k.compile or k.device == "cuda" else softmax_blocks
         self.rows = max(LOSS_ROWS[w.device.type], k.n_embd)  # of logits, so that their buffer also holds a chunk's dW
         self.wte = torch.empty_like(model.wte, dtype=self.dtype)
         self.buffers = torch.empty(2, self.rows, k.vocab_size, dtype=self.dtype, device=w.device)
@@ -753,14 +760,20 @@ class Run:
     def facts(self) -> dict[str, object]:
         k, w, local = self.k, self.w, self.k.batch_size // self.w.size
         split = f"{w.size} rank(s) x {local // self.micro} micro-batch(es) x {self.micro} x {k.sequence_length}"
+        set_but_unused = (k.gatepos, k.gateact) != ("sdpa", "sigmoid")
         epochs = f"{k.num_iterations / self.batches.epoch_steps:.2f} epochs"
         return dict(
             run_id=self.log.id,
             parameters=f"{self.n_params:,}",
             tokens_per_step=f"{self.tokens:,} = {split}",
             data=f"{self.train.total:,} tokens, {len(self.train.paths)} shard(s), {epochs}, {k.data_order} order",
-            **(dict(data_sha256=self.data_sha) if self.data_sha else {}),
-            **(dict(shard_gaps=f"missing from the numbering: {gaps}") if (gaps := self.train.gaps()) else {}),
+            **({"data_sha256": self.data_sha} if self.data_sha else {}),
+            **(
+                {"ignored": "GATEPOS and GATEACT, because ATTNGATE=none"}
+                if k.attngate == "none" and set_but_unused
+                else {}
+            ),
+            **({"shard_gaps": f"missing from the numbering: {gaps}"} if (gaps := self.train.gaps()) else {}),
         )
 
     def zero_grad(self) -> None:
@@ -786,7 +799,9 @@ class Run:
 
     def save(self) -> None:
         state = dict(
-            model={name: p.detach().cpu() for name, p in self.model.state_dict().items()} if self.w.main else None,
+            model={name: p.detach().cpu().clone() for name, p in self.model.state_dict().items()}
+            if self.w.main
+            else None,
             adam=self.adam.state_dict(),
             muon=self.muon.state_dict(),
             rng=torch.get_rng_state(),
@@ -860,6 +875,11 @@ def train(run: Run, k: Knobs, w: World) -> str:
     while True:
         # -------- clock stopped: hear of the last step, evaluate, save, leave --------
         status = status or ("finished" if run.position(run.step) >= k.num_iterations else "")
+        if not status and run.step >= run.batches.steps and not k.epochs_ok:  # only TIME_BUDGET_S gets here
+            run.log.say(
+                f"step:{run.step} the shards are used up: get more, or set EPOCHS_OK=1, and start this run again"
+            )
+            status = "preempted"
         validate, save = (status or (every and run.step % every == 0) for every in (k.val_every, k.save_every))
         validate = validate and run.validated_at != run.step and status in ("", "finished")
         save = save and run.saved_at != run.step
@@ -911,7 +931,7 @@ def main() -> int:
             ) from None
         finally:
             run.close(status)
-    return {"finished": 0, "early_stop": 0, "nan": 1}.get(status, 128 + run.signal)
+    return {"finished": 0, "early_stop": 0, "nan": 1}.get(status, 128 + run.signal if run.signal else 1)
 
 
 if __name__ == "__main__":
