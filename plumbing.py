@@ -894,14 +894,16 @@ def check_compiler(compile: bool, device: str) -> None:
 
 
 def largest_that_fits(n: int, attempt: Callable[[int], None], estimate_mib: Callable[[int], int], w: World) -> int:
-    """The largest divisor of n whose step fits on every rank: tried out on CUDA; on a CPU, estimated to need
-    no more than half of the free memory; at least 1."""
+    """The largest divisor of n whose step fits on every rank, at least 1: on CUDA tried out, from where a third of the
+    estimate would fit; on a CPU estimated to need no more than half of the free memory."""
     fits = 1
     for size in (d for d in range(n, 0, -1) if n % d == 0):
         if w.device.type == "cpu":
             free = next(line for line in Path("/proc/meminfo").read_text().splitlines() if "MemAvailable" in line)
             if estimate_mib(size) * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > int(free.split()[1]) // 2048:
                 continue
+        elif estimate_mib(size) // 3 * 2**20 > torch.cuda.get_device_properties(w.device).total_memory:
+            continue
         else:
             try:
                 attempt(size)

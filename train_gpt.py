@@ -389,69 +389,65 @@ class Muon:
 
     def __init__(self, params: dict[str, nn.Parameter], k: Knobs, w: World, momentum: float = 0.95):
         self.params, self.k, self.w, self.momentum = params, k, w, momentum
-        cost = {
-            n: sum(min(m.shape) ** 2 * (4 * max(m.shape) + 2 * min(m.shape)) for m in matrices(n, p, k))
-            for n, p in params.items()
-        }
         loads, ends, self.places = [0] * w.size, [0] * w.size, {}
-        for name in sorted(cost, key=cost.get, reverse=True):
+        for name in sorted(params, key=self.cost, reverse=True):
             rank = loads.index(min(loads))
-            loads[rank] += cost[name]
+            loads[rank] += self.cost(name)
             self.places[name] = (rank, ends[rank])
             ends[rank] += -(-params[name].numel() // 64) * 64  # every parameter starts on its own cache line
         self.grads = torch.zeros(w.size, max(ends), device=w.device)
         self.updates = torch.zeros(w.size, max(ends), device=w.device, dtype=torch.bfloat16)
         self.buffer = torch.zeros(max(ends), device=w.device)
         for name, p in params.items():
-            p.grad = self.view(self.grads, name)
+            p.grad = self.cut(self.grads, name)
         self.own = [name for name in params if self.places[name][0] == w.rank]
 
-    def view(self, table: Tensor, name: str) -> Tensor:
-        """The place of parameter `name` in a (W, row) table, in its shape."""
+    def cost(self, name: str) -> int:
+        """FLOPs of a Newton-Schulz step of parameter `name`, halved."""
+        shapes = [sorted(m.shape) for m in matrices(name, self.params[name], self.k)]
+        return sum(m * m * (2 * n + m) for m, n in shapes)
+
+    def cut(self, table: Tensor, name: str) -> Tensor:
+        """The place of parameter `name` in a (W, row) table or, of a parameter of this rank's, in its row."""
         rank, start = self.places[name]
-        return table[rank, start : start + self.params[name].numel()].view_as(self.params[name])
+        row = table if table.dim() == 1 else table[rank]
+        return row[start : start + self.params[name].numel()].view_as(self.params[name])
 
     def reduce(self) -> dict[str, Tensor]:
         """Mean over ranks of the owned gradients; returns their norms, by name."""
         self.w.mean_scatter(self.grads)
-        return (
-            dict(zip(self.own, torch._foreach_norm([self.view(self.grads, n) for n in self.own]), strict=True))
-            if self.own
-            else {}
-        )
+        owned = [self.cut(self.grads, name) for name in self.own]
+        return dict(zip(self.own, torch._foreach_norm(owned) if owned else [], strict=True))
 
     @torch.no_grad()
     def step(self, lr: float, ok: Tensor) -> None:
         """One update; nothing moves when the device flag `ok` is down."""
         grad = self.grads[self.w.rank]
         self.buffer.mul_(self.momentum).add_(grad)
-        nesterov = grad.add_(self.buffer, alpha=self.momentum)[None].expand(self.w.size, -1)
+        nesterov = grad.add_(self.buffer, alpha=self.momentum)
         by_shape: dict[tuple, list] = {}
         for name in self.own:
-            pairs = zip(
-                matrices(name, self.view(nesterov, name), self.k),
-                matrices(name, self.view(self.updates, name), self.k),
-                strict=True,
-            )
-            for d, out in pairs:
-                turn = d.size(0) > d.size(1)  # tall ones join their wide siblings' batch
-                by_shape.setdefault(tuple(sorted(d.shape)), []).append((d.mT if turn else d, out.mT if turn else out))
+            ins, outs = (matrices(name, self.cut(t, name), self.k) for t in (nesterov, self.updates))
+            for d, out in zip(ins, outs, strict=True):
+                if d.size(0) > d.size(1):  # tall ones join their wide siblings' batch
+                    d, out = d.mT, out.mT
+                by_shape.setdefault(tuple(d.shape), []).append((d, out))
         for pairs in by_shape.values():
             found = newton_schulz(torch.stack([d.bfloat16() for d, _ in pairs])).masked_fill_(~ok, 0)
             torch._foreach_copy_([out for _, out in pairs], list(found.unbind()))
         self.w.all_rows(self.updates)
         for name, p in self.params.items():
             scale = max(matrices(name, p, self.k)[0].shape) ** 0.5
-            p.add_(self.view(self.updates, name), alpha=-lr * scale)
+            p.add_(self.cut(self.updates, name), alpha=-lr * scale)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Momentum of all parameters, by name, gathered from their owners: any number of ranks can load it."""
         table = self.w.all_rows(self.buffer.repeat(self.w.size, 1))
-        return {name: self.view(table, name).cpu().clone() for name in self.params}
+        return {name: self.cut(table, name).cpu().clone() for name in self.params}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for name in self.own:
-            self.view(self.buffer[None].expand(self.w.size, -1), name).copy_(state[name])
+            self.cut(self.buffer, name).copy_(state[name])
 
 
 class AdamW:
@@ -560,9 +556,8 @@ class Batches:
             ]
             self.counts = np.cumsum(np.pad(counts, ((0, 0), (1, 0))), axis=1)
             self.epoch_steps = int(self.counts[:, -1].min())
-        self.steps = self.epoch_steps + (
-            k.data_order == "record"
-        )  # fed without starting over; the record's first batch counts twice
+        # Steps fed without starting over; the record's first batch counts twice.
+        self.steps = self.epoch_steps + (k.data_order == "record")
 
     def _order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.k.data_seed, epoch]).permutation(self.epoch_steps)
@@ -744,7 +739,9 @@ class Run:
         self.adam, self.muon = make_optimizers(self.model, k, w)
         self.names = [*self.adam.params, *self.muon.params]
         if k.compile and k.device == "cuda":
-            torch._inductor.config.coordinate_descent_tuning = True  # the record's only compiler setting
+            from torch._inductor import config  # imported where it is used: it costs a second
+
+            config.coordinate_descent_tuning = True  # the record's only compiler setting
         self.micro_step = MicroStep(self.model, k, w)
         self.micro = micro_batch(self.micro_step, k, w)
         self.zero_grad()

