@@ -13,8 +13,14 @@ $(READY): requirements.txt requirements-dev.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
+# Interrupt it and run it again: it goes on where it was.
 demo: $(READY)
-	$(BIN)/python scripts/demo.py
+	$(BIN)/python scripts/run_study.py experiments/studies/mini.toml
+	$(BIN)/python scripts/split_results.py
+	$(BIN)/python scripts/plot.py --stage mini
+	@echo "A sample of the last run, 300 bytes after 'The function returns':"
+	@$(BIN)/python scripts/sample.py --tokens 300 --prompt "The function returns" \
+	    --run "$$(awk -F, '/,mini,finished,/ { id = $$1 } END { print id }' experiments/results.csv)"
 
 test: $(READY) lint
 	$(BIN)/python -m pytest

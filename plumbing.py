@@ -717,8 +717,6 @@ class RunLog:
         self.log, self.csv = self._append(self.path), self._append(self.folder / "metrics.csv")
         if self.csv.tell() == 0:
             self.csv.write(",".join(METRICS) + "\n")
-        if sys.stderr.isatty():
-            self.bar = tqdm(total=self.total, unit="step", dynamic_ncols=True, smoothing=0.05)
 
     @staticmethod
     def _append(path: Path) -> io.TextIOWrapper:
@@ -757,10 +755,9 @@ class RunLog:
             return
         self.log.write(line + "\n")
         self.log.flush()
-        if self.bar is None:
-            print(line, flush=True)
-        elif not quiet:
-            tqdm.write(line)
+        if not (quiet and sys.stderr.isatty()):
+            tqdm.write(line)  # above the bar, if there is one
+            sys.stdout.flush()
 
     def step(self, step: int, train_loss: float, lr: float, grad_norm: float, clock: Clock) -> None:
         """One finished optimizer step: a line, a row, the bar, and (every two seconds) the status."""
@@ -777,6 +774,8 @@ class RunLog:
         self.facts |= dict(eta_s=_blank((self.total - step) * self.tokens / speed, ".0f"))
         if time.monotonic() - self.told > 2:
             self.status("running", step)
+        if self.bar is None and sys.stderr.isatty():
+            self.bar = tqdm(total=self.total, initial=step - 1, unit="step", dynamic_ncols=True, smoothing=0.05)
         if self.bar is not None:
             self.bar.set_postfix_str(f"loss {train_loss:.3f}, {_blank(speed, ',.0f') or '-'} tokens/s", refresh=False)
             self.bar.update(step - self.bar.n)
