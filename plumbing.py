@@ -699,6 +699,8 @@ class RunLog:
                 self._open()
             except UserError as error:
                 problem = str(error)
+            except (OSError, json.JSONDecodeError) as error:
+                problem = f"{self.folder}: cannot be used ({error}); set LOGS_FOLDER or RUN_ID to another"
         w.agree(problem)
 
     def _open(self) -> None:

@@ -208,7 +208,8 @@ class Attention(nn.Module):
         at = self.k.gatepos if self.k.attngate != "none" else ""
         gate = self.gate_BTHD(x_BTC, z_BTR).type_as(v) if at else None
         q, k, v = (t * gate if at == name else t for t, name in ((q, "query"), (k, "key"), (v, "value")))
-        if cache is not None:  # generation: keys and values of the tokens before
+        if cache is not None:  # generation: keys and values of the tokens before, and then one token at a time
+            assert not cache or T == 1, "several tokens behind a cache would need a mask"
             k, v = (torch.cat([past, new], 1) for past, new in zip(cache, (k, v), strict=True)) if cache else (k, v)
             cache[:] = k, v
         y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=T == k.size(1))

@@ -240,6 +240,15 @@ def test_a_run_id_in_use_is_refused(monkeypatch, tmp_path):
     log.lock.release()
 
 
+def test_a_log_folder_that_cannot_be_used_is_refused(monkeypatch, tmp_path):
+    with pytest.raises(UserError, match="cannot be used .*; set LOGS_FOLDER or RUN_ID to another"):
+        run_here(monkeypatch, tmp_path, logs_folder="/dev/null/x")
+    (tmp_path / "logs/a").mkdir(parents=True)
+    (tmp_path / "logs/a/status.json").write_text('{"stat')
+    with pytest.raises(UserError, match="cannot be used"):
+        run_here(monkeypatch, tmp_path, run_id="a")
+
+
 def test_a_run_id_that_is_a_path_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"RUN_ID='\.\./x'"):
         RunLog(tmp_path, "../x", ONE, 1)

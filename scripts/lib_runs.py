@@ -1,0 +1,131 @@
+"""lib_runs.py -- shared by the programs that read a run's checkpoints: find one that verifies, build its model.
+
+Raises   UserError: no such run (with those there are), no checkpoint yet, none that verifies, another program's
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))
+import plumbing  # noqa: E402
+import train_gpt  # noqa: E402
+from plumbing import UserError  # noqa: E402
+
+# The knobs that shape the model; what generates, compares or converts needs no others.
+MODEL = "n_layer n_head n_embd vocab_size attngate gatepos gateact gateopt mlp_match sequence_length".split()
+
+
+def add_run_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--run", required=True, metavar="ID", help="the run's id")
+    p.add_argument("--logs_folder", "--logs-folder", type=Path, default=REPO / "logs", metavar="DIR")
+    p.add_argument("--checkpoint", metavar="step_NNNNNN", help="default: the newest that verifies")
+
+
+def find_run(logs: Path, run_id: str) -> Path:
+    """The run's folder."""
+    folder = logs / run_id
+    if run_id and folder.is_dir():
+        return folder
+    there = sorted((p for p in logs.glob("*/") if p.is_dir()), key=lambda p: p.stat().st_mtime, reverse=True)
+    names = ", ".join(p.name for p in there[:10]) + ", ..." * (len(there) > 10)
+    raise UserError(f"no run {run_id!r} in {logs}; it has {names or 'none; --logs_folder names another folder'}")
+
+
+def find_checkpoint(folder: Path, name: str | None = None) -> Path:
+    """The checkpoint `name` of a run, or its newest that verifies; a bad one is named on stderr and skipped."""
+    paths = sorted(folder.glob("step_??????"), reverse=True)
+    if not paths:
+        raise UserError(f"{folder}: no checkpoint yet; the trainer writes one every SAVE_EVERY steps and at the end")
+    if name is not None:
+        if folder / name not in paths:
+            raise UserError(f"{folder}: no checkpoint {name!r}; it has {', '.join(p.name for p in paths[::-1])}")
+        if problem := plumbing.checkpoint_problem(folder / name):
+            raise UserError(f"checkpoint {folder / name} is bad: {problem}; leave out --checkpoint to use another")
+        return folder / name
+    for path in paths:
+        problem = plumbing.checkpoint_problem(path)
+        if problem is None:
+            return path
+        print(f"checkpoint {path} is skipped: {problem}", file=sys.stderr, flush=True)
+    raise UserError(f"{folder}: no good checkpoint, {len(paths)} bad; train again under a new RUN_ID")
+
+
+def build(model_knobs: Mapping[str, object]) -> train_gpt.GPT:
+    """A GPT of this shape, its weights not yet set."""
+    # VAL_TOKENS must divide by the sequence length, and shapes nothing
+    k = train_gpt.Knobs(**model_knobs, val_tokens=model_knobs["sequence_length"])
+    return train_gpt.GPT(k).eval()
+
+
+def load(path: Path) -> tuple[train_gpt.GPT, dict]:
+    """The model of a checkpoint that verifies, fp32 on the CPU, and the checkpoint's whole state."""
+    state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    known = {f.name for f in dataclasses.fields(train_gpt.Knobs)}
+    other = sorted(state["knobs"].keys() - known) or [name for name in MODEL if name not in state["knobs"]]
+    try:
+        if other:
+            raise ValueError(f"its knobs differ: {', '.join(other[:5])}")
+        model = build({name: state["knobs"][name] for name in MODEL})
+        model.load_state_dict(state["model"])
+    except (ValueError, RuntimeError) as error:
+        what = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"checkpoint {path} was written by another program than this train_gpt.py ({what}); scripts/replay.py "
+            f"takes the one that wrote it out of the run's log"
+        ) from None
+    return model, state
+
+
+# ----------------------------------------------------------------------------
+# Tokenizers
+
+
+class Bytes:
+    """A token is a byte; documents are separated by byte 0."""
+
+    name, size, separator = "bytes", 256, 0
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def piece(self, token: int) -> bytes:
+        return bytes([token])
+
+
+class GPT2:
+    """GPT-2's byte-pair encoding; special tokens in a text are plain text. Raises UserError if it is not there."""
+
+    name, size, separator = "gpt2", 50257, 50256
+
+    def __init__(self):
+        try:
+            import tiktoken
+
+            encoding = tiktoken.get_encoding("gpt2")
+        except (ImportError, OSError, ValueError) as error:  # OSError: no network; ValueError: a broken file
+            raise UserError(
+                f"the gpt2 tokenizer is not here ({type(error).__name__}: {' '.join(str(error).split())[:200]}); "
+                f"tiktoken downloads its two files once: run this where there is a network, copy the folder that "
+                f"TIKTOKEN_CACHE_DIR names, and set TIKTOKEN_CACHE_DIR to the copy"
+            ) from None
+        self.encode, self.piece = encoding.encode_ordinary, encoding.decode_single_token_bytes
+
+
+TOKENIZERS = {"gpt2": GPT2, "bytes": Bytes}
+
+
+def tokenizer_name(asked: str, vocab_size: int) -> str:
+    """`asked`, or for auto the one whose ids this vocabulary is made for."""
+    if asked != "auto":
+        return asked
+    if vocab_size <= Bytes.size + 1:
+        return "bytes"
+    if vocab_size >= GPT2.size:
+        return "gpt2"
+    raise UserError(f"VOCAB_SIZE={vocab_size} is that of no tokenizer known here; name one with --tokenizer")
