@@ -241,7 +241,7 @@ def test_a_run_id_in_use_is_refused(monkeypatch, tmp_path):
 
 
 def test_a_log_folder_that_cannot_be_used_is_refused(monkeypatch, tmp_path):
-    with pytest.raises(UserError, match="cannot be used .*; set LOGS_FOLDER or RUN_ID to another"):
+    with pytest.raises(UserError, match=r"cannot be used .*; set LOGS_FOLDER or RUN_ID to another"):
         run_here(monkeypatch, tmp_path, logs_folder="/dev/null/x")
     (tmp_path / "logs/a").mkdir(parents=True)
     (tmp_path / "logs/a/status.json").write_text('{"stat')
