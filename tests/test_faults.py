@@ -60,6 +60,7 @@ def test_a_run_stopped_in_a_later_epoch_resumes_where_it_was(monkeypatch, tmp_pa
     assert broken(tmp_path, 1, "term:41", run_id="stopped", **knobs).returncode == 128 + signal.SIGTERM
     assert run_here(monkeypatch, tmp_path, run_id="stopped", **knobs)[0] == 0
     assert same_end(tmp_path, "straight", "stopped")
+    assert newest_state(tmp_path, "stopped")["clock"][1] >= 31, "the time of the first start still counts"
 
 
 def test_one_and_two_ranks_agree_bitwise_and_each_resumes_the_other(monkeypatch, tmp_path):

@@ -309,6 +309,18 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path):
     assert found["nested"]["list"][1:] == [2, "x"] and torch.equal(found["w"], STATE["w"])
 
 
+def test_a_checkpoint_appears_by_one_rename_when_all_of_it_is_there(monkeypatch, tmp_path):
+    rename, seen = Path.rename, []
+
+    def watched(self, target):
+        seen.append((plumbing.checkpoint_problem(self), Path(target).name, Path(target).exists()))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", watched)
+    plumbing.save_checkpoint(tmp_path, 1, STATE, ONE)
+    assert seen == [(None, "step_000001", False)]
+
+
 @pytest.mark.parametrize("how", ["truncated", "flipped byte", "empty", "no manifest", "no state"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, how):
     for step in (1, 2):

@@ -14,7 +14,7 @@ from plain_gpt import PlainGPT
 from support import ONE, ROOT, SHARED, copy_to_plain, knobs, losses, metrics, rows, run_here, write_data
 
 import train_gpt
-from plumbing import TokenShards, UserError, World, write_shard
+from plumbing import Pulse, TokenShards, UserError, World, write_shard
 from train_gpt import GPT, AdamW, Batches, Knobs, MicroStep, Muon, lr_scale, matrices, newton_schulz
 
 CPU = torch.device("cpu")
@@ -258,6 +258,30 @@ def test_nothing_moves_when_the_step_is_not_finite():
     for optimizer in (adam, muon):
         optimizer.step(0.01, torch.tensor(False))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_no_weight_moves_from_the_first_step_on_that_is_not_finite(monkeypatch, tmp_path):
+    """The host hears of it a step later, when the update of the next, healthy step is queued already."""
+    send, close, seen = Pulse.send, train_gpt.Run.close, {}
+
+    def bad_loss(self, step, values_n, clock):
+        if step == 7:
+            seen["before"] = [p.detach().clone() for p in seen["model"].parameters()]
+            values_n = values_n * float("nan")
+        return send(self, step, values_n, clock)
+
+    def watched(self, status):
+        seen["after"] = [p.detach().clone() for p in self.model.parameters()]
+        close(self, status)
+
+    init = train_gpt.MicroStep.__init__
+    monkeypatch.setattr(
+        train_gpt.MicroStep, "__init__", lambda s, m, *rest: (seen.update(model=m), init(s, m, *rest))[1]
+    )
+    monkeypatch.setattr(Pulse, "send", bad_loss)
+    monkeypatch.setattr(train_gpt.Run, "close", watched)
+    assert run_here(monkeypatch, tmp_path)[0] == 1
+    assert all(torch.equal(a, b) for a, b in zip(seen["before"], seen["after"], strict=True))
 
 
 def test_muon_work_is_shared_out_evenly_at_full_size():
