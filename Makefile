@@ -18,8 +18,8 @@ demo: $(READY)
 	$(BIN)/python scripts/run_study.py experiments/studies/mini.toml
 	$(BIN)/python scripts/split_results.py
 	$(BIN)/python scripts/plot.py --stage mini
-	@echo "A sample of the last run, 300 bytes after 'The function returns':"
-	@$(BIN)/python scripts/sample.py --tokens 300 --prompt "The function returns" \
+	@echo; echo "Text of the last run, after 'The function ':"
+	@$(BIN)/python scripts/sample.py --tokens 200 --num_samples 3 --prompt "The function " \
 	    --run "$$(awk -F, '/,mini,finished,/ { id = $$1 } END { print id }' experiments/results.csv)"
 
 test: $(READY) lint
