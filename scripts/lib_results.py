@@ -1,4 +1,4 @@
-"""lib_results.py -- shared by the programs that read results: files, stages, statistics, tables, plots.
+"""lib_results.py -- shared by the programs that read results: files, stages, comparisons, tables, plots.
 
 Reading is forgiving about files (CRLF, older columns, torn rows: named, then skipped) and strict about sums:
 every row ends up in a table or is named below it. No pandas: a number is written as it was read.
@@ -13,47 +13,41 @@ Needs    scipy for a comparison, matplotlib for a figure; both are imported wher
 
 import csv
 import dataclasses
-import importlib
 import io
 import math
 import os
 import re
 import sys
 import textwrap
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cached_property, lru_cache
 from pathlib import Path
-from types import ModuleType
-from typing import NoReturn
+
+from lib_stats import (  # noqa: F401  offered to the programs from here
+    NAN,
+    Judged,
+    Ratio,
+    TTest,
+    UserError,
+    holm,
+    judge,
+    launch,
+    mean,
+    need,
+    paired,
+    pooled,
+    pooled_sd,
+    ratio,
+    sd,
+    t_test,
+    welch,
+)
 
 REPO = Path(__file__).resolve().parents[1]
-NAN = float("nan")
-
-
-class UserError(ValueError):
-    """What a user can cause and mend; the message is all that is shown."""
-
-
-def launch(main: Callable[[], None]) -> NoReturn:
-    """Run main(); a UserError becomes one line on stderr and exit code 2."""
-    try:
-        main()
-        sys.exit(0)
-    except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
-
-
-def need(module: str, what: str) -> ModuleType:
-    """Import an optional library. Raises UserError saying what to install."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise UserError(
-            f"{what} needs {module.split('.')[0]}: pip install scipy matplotlib (or -r requirements-dev.txt)"
-        ) from None
 
 
 def write_whole(path: Path, data: str | bytes) -> None:
@@ -128,7 +122,7 @@ def read_results(path: Path) -> tuple[list[Row], list[str]]:
             continue
         where = f"{path.name}:{number}"
         try:
-            fields = next(csv.reader([line], strict=True))
+            fields = next(csv.reader([line], strict=True)) if '"' in line else line.split(",")
         except csv.Error:
             fields = []
         if not header or fields[:1] == ["run_id"]:
@@ -172,40 +166,138 @@ class Points:
     step: list[int]
     seconds: list[float]
     loss: list[float]
+    bad: int = 0  # validations whose loss or time is no finite number; they are not among the points
+
+    def at_seconds(self, seconds: float) -> float:
+        """The loss then, on straight lines between validations; nan outside of them."""
+        return _between(self.seconds, self.loss, seconds)
+
+    def at_step(self, step: float) -> float:
+        return _between(self.step, self.loss, step)
+
+    def reaches(self, target: float) -> tuple[float, float] | None:
+        """Step and seconds at which the straight lines between validations first meet `target`; None if never."""
+        for i, loss in enumerate(self.loss):
+            if loss <= target:
+                last = self.loss[i - 1] if i else loss
+                share = (last - target) / (last - loss) if last > loss else 1.0
+                there = lambda x, i=i, share=share: x[i - 1] + share * (x[i] - x[i - 1]) if i else float(x[0])
+                return there(self.step), there(self.seconds)
+        return None
+
+
+def _between(x: Sequence[float], y: Sequence[float], at: float) -> float:
+    if not x or not x[0] <= at <= x[-1]:
+        return NAN
+    i = max(1, bisect_left(x, at))
+    if x[0] == at or x[i] == x[i - 1]:
+        return y[0] if x[0] == at else y[i]
+    return y[i - 1] + (y[i] - y[i - 1]) * (at - x[i - 1]) / (x[i] - x[i - 1])
 
 
 def read_metrics(path: Path) -> tuple[Points, int]:
     """The validations in a run's metrics.csv, in the order of steps, and how many rows were torn. A step that
     occurs twice (the run was resumed) counts as it was the last time.
     Raises UserError when the file is missing or has no step, val_loss or train_time_s column."""
+    runs, torn = _read_points(path)
+    return runs.get("", Points([], [], [])), torn
+
+
+def read_curves(path: Path) -> tuple[dict[str, Points], int]:
+    """The validations of many runs, by run id, from one file with a run_id column, and how many rows were torn.
+    Raises UserError when the file is missing or has no such column."""
+    runs, torn = _read_points(path)
+    if "" in runs:
+        raise UserError(f"{path}: has no column run_id; --curves takes one file with the validations of all runs")
+    return runs, torn
+
+
+def _read_points(path: Path) -> tuple[dict[str, Points], int]:
+    """Validations by run id ('' in a file without the column); train_time_s in s, or train_time_ms in ms."""
     try:
-        text = path.read_bytes().decode("utf-8", errors="replace")
+        text = path.read_bytes().decode("utf-8-sig", errors="replace")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    header: list[str] = []
-    points: dict[int, tuple[float, float]] = {}
+    lines = [line for raw in text.split("\n") if (line := raw.rstrip("\r"))]
+    header = lines[0].split(",") if lines else []
+    clock, unit = ("train_time_ms", 1000.0) if "train_time_ms" in header else ("train_time_s", 1.0)
+    if missing := [c for c in ("step", "val_loss", clock) if header and c not in header]:
+        raise UserError(f"{path}: has no column {', '.join(missing)}")
+    at_step, at_loss, at_time = (header.index(c) if header else 0 for c in ("step", "val_loss", clock))
+    at_run = header.index("run_id") if "run_id" in header else None
+    runs: dict[str, dict[int, tuple[float, float]]] = {}
     torn = 0
-    for line in text.split("\n"):
-        fields = line.rstrip("\r").split(",")
-        if fields == [""]:
+    for line in lines[1:]:
+        fields = line.split(",")
+        if fields == header:
             continue
-        if not header or fields == header:
-            header = fields
-            if missing := [c for c in ("step", "val_loss", "train_time_s") if c not in header]:
-                raise UserError(f"{path}: has no column {', '.join(missing)}")
-            continue
-        values = dict(zip(header, fields, strict=False))
         try:
-            step = int(values["step"])
             if len(fields) != len(header):
                 raise ValueError
-            if values["val_loss"]:
-                seconds = values["train_time_s"] if step else 0  # at step 0 there is no time yet, and none is written
-                points[step] = (float(seconds), float(values["val_loss"]))
+            step, loss = int(fields[at_step]), fields[at_loss]
+            if loss:
+                seconds = fields[at_time] if step else 0  # at step 0 there is no time yet, and none is written
+                run = "" if at_run is None else fields[at_run]
+                runs.setdefault(run, {})[step] = (float(seconds) / unit, float(loss))
         except ValueError:
             torn += 1
-    good = sorted((step, t, loss) for step, (t, loss) in points.items() if math.isfinite(t + loss))
-    return Points([p[0] for p in good], [p[1] for p in good], [p[2] for p in good]), torn
+    return {run: _points(found) for run, found in runs.items()}, torn
+
+
+def _points(found: Mapping[int, tuple[float, float]]) -> Points:
+    good = sorted((step, t, loss) for step, (t, loss) in found.items() if math.isfinite(t + loss))
+    return Points([g[0] for g in good], [g[1] for g in good], [g[2] for g in good], len(found) - len(good))
+
+
+class Curves:
+    """The validations of runs, read when they are first asked for: from the files given, else from
+    <logs>/<run_id>/metrics.csv. What was wrong with which run stands in `problems`."""
+
+    def __init__(self, logs: Path | None, files: Sequence[Path] = ()):
+        self.known: dict[str, Points | None] = {}
+        self.problems: dict[str, list[str]] = {}  # what: run ids
+        self.torn: list[str] = []
+        for path in files:
+            runs, torn = read_curves(path)
+            self.known |= runs
+            self.torn += [f"{path}: {count(torn, 'torn row')} skipped"] * bool(torn)
+        self.logs = logs
+        try:  # one look at the folder, not one at each of 100,000 runs
+            self.there = set(os.listdir(logs)) if logs else set()
+        except OSError:
+            self.there = set()
+
+    def __call__(self, run_id: str) -> Points | None:
+        """None where there are no validations."""
+        if run_id not in self.known:
+            self.known[run_id] = self._read(run_id)
+        return self.known[run_id]
+
+    def _read(self, run_id: str) -> Points | None:
+        if run_id not in self.there:
+            return self._problem("no curve", run_id)
+        try:
+            points, torn = read_metrics(self.logs / run_id / "metrics.csv")
+        except UserError as error:
+            return self._problem(str(error).removeprefix(f"{self.logs}/{run_id}/"), run_id)
+        if torn:
+            self._problem("torn rows in metrics.csv, skipped", run_id)
+        if points.bad:
+            self._problem("validations that are no finite number, left out of the curve", run_id)
+        return points if points.step else self._problem("no validation in metrics.csv", run_id)
+
+    def _problem(self, what: str, run_id: str) -> None:
+        self.problems.setdefault(what, []).append(run_id)
+
+    def remarks_of(self, cells: Sequence["Cell"]) -> list[str]:
+        """What was wrong with the curves of these cells, and with the files."""
+        wanted = {row["run_id"] for cell in cells for row in cell.rows}
+        where = f" (looked in {self.logs})" if self.logs else ""
+        out = list(self.torn)
+        for what, runs in self.problems.items():
+            if own := [run for run in runs if run in wanted]:
+                out.append(f"{what}: {count(len(own), 'run')}, {listing(own)}{where * (what == 'no curve')}")
+        return out
 
 
 # ----------------------------------------------------------------------------
@@ -221,11 +313,18 @@ class Stage:
     keys: tuple[str, ...] = ()  # columns the table has even if they do not vary
     baseline: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"attn_gate": "none"})
     extra_csv: tuple[str, ...] = ()  # files with further rows, relative to the first source's folder
+    train_tokens: float = NAN  # of one pass over the training shards, where rows have no column epochs
+    target_loss: float = NAN  # nats per token; steps and seconds to it are reported
 
 
 def canon(value: object) -> str:
     """A value as text, one text per number: 1500, 1500.0 and 1.5e3 are the same iterations."""
-    text = str(value).strip()
+    return _canon(str(value))
+
+
+@lru_cache(maxsize=100_000)
+def _canon(text: str) -> str:
+    text = text.strip()
     try:
         number = float(text)
     except ValueError:
@@ -248,7 +347,7 @@ def stages_by_iters(stage1: str, stage2: str) -> list[Stage]:
 
 def read_stages(path: Path) -> list[Stage]:
     """The stages of a TOML file, one table [stage.NAME] each: conditions COLUMN = value or [values], all of which
-    a row must meet, and the words keys, baseline and extra_csv, which are no columns.
+    a row must meet, and the words keys, baseline, extra_csv, train_tokens and target_loss, which are no columns.
     Raises UserError naming stage and word for whatever does not fit, and on Python 3.10, which has no tomllib."""
     try:
         import tomllib
@@ -275,7 +374,8 @@ def _read_stage(where: str, name: str, table: object) -> Stage:
 
     def column(word: str) -> str:
         if word not in HEADER:
-            near = get_close_matches(word, [*HEADER, "keys", "baseline", "extra_csv"], n=1)
+            words = ("keys", "baseline", "extra_csv", "train_tokens", "target_loss")
+            near = get_close_matches(word, [*HEADER, *words], n=1)
             raise UserError(f"{where}: {word} is no column" + (f"; did you mean {near[0]}?" if near else ""))
         return word
 
@@ -285,14 +385,21 @@ def _read_stage(where: str, name: str, table: object) -> Stage:
             raise UserError(f"{where}: {word} = {value!r}: expected a value or a list of values")
         return values
 
+    def positive(word: str) -> float:
+        value = words.pop(word, NAN)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise UserError(f"{where}: {word} = {value!r}: expected a number above 0")
+        return float(value)
+
     words = dict(table)
+    numbers = [positive(word) for word in ("train_tokens", "target_loss")]
     keys = tuple(column(str(v)) for v in listed("keys", words.pop("keys", "attn_gate")))
     extra = tuple(str(v) for v in listed("extra_csv", words.pop("extra_csv"))) if "extra_csv" in words else ()
     baseline = words.pop("baseline", {"attn_gate": "none"})
     if not isinstance(baseline, dict) or not baseline or any(isinstance(v, list) for v in baseline.values()):
         raise UserError(f'{where}: baseline = {baseline!r}: expected one value per column: {{attn_gate = "none"}}')
     match = {column(word): frozenset(canon(v) for v in listed(word, value)) for word, value in words.items()}
-    return Stage(name, match, keys, {column(w): canon(v) for w, v in baseline.items()}, extra)
+    return Stage(name, match, keys, {column(w): canon(v) for w, v in baseline.items()}, extra, *numbers)
 
 
 def _file_name(name: str) -> bool:
@@ -344,9 +451,12 @@ def key_value(row: Row, key: str) -> str:
     ungated = row["attn_gate"] == "none"
     if key in OF_THE_GATE and ungated:
         return "-"
-    if key == "notes":
-        return " ".join(w for w in knobs_in(row["notes"]) if not (ungated and w.split("=")[0] in GATE_KNOBS))
-    return canon(row[key])
+    return _configuration(row["notes"], ungated) if key == "notes" else canon(row[key])
+
+
+@lru_cache(maxsize=100_000)
+def _configuration(notes: str, ungated: bool) -> str:
+    return " ".join(w for w in knobs_in(notes) if not (ungated and w.split("=")[0] in GATE_KNOBS))
 
 
 @dataclass(frozen=True)
@@ -356,7 +466,7 @@ class Cell:
     key: Mapping[str, str]
     rows: tuple[Row, ...]
 
-    @property
+    @cached_property
     def by_seed(self) -> dict[str, list[Row]]:
         seeds: dict[str, list[Row]] = {}
         for row in self.rows:
@@ -364,13 +474,31 @@ class Cell:
         return seeds
 
     def values(self, column: str) -> dict[str, float]:
+        """One value per seed; see per_seed."""
+        if column not in self._values:
+            self._values[column] = self.per_seed(lambda row: row.number(column))
+        return self._values[column]
+
+    def per_seed(self, value: Callable[[Row], float]) -> dict[str, float]:
         """One value per seed. A seed with several finished rows counts once, with their mean: to choose one of
         them would be a way to choose the result. Rows without a finite value do not count."""
-        found = {seed: [row.number(column) for row in rows] for seed, rows in self.by_seed.items()}
-        finite = {seed: [v for v in values if math.isfinite(v)] for seed, values in found.items()}
-        return {seed: mean(values) for seed, values in finite.items() if values}
+        found = {seed: [v for row in rows if math.isfinite(v := value(row))] for seed, rows in self.by_seed.items()}
+        return {seed: mean(values) for seed, values in found.items() if values}
 
-    @property
+    @cached_property
+    def _values(self) -> dict[str, dict[str, float]]:
+        return {}
+
+    @cached_property
+    def reaches(self) -> dict[float, "Reach"]:
+        """What reach() has found, by target."""
+        return {}
+
+    @cached_property
+    def steps(self) -> frozenset[float]:
+        return frozenset(steps_of(row) for row in self.rows)
+
+    @cached_property
     def label(self) -> str:
         return " ".join(f"{k}={v}" if k != "notes" else v for k, v in self.key.items() if v not in ("", "-"))
 
@@ -390,10 +518,15 @@ def make_cells(rows: Sequence[Row], stage: Stage) -> list[Cell]:
 
 def _natural(text: str) -> tuple[bool, float, str]:
     """Sorts numbers as numbers, before words."""
+    number = _number(text)
+    return (True, 0.0, text) if math.isnan(number) else (False, number, "")
+
+
+def _number(text: str) -> float:
     try:
-        return False, float(text), ""
+        return float(text)
     except ValueError:
-        return True, 0.0, text
+        return NAN
 
 
 def is_baseline(cell: Cell, stage: Stage) -> bool:
@@ -403,130 +536,270 @@ def is_baseline(cell: Cell, stage: Stage) -> bool:
 def find_baseline(cell: Cell, cells: Sequence[Cell], stage: Stage) -> Cell | None:
     """The baseline cell that agrees with `cell` in every key that neither defines the baseline nor belongs to the
     gate alone; None if there is none."""
-    ungated = "none" in (stage.baseline.get("attn_gate"), cell.key["attn_gate"])
+    return find_baselines([cell], cells, stage)[0]
 
-    def rest(c: Cell) -> dict[str, str]:
+
+def find_baselines(cells: Sequence[Cell], among: Sequence[Cell], stage: Stage) -> list[Cell | None]:
+    """find_baseline for each of `cells`."""
+
+    def rest(c: Cell, ungated: bool) -> tuple:
         ignored = {*stage.baseline, *(OF_THE_GATE if ungated else ())}
         key = {k: v for k, v in c.key.items() if k not in ignored}
-        if ungated and "notes" in key:
-            key["notes"] = " ".join(w for w in key["notes"].split() if w.split("=")[0] not in GATE_KNOBS)
-        return key
+        if "notes" in key:
+            key["notes"] = _configuration(key["notes"], ungated)
+        return ungated, *key.items()
 
-    return next((b for b in cells if is_baseline(b, stage) and rest(b) == rest(cell)), None)
+    known: dict[tuple, Cell] = {}
+    for b in among:
+        if is_baseline(b, stage):
+            for ungated in (True, False):
+                known.setdefault(rest(b, ungated), b)
+    return [known.get(rest(c, "none" in (stage.baseline.get("attn_gate"), c.key["attn_gate"]))) for c in cells]
 
 
 # ----------------------------------------------------------------------------
-# Statistics
+# Comparisons
 
 
-def mean(values: Sequence[float]) -> float:
-    """Exactly rounded sum over n: the same whatever the order of the rows; nan of nothing."""
-    return math.fsum(values) / len(values) if values else NAN
-
-
-def sd(values: Sequence[float]) -> float:
-    """Sample standard deviation (n - 1); nan below two values."""
-    if len(values) < 2:
-        return NAN
-    m = mean(values)
-    return math.sqrt(math.fsum((v - m) ** 2 for v in values) / (len(values) - 1))
+NO_TEST, NO_RATIO = Judged(), Ratio()
 
 
 @dataclass(frozen=True)
-class TTest:
-    """A two-sided t test of a difference of means, with its 95% confidence interval."""
+class Effect:
+    """A difference in loss at equal steps or at equal time, and where its losses come from."""
 
-    t: float
-    df: float
-    p: float
-    lo: float
-    hi: float
+    judged: Judged = NO_TEST
+    how: str = ""
 
 
-def t_test(difference: float, error: float, df: float, scale: float) -> TTest | None:
-    """From the difference and its standard error. None where there is no spread to judge by: values of size
-    `scale` that differ in their last bits only have a standard error that is rounding, not noise."""
-    if not error > 1e-13 * abs(scale):
-        return None
-    t = need("scipy.stats", "a confidence interval").t
-    half = float(t.ppf(0.975, df)) * error
-    p = float(2 * t.sf(abs(difference) / error, df))
-    return TTest(difference / error, df, p, difference - half, difference + half)
-
-
-def welch(a: Sequence[float], b: Sequence[float]) -> TTest | None:
-    """mean(a) - mean(b), variances not assumed equal (Welch 1947); None below two values in an arm, or no spread."""
-    if min(len(a), len(b)) < 2:
-        return None
-    va, vb = sd(a) ** 2 / len(a), sd(b) ** 2 / len(b)
-    spread = va**2 / (len(a) - 1) + vb**2 / (len(b) - 1)
-    df = (va + vb) ** 2 / spread if spread > 0 else NAN
-    return t_test(mean(a) - mean(b), math.sqrt(va + vb), df, mean(b))
-
-
-def paired(a: Sequence[float], b: Sequence[float]) -> TTest | None:
-    """mean(a - b) of values that belong together one by one; None below two pairs, or no spread."""
-    differences = [x - y for x, y in zip(a, b, strict=True)]
-    if len(differences) < 2:
-        return None
-    error = sd(differences) / math.sqrt(len(differences))
-    return t_test(mean(differences), error, len(differences) - 1, mean(b))
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjustment (1979): controls the chance of any false claim among these, nothing assumed
-    about their dependence. In the given order."""
-    adjusted, highest = [0.0] * len(p_values), 0.0
-    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
-        adjusted[i] = highest
-    return adjusted
+NO_EFFECT = Effect()
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """A cell against its baseline. Differences are cell minus baseline, in nats per token: below 0 is better."""
+class Reach:
+    """Optimizer steps and seconds of training to the target loss, by seed; runs that never reach it have none."""
 
-    diff: float
-    rel_pct: float  # of the baseline's mean loss
-    overhead_pct: float  # of the baseline's mean ms per step
-    per_seed: tuple[float, ...]  # over shared seeds
-    sd_diff: float  # of those
-    welch: TTest | None
-    paired: TTest | None
-    test: str  # the one that is reported: paired, Welch, "n=1" or "no spread"
+    steps: Mapping[str, float]
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Comparison(Judged):
+    """A cell against its baseline. Differences are cell minus baseline: losses in nats per token, below 0 is better;
+    a ratio is in % of the baseline's mean."""
+
+    rel_pct: float = NAN  # of the baseline's mean loss
+    step_time: Ratio = NO_RATIO
+    memory_mib: float = NAN  # peak of one rank
+    memory_pct: float = NAN
+    equal_steps: Effect = NO_EFFECT
+    equal_time: Effect = NO_EFFECT
+    steps_to: Ratio = NO_RATIO  # the target; over the runs that reach it
+    seconds_to: Ratio = NO_RATIO
     p_holm: float = NAN
 
     @property
-    def chosen(self) -> TTest | None:
-        return {"paired": self.paired, "Welch": self.welch}.get(self.test)
+    def overhead_pct(self) -> float:
+        return self.step_time.pct
+
+    @property
+    def least(self) -> float:
+        """The smallest difference that so many seeds, spread as these are, show at 80% power; nan without a test."""
+        return self.chosen.least if self.chosen else NAN
 
 
-def compare(cell: Cell, baseline: Cell) -> Comparison:
-    """Paired where both arms ran the very same seeds, Welch otherwise: to pair what is shared and drop the rest
-    would let the choice of seeds choose the result. The other test is kept beside it."""
-    a, b = cell.values("final_val_loss"), baseline.values("final_val_loss")
-    shared = [seed for seed in a if seed in b]
-    both = welch(list(a.values()), list(b.values())), paired([a[s] for s in shared], [b[s] for s in shared])
-    if min(len(a), len(b)) < 2:
-        test = "n=1"
-    else:
-        test = "paired" if a.keys() == b.keys() else "Welch"
-        test = test if both[test == "paired"] else "no spread"
-    ms, base_ms = (mean(list(c.values("ms_per_step").values())) for c in (cell, baseline))
-    differences = [a[s] - b[s] for s in shared]
-    base = mean(list(b.values()))
-    diff = mean(list(a.values())) - base
+def compare(
+    cell: Cell,
+    baseline: Cell,
+    curves: Curves | None = None,
+    target: float = NAN,
+    timed: tuple[str, Cell, Cell] | None = None,
+) -> Comparison:
+    """`cell` minus `baseline`. `timed`: how long, and both again in runs of that training time (TIME_BUDGET_S)."""
+    loss = judge(cell.values("final_val_loss"), baseline.values("final_val_loss"))
+    values = lambda column: [list(c.values(column).values()) for c in (cell, baseline)]
+    base = mean(values("final_val_loss")[1])
+    memory, base_memory = map(mean, values("peak_memory_mib"))
+    reached = [reach(c, curves, target) for c in (cell, baseline)]
     return Comparison(
-        diff=diff,
-        rel_pct=100 * diff / base if base else NAN,
-        overhead_pct=100 * (ms / base_ms - 1) if base_ms > 0 else NAN,
-        per_seed=tuple(differences),
-        sd_diff=sd(differences),
-        welch=both[0],
-        paired=both[1],
-        test=test,
+        **vars(loss),
+        rel_pct=100 * loss.diff / base if base else NAN,
+        step_time=ratio(*values("ms_per_step")),
+        memory_mib=memory - base_memory,
+        memory_pct=100 * (memory / base_memory - 1) if base_memory > 0 else NAN,
+        equal_steps=equal_steps(cell, baseline, curves),
+        equal_time=equal_time(cell, baseline, curves, timed),
+        steps_to=ratio(*(list(r.steps.values()) for r in reached)),
+        seconds_to=ratio(*(list(r.seconds.values()) for r in reached)),
     )
+
+
+def steps_of(row: Row) -> float:
+    """Optimizer steps done; those planned where the file does not say."""
+    return row.number("steps_done" if row["steps_done"] else "num_iterations")
+
+
+def equal_steps(cell: Cell, baseline: Cell, curves: Curves | None) -> Effect:
+    """The difference after as many steps as the shortest run did; from curves where the runs differ in steps."""
+    steps = cell.steps | baseline.steps
+    fewest = min(steps)
+    if len(steps) == 1 or not curves:
+        both = (cell.values("final_val_loss"), baseline.values("final_val_loss"))
+        return Effect(judge(*both), "final losses") if len(steps) == 1 else Effect()
+
+    def loss(row: Row) -> float:
+        if steps_of(row) == fewest:
+            return row.number("final_val_loss")
+        return points.at_step(fewest) if (points := curves(row["run_id"])) else NAN
+
+    found = judge(cell.per_seed(loss), baseline.per_seed(loss))
+    return Effect(found, f"interpolated at step {fewest:.0f}, un-annealed" if found.test else "")
+
+
+def equal_time(
+    cell: Cell, baseline: Cell, curves: Curves | None, timed: tuple[str, Cell, Cell] | None = None
+) -> Effect:
+    """The difference after equal training time: real runs of equal time where there are any; else the slower arm's
+    curves at the time at which the faster arm ends, on average. The latter's rate has not come down yet there, so it
+    makes the slower arm look worse than a schedule of its own would."""
+    budgets = {time_budget(c) for c in (cell, baseline)}
+    if len(budgets) == 1 and "" not in budgets:
+        timed = (*budgets, cell, baseline)
+    if timed:
+        both = [c.values("final_val_loss") for c in timed[1:]]
+        return Effect(judge(*both), f"runs of TIME_BUDGET_S={timed[0]}")
+    times = [mean(list(c.values("train_time_ms").values())) / 1000 for c in (cell, baseline)]
+    if not curves or not math.isfinite(sum(times)):
+        return Effect()
+    end, slower = min(times), cell if times[0] > times[1] else baseline
+
+    def loss(row: Row) -> float:
+        if not (points := curves(row["run_id"])):
+            return NAN
+        if points.seconds[-1] < end and points.step[-1] >= steps_of(row):
+            return row.number("final_val_loss")  # this run ended before: by the noise of a clock
+        return points.at_seconds(end)
+
+    then, final = slower.per_seed(loss), (baseline if slower is cell else cell).values("final_val_loss")
+    found = judge(then, final) if slower is cell else judge(final, then)
+    missing = len(slower.by_seed) - len(then)
+    part = f" from {len(then)} of {len(slower.by_seed)} seeds" if missing else ""
+    return Effect(found, f"interpolated{part}, un-annealed" if found.test else "")
+
+
+def time_budget(cell: Cell) -> str:
+    """The training seconds of its TIME_BUDGET_S, '' without one. In what no key tells apart, the rows agree."""
+    return next((w.split("=", 1)[1] for w in knobs_in(cell.rows[0]["notes"]) if w.startswith("TIME_BUDGET_S=")), "")
+
+
+def timed_pairs(
+    cells: Sequence[Cell], pairs: Sequence[tuple[Cell, Cell | None]]
+) -> list[tuple[str, Cell, Cell] | None]:
+    """For each cell and baseline without a time budget: the two that differ from them in nothing but a common one,
+    the budget nearest to the faster arm's own training time; None if there are none."""
+
+    def rest(c: Cell) -> tuple:
+        values = [key_value(c.rows[0], key) for key in KEYS if key != "notes"]
+        notes = key_value(c.rows[0], "notes").split()
+        return *values, *(w for w in notes if not w.startswith("TIME_BUDGET_S="))
+
+    known: dict[tuple, dict[str, Cell]] = {}
+    for c in cells:
+        if budget := time_budget(c):
+            known.setdefault(rest(c), {})[budget] = c
+    out: list[tuple[str, Cell, Cell] | None] = []
+    for cell, base in pairs:
+        both = [known.get(rest(c), {}) if known and not time_budget(c) else {} for c in (cell, base) if c]
+        common = sorted(set(both[0]) & set(both[-1])) if len(both) == 2 else []
+        if not common:
+            out.append(None)
+            continue
+        own = min(mean(list(c.values("train_time_ms").values())) / 1000 for c in (cell, base))
+        budget = min(common, key=lambda b: abs(_number(b) - own))
+        out.append((budget, both[0][budget], both[1][budget]))
+    return out
+
+
+def reach(cell: Cell, curves: Curves | None, target: float) -> Reach:
+    """From the curves; without a target, from the notes: the first validation at or below the TARGET_LOSS that the
+    run itself had."""
+
+    if target in cell.reaches:
+        return cell.reaches[target]
+
+    def found(row: Row) -> tuple[float, float]:
+        if math.isfinite(target):
+            points = curves(row["run_id"]) if curves else None
+            return (points.reaches(target) if points else None) or (NAN, NAN)
+        told = re.search(r"\breached_step=(\d+) reached_ms=(\d+)\b", row["notes"])
+        return (float(told[1]), float(told[2]) / 1000) if told else (NAN, NAN)
+
+    if math.isnan(target) and not any("reached_step=" in row["notes"] for row in cell.rows):
+        cell.reaches[target] = Reach({}, {})
+    else:
+        both = {id(row): found(row) for row in cell.rows}
+        steps, seconds = (cell.per_seed(lambda row, i=i: both[id(row)][i]) for i in (0, 1))
+        cell.reaches[target] = Reach(steps, seconds)
+    return cell.reaches[target]
+
+
+def epochs_of(row: Row, stage: Stage) -> float:
+    """Passes over the training shards: the row's own, else from the stage's train_tokens; nan if neither says."""
+    if row["epochs"] or not math.isfinite(stage.train_tokens):
+        return row.number("epochs")
+    tokens = steps_of(row) * row.number("batch_size") * row.number("sequence_length")
+    return (row.number("tokens_seen") if row["tokens_seen"] else tokens) / stage.train_tokens
+
+
+MIXED = {  # column: its flag, why it matters
+    "gpu_name": ("gpu", "times do not compare"),
+    "n_gpus": ("gpus", "times do not compare"),
+    "torch": ("torch", "a difference may come from it"),
+    "code_sha256": ("code", "a difference may come from it"),
+}
+
+
+FACTS = (*MIXED, "epochs", "pass", "schedule")
+
+
+def facts_of(cell: Cell, stage: Stage) -> tuple[frozenset, ...]:
+    """What should be the same in all rows of a comparison, and what should not be at all; of one cell. What a file
+    does not say is not held against it. One set of values for each name of FACTS."""
+    found: dict[str, set] = {name: set() for name in FACTS}
+    for row in cell.rows:
+        for column in MIXED:
+            found[column].add(row[column][:40])
+        if math.isfinite(epochs := epochs_of(row, stage)):
+            found["epochs"].add(round(epochs, 2))
+            found["pass"].add(steps_of(row) / epochs if epochs else NAN)
+        warmup, warmdown = ((row.number(c) if row[c] else 0.0) for c in ("warmup_iters", "warmdown_iters"))
+        if warmup + warmdown > row.number("num_iterations"):
+            warm = f"warmup {canon(warmup)} + " if row["warmup_iters"] else ""
+            found["schedule"].add(f"{warm}warmdown {canon(warmdown)} > {canon(row['num_iterations'])} iterations")
+    return tuple(frozenset(values - {""}) for values in found.values())
+
+
+@lru_cache(maxsize=4096)  # most cells of a stage have the same facts
+def problems_of(*facts: tuple[frozenset, ...]) -> Mapping[str, str]:
+    """What is wrong with a cell alone, or with a cell and its baseline together: flag, sentence."""
+    every = {name: sorted(frozenset().union(*values)) for name, *values in zip(FACTS, *facts, strict=True)}
+    found = {}
+    for column, (flag, why) in MIXED.items():
+        if len(values := every[column]) > 1:
+            short = [v[:12] if column == "code_sha256" else v for v in values]
+            found[flag] = f"mixed {column}, {why}: {listing(short)}"
+    if passes := every["epochs"]:
+        # runs of other lengths read the same data as far as they go, as long as none starts over
+        same = passes[-1] <= 1 and every["pass"][-1] <= 1.05 * every["pass"][0]
+        if len(passes) > 1 and not same:
+            found["epochs"] = f"mixed epochs, the data differ: {listing([f'{e:.2f}' for e in passes])}"
+        if passes[-1] > 1:
+            found["repeats"] = f"training data read more than once: {passes[-1]:.2f} epochs"
+    if every["schedule"]:
+        found["schedule"] = (
+            f"schedule does not fit: {listing(every['schedule'], '; ')}; the learning rate never stayed at its peak"
+        )
+    return found
 
 
 # ----------------------------------------------------------------------------
@@ -541,6 +814,13 @@ class Line:
     baseline: Cell | None
     comparison: Comparison | None
     is_baseline: bool
+    flags: tuple[str, ...] = ()  # what is wrong with the two, in a word each; the remarks say more
+    reach: Reach = Reach({}, {})
+    target: float = NAN
+
+    @cached_property
+    def numbers(self) -> dict[str, object]:
+        return numbers_of(self)
 
 
 @dataclass(frozen=True)
@@ -558,18 +838,47 @@ class Table:
         return list(self.lines[0].cell.key) if self.lines else []
 
 
-def make_table(rows: Sequence[Row], stage: Stage) -> Table:
+def make_table(rows: Sequence[Row], stage: Stage, curves: Curves | None = None, target: float | None = None) -> Table:
     """Cells, comparisons and remarks of a stage's rows. Only finished rows with a finite loss count; the remarks
-    name all others."""
+    name all others. `target` in nats per token, else the stage's."""
     counted = [r for r in rows if r.status == "finished" and math.isfinite(r.number("final_val_loss"))]
     cells = make_cells(counted, stage)
-    pairs = [(c, None if is_baseline(c, stage) else find_baseline(c, cells, stage)) for c in cells]
-    compared = [compare(cell, base) if base else None for cell, base in pairs]
+    bases = [
+        None if is_baseline(c, stage) else b for c, b in zip(cells, find_baselines(cells, cells, stage), strict=True)
+    ]
+    table = table_of(rows, list(zip(cells, bases, strict=True)), cells, stage, curves, target)
+    if orphans := [line.cell.label for line in table.lines if not line.is_baseline and not line.baseline]:
+        remark = f"no baseline (a cell that differs in nothing else) for: {listing(orphans, '; ')}"
+        table = dataclasses.replace(table, remarks=(*table.remarks, remark))
+    return table
+
+
+def table_of(
+    rows: Sequence[Row],
+    pairs: Sequence[tuple[Cell, Cell | None]],
+    cells: Sequence[Cell],
+    stage: Stage,
+    curves: Curves | None,
+    target: float | None,
+) -> Table:
+    """The table of these cells, each beside its baseline. `rows`: all there are, counted or not; `cells`: where runs
+    of equal time may be found."""
+    target = stage.target_loss if target is None else target
+    counted = [row for cell, _ in pairs for row in cell.rows]
+    timed = timed_pairs(cells, pairs)
+    compared = [compare(c, b, curves, target, t) if b else None for (c, b), t in zip(pairs, timed, strict=True)]
     tested = [i for i, c in enumerate(compared) if c and c.chosen]
     for i, p in zip(tested, holm([compared[i].chosen.p for i in tested]), strict=True):
         compared[i] = dataclasses.replace(compared[i], p_holm=p)
-    lines = tuple(Line(c, base, found, is_baseline(c, stage)) for (c, base), found in zip(pairs, compared, strict=True))
-    return Table(stage, lines, tuple(_remarks(rows, counted, lines)), len(rows), len(counted))
+    facts = {i: facts_of(c, stage) for i, c in {id(c): c for both in pairs for c in both if c}.items()}
+    lines = []
+    for (cell, base), found in zip(pairs, compared, strict=True):
+        wrong = problems_of(*(facts[id(c)] for c in (cell, base) if c))
+        reached = reach(cell, curves, target)
+        lines.append(Line(cell, base, found, is_baseline(cell, stage), tuple(wrong), reached, target))
+    remarks = [*_remarks(rows, counted, lines), *_problems(lines, facts)]
+    remarks += curves.remarks_of([cell for cell, _ in pairs]) if curves else []
+    return Table(stage, tuple(lines), tuple(remarks), len(rows), len(counted))
 
 
 def _remarks(rows: Sequence[Row], counted: Sequence[Row], lines: Sequence[Line]) -> Iterable[str]:
@@ -583,54 +892,44 @@ def _remarks(rows: Sequence[Row], counted: Sequence[Row], lines: Sequence[Line])
             rest.setdefault("finished without a loss", []).append(row["run_id"])
     for status, runs in sorted(rest.items()):
         yield f"not counted: {len(runs)} {status}: {listing(runs)}"
+    twice = []
     for line in lines:
         for seed, same in line.cell.by_seed.items():
             if len(same) > 1:
                 runs = listing([r["run_id"] for r in same])
                 times = f"seed {seed} finished {len(same)} times ({runs})"
-                yield f"* {line.cell.label}: {times}; it counts once, with the mean"
-    yield from _misfits(lines)
-    yield from _mixtures(lines)
-    if orphans := [line.cell.label for line in lines if not line.is_baseline and not line.baseline]:
-        yield f"no baseline (a cell that differs in nothing else) for: {listing(orphans, '; ')}"
+                twice.append(f"* {line.cell.label}: {times}; it counts once, with the mean")
+    yield from twice[:20]
+    if len(twice) > 20:
+        yield f"* and {len(twice) - 20} more seeds that finished more than once"
 
 
-def _misfits(lines: Sequence[Line]) -> Iterable[str]:
-    """Schedules whose ends overlap: the rate never was what the table says."""
+def _problems(lines: Sequence[Line], facts: Mapping[int, tuple[frozenset, ...]]) -> Iterable[str]:
+    """What the flags mean: mixtures of a comparison, and what is wrong with a cell itself; which cells share it."""
     found: dict[str, list[str]] = {}
     for line in lines:
-        for row in line.cell.rows:
-            warmup, warmdown = ((row.number(c) if row[c] else 0.0) for c in ("warmup_iters", "warmdown_iters"))
-            if warmup + warmdown > row.number("num_iterations"):
-                warm = f"warmup {canon(warmup)} + " if row["warmup_iters"] else ""
-                what = f"{warm}warmdown {canon(warmdown)} > {canon(row['num_iterations'])} iterations"
-                found.setdefault(what, []).append(line.cell.label)
+        own = problems_of(facts[id(line.cell)])
+        both = problems_of(*(facts[id(c)] for c in (line.cell, line.baseline) if c))
+        for flag, what in both.items():
+            if what.startswith("mixed") or flag in own:
+                found.setdefault(what if what.startswith("mixed") else own[flag], []).append(line.cell.label)
     for what, labels in found.items():
-        cells = list(dict.fromkeys(labels))
-        whose = "all cells" if len(cells) == len(lines) else listing(cells, "; ")
-        yield f"schedule does not fit: {what}; the learning rate never stayed at its peak ({whose})"
+        whose = "all cells" if len(labels) == len(lines) > 1 else f"in {listing(labels, '; ')}"
+        yield f"{what} ({whose})"
 
 
-MIXED = {
-    "gpu_name": "times do not compare",
-    "n_gpus": "times do not compare",
-    "torch": "a difference may come from it",
-    "code_sha256": "a difference may come from it",
-}
-
-
-def _mixtures(lines: Sequence[Line]) -> Iterable[str]:
-    """What differs inside one comparison besides its keys; what a file does not say is not held against it."""
-    found: dict[str, list[str]] = {}
-    for line in lines:
-        rows = [*line.cell.rows, *(line.baseline.rows if line.baseline else ())]
-        for column, why in MIXED.items():
-            values = sorted({row[column][:40] for row in rows} - {""})
-            if len(values) > 1:
-                short = [v[:12] if column == "code_sha256" else v for v in values]
-                found.setdefault(f"mixed {column}, {why}: {listing(short)}", []).append(line.cell.label)
-    for what, labels in found.items():
-        yield f"{what} (in {listing(labels, '; ')})"
+def hardware_changes(tables: Sequence[Table]) -> list[Table]:
+    """The tables, each with a remark where its GPUs are not those of the one before: times do not compare then."""
+    out: list[Table] = []
+    for table in tables:
+        names = lambda t: sorted({row["gpu_name"] for line in t.lines for row in line.cell.rows} - {""})
+        before = next((t for t in reversed(out) if names(t)), None)
+        if before and names(table) and names(table) != names(before):
+            what = f"{listing(names(before))} in {before.stage.name}, {listing(names(table))} here"
+            remark = f"hardware changes between stages: {what}; times of the two do not compare"
+            table = dataclasses.replace(table, remarks=(*table.remarks, remark))
+        out.append(table)
+    return out
 
 
 def listing(names: Sequence[str], separator: str = ", ", most: int = 6) -> str:
@@ -657,53 +956,82 @@ def numbers_of(line: Line) -> dict[str, object]:
     out |= dict(train_time=show_ms(ms), train_time_ms=ms, ms_per_step=mean(values("ms_per_step")))
     base = "is the baseline" if line.is_baseline else line.baseline.label if line.baseline else "no baseline"
     out |= dict(baseline=base, baseline_seeds=len(line.baseline.values("final_val_loss")) if line.baseline else "")
-    c = line.comparison
-    chosen = c.chosen if c else None
-    out |= dict(diff=c.diff if c else NAN, rel_pct=c.rel_pct if c else NAN)
-    out |= dict(ci_lo=chosen.lo if chosen else NAN, ci_hi=chosen.hi if chosen else NAN)
-    out |= dict(p=chosen.p if chosen else NAN, p_holm=c.p_holm if c else NAN, test=c.test if c else "")
-    out |= dict(overhead_pct=c.overhead_pct if c else NAN)
-    out |= dict(per_seed_diff=" ".join(map(repr, c.per_seed)) if c else "", sd_diff=c.sd_diff if c else NAN)
+    c = line.comparison or Comparison()
+    interval = lambda name, t: {f"{name}ci_lo": t.lo if t else NAN, f"{name}ci_hi": t.hi if t else NAN}
+    p_of = lambda judged: judged.chosen.p if judged.chosen else NAN
+    out |= dict(diff=c.diff, rel_pct=c.rel_pct) | interval("", c.chosen)
+    out |= dict(p=p_of(c), p_holm=c.p_holm, test=c.test, least_diff=c.least)
+    for name, r in dict(overhead=c.step_time, steps_to_target=c.steps_to, seconds_to_target=c.seconds_to).items():
+        out |= {f"{name}_pct": r.pct, f"{name}_ci_lo": r.lo, f"{name}_ci_hi": r.hi}
+    out |= dict(per_seed_diff=" ".join(map(repr, c.per_seed)), sd_diff=c.sd_diff)
     for name in ("welch", "paired"):
-        test = getattr(c, name, None)
         for part, suffix in dict(t="t", df="df", p="p", lo="ci_lo", hi="ci_hi").items():
-            out[f"{name}_{suffix}"] = getattr(test, part, NAN)
-    out["duplicate_rows"] = len(line.cell.rows) - len(line.cell.by_seed)
+            out[f"{name}_{suffix}"] = getattr(getattr(c, name), part, NAN)
+    for name, effect in dict(equal_steps=c.equal_steps, equal_time=c.equal_time).items():
+        j = effect.judged
+        out |= {f"{name}_diff": j.diff} | interval(f"{name}_", j.chosen)
+        out |= {f"{name}_p": p_of(j), f"{name}_test": j.test, f"{name}_how": effect.how}
+    reached = [list(v.values()) for v in (line.reach.steps, line.reach.seconds)]
+    out |= dict(target_loss=line.target, reached=len(reached[0]))
+    out |= dict(steps_to_target=mean(reached[0]), seconds_to_target=mean(reached[1]))
+    out |= dict(peak_memory_mib=mean(values("peak_memory_mib")), memory_mib=c.memory_mib, memory_pct=c.memory_pct)
+    out |= dict(duplicate_rows=len(line.cell.rows) - len(line.cell.by_seed), flags=" ".join(line.flags))
     return {k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in out.items()}
 
 
 def table_csv(table: Table) -> str:
     """The table for programs: one line per cell, numbers at full precision, both tests. A header even without
     lines, so that a reader finds its columns."""
-    lines = [{**line.cell.key, **numbers_of(line)} for line in table.lines]
+    lines = [{**line.cell.key, **line.numbers} for line in table.lines]
     columns = list(lines[0]) if lines else ["attn_gate", "seeds", "final_loss", "train_time"]
     return "".join(f"{csv_line(row)}\n" for row in [columns, *([line[c] for c in columns] for line in lines)])
 
 
-MEANS = ("n", "final_loss", "sd", "train_time", "ms/step")
-VERSUS = ("diff", "rel", "95% CI", "p", "Holm p", "test", "step time")
+MEANS = ("n", "final_loss", "sd", "train_time", "ms/step", "MiB")
+VERSUS = ("diff", "rel", "95% CI", "p", "Holm p", "test", "can see", "flags")
+COSTS = ("step time", "memory", "equal steps", "equal time", "equal time by")
+TARGET = ("reached", "steps", "time", "steps vs", "time vs")
+PIECES = {"": MEANS, "against the baseline": VERSUS, "time and memory": COSTS, "to the target loss": TARGET}
 
 
-def cells_of(table: Table) -> list[dict[str, str]]:
-    """The table for eyes: one dict per line, rounded. The knobs that all cells share are left out of the notes."""
+def cells_of(table: Table, most: int | None = None) -> list[dict[str, str]]:
+    """The table for eyes: one dict per line (at `most` so many), rounded. The knobs that all cells share are left
+    out of the notes."""
     common = shared_notes(table)
     shown = []
-    for line in table.lines:
+    for line in table.lines[:most]:
         key = {k: v or ("?" if k != "notes" else "-") for k, v in line.cell.key.items()}
         if key.get("notes"):
             key["notes"] = " ".join(w for w in key["notes"].split() if w not in common) or "-"
-        n = numbers_of(line)
-        c = line.comparison
+        n, c = line.numbers, line.comparison
+        no_diff = "baseline" if line.is_baseline else "no baseline"
+        span = lambda name, form, n=n: "[" + ", ".join(form.format(n[f"{name}ci_{end}"]) for end in ("lo", "hi")) + "]"
+        percent = lambda name, n=n, span=span: (
+            rounded(n, f"{name}_pct", "{:+.1f}%")
+            + (" " + span(f"{name}_", "{:+.1f}") if n[f"{name}_ci_lo"] != "" else "")
+        )
+        effect = lambda name, n=n, span=span: (
+            rounded(n, f"{name}_diff", "{:+.4f}")
+            + (" " + span(f"{name}_", "{:+.4f}") if n[f"{name}_ci_lo"] != "" else "")
+        )
         out = {**key, "n": f"{n['seeds']}{'*' * (n['duplicate_rows'] > 0)}"}
         out |= {"final_loss": rounded(n, "final_loss", "{:.4f}")}
         out |= {"sd": rounded(n, "sd", "{:.5f}") if n["seeds"] > 1 else "n=1"}
         out |= {"train_time": str(n["train_time"]), "ms/step": rounded(n, "ms_per_step", "{:.2f}")}
-        out |= {"diff": rounded(n, "diff", "{:+.4f}") if c else str("baseline" if line.is_baseline else "no baseline")}
-        out |= {"rel": rounded(n, "rel_pct", "{:+.2f}%")}
-        out |= {"95% CI": f"[{n['ci_lo']:+.4f}, {n['ci_hi']:+.4f}]" if c and c.chosen else c.test if c else "-"}
+        out |= {"MiB": rounded(n, "peak_memory_mib", "{:.0f}")}
+        out |= {"diff": rounded(n, "diff", "{:+.4f}") if c else no_diff, "rel": rounded(n, "rel_pct", "{:+.2f}%")}
+        out |= {"95% CI": span("", "{:+.4f}") if c and c.chosen else c.test if c else "-"}
         out |= {"p": rounded(n, "p", "{:.2g}"), "Holm p": rounded(n, "p_holm", "{:.2g}")}
-        out |= {"test": str(n["test"]) if c and c.chosen else "-"}
-        out |= {"step time": rounded(n, "overhead_pct", "{:+.2f}%")}
+        out |= {"test": c.test if c and c.chosen else "-", "can see": rounded(n, "least_diff", "{:.4f}")}
+        out |= {"flags": str(n["flags"]) or "-", "step time": percent("overhead")}
+        out |= {"memory": rounded(n, "memory_pct", "{:+.1f}%")}
+        # after as many steps as both have, the final losses are the answer, and stand under diff
+        out |= {"equal steps": effect("equal_steps") if c and c.equal_steps.how != "final losses" else "-"}
+        out |= {"equal time": effect("equal_time"), "equal time by": str(n["equal_time_how"]) or "-"}
+        told = math.isfinite(line.target) or n["reached"]
+        out |= {"reached": f"{n['reached']} of {n['seeds']}" if told else "-"}
+        out |= {"steps": rounded(n, "steps_to_target", "{:.0f}"), "time": rounded(n, "seconds_to_target", "{:.1f} s")}
+        out |= {"steps vs": percent("steps_to_target"), "time vs": percent("seconds_to_target")}
         shown.append(out)
     return shown
 
@@ -717,28 +1045,60 @@ def shared_notes(table: Table) -> list[str]:
     return [w for w in notes[0] if all(w in other for other in notes)] if len(notes) > 1 else []
 
 
+def pieces_of(shown: Sequence[Mapping[str, str]], table: Table) -> list[tuple[str, list[str], list[Mapping[str, str]]]]:
+    """Title, columns and lines of each piece of the table. What no line knows is left out."""
+    out = []
+    num_tested = sum(1 for line in table.lines if line.comparison and line.comparison.chosen)
+    always = {"p", "test", "sd", "ms/step", *(["Holm p"] if num_tested > 1 else [])}
+    for title, columns in PIECES.items():
+        rows = [row for row, x in zip(shown, table.lines, strict=False) if x.comparison or columns in (MEANS, TARGET)]
+        known = {c for c in columns if c != "Holm p" and any(row[c] != "-" for row in rows)}
+        if known and rows:
+            out.append((title, [c for c in columns if c in known | always], rows))
+    return out
+
+
 def legend_of(table: Table) -> list[str]:
     """What the columns mean, the remarks, and the knobs left out."""
-    num_tested = sum(1 for line in table.lines if line.comparison and line.comparison.chosen)
+    compared = [line.comparison for line in table.lines if line.comparison]
+    num_tested = sum(1 for c in compared if c.chosen)
     out = []
-    if any(line.comparison for line in table.lines):
+    if compared:
         out.append(
-            "final_loss in nats per token, mean over n seeds; diff, rel, CI, p and step time: against the baseline, "
-            "below 0 is better; paired t where both ran the same seeds, Welch's t otherwise"
+            "final_loss in nats per token, mean over n seeds; diff, rel, CI and p: against the baseline, below 0 is "
+            "better; paired t where both ran the same seeds, Welch's t otherwise"
             + (f"; Holm over {num_tested} comparisons" if num_tested > 1 else "")
+            + ("; can see: the smallest difference that this n and spread show 4 times in 5" if num_tested else "")
         )
+        out.append("step time, and steps and time to a target: ratios of means, [95% CI] by Welch's t on logarithms")
+    if any(c.equal_time.how.startswith("interpolated") for c in compared):
+        out.append(
+            "equal time, interpolated, un-annealed: the slower arm's curve where the faster arm ends, its rate not yet "
+            "down; only runs with TIME_BUDGET_S show who wins"
+        )
+    if any(line.numbers["reached"] for line in table.lines):
+        targets = {line.target for line in table.lines}
+        by = "on straight lines between validations" if math.isfinite(min(targets)) else "the first validation there"
+        out.append(f"target loss {', '.join(canon(t) for t in targets)}: {by}".replace("loss nan", "loss of each run"))
     if common := shared_notes(table):
         out.append(f"all cells: {' '.join(common)}")
     return out + list(table.remarks)
 
 
-def grid(rows: Sequence[Mapping[str, str]], columns: Sequence[str], most: int) -> list[str]:
-    """Aligned plain text; numbers to the right, words to the left, long words folded at `most` characters."""
-    folded = [{c: textwrap.wrap(row[c], most, break_on_hyphens=False) or [""] for c in columns} for row in rows]
-    width = {c: max([len(c), *(len(part) for row in folded for part in row[c])]) for c in columns}
+def grid(rows: Sequence[Mapping[str, str]], columns: Sequence[str], most: int, numbers: bool = False) -> list[str]:
+    """Aligned plain text; numbers to the right, words to the left. Words longer than `most` characters are folded,
+    and so are intervals where `numbers` says so."""
     right = {
         c: all(re.match(r"[-+\[]?[\d.]|-$|n=1$|no spread$|(no )?baseline$", row[c]) for row in rows) for c in columns
     }
+
+    def fold(text: str, c: str) -> list[str]:
+        if len(text) <= most or (right[c] and not numbers):
+            return [text]
+        return textwrap.wrap(text, most, break_on_hyphens=False)
+
+    folded = [{c: fold(row[c], c) for c in columns} for row in rows]
+    width = {c: max([len(c), *(len(part) for row in folded for part in row[c])]) for c in columns}
     place = lambda text, c: text.rjust(width[c]) if right[c] else text.ljust(width[c])
     out = ["  ".join(place(c, c) for c in columns).rstrip(), "  ".join("-" * width[c] for c in columns)]
     for row in folded:
@@ -747,27 +1107,35 @@ def grid(rows: Sequence[Mapping[str, str]], columns: Sequence[str], most: int) -
     return out
 
 
-def table_text(table: Table, width: int = 110) -> str:
-    """The table for a terminal of `width` characters: in one piece where that fits, else means first and
-    comparisons below, else cells by number, with a list of what they are."""
+def table_text(table: Table, width: int = 110, most: int = 500) -> str:
+    """The table for a terminal of `width` characters, in pieces: means, comparisons, costs, the target loss. Cells
+    whose keys do not fit are numbered, with a list of what they are. No more than `most` cells."""
     heading = f"{table.stage.name}: {count(table.num_rows, 'row')}, {table.num_finished} counted, "
     out = [heading + count(len(table.lines), "cell")]
-    numbered = [{"cell": str(i), **row} for i, row in enumerate(cells_of(table), start=1)]
-    against = [row for row, line in zip(numbered, table.lines, strict=True) if not line.is_baseline]
-    versus = VERSUS if any(line.comparison for line in table.lines) else ()
+    numbered = [{"cell": str(i), **row} for i, row in enumerate(cells_of(table, most), start=1)]
+    pieces = pieces_of(numbered, table)
 
-    def pieces(keys: Sequence[str], most: int) -> Iterable[list[str]]:
-        yield grid(numbered, [*keys, *MEANS, *versus], most)
-        means = grid(numbered, [*keys, *MEANS], most)
-        yield means + ["", "against the baseline", *grid(against, [*keys, *versus], most)] * bool(versus)
+    def fitting(keys: Sequence[str]) -> list[str] | None:
+        """All pieces, each folded no more than it must be; None where one does not fit."""
+        lines: list[str] = []
+        for title, columns, rows in pieces:
+            most = (
+                ((36, False), (16, False), (24, True), (10, True)) if keys == ["cell"] else ((36, False), (24, False))
+            )
+            tries = (grid(rows, [*keys, *columns], *how) for how in most)
+            if not (found := next((t for t in tries if max(map(len, t)) <= width), None)):
+                return None
+            lines += ["", title] * bool(title) + found
+        return lines
 
     if numbered:
-        tries = [lines for most in (36, 24, 16) for lines in pieces(table.keys, most)]
-        fitting = [lines for lines in tries if max(map(len, lines)) <= width]
-        if not fitting:
+        lines = fitting(table.keys)
+        if lines is None:
             out += [line for i, row in enumerate(numbered, start=1) for line in _legend(i, row, table.keys, width)]
-            fitting = list(pieces(["cell"], 36))[1:]
-        out += fitting[0]
+            lines = fitting(["cell"])
+        out += lines or []
+    if len(table.lines) > most:
+        out.append(f"  {count(len(table.lines) - most, 'further cell')}: in the table's .csv and .md")
     for note in legend_of(table):
         out += textwrap.wrap(note, width, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
     return "\n".join(out)
@@ -779,11 +1147,10 @@ def _legend(number: int, row: Mapping[str, str], keys: Sequence[str], width: int
 
 
 def table_md(table: Table, sources: Sequence[str]) -> str:
-    """The table as Markdown."""
+    """The table as Markdown, in one piece."""
     rows = cells_of(table)
-    versus = VERSUS if any(line.comparison for line in table.lines) else ()
-    columns = [*table.keys, *MEANS, *versus]
-    words = {*table.keys, "test"}
+    columns = table.keys + [c for _, shown, _ in pieces_of(rows, table) for c in shown]
+    words = {*table.keys, "test", "flags", "equal time by"}
     out = [f"# {table.stage.name}", ""]
     counts = f"{count(table.num_rows, 'row')}, {table.num_finished} counted, {count(len(table.lines), 'cell')}"
     out += [f"Made by `scripts/split_results.py` from {', '.join(sources)}: {counts}.", ""]

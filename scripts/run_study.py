@@ -305,21 +305,9 @@ def read_stage(
         elif "TARGET_LOSS" in trainer.known:
             base["target_loss"] = str(target)
 
-    before = len(problems)
-    combinations: list[dict[str, str]] = []
-    grid = problems.knobs(f"{where} grid", table.get("grid", {}), trainer, lists=True)
-    if "grid" in table and not table["grid"]:
-        problems.append(f"{where}: grid is empty; give it knobs with lists of values, or leave it out")
-    if grid:
-        combinations += [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    listed = table.get("cells", [])
-    if not isinstance(listed, list) or ("cells" in table and not listed):
-        problems.append(f"{where}: cells = {listed!r}: expected a list of tables of knobs")
-        listed = []
-    combinations += [problems.knobs(f"{where} cells", cell, trainer) for cell in listed]
-    if len(problems) > before:
+    combinations = combinations_of(where, table, trainer, problems)
+    if combinations is None:
         return []
-    combinations = combinations or [{}]
 
     # Effective knobs, through the trainer's own checks. One complaint that many cells share is made once.
     complaints: dict[str, list[str]] = {}
@@ -356,7 +344,36 @@ def read_stage(
                 words = " ".join(f"{k}={v}" for k, v in wanted.items())
                 problems.append(f"{where}: no cell is the baseline {words}; add it to grid or cells")
 
-    # Cells that share all but the baseline's knobs are compared with each other: baseline first, such groups first.
+    return in_order(name, built, is_baseline, wanted, seeds, trainer)
+
+
+def combinations_of(where: str, table: Mapping, trainer: Trainer, problems: Problems) -> list[dict[str, str]] | None:
+    """The knobs of the stage's cells, from grid and cells; None when something is wrong with those."""
+    before = len(problems)
+    combinations: list[dict[str, str]] = []
+    grid = problems.knobs(f"{where} grid", table.get("grid", {}), trainer, lists=True)
+    if "grid" in table and not table["grid"]:
+        problems.append(f"{where}: grid is empty; give it knobs with lists of values, or leave it out")
+    if grid:
+        combinations += [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    listed = table.get("cells", [])
+    if not isinstance(listed, list) or ("cells" in table and not listed):
+        problems.append(f"{where}: cells = {listed!r}: expected a list of tables of knobs")
+        listed = []
+    combinations += [problems.knobs(f"{where} cells", cell, trainer) for cell in listed]
+    return None if len(problems) > before else combinations or [{}]
+
+
+def in_order(
+    name: str,
+    built: Sequence[tuple[dict[str, str], dict[str, str], object]],
+    is_baseline: Sequence[bool],
+    wanted: Mapping[str, str],
+    seeds: Sequence[int],
+    trainer: Trainer,
+) -> list[Cell]:
+    """The cells as they run: seed by seed, and within a seed each baseline before what is compared with it."""
+    # Cells that share all but the baseline's knobs are compared with each other; groups with a baseline come first.
     group = [tuple(sorted((k, v) for k, v in g.items() if k not in wanted)) for g, _, _ in built]
     has_own = {g for g, yes in zip(group, is_baseline, strict=True) if yes}
     order = sorted(

@@ -2,7 +2,9 @@
 
     python scripts/split_results.py
     python scripts/split_results.py --stage1-iters 1500,1501 --stage2-iters 800
+    python scripts/split_results.py --target 3.3                          steps and seconds to this loss
     python scripts/split_results.py --source old/results_*.csv --stages experiments/stages_original.toml
+    python scripts/split_results.py --source old/results_*.csv --curves old/val_curves.csv
 
 A row belongs to the stage in its own stage column. Where that is empty, to stage1 or stage2 by num_iterations
 (the original's rule), or, with --stages, to every stage whose conditions it meets:
@@ -13,6 +15,11 @@ A row belongs to the stage in its own stage column. Where that is empty, to stag
     keys = ["gate_act"]                # columns the table has even where they do not vary
     baseline = {attn_gate = "none"}    # what the others are compared with: the cell like them in all else
     extra_csv = ["baseline.csv"]       # further rows for the table, relative to the first source's folder
+    target_loss = 3.55                 # report steps and seconds to it; --target beats it
+    train_tokens = 900_000_000         # of one pass, for files without a column epochs
+
+Curves come from logs/<run_id>/metrics.csv, or from --curves: one CSV with run_id, step, val_loss and train_time_ms
+(or train_time_s).
 
 Writes results_<stage>.csv (rows as they stand), tables/<stage>.csv and tables/<stage>.md, and prints the
 tables. No row is lost: those in no stage, unfinished or torn are counted and named, and a results_<stage>.csv
@@ -32,14 +39,19 @@ from lib_results import Row, UserError
 def check_targets(targets: Sequence[Path], sources: Sequence[Path], rows: Sequence[Row]) -> None:
     """Raise UserError before a write that would destroy a source, or rows that are nowhere else."""
     read = {path.resolve() for path in sources}
-    known = {frozenset((k, v) for k, v in row.values.items() if v) for row in rows}
+    fields = lambda row: frozenset((k, v) for k, v in row.values.items() if v)
+    verbatim = {(row.columns, row.line) for row in rows}
+    known: set[frozenset] = set()
     for target in targets:
         if target.resolve() in read:
             raise UserError(f"{target} is a source and would be replaced by its own rows; choose another --out-dir")
         if not target.exists():
             continue
         old, _ = lib.read_results(target)
-        lost = [row for row in old if frozenset((k, v) for k, v in row.values.items() if v) not in known]
+        lost = [row for row in old if (row.columns, row.line) not in verbatim]
+        if lost:  # perhaps only written otherwise, as where schemas were mixed
+            known = known or {fields(row) for row in rows}
+            lost = [row for row in lost if fields(row) not in known]
         if lost:
             raise UserError(
                 f"{target} holds {lib.count(len(lost), 'row')} that no source has ({lost[0].where}, "
@@ -54,7 +66,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--stage1-iters", metavar="N,N", help="num_iterations of stage1 (default 1500)")
     p.add_argument("--stage2-iters", metavar="N,N", help="num_iterations of stage2 (default 800)")
     p.add_argument("--stages", type=Path, metavar="TOML", help="a file that defines the stages instead")
+    p.add_argument("--logs", type=Path, default=lib.REPO / "logs", metavar="DIR", help="run folders, for curves")
+    p.add_argument("--curves", nargs="+", type=Path, default=[], metavar="CSV", help="validations of many runs")
+    p.add_argument("--target", type=float, metavar="NATS", help="report steps and seconds to this loss")
     a = p.parse_args(argv)
+    if a.target is not None and not a.target > 0:
+        raise UserError(f"--target {a.target}: expected a loss above 0, in nats per token")
     if a.stages and (a.stage1_iters is not None or a.stage2_iters is not None):
         raise UserError("--stages and --stage1-iters or --stage2-iters both define the stages; give one of them")
     asked = a.stages or a.stage1_iters is not None or a.stage2_iters is not None
@@ -81,6 +98,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     targets = {name: a.out_dir / f"results_{name}.csv" for name in used}
     check_targets(list(targets.values()), [*a.source, *extra_paths], rows)
 
+    curves = lib.Curves(a.logs, a.curves)
+    tables = [
+        lib.make_table([*own, *extras.get(name, [])], stage, curves, a.target)
+        for name, (stage, own) in sorted_rows.items()
+        if own
+    ]
+    made = {table.stage.name: table for table in lib.hardware_changes(tables)}
     written = []
     for name, target in targets.items():
         lib.write_whole(target, lib.results_text(used[name]))
@@ -90,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if asked:  # stage1 and stage2 of the default rule are nobody's wish
                 print(f"{name}: no rows\n")
             continue
-        table = lib.make_table([*own, *extras.get(name, [])], stage)
+        table = made[name]
         print(lib.table_text(table))
         if name in extras:
             print(f"  {lib.count(len(extras[name]), 'row')} of these from {', '.join(stage.extra_csv)}")

@@ -92,14 +92,22 @@ def test_torchrun_restarts_a_run_that_broke_and_it_ends_as_the_undisturbed_one(m
     assert "resumed step:8" in done.stdout and losses(tmp_path, "straight") == losses(tmp_path, made[0]["run_id"])
 
 
-def test_sigterm_to_torchrun_leaves_a_run_that_can_be_resumed(monkeypatch, tmp_path):
-    knobs = dict(run_id="a", num_iterations=4000, epochs_ok=1, val_every=0, save_every=0)
+def started(nproc: int, folder: Path, line: str, **knobs) -> subprocess.Popen:
+    """A run that would go on for long, once it has printed a line that starts with `line`."""
+    long = dict(run_id="a", num_iterations=10**6, epochs_ok=1, warmdown_iters=0, val_every=0, save_every=0)
     p = subprocess.Popen(
-        [*command(2), *flags(tmp_path, **knobs)], cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True
+        [*command(nproc), *flags(folder, **(long | knobs))],
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
     )
-    for line in p.stdout:
-        if line.startswith("step:20/"):
-            break
+    assert any(text.startswith(line) for text in p.stdout), "it ended before"
+    return p
+
+
+def test_sigterm_to_torchrun_leaves_a_run_that_can_be_resumed(monkeypatch, tmp_path):
+    p = started(2, tmp_path, "step:20/")
     p.send_signal(signal.SIGTERM)
     p.stdout.read()
     assert p.wait(timeout=60) != 0
@@ -146,14 +154,7 @@ def test_an_error_in_the_loop_writes_the_row_and_keeps_its_traceback(tmp_path):
 
 
 def test_ctrl_c_that_torchrun_forwards_again_still_saves(tmp_path):
-    knobs = dict(run_id="a", num_iterations=10**6, epochs_ok=1, warmdown_iters=0, val_every=0, save_every=0)
-    p = subprocess.Popen(
-        [*command(1), *flags(tmp_path, **knobs, data_order="stream", sequence_length=256, n_embd=256)],
-        cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    for line in p.stdout:
-        if line.startswith("step:2/"):
-            break
+    p = started(1, tmp_path, "step:2/", data_order="stream", sequence_length=256, n_embd=256)
     p.send_signal(signal.SIGINT)
     time.sleep(0.3)
     p.send_signal(signal.SIGINT)  # torchrun forwards the first one again at once: this is not yet a second one
@@ -180,13 +181,7 @@ def test_two_torchrun_agents_on_loopback_train_as_two_ranks_of_one(monkeypatch, 
 
 
 def test_a_schedulers_warning_signal_saves_and_leaves(tmp_path):
-    knobs = dict(run_id="a", num_iterations=10**6, epochs_ok=1, warmdown_iters=0, val_every=0, save_every=0)
-    p = subprocess.Popen(
-        [*command(1), *flags(tmp_path, **knobs)], cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True
-    )
-    for line in p.stdout:
-        if line.startswith("step:20/"):
-            break
+    p = started(1, tmp_path, "step:20/")
     p.send_signal(signal.SIGUSR1)
     p.stdout.read()
     assert p.wait(timeout=60) == 128 + signal.SIGUSR1 and status(tmp_path, "a") == "preempted"

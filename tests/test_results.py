@@ -574,7 +574,7 @@ def test_tables_fit_110_columns_of_a_terminal(varied):
     rows += [row(1, 3.5, notes=notes, **dict(list(more.items())[:n])) for n in range(1, varied)]
     text = lib.table_text(table(rows))
     assert max(map(len, text.split("\n"))) <= 110
-    assert ("cell 2: " in text) == (varied > 0)
+    assert ("cell 2: " in text) == (varied > 1)  # keys too wide to stand in every line
 
 
 def test_knobs_that_all_cells_share_are_said_once():
