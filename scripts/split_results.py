@@ -59,7 +59,7 @@ def check_targets(targets: Sequence[Path], sources: Sequence[Path], rows: Sequen
             )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--source", nargs="+", type=Path, metavar="CSV", default=[lib.REPO / "experiments/results.csv"])
     p.add_argument("--out-dir", type=Path, metavar="DIR", default=lib.REPO / "experiments")
@@ -69,7 +69,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--logs", type=Path, default=lib.REPO / "logs", metavar="DIR", help="run folders, for curves")
     p.add_argument("--curves", nargs="+", type=Path, default=[], metavar="CSV", help="validations of many runs")
     p.add_argument("--target", type=float, metavar="NATS", help="report steps and seconds to this loss")
-    a = p.parse_args(argv)
+    return p.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    a = arguments(argv)
     if a.target is not None and not a.target > 0:
         raise UserError(f"--target {a.target}: expected a loss above 0, in nats per token")
     if a.stages and (a.stage1_iters is not None or a.stage2_iters is not None):
