@@ -14,13 +14,16 @@ $(READY): requirements.txt requirements-dev.txt
 	touch $@
 
 # Interrupt it and run it again: it goes on where it was.
+RUNS = awk -F, '/,mini,finished,/ { print $$1 }' experiments/results.csv
 demo: $(READY)
 	$(BIN)/python scripts/run_study.py experiments/studies/mini.toml
 	$(BIN)/python scripts/split_results.py
-	$(BIN)/python scripts/plot.py --stage mini
 	@echo; echo "Text of the last run, after 'The function ':"
-	@$(BIN)/python scripts/sample.py --tokens 200 --num_samples 3 --prompt "The function " \
-	    --run "$$(awk -F, '/,mini,finished,/ { id = $$1 } END { print id }' experiments/results.csv)"
+	@$(BIN)/python scripts/sample.py --tokens 200 --num_samples 3 --prompt "The function " --run "$$($(RUNS) | tail -n 1)"
+	@echo; echo "The runs' curves, one line each, then the study's figures, then the page with all of it:"
+	@$(BIN)/python scripts/plot.py $$($(RUNS) | tail -n 4)
+	@$(BIN)/python scripts/plot.py --stage mini --only all
+	@$(BIN)/python scripts/report.py
 
 test: $(READY) lint
 	$(BIN)/python -m pytest

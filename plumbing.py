@@ -299,6 +299,8 @@ def world(kind: str, hint: str = "set DEVICE=cpu") -> Iterator[World]:
         torch.cuda.set_device(device)
     if size > 1:  # half an hour: a cold compile on one rank keeps the others waiting for longer than the default
         extra = dict(device_id=device) if cuda else {}
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            extra |= dict(store=_fresh_store(rank, size), rank=rank, world_size=size)
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30), **extra)
     w = World(rank, size, device)
     before = {}
@@ -311,6 +313,34 @@ def world(kind: str, hint: str = "set DEVICE=cpu") -> Iterator[World]:
         faulthandler.cancel_dump_traceback_later()
         if size > 1:
             dist.destroy_process_group()
+
+
+def _fresh_store(rank: int, size: int, wait_s: float = 600) -> dist.Store:
+    """A part of torchrun's store that no earlier start of these workers has written to.
+
+    torchrun (seen in 2.13) keeps one store through all its restarts, so a restarted worker can read the address that
+    its predecessor left there, and both sides then wait for a connection for ever. Rank 0 answers to the names that
+    the others have made up for this start; an old answer has other names in it.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=wait_s))
+    name, end = uuid.uuid4().hex, time.monotonic() + wait_s
+    others = [f"flatrun/hello/{r}" for r in range(1, size)]
+    if rank > 0:
+        store.set(others[rank - 1], name)
+    while time.monotonic() < end:
+        if rank == 0:
+            heard = {key: store.get(key).decode() for key in others if store.check([key])}
+            store.set("flatrun/answer", json.dumps(dict(start=name, heard=heard)))
+            if all(store.check([f"{key}/{name}"]) for key in others):
+                return dist.PrefixStore(f"flatrun/{name}", store)
+        elif store.check(["flatrun/answer"]):
+            answer = json.loads(store.get("flatrun/answer"))
+            if answer["heard"].get(others[rank - 1]) == name:
+                store.set(f"{others[rank - 1]}/{answer['start']}", "heard")
+                return dist.PrefixStore(f"flatrun/{answer['start']}", store)
+        time.sleep(0.02)
+    raise TimeoutError(f"rank {rank} has waited {wait_s:.0f} s for the other {size - 1} rank(s) to start")
 
 
 def _catch_signals(w: World) -> dict:

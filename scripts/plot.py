@@ -1,29 +1,63 @@
-"""plot.py -- validation loss against steps and against training time, as PNG and SVG.
+"""plot.py -- figures of a study or of single runs, as PNG and SVG.
 
-    python scripts/plot.py --stage stage1                  a line per cell: mean over its seeds, band from min to max
-    python scripts/plot.py --stage stage1 --each           a line per run
-    python scripts/plot.py 20260101-120000-a1b2c3 my_run   these runs, also unfinished ones; same lines as above
+    python scripts/plot.py --stage stage1                     validation loss against steps and training time
+    python scripts/plot.py --stage stage1 --only all          every kind of figure that the data allow
+    python scripts/plot.py --stage stage1 --only forest,lr    these kinds
+    python scripts/plot.py 20260101-120000-a1b2c3 my_run      these runs, also unfinished ones
+    python scripts/plot.py --stage stage1 --each              a line per run, no means
+
+Kinds    loss      validation loss against steps and time, side by side
+         steps, time, tokens   the same against one of them, with the difference to the baseline below
+         final     final loss per configuration: seeds, mean, 95% interval
+         forest    difference to the baseline with its 95% interval
+         lr        final loss against the learning rate, where it varies
+         overhead  step time against loss gained
+         traces    learning rate and throughput
 
 Reads logs/<run_id>/metrics.csv; results.csv says which runs form a cell. A run that it does not know is a
 line of its own. With --stage, finished runs only. The y axis leaves out step 0, whose loss (16, or ln of the
 vocabulary) would squash the rest. Runs without validations are named and left out.
-Raises   UserError naming the file or option: no runs, no such stage, no matplotlib
+Raises   UserError naming the file or option: no runs, no such stage or kind, no matplotlib
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import lib_plots as plots
 import lib_results as lib
-from lib_results import Cell, Curve, Points, Row, Stage, UserError
+from lib_plots import Group, RunLog
+from lib_results import Curve, Row, Stage, Table, UserError
 
-BARE = ("attn_gate", "gate_pos", "gate_act")  # their values say which key it is
-SHORT = {"learning_rate": "lr", "num_iterations": "iterations"}
+# File name and title of each kind, in the order in which they are drawn.
+KINDS = {
+    "loss": ("val_loss", "validation loss"),
+    "steps": ("loss_by_steps", "validation loss by steps"),
+    "time": ("loss_by_time", "validation loss by training time"),
+    "tokens": ("loss_by_tokens", "validation loss by tokens"),
+    "final": ("final_loss", "final loss"),
+    "forest": ("difference", "difference to the baseline"),
+    "lr": ("learning_rate", "learning-rate sweep"),
+    "overhead": ("overhead", "step time against loss"),
+    "traces": ("traces", "learning rate and throughput"),
+}
 
 
-def rows_wanted(a: argparse.Namespace) -> tuple[list[Row], list[str]]:
-    """The rows of the runs to draw, one per run, and the ids of runs that results.csv does not know."""
+def kinds_wanted(text: str) -> list[str]:
+    """The kinds named by --only. Raises UserError for one that there is not."""
+    if text == "all":
+        return list(KINDS)
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if wrong := [word for word in words if word not in KINDS]:
+        raise UserError(f"--only {wrong[0]}: no such kind; there are all, {', '.join(KINDS)}")
+    if not words:
+        raise UserError(f"--only: give all, or some of {', '.join(KINDS)}")
+    return [kind for kind in KINDS if kind in words]
+
+
+def rows_wanted(a: argparse.Namespace) -> tuple[list[Row], list[str], Stage]:
+    """The rows of the runs to draw, one per run, the ids of runs that results.csv does not know, and the stage."""
     rows: list[Row] = []
     if a.results.exists() or a.stage:
         rows, problems = lib.read_results(a.results)
@@ -31,83 +65,98 @@ def rows_wanted(a: argparse.Namespace) -> tuple[list[Row], list[str]]:
             print(problem, file=sys.stderr)
     latest = {row["run_id"]: row for row in rows}  # preempted, then finished: the last row is how it ended
     if not a.stage:
-        return [latest[r] for r in a.runs if r in latest], [r for r in a.runs if r not in latest]
+        known = [latest[r] for r in a.runs if r in latest]
+        return known, [r for r in a.runs if r not in latest], Stage("plot")
     stages = lib.read_stages(a.stages) if a.stages else lib.stages_by_iters("1500", "800")
     found, _ = lib.sort_into_stages(list(latest.values()), stages)
-    own = [row for row in found.get(a.stage, (None, []))[1] if row.status == "finished"]
+    stage, own = found.get(a.stage, (Stage(a.stage), []))
+    own = [row for row in own if row.status == "finished"]
     if not own:
         names = sorted(name for name, (_, of) in found.items() if any(r.status == "finished" for r in of))
         raise UserError(
             f"--stage {a.stage}: {a.results} has no finished run of it; it has those of {names or 'no stage'}"
         )
-    return own, []
+    return own, [], stage
 
 
-def label_of(cell: Cell, shared: set[str]) -> str:
-    """A cell in a legend: its gate, its rate, and whatever else tells it from the others."""
-    words = []
-    for key, value in cell.key.items():
-        if key == "notes":
-            words += [w for w in value.split() if w not in shared]
-        elif value not in ("", "-"):
-            words.append(value if key in BARE else f"{SHORT.get(key, key)} {value}")
-    return " ".join(words)
-
-
-def make_curves(rows: Sequence[Row], others: Sequence[str], logs: Path, each: bool) -> list[Curve]:
-    """A line per cell, or per run; runs that cannot be drawn are named on stderr."""
-
-    def points(run_id: str) -> Points | None:
-        path = logs / run_id / "metrics.csv"
-        try:
-            found, torn = lib.read_metrics(path)
-        except UserError as error:
-            print(f"{error}; {run_id} is left out", file=sys.stderr)
-            return None
-        if torn:
-            print(f"{path}: {lib.count(torn, 'torn row')} skipped", file=sys.stderr)
-        if not found.step:
-            print(f"{path}: no validation yet; {run_id} is left out", file=sys.stderr)
-            return None
-        return found
-
-    curves = []
-    cells = lib.make_cells(rows, Stage("plot"))
-    shared = set.intersection(*(set(c.key.get("notes", "").split()) for c in cells)) if len(cells) > 1 else set()
-    for cell in cells:
-        runs = {row["run_id"]: p for row in cell.rows if (p := points(row["run_id"]))}
-        label = label_of(cell, shared)
+def make_groups(
+    rows: Sequence[Row], others: Sequence[str], stage: Stage, logs: dict[str, RunLog], each: bool
+) -> list[Group]:
+    """A group per cell, or per run. Runs that were not finished count here, since they were asked for."""
+    cells = lib.make_cells(rows, stage)
+    groups: list[Group] = []
+    made: dict[int, Group] = {}
+    for cell, label in zip(cells, plots.labels_of(cells), strict=True):
+        runs = {row["run_id"]: logs[row["run_id"]] for row in cell.rows if row["run_id"] in logs}
         if each:
-            seed = {row["run_id"]: row["seed"] for row in cell.rows}
-            curves += [lib.make_curve(f"{label} seed {seed[r]}".strip(), [p]) for r, p in runs.items()]
+            groups += [Group(f"{label} seed {log.seed}".strip(), len(groups) + i, (log,)) for i, log in
+                       enumerate(runs.values())]  # fmt: skip
         elif runs:
-            curves.append(lib.make_curve(label or next(iter(runs)), list(runs.values())))
-    return curves + [lib.make_curve(run_id, [p]) for run_id in others if (p := points(run_id))]
+            base = None if lib.is_baseline(cell, stage) else lib.find_baseline(cell, cells, stage)
+            groups.append(Group(label, len(groups), tuple(runs.values()), made.get(id(base))))
+            made[id(cell)] = groups[-1]
+    return groups + [Group(r, len(groups) + i, (logs[r],)) for i, r in enumerate(r for r in others if r in logs)]
+
+
+def curve_of(group: Group) -> Curve:
+    return lib.make_curve(plots.plain(group.label), [log.val for log in group.runs])
+
+
+def draw(kind: str, groups: Sequence[Group], table: Table, title: str):
+    """The figure, or None where there is nothing to draw."""
+    if kind == "loss":
+        if not groups:
+            return None
+        figure = lib.loss_figure([curve_of(g) for g in groups], plots.plain(title))
+        plots.restyle(figure)
+        return figure
+    if kind in plots.X_AXES:
+        return plots.loss_figure(groups, kind, title)
+    if kind == "traces":
+        return plots.trace_figure(groups, title)
+    of_table: dict[str, Callable] = dict(final=plots.final_figure, forest=plots.forest_figure)
+    of_table |= dict(lr=plots.rate_figure, overhead=plots.overhead_figure)
+    return of_table[kind](table, title)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("runs", nargs="*", metavar="RUN_ID", help="runs to draw, or --stage")
     p.add_argument("--stage", help="draw the finished runs of this stage")
+    p.add_argument("--only", default="loss", metavar="KIND,...", help=f"all, or some of {', '.join(KINDS)}")
     p.add_argument("--stages", type=Path, metavar="TOML", help="as of split_results.py")
     p.add_argument("--each", action="store_true", help="one line per run, no means")
     p.add_argument("--logs", type=Path, default=lib.REPO / "logs", metavar="DIR")
     p.add_argument("--results", type=Path, default=lib.REPO / "experiments/results.csv", metavar="CSV")
+    p.add_argument("--curves", nargs="+", type=Path, default=[], metavar="CSV", help="as of split_results.py")
     p.add_argument("--out", type=Path, default=lib.REPO / "experiments/figures", metavar="DIR")
     a = p.parse_args(argv)
     if bool(a.runs) == bool(a.stage):
         raise UserError("give run ids, or --stage NAME (one of the two)")
+    kinds = kinds_wanted(a.only)
     a.runs = list(dict.fromkeys(a.runs))
-    rows, others = rows_wanted(a)
-    curves = make_curves(rows, others, a.logs, a.each)
-    if not curves:
-        raise UserError(f"nothing to draw: no run has a validation in {a.logs}/<run_id>/metrics.csv")
+    rows, others, stage = rows_wanted(a)
+    given, wrong = plots.from_curves(a.curves, rows)
+    missing = [r for r in rows if r["run_id"] not in given]
+    logs, problems = plots.read_logs(missing, [r for r in others if r not in given], a.logs)
+    logs |= {run_id: log for run_id, log in given.items() if log.val.step}
+    for problem in [*wrong, *problems]:
+        print(problem, file=sys.stderr)
+    groups = make_groups(rows, others, stage, logs, a.each)
+    table = lib.make_table(rows, stage)
     what = a.stage or (a.runs[0] if len(a.runs) == 1 else "runs")
-    figure = lib.loss_figure(curves, f"validation loss, {what}")
-    for kind in ("png", "svg"):
-        path = a.out / f"val_loss_{what}.{kind}"
-        lib.write_whole(path, lib.figure_bytes(figure, kind))
-        print(path)
+    figures = {kind: draw(kind, groups, table, f"{KINDS[kind][1]}, {what}") for kind in kinds}
+    if not any(figures.values()):
+        reason = f"no run has a validation in {a.logs}/<run_id>/metrics.csv" if not groups else "the data have none"
+        raise UserError(f"nothing to draw for {', '.join(kinds)}: {reason}")
+    for kind, figure in figures.items():
+        if figure is None:
+            print(f"{kind}: nothing to draw (no such data), left out", file=sys.stderr)
+            continue
+        for suffix in ("png", "svg"):
+            path = a.out / f"{KINDS[kind][0]}_{what}.{suffix}"
+            lib.write_whole(path, plots.figure_bytes(figure, suffix))
+            print(path)
 
 
 if __name__ == "__main__":

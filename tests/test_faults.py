@@ -3,6 +3,7 @@ reported is lost, a resumed run ends as the undisturbed one does, all ranks leav
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 from support import command, environment, flags, losses, newest_state, rows, run, run_here, same_tensors
 
 FAULTY = "tests/faulty.py"
@@ -63,14 +65,22 @@ def test_a_run_stopped_in_a_later_epoch_resumes_where_it_was(monkeypatch, tmp_pa
     assert newest_state(tmp_path, "stopped")["clock"][1] >= 31, "the time of the first start still counts"
 
 
-def test_one_and_two_ranks_agree_bitwise_and_each_resumes_the_other(monkeypatch, tmp_path):
-    """Two micro-batches on one rank add up as one on each of two ranks do."""
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> Path:
+    """The folder of a run `two` that two ranks trained undisturbed."""
+    folder = tmp_path_factory.mktemp("two")
+    done = run(2, folder, run_id="two", device_batch_size=8, attngate="elementwise")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_one_and_two_ranks_agree_within_rounding_and_each_resumes_the_other(monkeypatch, tmp_path, two_ranks):
+    """The head's gradient is summed chunk by chunk, so two micro-batches of one rank round otherwise than one of each of
+    two; losses before the first update are bitwise the same."""
     shape = dict(batch_size=16, attngate="elementwise")
     run_here(monkeypatch, tmp_path, run_id="one", device_batch_size=8, **shape)
-    done = run(2, tmp_path, run_id="two", device_batch_size=8, **shape)
-    assert done.returncode == 0, done.stderr
-    assert losses(tmp_path, "one") == losses(tmp_path, "two")
-    assert same_tensors(newest_state(tmp_path, "one")["model"], newest_state(tmp_path, "two")["model"])
+    shutil.copytree(two_ranks / "logs/two", tmp_path / "logs/two")
+    assert losses(tmp_path, "one")[:2] == losses(tmp_path, "two")[:2] and rms(tmp_path, "one", "two") <= 1e-3
 
     assert broken(tmp_path, 1, "int:6", run_id="1to2", **shape).returncode == 128 + signal.SIGINT
     done = run(2, tmp_path, run_id="1to2", **shape)
@@ -83,13 +93,14 @@ def test_one_and_two_ranks_agree_bitwise_and_each_resumes_the_other(monkeypatch,
     assert "written by 2 rank(s)" in out and rms(tmp_path, "one", "2to1") <= 1e-3
 
 
-def test_torchrun_restarts_a_run_that_broke_and_it_ends_as_the_undisturbed_one(monkeypatch, tmp_path):
-    run_here(monkeypatch, tmp_path, run_id="straight", device_batch_size=8)
-    done = broken(tmp_path, 2, "raise:10:1", "--max-restarts=1", device_batch_size=8)
+def test_torchrun_restarts_a_run_that_broke_and_it_ends_bitwise_as_the_undisturbed_one(tmp_path, two_ranks):
+    done = broken(tmp_path, 2, "raise:10:1", "--max-restarts=1", device_batch_size=8, attngate="elementwise")
     assert done.returncode == 0, done.stderr
-    made = [r for r in rows(tmp_path) if r["run_id"] != "straight"]
+    made = rows(tmp_path)
     assert made[-1]["status"] == "finished" and len({r["run_id"] for r in made}) == 1, "one id for the whole launch"
-    assert "resumed step:8" in done.stdout and losses(tmp_path, "straight") == losses(tmp_path, made[0]["run_id"])
+    assert "resumed step:8" in done.stdout
+    shutil.copytree(two_ranks / "logs/two", tmp_path / "logs/two")
+    assert same_end(tmp_path, "two", made[0]["run_id"])
 
 
 def started(nproc: int, folder: Path, line: str, **knobs) -> subprocess.Popen:
@@ -162,8 +173,8 @@ def test_ctrl_c_that_torchrun_forwards_again_still_saves(tmp_path):
     assert status(tmp_path, "a") == "preempted" and p.returncode == 128 + signal.SIGINT
 
 
-def test_two_torchrun_agents_on_loopback_train_as_two_ranks_of_one(monkeypatch, tmp_path):
-    run_here(monkeypatch, tmp_path, run_id="one", device_batch_size=8)
+def test_two_torchrun_agents_on_loopback_train_bitwise_as_two_ranks_of_one(tmp_path, two_ranks):
+    shape = dict(device_batch_size=8, attngate="elementwise")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -171,13 +182,12 @@ def test_two_torchrun_agents_on_loopback_train_as_two_ranks_of_one(monkeypatch, 
     line = [c for c in command(2) if c not in ("--standalone", "--nproc_per_node=2")]
     line[3:3] = [*agent, "--nproc_per_node=1"]
     both = [
-        subprocess.Popen(
-            [*line, *flags(tmp_path, run_id="nodes", device_batch_size=8)], cwd=tmp_path, env=environment()
-        )
+        subprocess.Popen([*line, *flags(tmp_path, run_id="nodes", **shape)], cwd=tmp_path, env=environment())
         for _ in range(2)
     ]
     assert [p.wait(timeout=120) for p in both] == [0, 0]
-    assert losses(tmp_path, "one") == losses(tmp_path, "nodes")
+    shutil.copytree(two_ranks / "logs/two", tmp_path / "logs/two")
+    assert same_end(tmp_path, "two", "nodes")
 
 
 def test_a_schedulers_warning_signal_saves_and_leaves(tmp_path):
