@@ -19,7 +19,7 @@ demo: $(READY)
 	$(BIN)/python scripts/run_study.py experiments/studies/mini.toml
 	$(BIN)/python scripts/split_results.py
 	@echo; echo "Text of the last run, after 'The function ':"
-	@$(BIN)/python scripts/sample.py --tokens 200 --num_samples 3 --prompt "The function " --run "$$($(RUNS) | tail -n 1)"
+	@$(BIN)/python scripts/sample.py --tokens 100 --num_samples 3 --prompt "The function " --run "$$($(RUNS) | tail -n 1)"
 	@echo; echo "The runs' curves, one line each, then the study's figures, then the page with all of it:"
 	@$(BIN)/python scripts/plot.py $$($(RUNS) | tail -n 4)
 	@$(BIN)/python scripts/plot.py --stage mini --only all
