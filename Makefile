@@ -21,7 +21,7 @@ demo: $(READY)
 	@echo; echo "Text of the last run, after 'The function ':"
 	@$(BIN)/python scripts/sample.py --tokens 100 --num_samples 3 --prompt "The function " --run "$$($(RUNS) | tail -n 1)"
 	@echo; echo "The runs' curves, one line each, then the study's figures, then the page with all of it:"
-	@$(BIN)/python scripts/plot.py $$($(RUNS) | tail -n 4)
+	@$(BIN)/python scripts/plot.py --each $$($(RUNS) | tail -n 4)
 	@$(BIN)/python scripts/plot.py --stage mini --only all
 	@$(BIN)/python scripts/report.py
 

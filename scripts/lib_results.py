@@ -58,7 +58,8 @@ def write_whole(path: Path, data: str | bytes) -> None:
         part.write_bytes(data.encode() if isinstance(data, str) else data)
         os.replace(part, path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        if path.parent.is_dir():
+            part.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another folder") from None
 
 
@@ -1255,11 +1256,3 @@ def caption(curves: Sequence[Curve]) -> str:
         return "n=1: each line is one run; no spread is known"
     n = f"n={ns[0]}" if len(ns) == 1 else "n as in the legend"
     return f"line: mean over {n} seeds; band: smallest to largest; step 0 is above the view"
-
-
-def figure_bytes(figure, kind: str) -> bytes:
-    """The figure as PNG or SVG; the same figure gives the same bytes."""
-    out = io.BytesIO()
-    with need("matplotlib", "a figure").rc_context({"svg.hashsalt": "flatrun", "svg.fonttype": "path"}):
-        figure.savefig(out, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
-    return out.getvalue()
