@@ -848,6 +848,7 @@ class Run:
         """Write the status and the results row, whatever way the run ended."""
         k, w, log, clock = self.k, self.w, self.log, self.clock
         notes = plumbing.notes(k, PRESETS, [*FREE.split(), *IN_COLUMNS.split()]) + [self.reached] * bool(self.reached)
+        notes += [f"data_sha256={self.data_sha[:12]}"] * bool(self.data_sha)
         row = dict(run_id=log.id, date=log.started, git_commit=log.commit, seed=k.seed, attn_gate=k.attngate)
         row |= dict(gate_pos=k.gatepos, gate_act=k.gateact, learning_rate=k.lr, batch_size=k.batch_size)
         row |= dict(device_batch_size=self.micro, sequence_length=k.sequence_length, num_iterations=k.num_iterations)
