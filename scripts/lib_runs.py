@@ -112,7 +112,7 @@ class GPT2:
             raise UserError(
                 f"the gpt2 tokenizer is not here ({type(error).__name__}: {' '.join(str(error).split())[:200]}); "
                 f"tiktoken downloads its two files once: run this where there is a network, copy the folder that "
-                f"TIKTOKEN_CACHE_DIR names, and set TIKTOKEN_CACHE_DIR to the copy"
+                f"TIKTOKEN_CACHE_DIR names, and set TIKTOKEN_CACHE_DIR to the copy; or choose --tokenizer bytes"
             ) from None
         self.encode, self.piece = encoding.encode_ordinary, encoding.decode_single_token_bytes
 

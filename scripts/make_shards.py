@@ -16,36 +16,21 @@ import argparse
 import hashlib
 import os
 import re
-import sys
 import tempfile
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+from lib_runs import GPT2  # and with it the repository's root is on the path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # plumbing.py
 from plumbing import UserError, launch, write_shard
 
 Encode = Callable[[str], "list[int] | bytes"]
 
 
-def gpt2() -> Encode:
-    """GPT-2's byte-pair encoding, special tokens read as plain text. Raises UserError if it is not there."""
-    try:
-        import tiktoken
-
-        return tiktoken.get_encoding("gpt2").encode_ordinary
-    except (ImportError, OSError, ValueError) as error:  # OSError: no network; ValueError: a broken file
-        raise UserError(
-            f"the gpt2 tokenizer is not here ({type(error).__name__}: {' '.join(str(error).split())[:200]}). "
-            f"tiktoken downloads its two files once: run this where there is a network, then copy the folder "
-            f"TIKTOKEN_CACHE_DIR names to here and set TIKTOKEN_CACHE_DIR to it; or use --tokenizer bytes"
-        ) from None
-
-
 # name -> (how to make the encoder, separator token, the VOCAB_SIZE to train with)
-TOKENIZERS = {"gpt2": (gpt2, 50256, 50304), "bytes": (lambda: str.encode, 0, 256)}
+TOKENIZERS = {"gpt2": (lambda: GPT2().encode, GPT2.separator, 50304), "bytes": (lambda: str.encode, 0, 256)}
 
 
 def text_files(given: list[Path]) -> list[Path]:

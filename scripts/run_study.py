@@ -291,13 +291,7 @@ def read_stage(
         return []
     if not re.fullmatch(r"[A-Za-z0-9][\w.+]{0,30}", name, re.ASCII):
         problems.append(f"{where}: a stage is named in letters, digits, '_' and '.'; it names files")
-    seeds = table.get("seeds")
-    whole = isinstance(seeds, list) and seeds and all(isinstance(s, int) and not isinstance(s, bool) for s in seeds)
-    if not whole or min(seeds) < 0:
-        problems.append(f"{where}: seeds = {seeds!r}: expected a list of whole numbers, such as [1337, 1338]")
-        seeds = [0]
-    elif len(set(seeds)) < len(seeds):
-        problems.append(f"{where}: seeds = {seeds}: one occurs twice, and would be the same run")
+    seeds = seeds_of(where, table, problems)
     base = dict(machine) | common | problems.knobs(f"{where} knobs", table.get("knobs", {}), trainer)
     if (target := table.get("target_loss")) is not None:
         if isinstance(target, bool) or not isinstance(target, int | float):
@@ -345,6 +339,17 @@ def read_stage(
                 problems.append(f"{where}: no cell is the baseline {words}; add it to grid or cells")
 
     return in_order(name, built, is_baseline, wanted, seeds, trainer)
+
+
+def seeds_of(where: str, table: Mapping, problems: Problems) -> list[int]:
+    seeds = table.get("seeds")
+    whole = isinstance(seeds, list) and seeds and all(isinstance(s, int) and not isinstance(s, bool) for s in seeds)
+    if not whole or min(seeds) < 0:
+        problems.append(f"{where}: seeds = {seeds!r}: expected a list of whole numbers, such as [1337, 1338]")
+        seeds = [0]
+    elif len(set(seeds)) < len(seeds):
+        problems.append(f"{where}: seeds = {seeds}: one occurs twice, and would be the same run")
+    return seeds
 
 
 def combinations_of(where: str, table: Mapping, trainer: Trainer, problems: Problems) -> list[dict[str, str]] | None:

@@ -72,6 +72,20 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
+def say_what_is_left_out(
+    sources: Sequence[Path], rows: Sequence[Row], homeless: Sequence[Row], used: dict[str, list[Row]]
+) -> None:
+    """Rows in no stage and in several: nothing is dropped, or counted twice, in silence."""
+    if not rows:
+        print(f"{', '.join(map(str, sources))}: no rows yet")
+    if homeless:
+        which = [f"{row['run_id']} ({row.where}, num_iterations {row['num_iterations']})" for row in homeless]
+        print(f"{lib.count(len(homeless), 'row')} in no stage: {lib.listing(which, '; ')}")
+    times = Counter(id(row) for own in used.values() for row in own)
+    if several := [row["run_id"] for row in rows if times[id(row)] > 1]:
+        print(f"{lib.count(len(several), 'row')} in more than one stage: {lib.listing(several)}")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     a = arguments(argv)
     if a.target is not None and not a.target > 0:
@@ -128,14 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             written.append(a.out_dir / "tables" / f"{name}.{suffix}")
             lib.write_whole(written[-1], text)
 
-    if not rows:
-        print(f"{', '.join(map(str, a.source))}: no rows yet")
-    if homeless:
-        which = [f"{row['run_id']} ({row.where}, num_iterations {row['num_iterations']})" for row in homeless]
-        print(f"{lib.count(len(homeless), 'row')} in no stage: {lib.listing(which, '; ')}")
-    times = Counter(id(row) for own in used.values() for row in own)
-    if several := [row["run_id"] for row in rows if times[id(row)] > 1]:
-        print(f"{lib.count(len(several), 'row')} in more than one stage: {lib.listing(several)}")
+    say_what_is_left_out(a.source, rows, homeless, used)
     for problem in problems:
         print(problem)
     for path in written:

@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -17,6 +16,8 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+import make_shards
 from hub_server import Hub
 
 import cached_fineweb10B
@@ -24,9 +25,6 @@ import plumbing
 from plumbing import HEADER_BYTES, MAGIC, UserError, read_shard
 
 ROOT = Path(__file__).resolve().parents[1]
-spec = importlib.util.spec_from_file_location("make_shards", ROOT / "scripts" / "make_shards.py")
-make_shards = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(make_shards)
 
 SHARED = ROOT.parent / "shared" / "data"
 VAL, TRAIN_1, TRAIN_2 = "fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"
