@@ -13,79 +13,33 @@ Source   dataset kjj0/fineweb10B-gpt2; the command line of modded-nanogpt's scri
 """
 
 import argparse
-import hashlib
 import json
 import os
-import re
 import shutil
 import sys
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 # Plain HTTP, the way whose faults tests/test_data.py acts out. The library reads this when it is imported.
 os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
 
 import numpy as np
 from filelock import FileLock, Timeout
-from huggingface_hub import HfFileMetadata, errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub import HfFileMetadata
 from huggingface_hub.utils import get_session, hf_raise_for_status
 from tqdm import tqdm
 
+import plumbing
 from plumbing import HEADER_BYTES, MAGIC, VERSION, UserError, launch, read_shard, write_shard
 
 REPO = "kjj0/fineweb10B-gpt2"
 NUM_TRAIN = 103
 VAL = "fineweb_val_000000.bin"
-ATTEMPTS = 3  # per request; inside one attempt the library resumes a dropped connection by itself
-FAULTS = errors.HTTPError, OSError, UserError  # the first: of whatever HTTP client the library has
-T = TypeVar("T")
-
-
-def persist(name: str, attempt: Callable[[], T]) -> T:
-    """attempt(), up to ATTEMPTS times. Raises UserError: at once for what will not heal, else at last."""
-    url = hf_hub_url(REPO, name, repo_type="dataset")
-    for k in range(1, ATTEMPTS + 1):
-        try:
-            return attempt()
-        except FAULTS as error:
-            status = getattr(getattr(error, "response", None), "status_code", None)
-            if status in (401, 403, 404):
-                what = f"{url}: the hub has no such shard (HTTP {status})"
-                raise UserError(f"{what}; ask for fewer shards, or check HF_ENDPOINT") from None
-            if isinstance(error, OSError) and error.errno is not None:  # the network's errors carry no errno
-                raise UserError(f"{name}: cannot be written: {error}") from None
-            damaged = isinstance(error, UserError)
-            fault = str(error) if damaged else f"{type(error).__name__}: {' '.join(str(error).split())}"
-            if isinstance(error, errors.OfflineModeIsEnabled):
-                break
-            if k < ATTEMPTS:
-                print(f"{name}: attempt {k} of {ATTEMPTS} failed, trying again: {fault}", flush=True)
-                time.sleep(k)
-    if damaged:
-        raise UserError(f"{url}: {ATTEMPTS} downloads were all bad, giving up. The last: {fault}")
-    raise UserError(
-        f"{url}: no answer, or a broken one ({fault}). Rerun to go on; with no way to the hub, set "
-        f"HF_ENDPOINT to a mirror, or copy fineweb_*.bin files into the folder by hand (trainers read what "
-        f"is there), or train with PRESET=demo, which needs no download"
-    )
-
-
-def ask_hub(name: str) -> HfFileMetadata:
-    """The hub's size in bytes, commit, and etag, which for large files is the SHA-256."""
-    meta = persist(name, lambda: get_hf_file_metadata(hf_hub_url(REPO, name, repo_type="dataset")))
-    if meta.size is None:
-        raise UserError(f"{meta.location}: the answer has no size; is HF_ENDPOINT a mirror of the hub?")
-    return meta
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+OTHERWISE = (
+    "copy fineweb_*.bin files into the folder by hand (trainers read what is there), or train with PRESET=demo, which "
+    "needs no download"
+)
+persist = partial(plumbing.hub_persist, REPO, otherwise=OTHERWISE)
 
 
 def problem(path: Path, meta: HfFileMetadata | None = None) -> str:
@@ -98,30 +52,7 @@ def problem(path: Path, meta: HfFileMetadata | None = None) -> str:
         return str(error)
     if meta and size != meta.size:
         return f"{path}: {num_tokens:,} tokens in {size:,} bytes, but the hub's shard has {meta.size:,} bytes"
-    # An etag of another form (from a mirror that stores its own way) is no SHA-256 and says nothing.
-    if meta and re.fullmatch("[0-9a-f]{64}", meta.etag or "") and sha256(path) != meta.etag:
-        return f"{path}: right length, wrong bytes: its SHA-256 is not the hub's {meta.etag[:12]}..."
-    return ""
-
-
-def fetch(path: Path, meta: HfFileMetadata) -> None:
-    """Download one whole shard beside its place and move it there once it checks out."""
-    part = path.parent / ".part"
-
-    def attempt() -> Path:
-        # The library checks the size only, and copies from its cache straight to the final name: hence a
-        # folder of our own for both, and problem().
-        kind = dict(repo_type="dataset", revision=meta.commit_hash)
-        got = Path(hf_hub_download(REPO, path.name, **kind, local_dir=part, cache_dir=part / "cache"))
-        if fault := problem(got, meta):
-            got.unlink()  # else the library would call it present
-            raise UserError(fault)
-        return got
-
-    got = persist(path.name, attempt)
-    with open(got, "rb+") as f:
-        os.fsync(f.fileno())
-    os.replace(got, path)
+    return plumbing.hub_problem(path, meta) if meta else ""
 
 
 def fetch_start(path: Path, meta: HfFileMetadata, size: int) -> None:
@@ -165,7 +96,7 @@ def bring(folder: Path, goal: dict[str, int], verify: bool) -> None:
         held = 0 if fault else path.stat().st_size
         if held and (held >= HEADER_BYTES + 2 * least if least else held == checked.get(name) and not verify):
             continue
-        meta = ask_hub(name)
+        meta = plumbing.hub_facts(REPO, name, OTHERWISE)
         size = min(HEADER_BYTES + 2 * least, meta.size) if least else meta.size
         if held and least:
             fault = "" if held >= size else f"{path}: {held:,} bytes, fewer than the {size:,} asked for"
@@ -191,7 +122,7 @@ def bring(folder: Path, goal: dict[str, int], verify: bool) -> None:
         if goal[path.name]:
             fetch_start(path, meta, size)
         else:
-            fetch(path, meta)
+            plumbing.hub_fetch(REPO, path.name, path, problem, OTHERWISE, meta)
             remember(path)
 
 

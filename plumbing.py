@@ -2,7 +2,8 @@
 
     knob, read_knobs      frozen dataclass + preset + environment + flags -> checked knobs
     world                 join torchrun's process group, or be a world of one; catch signals
-    TokenShards           .bin shards as one stream of tokens, memory-mapped and checked
+    TokenShards           .bin shards or text files as one stream of tokens, memory-mapped and checked
+    hub_list, hub_fetch   files of a dataset on the hub: retried, gone on with, checked, whole or absent
     Prefetch              batches made on a thread, copied to the device ahead of use
     Pulse                 one small all-gather a step: losses, signals and clocks of all ranks, one step late
     RunLog                logs/<id>.txt, logs/<id>/{metrics.csv, status.json}, one row in results.csv
@@ -19,6 +20,7 @@ import dataclasses
 import faulthandler
 import glob
 import hashlib
+import importlib
 import importlib.util
 import io
 import json
@@ -39,7 +41,7 @@ import typing
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from difflib import get_close_matches
@@ -53,6 +55,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
+T = typing.TypeVar("T")
 
 
 class UserError(ValueError):
@@ -139,7 +142,7 @@ def _from_flags(known: Mapping[str, dataclasses.Field], argv: Sequence[str], doc
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Every knob is also an environment variable, its name in capitals. A flag beats the environment,\n"
-        "the environment beats PRESET, PRESET beats the default. Switches take 0 or 1.",
+        "the environment beats PRESET, PRESET beats the default. Switches take 0 or 1; --name is 1, --no-name is 0.",
     )
     for spelling, f in known.items():
         name = spelling.lower()
@@ -147,9 +150,14 @@ def _from_flags(known: Mapping[str, dataclasses.Field], argv: Sequence[str], doc
             text = argparse.SUPPRESS
         else:
             text = f"{f.metadata['text']}; {_expects(f)}; default {show(f, f.default)}".replace("%", "%%")
-        extra = dict(nargs="?", const="1") if _kind(f) is bool else {}
+        switch = _kind(f) is bool
+        extra = dict(nargs="?", const="1") if switch else {}
         flags = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
         parser.add_argument(*flags, dest=spelling, metavar="X", default=argparse.SUPPRESS, help=text, **extra)
+        if switch:  # the way out of a switch that is on by default, as argparse's own programs have it
+            off = dict.fromkeys((f"--no_{name}", f"--no-{name.replace('_', '-')}"))
+            extra = dict(dest=spelling, action="store_const", const="0", default=argparse.SUPPRESS)
+            parser.add_argument(*off, help=argparse.SUPPRESS, **extra)
     found, unknown = parser.parse_known_args(argv)
     if unknown:
         near = _near_miss(unknown[0].lstrip("-").split("=")[0].upper().replace("-", "_"), known)
@@ -385,6 +393,13 @@ def read_shard(path: str | Path) -> np.ndarray:
     return np.memmap(path, "<u2", "r", offset=HEADER_BYTES)
 
 
+def read_bytes(path: str | Path) -> np.ndarray:
+    """Map any file as uint8 tokens, its bytes. Raises UserError, naming the file, when it is empty."""
+    if not os.path.getsize(path):
+        raise UserError(f"{path}: is empty; leave it out, or put text into it")
+    return np.memmap(path, np.uint8, "r")
+
+
 def write_shard(path: str | Path, tokens_N: np.ndarray) -> None:
     """Write uint16 tokens as one shard; the file exists whole or not at all."""
     header = np.zeros(256, "<i4")
@@ -466,19 +481,166 @@ def embedded_corpus(folder: Path) -> tuple[str, str, str]:
 
 
 # ----------------------------------------------------------------------------
+# The dataset hub
+
+ATTEMPTS = 3  # per request; inside one attempt the library resumes a dropped connection by itself
+
+
+def _hub():
+    os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # plain HTTP, the way whose faults tests/test_data.py acts out
+    import huggingface_hub  # here, because it takes a third of a second and most runs need none of it
+
+    return huggingface_hub
+
+
+def hub_persist(repo: str, name: str, attempt: Callable[[], T], otherwise: str) -> T:
+    """attempt(), up to ATTEMPTS times, for file `name` of dataset `repo`; `otherwise` says what can be done without the
+    hub. Raises UserError: at once for what will not heal (no such file, a full disk, offline mode), else at last."""
+    hub = _hub()
+    url = hub.hf_hub_url(repo, name, repo_type="dataset") if name else f"dataset {repo}"
+    faults = hub.errors.HTTPError, OSError, UserError  # the first: of whatever HTTP client the library has
+    for k in range(1, ATTEMPTS + 1):
+        try:
+            return attempt()
+        except faults as error:
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            if status in (401, 403, 404):
+                what = f"{url}: the hub has no such file (HTTP {status})"
+                raise UserError(f"{what}; ask for others, or check HF_ENDPOINT") from None
+            if isinstance(error, OSError) and error.errno is not None:  # the network's errors carry no errno
+                raise UserError(f"{name}: cannot be written: {error}") from None
+            damaged = isinstance(error, UserError)
+            fault = str(error) if damaged else f"{type(error).__name__}: {' '.join(str(error).split())}"
+            if isinstance(error, hub.errors.OfflineModeIsEnabled):
+                break
+            if k < ATTEMPTS:
+                print(f"{name or repo}: attempt {k} of {ATTEMPTS} failed, trying again: {fault}", flush=True)
+                time.sleep(k)
+    if damaged:
+        raise UserError(f"{url}: {ATTEMPTS} downloads were all bad, giving up. The last: {fault}")
+    raise UserError(
+        f"{url}: no answer, or a broken one ({fault}). Rerun to go on; with no way to the hub, set HF_ENDPOINT to a "
+        f"mirror, or {otherwise}"
+    )
+
+
+OWN_TEXT = "train on a text file or folder of your own, or on the embedded corpus, which needs no download"
+
+
+def hub_list(repo: str, prefix: str = "", otherwise: str = OWN_TEXT) -> list[str]:
+    """Names of the dataset's files that start with `prefix`, sorted. Raises UserError when the hub does not answer or
+    has none."""
+    files = hub_persist(repo, "", lambda: _hub().HfApi().list_repo_files(repo, repo_type="dataset"), otherwise)
+    found = sorted(name for name in files if name.startswith(prefix))
+    if not found:
+        raise UserError(f"dataset {repo}: none of its {len(files)} files starts with {prefix!r}; is the name right?")
+    return found
+
+
+def hub_facts(repo: str, name: str, otherwise: str = OWN_TEXT):
+    """The hub's size in bytes, commit, and etag, which for large files is the SHA-256."""
+    hub = _hub()
+    url = hub.hf_hub_url(repo, name, repo_type="dataset")
+    facts = hub_persist(repo, name, lambda: hub.get_hf_file_metadata(url), otherwise)
+    if facts.size is None:
+        raise UserError(f"{facts.location}: the answer has no size; is HF_ENDPOINT a mirror of the hub?")
+    return facts
+
+
+def hub_problem(path: Path, facts) -> str:
+    """What keeps `path` from being the hub's file of these facts; empty if nothing does."""
+    if (size := path.stat().st_size) != facts.size:
+        return f"{path}: {size:,} bytes, but the hub's file has {facts.size:,}"
+    # An etag of another form (small files, or a mirror that stores its own way) is no SHA-256 and says nothing.
+    if re.fullmatch("[0-9a-f]{64}", facts.etag or "") and _sha256(path) != facts.etag:
+        return f"{path}: right length, wrong bytes: its SHA-256 is not the hub's {facts.etag[:12]}..."
+    return ""
+
+
+def hub_fetch(
+    repo: str,
+    name: str,
+    path: Path,
+    check: Callable[[Path, object], str] = hub_problem,
+    otherwise: str = OWN_TEXT,
+    facts=None,
+) -> None:
+    """Download file `name` of dataset `repo` and give it the name `path` once check(file, facts) finds nothing wrong. A
+    download that was cut off is gone on with. Raises UserError as hub_persist does."""
+    hub, part = _hub(), path.parent / ".part"
+    facts = facts or hub_facts(repo, name, otherwise)
+
+    def attempt() -> Path:
+        # The library checks the size only, and copies from its cache straight to the final name: hence a folder of our
+        # own for both.
+        kind = dict(repo_type="dataset", revision=facts.commit_hash)
+        got = Path(hub.hf_hub_download(repo, name, **kind, local_dir=part, cache_dir=part / "cache"))
+        if fault := check(got, facts):
+            got.unlink()  # else the library would call it present
+            raise UserError(fault)
+        return got
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    got = hub_persist(repo, name, attempt, otherwise)
+    with open(got, "rb+") as f:
+        os.fsync(f.fileno())
+    os.replace(got, path)
+
+
+# ----------------------------------------------------------------------------
 # The stream of tokens
 
 
+TEXT_SUFFIXES = {".txt", ".md", ".rst", ".raw", ".tokens", ".text", ".csv", ".json", ".jsonl", ".xml", ".html", ".py"}
+
+
+def text_files(path: str | Path) -> list[str]:
+    """The files that `path` names, in name order: a file, a glob, or the text files anywhere below a folder. Raises
+    UserError when there are none."""
+    path = str(path)
+    if os.path.isdir(path):
+        found = sorted(str(p) for p in Path(path).rglob("*") if p.suffix.lower() in TEXT_SUFFIXES and p.is_file())
+        hint = f"none of its files ends in one of {' '.join(sorted(TEXT_SUFFIXES))}"
+    else:
+        found = [path] if os.path.isfile(path) else sorted(p for p in glob.glob(path) if os.path.isfile(p))
+        hint = "there is no such file or folder, and as a pattern it matches nothing"
+    if not found:
+        raise UserError(f"{path}: no text there ({hint}); name a text file, a folder of them, or a pattern")
+    return found
+
+
+def build_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """`folder`, filled by make(aside) if it is not there yet: it gets its name by one rename when make has returned, so
+    it exists whole or not at all. Several processes and ranks may call this at once; one builds, the others wait."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / f".{folder.name}.lock"):
+        if not folder.exists():
+            aside = folder.parent / f".{folder.name}.part"
+            shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+            aside.mkdir()
+            make(aside)
+            _fsync_folder(aside)
+            aside.rename(folder)
+    return folder
+
+
 class TokenShards:
-    """All tokens of the shards matching `pattern`, in name order, as one stream. Raises UserError if there are none."""
+    """All tokens of the shards matching `pattern`, in name order, as one stream. `pattern` may also be a list of files.
+    `open_file` maps one file: read_shard for uint16 tokens, read_bytes for text as bytes. Raises UserError if there are
+    none."""
 
     def __init__(
-        self, pattern: str, hint: str = "python cached_fineweb10B.py 9 downloads some; PRESET=demo needs none"
+        self,
+        pattern: str | Sequence[str],
+        hint: str = "python cached_fineweb10B.py 9 downloads some; PRESET=demo needs none",
+        open_file: Callable[[str], np.ndarray] = read_shard,
     ):
-        self.pattern, self.paths = pattern, sorted(glob.glob(pattern))
+        listed = not isinstance(pattern, str)
+        self.paths = list(pattern) if listed else sorted(glob.glob(pattern))
+        self.pattern = ", ".join(self.paths[:3]) + ", ..." * (len(self.paths) > 3) if listed else pattern
         if not self.paths:
             raise UserError(f"no token shards match {pattern}; {hint}")
-        self.shards = [read_shard(p) for p in self.paths]
+        self.shards = [open_file(p) for p in self.paths]
         self.lengths = [len(s) for s in self.shards]
         self.starts = np.concatenate(
             [[0], np.cumsum(self.lengths)]
@@ -494,7 +656,7 @@ class TokenShards:
         return [[Path(p).name, n] for p, n in zip(self.paths, self.lengths, strict=True)]
 
     def read(self, start: int, n: int) -> np.ndarray:
-        """(n,) uint16 from stream position `start`, running over shard edges."""
+        """(n,) tokens, uint16 (of text files uint8), from stream position `start`, running over shard edges."""
         parts, shard = [], int(np.searchsorted(self.starts, start, "right")) - 1
         while n > 0:
             part = self.shards[shard][start - self.starts[shard] :][:n]
@@ -513,6 +675,8 @@ class TokenShards:
         problem = None
         used = [i for i in range(len(self.paths)) if last is None or self.starts[i] < last]
         for i in used[w.rank :: w.size]:
+            if self.shards[i].dtype == np.uint8 and vocab_size >= 256:
+                continue
             if problem is None and (top := int(self.shards[i].max())) >= vocab_size:
                 problem = (
                     f"{self.paths[i]}: holds token id {top}, VOCAB_SIZE={vocab_size} ends at {vocab_size - 1}; "
@@ -714,14 +878,18 @@ def new_run_id(w: World) -> str:
 
 class RunLog:
     """One run's record: logs/<id>.txt for eyes, logs/<id>/metrics.csv for programs, logs/<id>/status.json for others to
-    watch. Rank 0 writes. Lines reach the file at once and are forced to disk by sync(), not at every step.
+    watch. Rank 0 writes. Lines reach the file at once and are forced to disk by sync(), not at every step. `extra` are
+    a trainer's own columns of metrics.csv, behind the common ones; `unit` is what it calls a token.
 
     Raises UserError before training when the id is that of a finished run, or of one that is being trained now.
     """
 
-    def __init__(self, folder: Path, run_id: str, w: World, total_steps: int):
+    def __init__(
+        self, folder: Path, run_id: str, w: World, total_steps: int, extra: Sequence[str] = (), unit: str = "tokens"
+    ):
         self.w, self.id, self.total, self.folder = w, run_id, total_steps, folder / run_id
         self.path, self.status_path = folder / f"{run_id}.txt", folder / run_id / "status.json"
+        self.columns, self.unit, self.tracker = [*METRICS, *extra], unit, None
         self.bar, self.told, self.pending, self.facts = None, 0.0, {}, {}
         problem = None
         if w.main:
@@ -748,7 +916,7 @@ class RunLog:
                 raise UserError(f"run {self.id} is complete ({status}, {self.path}); choose another RUN_ID")
         self.log, self.csv = self._append(self.path), self._append(self.folder / "metrics.csv")
         if self.csv.tell() == 0:
-            self.csv.write(",".join(METRICS) + "\n")
+            self.csv.write(",".join(self.columns) + "\n")
 
     @staticmethod
     def _append(path: Path) -> io.TextIOWrapper:
@@ -791,8 +959,18 @@ class RunLog:
             tqdm.write(line)  # above the bar, if there is one
             sys.stdout.flush()
 
-    def step(self, step: int, train_loss: float, lr: float, grad_norm: float, clock: Clock) -> None:
-        """One finished optimizer step: a line, a row, the bar, and (every two seconds) the status."""
+    def step(
+        self,
+        step: int,
+        train_loss: float,
+        lr: float,
+        grad_norm: float,
+        clock: Clock,
+        line: str | None = None,
+        **extra: float,
+    ) -> None:
+        """One finished optimizer step: a line, a row, the bar, and (every two seconds) the status. `line` is the
+        trainer's own text instead of the usual one, or '' for none; `extra` are values of its own columns."""
         if not self.w.main:
             return
         self._flush_row()
@@ -801,7 +979,13 @@ class RunLog:
         self.pending |= dict(train_time_s=f"{clock.train_s(step):.3f}", tokens=step * self.tokens)
         self.pending |= dict(tokens_per_s=_blank(speed, ".0f"), peak_memory_mib=self.w.peak_memory_mib())
         self.pending |= dict(mfu=_blank(speed * self.flops / self.peak / self.w.size, ".4f") if self.peak else "")
-        self.say(f"step:{step}/{self.total} train_loss:{train_loss:.4f} {clock.times(step)}", quiet=True)
+        self.pending |= {name: _blank(value, ".6g") for name, value in extra.items()}
+        own = "".join(f" {name}:{value:.4g}" for name, value in extra.items())
+        usual = f"step:{step}/{self.total} train_loss:{train_loss:.4f}{own} {clock.times(step)}"
+        if line is None or line:
+            self.say(line or usual, quiet=True)
+        if self.tracker:
+            self.tracker.send(step, dict(train_loss=train_loss, lr=lr, grad_norm=grad_norm, tokens_per_s=speed) | extra)
         self.facts |= dict(train_loss=round(train_loss, 6), tokens_per_s=_blank(speed, ".0f"))
         self.facts |= dict(eta_s=_blank((self.total - step) * self.tokens / speed, ".0f"))
         if time.monotonic() - self.told > 2:
@@ -809,23 +993,27 @@ class RunLog:
         if self.bar is None and sys.stderr.isatty():
             self.bar = tqdm(total=self.total, initial=step - 1, unit="step", dynamic_ncols=True, smoothing=0.05)
         if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {train_loss:.3f}, {_blank(speed, ',.0f') or '-'} tokens/s", refresh=False)
+            self.bar.set_postfix_str(
+                f"loss {train_loss:.3f}, {_blank(speed, ',.0f') or '-'} {self.unit}/s", refresh=False
+            )
             self.bar.update(step - self.bar.n)
 
-    def validation(self, step: int, val_loss: float, clock: Clock, mark: str = "") -> None:
-        """One validation: a line, and the val_loss of the step's row, which is then on disk."""
+    def validation(self, step: int, val_loss: float, clock: Clock, mark: str = "", **extra: float) -> None:
+        """One validation: a line, and the val_loss of the step's row, which is then on disk. `mark` ends the line."""
         if not self.w.main:
             return
         self.say(f"step:{step}/{self.total} val_loss:{val_loss:.4f} {clock.times(step)}{mark}")
         self.pending = self.pending or dict(step=step, tokens=step * self.tokens)
-        self.pending["val_loss"] = f"{val_loss:.6f}"
+        self.pending |= dict(val_loss=f"{val_loss:.6f}", **{n: _blank(v, ".6g") for n, v in extra.items()})
+        if self.tracker:
+            self.tracker.send(step, dict(val_loss=val_loss) | extra)
         self.facts |= dict(val_loss=round(val_loss, 6))
         self.sync()
         self.status("running", step)
 
     def _flush_row(self) -> None:
         if self.pending:
-            csv.DictWriter(self.csv, METRICS, lineterminator="\n").writerow(self.pending)
+            csv.DictWriter(self.csv, self.columns, lineterminator="\n").writerow(self.pending)
             self.csv.flush()
         self.pending = {}
 
@@ -836,6 +1024,11 @@ class RunLog:
             for f in (self.log, self.csv):
                 f.flush()
                 os.fsync(f.fileno())
+
+    def track(self, kind: str, project: str, name: str, k) -> None:
+        """Also send every step and validation to a tracker, 'wandb' or 'trackio'; '' for none."""
+        if self.w.main and kind:
+            self.tracker = Tracker(kind, project, name, dataclasses.asdict(k), self.say)
 
     def status(self, status: str, step: int) -> None:
         """Replace status.json."""
@@ -851,6 +1044,8 @@ class RunLog:
         """The run has ended, with `status`."""
         if self.w.main:
             self.status(status, step)
+            if self.tracker:
+                self.tracker.close()
             if self.bar is not None:
                 self.bar.close()
                 self.bar = None
@@ -859,6 +1054,43 @@ class RunLog:
             self.log.close()
             self.csv.close()
             self.lock.release()
+
+
+class Tracker:
+    """W&B or trackio behind a daemon thread and a queue: a missing package, an error or a service that hangs is one
+    line in the log, and the run goes on."""
+
+    def __init__(self, kind: str, project: str, name: str, config: dict, say: Callable[[str], None]):
+        self.kind, self.say = kind, say
+        self.queue: queue.Queue = queue.Queue(10_000)
+        self.thread = threading.Thread(target=self._work, args=(project, name, config), daemon=True)
+        self.thread.start()
+
+    def _work(self, project: str, name: str, config: dict) -> None:
+        try:
+            service = importlib.import_module(self.kind)
+            run = service.init(project=project, name=name, config=config)
+            while (item := self.queue.get()) is not None:
+                step, values = item
+                run.log({key: v for key, v in values.items() if math.isfinite(v)}, step=step)
+            run.finish()
+        except ImportError:
+            self.say(f"tracker: the package {self.kind} is not installed, so nothing is sent; pip install {self.kind}")
+        except BaseException as error:  # whatever it is, it is not worth a run
+            self.say(f"tracker: {self.kind} failed, nothing more is sent: {type(error).__name__}: {error}")
+
+    def send(self, step: int, values: dict[str, float]) -> None:
+        if self.thread.is_alive():
+            with suppress(queue.Full):  # a service that hangs
+                self.queue.put_nowait((step, values))
+
+    def close(self, wait_s: float = 20) -> None:
+        """Let it finish, for a while."""
+        with suppress(queue.Full):
+            self.queue.put_nowait(None)
+        self.thread.join(wait_s)
+        if self.thread.is_alive():
+            self.say(f"tracker: {self.kind} has not finished in {wait_s:.0f} s; its last values may be missing")
 
 
 def notes(k, presets: Mapping[str, Mapping], hidden: Sequence[str]) -> list[str]:

@@ -113,7 +113,7 @@ def test_interrupted_download_leaves_no_shard_behind(hub: Hub, tmp_path: Path, m
         raise KeyboardInterrupt
 
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(cached_fineweb10B, "hf_hub_download", ctrl_c)
+        m.setattr(huggingface_hub, "hf_hub_download", ctrl_c)
         download(tmp_path, "1")
     assert on_hub(tmp_path)
     download(tmp_path, "1")
@@ -175,7 +175,7 @@ def test_shards_copied_by_hand_are_hashed_once_and_not_fetched(hub: Hub, tmp_pat
 
 
 def test_shard_missing_on_the_hub_is_one_error_naming_it(hub: Hub, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"fineweb_train_000003\.bin: the hub has no such shard.*HTTP 404"):
+    with pytest.raises(UserError, match=r"fineweb_train_000003\.bin: the hub has no such file.*HTTP 404"):
         download(tmp_path, "3")
     assert not hub.gets  # known before the first byte is fetched
 
@@ -215,8 +215,8 @@ def test_disk_full_half_way_is_one_error_without_a_second_attempt(hub: Hub, tmp_
     def no_space(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(cached_fineweb10B, "hf_hub_download", no_space)
-    monkeypatch.setattr(cached_fineweb10B, "ATTEMPTS", 10**9)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_space)
+    monkeypatch.setattr(plumbing, "ATTEMPTS", 10**9)
     with pytest.raises(UserError, match=r"cannot be written.*No space left"):
         download(tmp_path, "1")
 
