@@ -1,4 +1,4 @@
-"""A loopback stand-in for the hub: the endpoints huggingface_hub's downloads use, and faults on demand.
+"""A loopback stand-in for the hub: the endpoints huggingface_hub's downloads and listings use, and faults on demand.
 
     with Hub({"fineweb_val_000000.bin": data}) as hub:
         hub.faults["fineweb_val_000000.bin"] = ["cut"]     # the first GET breaks off half way
@@ -9,6 +9,7 @@ It shows how the client behaves against these answers, not that the live hub giv
 """
 
 import hashlib
+import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -17,7 +18,7 @@ COMMIT = "c0ffee" * 6 + "beef"
 
 
 class Hub:
-    """Serves `files` (name -> bytes) as dataset REPO on 127.0.0.1 until the `with` block ends.
+    """Serves `files` (name -> bytes) as dataset `repo` on 127.0.0.1 until the `with` block ends.
 
     faults: name -> what goes wrong with its next GETs, one word per GET, used up from the front:
         "cut"        half of the body, then the connection closes
@@ -26,8 +27,8 @@ class Hub:
     A key ending in "!" gives one word for every GET.
     """
 
-    def __init__(self, files: dict[str, bytes]):
-        self.files = files
+    def __init__(self, files: dict[str, bytes], repo: str = REPO):
+        self.files, self.repo = files, repo
         self.faults: dict[str, list[str] | str] = {}
         self.gets: list[str] = []  # names, in order
         self.sent = 0  # bytes of bodies
@@ -57,12 +58,23 @@ class Hub:
         self.server.shutdown()
         self.server.server_close()
 
+    def _list(self, r: BaseHTTPRequestHandler) -> None:
+        tree = [dict(type="file", path=name, size=len(data), oid="0" * 40) for name, data in self.files.items()]
+        body = json.dumps(tree).encode()
+        r.send_response(200)
+        r.send_header("Content-Type", "application/json")
+        r.send_header("Content-Length", str(len(body)))
+        r.end_headers()
+        r.wfile.write(body)
+
     def _answer(self, r: BaseHTTPRequestHandler, body: bool) -> None:
+        if r.path.startswith(f"/api/datasets/{self.repo}/tree/"):
+            return self._list(r)
         folder, _, rest = r.path.partition("/resolve/")
         name = rest.partition("/")[2]
-        if folder != f"/datasets/{REPO}" or name not in self.files:
+        if folder != f"/datasets/{self.repo}" or name not in self.files:
             r.send_response(404)
-            if folder == f"/datasets/{REPO}":
+            if folder == f"/datasets/{self.repo}":
                 r.send_header("X-Error-Code", "EntryNotFound")
                 r.send_header("X-Repo-Commit", COMMIT)
             r.send_header("Content-Length", "0")

@@ -276,6 +276,92 @@ def test_small_asking_for_more_than_a_shard_has_gets_all_of_it_once(hub: Hub, tm
 
 
 # ----------------------------------------------------------------------------
+# Files of any dataset
+
+PAGES = {"20231101.tr/train-00000.parquet": b"a" * 50_000, "20231101.tr/train-00001.parquet": b"b" * 9000}
+PAGES |= {"20231101.en/train-00000.parquet": b"c" * 100}
+
+
+@pytest.fixture
+def pages(hub: Hub) -> Hub:
+    hub.files, hub.repo = dict(PAGES), "wiki/pedia"
+    return hub
+
+
+def test_files_of_a_dataset_are_listed_by_their_beginning(pages: Hub) -> None:
+    assert plumbing.hub_list("wiki/pedia", "20231101.tr/") == sorted(PAGES)[1:]
+    with pytest.raises(UserError, match=r"none of its 3 files starts with '20231101.xx/'"):
+        plumbing.hub_list("wiki/pedia", "20231101.xx/")
+
+
+def test_a_fetched_file_is_the_hubs_after_a_cut_and_a_wrong_byte(pages: Hub, tmp_path: Path) -> None:
+    name = sorted(PAGES)[1]
+    pages.faults[name] = ["cut", "flip"]
+    plumbing.hub_fetch("wiki/pedia", name, tmp_path / "tr" / "0.parquet")
+    assert (tmp_path / "tr/0.parquet").read_bytes() == PAGES[name]
+
+
+def test_what_the_hub_has_not_is_one_error(pages: Hub, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nothing\.parquet: the hub has no such file \(HTTP 404\)"):
+        plumbing.hub_fetch("wiki/pedia", "nothing.parquet", tmp_path / "x")
+    with pytest.raises(UserError, match=r"dataset wiki/other: the hub has no such file \(HTTP 404\)"):
+        plumbing.hub_list("wiki/other")
+    assert not (tmp_path / "x").exists()
+
+
+# ----------------------------------------------------------------------------
+# Text files as bytes
+
+
+def test_a_folder_of_text_is_one_stream_of_its_bytes_in_name_order(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/b.txt").write_bytes("ğ\n".encode())
+    (tmp_path / "a.md").write_bytes(b"\xff\x00a")
+    (tmp_path / "picture.png").write_bytes(b"no")
+    files = plumbing.text_files(tmp_path)
+    stream = plumbing.TokenShards(files, open_file=plumbing.read_bytes)
+    assert bytes(stream.read(0, stream.total)) == b"\xff\x00a" + "ğ\n".encode()
+    assert bytes(stream.read(2, 2)) == b"a\xc4"
+    assert plumbing.text_files(tmp_path / "sub/b.txt") == plumbing.text_files(str(tmp_path / "s*/*.txt")) == files[1:]
+
+
+def test_no_text_and_empty_text_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no text there.*none of its files ends in"):
+        plumbing.text_files(tmp_path)
+    with pytest.raises(UserError, match=r"nowhere: no text there .there is no such file"):
+        plumbing.text_files(tmp_path / "nowhere")
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(UserError, match=r"empty.txt: is empty"):
+        plumbing.TokenShards([str(tmp_path / "empty.txt")], open_file=plumbing.read_bytes)
+
+
+def test_a_folder_is_built_once_by_many_and_whole_or_not_at_all(tmp_path: Path) -> None:
+    code = (
+        "import sys, time, pathlib; sys.path.insert(0, sys.argv[2]); import plumbing\n"
+        "def make(aside):\n"
+        "    (aside / 'half').write_text('x'); time.sleep(0.3); (aside / 'rest').write_text(aside.name)\n"
+        "    print('built', flush=True)\n"
+        "folder = plumbing.build_once(pathlib.Path(sys.argv[1]) / 'made', make)\n"
+        "assert (folder / 'rest').exists()"
+    )
+    stale = tmp_path / ".made.part"  # of a run that was killed
+    stale.mkdir()
+    (stale / "old").touch()
+    command = [sys.executable, "-c", code, str(tmp_path), str(ROOT)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert sorted(p.communicate()[0] for p in both) == ["", "", "built\n"] and not any(p.returncode for p in both)
+    assert sorted(p.name for p in (tmp_path / "made").iterdir()) == ["half", "rest"]
+
+    def fails(aside: Path) -> None:
+        (aside / "half").touch()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        plumbing.build_once(tmp_path / "other", fails)
+    assert not (tmp_path / "other").exists()
+
+
+# ----------------------------------------------------------------------------
 # Own text
 
 

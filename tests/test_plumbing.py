@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import errno
+import math
 import multiprocessing
 import os
 import pickle
@@ -74,6 +75,12 @@ def test_every_misspelt_knob_is_refused_with_the_right_name(f):
 def test_near_misses_in_the_environment_are_refused(name):
     with pytest.raises(UserError, match=f"{name} is set, but it is not a knob; did you mean"):
         read(env={name: "none"})
+
+
+def test_a_switch_is_turned_off_by_its_no_form_and_the_environment_loses_to_it():
+    assert not read(["--no-compile"]).compile and not read(["--no_compile"], {"COMPILE": "1"}).compile
+    with pytest.raises(UserError, match="--no-lr is not a flag"):
+        read(["--no-lr"])
 
 
 def test_a_wrong_choice_names_the_near_one():
@@ -224,6 +231,65 @@ def test_a_torn_row_is_cut_off_before_the_next_one(monkeypatch, tmp_path):
     log.csv.close()
     log.lock.release()
     assert path.read_text() == whole + "next\n"
+
+
+def log_of(folder: Path, **options) -> RunLog:
+    """An open log whose rates are known."""
+    log = RunLog(folder, "r", ONE, 9, **options)
+    log.header(Knobs(), (), {})
+    log.rates(100, 1.0)
+    return log
+
+
+def test_a_trainers_own_columns_are_in_the_line_and_in_metrics(tmp_path, capsys):
+    log = log_of(tmp_path, extra=("aux_loss", "val_bpc"))
+    clock = Clock(ONE)
+    clock.start()
+    log.step(1, 2.0, 0.1, 0.5, clock, aux_loss=0.25)
+    log.validation(1, 1.5, clock, " val_bpc:2.164", val_bpc=2.164)
+    log.step(2, 2.0, 0.1, 0.5, clock, line="a line of its own", aux_loss=math.nan)
+    log.step(3, 2.0, 0.1, 0.5, clock, line="")
+    log.close("finished", 3)
+    with open(tmp_path / "r/metrics.csv") as f:
+        first, second, _ = csv.DictReader(f)
+    assert (first["aux_loss"], first["val_bpc"], first["val_loss"]) == ("0.25", "2.164", "1.500000")
+    assert (second["aux_loss"], second["val_bpc"]) == ("", "")
+    out = capsys.readouterr().out
+    assert "step:1/9 train_loss:2.0000 aux_loss:0.25 train_time" in out and "val_bpc:2.164\n" in out
+    assert "a line of its own" in out and "step:3" not in out.replace("finished: step:3", "")
+
+
+TRACKERS = {
+    "works": "class Run:\n def log(self, v, step): sent.append((step, v))\n def finish(self): sent.append('end')\n"
+    "sent = []\ndef init(**facts): sent.append(facts); return Run()\n",
+    "raises": "def init(**facts): raise RuntimeError('no key')\n",
+    "hangs": "import time\ndef init(**facts): time.sleep(60)\n",
+    "exits": "def init(**facts): raise SystemExit(3)\n",
+}
+
+
+@pytest.mark.parametrize("kind", [*TRACKERS, "absent"])
+def test_a_tracker_gets_every_value_and_never_stops_a_run(monkeypatch, tmp_path, capsys, kind):
+    name = f"tracker_that_{kind}"
+    if kind in TRACKERS:
+        (tmp_path / f"{name}.py").write_text(TRACKERS[kind])
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(plumbing.Tracker.close, "__defaults__", (0.5,))
+    log = log_of(tmp_path)
+    log.track(name, "flatrun", "r", Knobs())
+    clock = Clock(ONE)
+    clock.start()
+    log.step(1, 2.0, 0.1, 0.5, clock)
+    log.validation(1, 1.5, clock)
+    log.close("finished", 1)
+    out = capsys.readouterr().out
+    if kind == "works":
+        facts, first, second, end = sys.modules[name].sent
+        assert facts["project"] == "flatrun" and facts["config"]["n_layer"] == 12
+        assert first[0] == 1 and first[1]["train_loss"] == 2.0 and second == (1, dict(val_loss=1.5)) and end == "end"
+        assert "tracker:" not in out
+    words = dict(absent="is not installed", raises="no key", hangs="has not finished", exits="SystemExit")
+    assert words.get(kind, "") in out and "finished: step:1/9" in out
 
 
 def test_a_finished_run_id_is_refused(monkeypatch, tmp_path):
