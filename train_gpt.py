@@ -716,7 +716,7 @@ def show_plan(k: Knobs) -> int:
         print(f"data_sha256:     {sha}" if sha else f"shard gaps:      {train.gaps() or 'none'}")
         check_steps(batches, k)
     except UserError as error:
-        print(f"data:            {error}")
+        print(f"problem:         {error}")
     return 0
 
 

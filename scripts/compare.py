@@ -97,7 +97,7 @@ def arm_of(rows: Sequence[Row], arm: str, text: str) -> Cell:
 def differing(a: Cell, b: Cell) -> list[str]:
     """Where the configurations differ, as NAME: of A -> of B."""
     out = []
-    for key in lib.KEYS:
+    for key in lib.keys_of([*a.rows, *b.rows]):
         values = [lib.key_value(c.rows[0], key) for c in (a, b)]
         if key == "notes":
             words = [value.split() for value in values]
@@ -197,7 +197,7 @@ def stage_rows(rows: Sequence[Row], a: argparse.Namespace) -> tuple[list[Row], S
     """The rows of --stage, and the stage; all rows without one."""
     if not a.stage:
         return list(rows), Stage("comparison")
-    stages = lib.read_stages(a.stages) if a.stages else lib.stages_by_iters("1500", "800")
+    stages = lib.read_stages(a.stages, rows) if a.stages else lib.stages_by_iters("1500", "800")
     found, _ = lib.sort_into_stages(rows, stages)
     stage, own = found.get(a.stage, (None, []))
     if not own:

@@ -305,6 +305,9 @@ class Curves:
 # Stages
 
 
+USUAL = {"attn_gate": "none"}  # the baseline where none is named: train_gpt.py's
+
+
 @dataclass(frozen=True)
 class Stage:
     """Which rows belong together, when their own stage column does not say so, and how they are compared."""
@@ -312,7 +315,7 @@ class Stage:
     name: str
     match: Mapping[str, frozenset[str]] = dataclasses.field(default_factory=dict)  # column: values, as canon()
     keys: tuple[str, ...] = ()  # columns the table has even if they do not vary
-    baseline: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"attn_gate": "none"})
+    baseline: Mapping[str, str] = dataclasses.field(default_factory=lambda: USUAL)
     extra_csv: tuple[str, ...] = ()  # files with further rows, relative to the first source's folder
     train_tokens: float = NAN  # of one pass over the training shards, where rows have no column epochs
     target_loss: float = NAN  # nats per token; steps and seconds to it are reported
@@ -346,9 +349,10 @@ def stages_by_iters(stage1: str, stage2: str) -> list[Stage]:
     return stages
 
 
-def read_stages(path: Path) -> list[Stage]:
+def read_stages(path: Path, rows: Sequence[Row] = ()) -> list[Stage]:
     """The stages of a TOML file, one table [stage.NAME] each: conditions COLUMN = value or [values], all of which
     a row must meet, and the words keys, baseline, extra_csv, train_tokens and target_loss, which are no columns.
+    Columns are those of train_gpt.py and of `rows`.
     Raises UserError naming stage and word for whatever does not fit, and on Python 3.10, which has no tomllib."""
     try:
         import tomllib
@@ -366,17 +370,18 @@ def read_stages(path: Path) -> list[Stage]:
         raise UserError(f"{path}: {error}") from None
     if tables.keys() != {"stage"} or not isinstance(tables["stage"], dict) or not tables["stage"]:
         raise UserError(f"{path}: expected tables [stage.NAME] and nothing else, found {sorted(tables)}")
-    return [_read_stage(f"{path}: [stage.{name}]", name, table) for name, table in tables["stage"].items()]
+    columns = list(dict.fromkeys([*HEADER, *(c for own in dict.fromkeys(r.columns for r in rows) for c in own)]))
+    return [_read_stage(f"{path}: [stage.{name}]", name, table, columns) for name, table in tables["stage"].items()]
 
 
-def _read_stage(where: str, name: str, table: object) -> Stage:
+def _read_stage(where: str, name: str, table: object, columns: Sequence[str]) -> Stage:
     if not isinstance(table, dict) or not _file_name(name):
         raise UserError(f"{where}: expected a table named in letters, digits, '_', '.', '-'; it names the files")
 
     def column(word: str) -> str:
-        if word not in HEADER:
+        if word not in columns:
             words = ("keys", "baseline", "extra_csv", "train_tokens", "target_loss")
-            near = get_close_matches(word, [*HEADER, *words], n=1)
+            near = get_close_matches(word, [*columns, *words], n=1)
             raise UserError(f"{where}: {word} is no column" + (f"; did you mean {near[0]}?" if near else ""))
         return word
 
@@ -394,9 +399,9 @@ def _read_stage(where: str, name: str, table: object) -> Stage:
 
     words = dict(table)
     numbers = [positive(word) for word in ("train_tokens", "target_loss")]
-    keys = tuple(column(str(v)) for v in listed("keys", words.pop("keys", "attn_gate")))
+    keys = tuple(column(str(v)) for v in listed("keys", words.pop("keys"))) if "keys" in words else ()
     extra = tuple(str(v) for v in listed("extra_csv", words.pop("extra_csv"))) if "extra_csv" in words else ()
-    baseline = words.pop("baseline", {"attn_gate": "none"})
+    baseline = words.pop("baseline", USUAL)
     if not isinstance(baseline, dict) or not baseline or any(isinstance(v, list) for v in baseline.values()):
         raise UserError(f'{where}: baseline = {baseline!r}: expected one value per column: {{attn_gate = "none"}}')
     match = {column(word): frozenset(canon(v) for v in listed(word, value)) for word, value in words.items()}
@@ -438,8 +443,26 @@ KEYS = (
     "attn_gate gate_pos gate_act learning_rate num_iterations warmup_iters warmdown_iters batch_size "
     "sequence_length notes"
 ).split()
+NOT_A_KEY = ("run_id", "date", "git_commit", "seed", "device_batch_size")  # though they stand before the outcome
 OF_THE_GATE = ("gate_pos", "gate_act")  # recorded for attn_gate=none too, and mean nothing there
 GATE_KNOBS = ("GATEOPT", "MLP_MATCH")  # likewise, in the notes
+
+
+def keys_of(rows: Sequence[Row]) -> list[str]:
+    """The columns that tell configurations apart: KEYS, behind what another trainer's file has of its own between seed
+    and final_val_loss. A trainer's further outcomes stand behind final_val_loss."""
+    own: dict[str, None] = {}
+    for columns in dict.fromkeys(row.columns for row in rows):
+        known = columns[: columns.index("final_val_loss")] if "final_val_loss" in columns else ()
+        own |= dict.fromkeys(c for c in known if c not in HEADER and c not in NOT_A_KEY)
+    return [*own, *KEYS]
+
+
+def fitted(stage: Stage, rows: Sequence[Row]) -> Stage:
+    """The stage as it goes with these rows: without the usual baseline where they have no such column."""
+    if stage.baseline == USUAL and rows and not any("attn_gate" in row.columns for row in rows):
+        return dataclasses.replace(stage, baseline={})
+    return stage
 
 
 def knobs_in(notes: str) -> list[str]:
@@ -507,9 +530,11 @@ class Cell:
 def make_cells(rows: Sequence[Row], stage: Stage) -> list[Cell]:
     """Finished rows by configuration: attn_gate, the stage's own keys, and every key that varies; baseline cells
     first. What is not known (an empty field, except notes) does not make a key vary."""
-    always = {"attn_gate", *stage.keys, *stage.baseline}
-    found = {key: {key_value(row, key) for row in rows} - ({"-"} if key == "notes" else {"-", ""}) for key in KEYS}
-    keys = [key for key in KEYS if key in always or len(found[key]) > 1] + sorted(always - set(KEYS))
+    stage, known = fitted(stage, rows), keys_of(rows)
+    usual = USUAL if not rows or any("attn_gate" in row.columns for row in rows) else {}
+    always = {*usual, *stage.keys, *stage.baseline}
+    found = {key: {key_value(row, key) for row in rows} - ({"-"} if key == "notes" else {"-", ""}) for key in known}
+    keys = [key for key in known if key in always or len(found[key]) > 1] + sorted(always - set(known))
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(key_value(row, key) for key in keys), []).append(row)
@@ -531,7 +556,7 @@ def _number(text: str) -> float:
 
 
 def is_baseline(cell: Cell, stage: Stage) -> bool:
-    return all(cell.key[column] == value for column, value in stage.baseline.items())
+    return bool(stage.baseline) and all(cell.key[column] == value for column, value in stage.baseline.items())
 
 
 def find_baseline(cell: Cell, cells: Sequence[Cell], stage: Stage) -> Cell | None:
@@ -555,7 +580,7 @@ def find_baselines(cells: Sequence[Cell], among: Sequence[Cell], stage: Stage) -
         if is_baseline(b, stage):
             for ungated in (True, False):
                 known.setdefault(rest(b, ungated), b)
-    return [known.get(rest(c, "none" in (stage.baseline.get("attn_gate"), c.key["attn_gate"]))) for c in cells]
+    return [known.get(rest(c, "none" in (stage.baseline.get("attn_gate"), c.key.get("attn_gate")))) for c in cells]
 
 
 # ----------------------------------------------------------------------------
@@ -699,8 +724,10 @@ def timed_pairs(
     """For each cell and baseline without a time budget: the two that differ from them in nothing but a common one,
     the budget nearest to the faster arm's own training time; None if there are none."""
 
+    known_keys = keys_of([c.rows[0] for c in cells])
+
     def rest(c: Cell) -> tuple:
-        values = [key_value(c.rows[0], key) for key in KEYS if key != "notes"]
+        values = [key_value(c.rows[0], key) for key in known_keys if key != "notes"]
         notes = key_value(c.rows[0], "notes").split()
         return *values, *(w for w in notes if not w.startswith("TIME_BUDGET_S="))
 
@@ -843,11 +870,17 @@ def make_table(rows: Sequence[Row], stage: Stage, curves: Curves | None = None, 
     """Cells, comparisons and remarks of a stage's rows. Only finished rows with a finite loss count; the remarks
     name all others. `target` in nats per token, else the stage's."""
     counted = [r for r in rows if r.status == "finished" and math.isfinite(r.number("final_val_loss"))]
+    stage = fitted(stage, rows)
     cells = make_cells(counted, stage)
     bases = [
         None if is_baseline(c, stage) else b for c, b in zip(cells, find_baselines(cells, cells, stage), strict=True)
     ]
     table = table_of(rows, list(zip(cells, bases, strict=True)), cells, stage, curves, target)
+    if not stage.baseline and len(cells) > 1:
+        remark = (
+            "nothing is compared: no baseline is named; --stages FILE names one, and run_study.py writes such a FILE"
+        )
+        return dataclasses.replace(table, remarks=(*table.remarks, remark))
     if orphans := [line.cell.label for line in table.lines if not line.is_baseline and not line.baseline]:
         remark = f"no baseline (a cell that differs in nothing else) for: {listing(orphans, '; ')}"
         table = dataclasses.replace(table, remarks=(*table.remarks, remark))

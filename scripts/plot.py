@@ -67,7 +67,7 @@ def rows_wanted(a: argparse.Namespace) -> tuple[list[Row], list[str], Stage]:
     if not a.stage:
         known = [latest[r] for r in a.runs if r in latest]
         return known, [r for r in a.runs if r not in latest], Stage("plot")
-    stages = lib.read_stages(a.stages) if a.stages else lib.stages_by_iters("1500", "800")
+    stages = lib.read_stages(a.stages, rows) if a.stages else lib.stages_by_iters("1500", "800")
     found, _ = lib.sort_into_stages(list(latest.values()), stages)
     stage, own = found.get(a.stage, (Stage(a.stage), []))
     own = [row for row in own if row.status == "finished"]

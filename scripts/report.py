@@ -141,7 +141,7 @@ def read_study(a: argparse.Namespace, cache: Cache) -> Study:
             study.problems.append(f"{path.name}: {len(found[1]) - 20} more lines like these")
         if not found[0]:
             study.problems.append(f"{path}: no rows yet")
-    stages = lib.read_stages(a.stages) if a.stages else lib.stages_by_iters("1500", "800")
+    stages = lib.read_stages(a.stages, study.rows) if a.stages else lib.stages_by_iters("1500", "800")
     sorted_rows, homeless = lib.sort_into_stages(study.rows, stages)
     study.stages = {name: (stage, own) for name, (stage, own) in sorted_rows.items() if own}
     if homeless:
@@ -320,7 +320,7 @@ def details_of(rows: Sequence[Row], extra: Sequence[str], study: Study, a: argpa
         status = study.status.get(run_id, {})
         state = values.get("status", "finished") if values else str(status.get("status", "no status.json"))
         loss = values.get("final_val_loss") or str(status.get("val_loss", ""))
-        gate = " ".join(values.get(k, "") for k in ("attn_gate", "learning_rate")).strip()
+        gate = " ".join(values.get(k, "") for k in ("attn_gate", "mixer", "learning_rate")).strip()
         seed = f"seed {values['seed']}" if values.get("seed") else ""
         words = [
             run_id,

@@ -134,7 +134,7 @@ class Cell:
 
     @property
     def steps(self) -> int:
-        return max(1, getattr(self.knobs, "num_iterations", 1))
+        return max(1, getattr(self.knobs, "num_iterations", None) or 1)
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,8 @@ class Study:
     trainer: Trainer
     nproc: int
     stages: Mapping[str, str]  # name: what it is about
+    baselines: Mapping[str, list[str]]  # by stage: the knobs that make a cell its baseline
+    targets: Mapping[str, float]  # by stage, where one is named: a validation loss to reach
     cells: tuple[Cell, ...]  # in the order in which they run
     said: str  # what was done about knobs in the environment; mostly ''
 
@@ -272,7 +274,10 @@ def read_study(path: Path, environ: Mapping[str, str] = os.environ) -> Study:
         text = problems[0] if len(problems) == 1 else "\n  ".join([f"{len(problems)} problems:", *problems])
         raise UserError(f"{path}: {text}")
     about = {name: str(table.get("about", "")) for name, table in stages.items()}
-    return Study(path, str(tables.get("title", path.stem)), trainer, nproc, about, tuple(cells), said)
+    bases = {n: [trainer.known[w.upper()].name for w in table.get("baseline", {})] for n, table in stages.items()}
+    targets = {name: table["target_loss"] for name, table in stages.items() if "target_loss" in table}
+    title = str(tables.get("title", path.stem))
+    return Study(path, title, trainer, nproc, about, bases, targets, tuple(cells), said)
 
 
 def read_stage(
@@ -911,10 +916,47 @@ class Runner:
         if other:
             print(f"{lib.count(len(other), 'run')} of other code accepted (--ignore-code): their rows say which")
         print(f"{self.study.title}: {self.board.summary().split(', ETA')[0]}")
+        if stages := write_stages(self.study, self.cells, self.records):
+            source = os.path.relpath(self.a.results_file)
+            print(f"tables: python scripts/split_results.py --source {source} --stages {os.path.relpath(stages)}")
         if number := self.signals.number:
             print(f"stopped by {signal.Signals(number).name}; the same command goes on from here", flush=True)
             return 128 + number
         return 1 if failed else 0
+
+
+def baseline_columns(study: Study, stage: str, cells: Sequence[Progress], records: Records) -> dict[str, str]:
+    """The columns of the results that make a row of this stage its baseline. Of a stage with one baseline cell they
+    are all that vary, so that every other cell is compared with it; else those of the knobs that the study names."""
+    rows = {p.run_id: records.rows[p.run_id] for p in cells if p.cell.stage == stage and p.run_id in records.rows}
+    bases = [p for p in cells if p.cell.stage == stage and p.cell.is_baseline and p.run_id in rows]
+    keys = lib.keys_of(list(rows.values()))
+    varied = [key for key in keys if len({lib.key_value(row, key) for row in rows.values()}) > 1]
+    if len({json.dumps(p.cell.given) for p in bases}) > 1:
+        plain = {key.replace("_", "").upper(): key for key in keys}
+        spelled = {
+            f.name: plain.get(s.replace("_", "")) for s, f in study.trainer.known.items() if s.replace("_", "") in plain
+        }
+        varied = [spelled.get(knob, "notes") for knob in study.baselines[stage]]
+    return {key: lib.key_value(rows[p.run_id], key) for p in bases[:1] for key in dict.fromkeys(varied)}
+
+
+def write_stages(study: Study, cells: Sequence[Progress], records: Records) -> Path | None:
+    """What split_results.py, plot.py and report.py need to know of this study's stages, beside its results; None
+    while no baseline has finished."""
+    records.refresh()
+    lines = []
+    for stage in study.stages:
+        if base := baseline_columns(study, stage, cells, records):
+            words = ", ".join(f"{key} = {json.dumps(value)}" for key, value in base.items())
+            lines += [f"[stage.{json.dumps(stage)}]", f"baseline = {{ {words} }}"]
+            if stage in study.targets:
+                lines.append(f"target_loss = {study.targets[stage]}")
+    if not lines:
+        return None
+    path = records.results.parent / "tables" / f"{study.path.stem}.toml"
+    lib.write_whole(path, f"# made by run_study.py of {study.path.name}\n" + "\n".join(lines) + "\n")
+    return path
 
 
 # ----------------------------------------------------------------------------
@@ -931,10 +973,9 @@ def plan_of(k: object, trainer: Trainer) -> tuple[str, str, str]:
     for line in out.getvalue().splitlines():
         name, colon, text = line.partition(":")
         if colon and not line.startswith((" ", "{")):
-            found[name] = text.strip()  # of two lines on the data, the second is the problem
-    data = found.get("data", "")
+            found[name] = text.strip()
     tokens = found.get("training tokens", "").partition(" ")[0]
-    return found.get("parameters", ""), tokens, "" if re.match(r"[\d,]+ tokens in ", data) else data
+    return found.get("parameters", ""), tokens, found.get("problem", "")
 
 
 def check_data(study: Study, cells: Sequence[Progress]) -> None:

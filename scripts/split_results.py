@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--stages and --stage1-iters or --stage2-iters both define the stages; give one of them")
     asked = a.stages or a.stage1_iters is not None or a.stage2_iters is not None
     iters = ("1500" if a.stage1_iters is None else a.stage1_iters, "800" if a.stage2_iters is None else a.stage2_iters)
-    stages = lib.read_stages(a.stages) if a.stages else lib.stages_by_iters(*iters)
+    stages = [] if a.stages else lib.stages_by_iters(*iters)
 
     rows: list[Row] = []
     problems: list[str] = []
@@ -102,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         found = lib.read_results(source)
         rows += found[0]
         problems += found[1]
+    stages = lib.read_stages(a.stages, rows) if a.stages else stages
     sorted_rows, homeless = lib.sort_into_stages(rows, stages)
 
     extras: dict[str, list[Row]] = {}

@@ -693,3 +693,46 @@ def test_without_matplotlib_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(lib.UserError, match="needs matplotlib: pip install scipy matplotlib"):
         lib.loss_figure([], "x")
+
+
+# ----------------------------------------------------------------------------
+# Rows of another trainer
+
+OTHER = "run_id seed mixer num_slots learning_rate num_iterations final_val_loss test_ppl train_time_ms notes".split()
+
+
+def other(**values: object) -> dict[str, str]:
+    given = dict(mixer="hamt", num_slots=16, learning_rate=0.003, num_iterations=100, train_time_ms=1000, notes="")
+    given |= dict(run_id=f"r{values}", test_ppl=f"{values['final_val_loss']}1")
+    return {k: str((given | values)[k]) for k in [*OTHER, "stage"] if k in given | values}
+
+
+def test_own_columns_before_the_loss_tell_cells_apart_and_those_behind_it_do_not():
+    made = [other(seed=s, mixer=m, final_val_loss=3 + 0.01 * s + (m == "hamt")) for s in (1, 2) for m in ("a", "hamt")]
+    found = table(made, lib.Stage("s", baseline={"mixer": "a"}))
+    assert [(line.cell.key, line.numbers["seeds"]) for line in found.lines] == [
+        ({"mixer": "a"}, 2),
+        ({"mixer": "hamt"}, 2),
+    ]
+    assert found.lines[1].comparison.diff == pytest.approx(1)
+
+
+def test_without_a_named_baseline_another_trainers_cells_are_listed_and_the_way_to_compare_is_said(tmp_path, capsys):
+    made = [other(seed=1, num_slots=n, final_val_loss=3) for n in (8, 64)]
+    split(tmp_path, text_of(made, OTHER), "--stage1-iters", "100")
+    assert [r["num_slots"] for r in lines_of(tmp_path / "out/tables/stage1.csv")] == ["8", "64"]
+    assert "no baseline is named; --stages FILE names one" in capsys.readouterr().out
+
+
+def test_a_stages_file_may_name_another_trainers_columns(tmp_path):
+    made = [other(seed=s, num_slots=n, notes=w, final_val_loss=3 + n / 100 + s / 1000, stage="x")
+            for s in (1, 2, 3) for n, w in ((8, ""), (64, ""), (8, "DECAY=0"))]  # fmt: skip
+    (tmp_path / "stages.toml").write_text('[stage.x]\nbaseline = { num_slots = "8", notes = "" }\n')
+    split(tmp_path, text_of(made, [*OTHER, "stage"]), "--stages", str(tmp_path / "stages.toml"))
+    lines = lines_of(tmp_path / "out/tables/x.csv")
+    assert [(r["num_slots"], r["notes"], r["baseline"][:2]) for r in lines] == [
+        ("8", "", "is"), ("8", "DECAY=0", "nu"), ("64", "", "nu"),
+    ]  # fmt: skip
+    with pytest.raises(lib.UserError, match="num_slot is no column; did you mean num_slots"):
+        (tmp_path / "stages.toml").write_text('[stage.x]\nbaseline = { num_slot = "8" }\n')
+        split(tmp_path, text_of(made, [*OTHER, "stage"]), "--stages", str(tmp_path / "stages.toml"))

@@ -473,6 +473,9 @@ def test_a_study_killed_twice_ends_with_one_row_per_cell_and_the_losses_of_an_un
     assert p.returncode == 0 and "T: 4 of 4 done" in out, out
     finished = [r for r in rows(tmp_path) if r["status"] == "finished"]
     assert [r["run_id"] for r in finished] == [c.default_id for c in cells]
+    stages = tmp_path / "tables/study.toml"
+    assert f"--stages {os.path.relpath(stages)}" in out
+    assert 'baseline = { attn_gate = "none" }' in stages.read_text()
 
     straight = tmp_path / "straight"
     straight.mkdir()
