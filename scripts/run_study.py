@@ -938,7 +938,8 @@ def baseline_columns(study: Study, stage: str, cells: Sequence[Progress], record
             f.name: plain.get(s.replace("_", "")) for s, f in study.trainer.known.items() if s.replace("_", "") in plain
         }
         varied = [spelled.get(knob, "notes") for knob in study.baselines[stage]]
-    return {key: lib.key_value(rows[p.run_id], key) for p in bases[:1] for key in dict.fromkeys(varied)}
+    found = {key: lib.key_value(rows[p.run_id], key) for p in bases[:1] for key in dict.fromkeys(varied)}
+    return {key: value for key, value in found.items() if value != "-"}  # a gate's knob, where there is no gate
 
 
 def write_stages(study: Study, cells: Sequence[Progress], records: Records) -> Path | None:
