@@ -155,7 +155,7 @@ def _from_flags(known: Mapping[str, dataclasses.Field], argv: Sequence[str], doc
         flags = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
         parser.add_argument(*flags, dest=spelling, metavar="X", default=argparse.SUPPRESS, help=text, **extra)
         if switch:  # the way out of a switch that is on by default, as argparse's own programs have it
-            off = dict.fromkeys((f"--no_{name}", f"--no-{name.replace('_', '-')}"))
+            off = dict.fromkeys((f"--no_{name}", f"--no-{name}", f"--no-{name.replace('_', '-')}"))
             extra = dict(dest=spelling, action="store_const", const="0", default=argparse.SUPPRESS)
             parser.add_argument(*off, help=argparse.SUPPRESS, **extra)
     found, unknown = parser.parse_known_args(argv)
@@ -489,6 +489,7 @@ ATTEMPTS = 3  # per request; inside one attempt the library resumes a dropped co
 def _hub():
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # plain HTTP, the way whose faults tests/test_data.py acts out
     import huggingface_hub  # here, because it takes a third of a second and most runs need none of it
+    import huggingface_hub.errors
 
     return huggingface_hub
 
@@ -1061,7 +1062,7 @@ class Tracker:
     line in the log, and the run goes on."""
 
     def __init__(self, kind: str, project: str, name: str, config: dict, say: Callable[[str], None]):
-        self.kind, self.say = kind, say
+        self.kind, self.say, self.closed = kind, say, False
         self.queue: queue.Queue = queue.Queue(10_000)
         self.thread = threading.Thread(target=self._work, args=(project, name, config), daemon=True)
         self.thread.start()
@@ -1074,10 +1075,12 @@ class Tracker:
                 step, values = item
                 run.log({key: v for key, v in values.items() if math.isfinite(v)}, step=step)
             run.finish()
-        except ImportError:
-            self.say(f"tracker: the package {self.kind} is not installed, so nothing is sent; pip install {self.kind}")
         except BaseException as error:  # whatever it is, it is not worth a run
-            self.say(f"tracker: {self.kind} failed, nothing more is sent: {type(error).__name__}: {error}")
+            what = f"{self.kind} failed, nothing more is sent: {type(error).__name__}: {error}"
+            if isinstance(error, ImportError):
+                what = f"the package {self.kind} is not installed, so nothing is sent; pip install {self.kind}"
+            if not self.closed:
+                self.say(f"tracker: {what}")
 
     def send(self, step: int, values: dict[str, float]) -> None:
         if self.thread.is_alive():
@@ -1089,6 +1092,7 @@ class Tracker:
         with suppress(queue.Full):
             self.queue.put_nowait(None)
         self.thread.join(wait_s)
+        self.closed = True
         if self.thread.is_alive():
             self.say(f"tracker: {self.kind} has not finished in {wait_s:.0f} s; its last values may be missing")
 
@@ -1186,7 +1190,8 @@ def largest_that_fits(n: int, attempt: Callable[[int], None], estimate_mib: Call
 def resume_facts(k, shards: TokenShards, log: RunLog) -> dict:
     """What a checkpoint says of its run, for check_resume."""
     facts = dict(knobs=dataclasses.asdict(k), content=shards.content, code_sha256=log.code_sha256)
-    return facts | dict(world_size=log.w.size)
+    program = getattr(sys.modules[type(k).__module__], "__file__", None) or "?"
+    return facts | dict(world_size=log.w.size, trainer=Path(program).stem)
 
 
 def check_resume(state: dict, k, free: Sequence[str], shards: TokenShards, log: RunLog) -> None:

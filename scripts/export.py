@@ -3,14 +3,15 @@
     python scripts/export.py --run ID --out exports/ID
     python scripts/export.py --run ID --checkpoint step_002500 --out exports/ID --force
 
-Writes model.safetensors (fp32, the trainer's own tensor names, the tied matrix `wte` once) and config.json (the
+Writes model.safetensors (fp32, the trainer's own tensor names, a tied matrix once) and config.json (the
 model's knobs, sizes, and where the weights come from). Before the two get their names, they are read back into a
-fresh GPT, whose weights and whose logits on a fixed batch must be bitwise those of the checkpoint's model.
-read_export(folder) below is how to load them; it needs train_gpt.py and nothing of the run.
+fresh model, whose weights and whose logits on a fixed batch must be bitwise those of the checkpoint's model.
+read_export(folder) below is how to load them; it needs the trainer and nothing of the run.
 Raises   UserError: no such run, no good checkpoint, the folder exists, an export that is not what was saved
 """
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import math
@@ -23,10 +24,10 @@ import lib_runs as lib
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import plumbing
 from plumbing import UserError
-from train_gpt import GPT
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -35,18 +36,20 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def write_export(folder: Path, model: GPT, facts: dict[str, object]) -> None:
+def write_export(folder: Path, model: nn.Module, facts: dict[str, object]) -> None:
     """Both files; `facts` are what config.json says beside the model's own knobs."""
     tensors = {name: p.detach().float().contiguous().clone() for name, p in model.named_parameters()}
     save_file(tensors, folder / WEIGHTS, metadata=dict(format="pt"))
-    config = dict(model={name: getattr(model.k, name) for name in lib.MODEL}, mlp_width=model.k.mlp_width)
+    trainer = lib.trainer_of(model)
+    config = dict(trainer=trainer, model=lib.shape_of(trainer, dataclasses.asdict(model.k)))
+    config |= dict(mlp_width=model.k.mlp_width) if trainer == "train_gpt" else {}
     config |= dict(
         parameters=sum(t.numel() for t in tensors.values()), dtype="float32", sha256=sha256(folder / WEIGHTS)
     )
     (folder / CONFIG).write_text(json.dumps(config | facts, indent=2) + "\n")
 
 
-def read_export(folder: Path) -> tuple[GPT, dict]:
+def read_export(folder: Path) -> tuple[nn.Module, dict]:
     """The exported model, fp32 on the CPU, and config.json. Raises UserError when a file is not as it was written."""
     try:
         config = json.loads((folder / CONFIG).read_text())
@@ -54,7 +57,7 @@ def read_export(folder: Path) -> tuple[GPT, dict]:
             raise UserError(
                 f"{folder / WEIGHTS}: its SHA-256 is {found[:12]}..., {CONFIG} says {config['sha256'][:12]}..."
             )
-        model = lib.build(config["model"])
+        model = lib.build(config["trainer"], config["model"])
         model.load_state_dict(load_file(folder / WEIGHTS))
     except (OSError, KeyError, TypeError, json.JSONDecodeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be read back ({' '.join(str(error).split())[:300]})") from None
@@ -62,15 +65,13 @@ def read_export(folder: Path) -> tuple[GPT, dict]:
 
 
 @torch.inference_mode()
-def prove(folder: Path, model: GPT) -> str:
+def prove(folder: Path, model: nn.Module) -> str:
     """Raise UserError unless the export in `folder` is bitwise `model`; else says what was compared."""
     other, _ = read_export(folder)
     ours, theirs = model.state_dict(), other.state_dict()
     if wrong := [name for name in ours if not torch.equal(ours[name], theirs[name])]:
         raise UserError(f"{folder}: {len(wrong)} tensor(s) are not the checkpoint's, the first is {wrong[0]}")
-    shape = (2, min(model.k.sequence_length, 64))
-    batch = torch.randint(model.k.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-    a, b = model.logits(batch), other.logits(batch)
+    a, b = lib.fixed_logits(model), lib.fixed_logits(other)
     if not torch.equal(a, b):
         raise UserError(f"{folder}: logits differ from the checkpoint's, by up to {(a - b).abs().max().item():.3g}")
     return f"{len(ours)} tensors and {a.numel():,} logits of a fixed batch are bitwise the checkpoint's"
@@ -87,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--out {a.out} exists; choose another, or --force to replace {WEIGHTS} and {CONFIG} in it")
     path = lib.find_checkpoint(lib.find_run(a.logs_folder, a.run), a.checkpoint)
     model, state = lib.load(path)
-    facts = dict(tokenizer=lib.tokenizer_name(a.tokenizer, model.k.vocab_size), run_id=a.run, checkpoint=path.name)
+    facts = dict(tokenizer=lib.tokenizer_name(a.tokenizer, lib.vocabulary(model)), run_id=a.run, checkpoint=path.name)
     val_loss = state["val_loss"]
     facts |= dict(step=state["step"], val_loss=None if math.isnan(val_loss) else val_loss)
     facts |= dict(code_sha256=state["code_sha256"], exported_with_torch=torch.__version__)

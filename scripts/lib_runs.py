@@ -1,10 +1,12 @@
-"""lib_runs.py -- shared by the programs that read a run's checkpoints: find one that verifies, build its model.
+"""lib_runs.py -- shared by the programs that read a run's checkpoints: find one that verifies, build its model,
+whichever trainer wrote it.
 
 Raises   UserError: no such run (with those there are), no checkpoint yet, none that verifies, another program's
 """
 
 import argparse
 import dataclasses
+import importlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,12 +15,18 @@ import torch
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
+from torch import Tensor, nn  # noqa: E402
+
 import plumbing  # noqa: E402
-import train_gpt  # noqa: E402
 from plumbing import UserError  # noqa: E402
 
-# The knobs that shape the model; what generates, compares or converts needs no others.
-MODEL = "n_layer n_head n_embd vocab_size attngate gatepos gateact gateopt mlp_match sequence_length".split()
+# By trainer: its model's class, and the knobs that shape the model ('' for all; what generates, compares or converts
+# needs no others). A trainer is imported when a run of it is read.
+MODELS = {
+    "train_gpt": ("GPT", "n_layer n_head n_embd vocab_size attngate gatepos gateact gateopt mlp_match sequence_length"),
+    "train_gpu": ("Model", ""),
+    "train_scaled": ("ByteLM", ""),
+}
 
 
 def add_run_options(p: argparse.ArgumentParser) -> None:
@@ -56,30 +64,58 @@ def find_checkpoint(folder: Path, name: str | None = None) -> Path:
     raise UserError(f"{folder}: no good checkpoint, {len(paths)} bad; train again under a new RUN_ID")
 
 
-def build(model_knobs: Mapping[str, object]) -> train_gpt.GPT:
-    """A GPT of this shape, its weights not yet set."""
-    # VAL_TOKENS must divide by the sequence length, and shapes nothing
-    k = train_gpt.Knobs(**model_knobs, val_tokens=model_knobs["sequence_length"])
-    return train_gpt.GPT(k).eval()
+def shape_of(trainer: str, knobs: Mapping[str, object]) -> dict[str, object]:
+    """Of a run's knobs, those that shape its model. Raises ValueError when they are not this trainer's."""
+    known = [f.name for f in dataclasses.fields(importlib.import_module(trainer).Knobs)]
+    wanted = MODELS[trainer][1].split() or known
+    if other := sorted(knobs.keys() - set(known)) or [name for name in wanted if name not in knobs]:
+        raise ValueError(f"its knobs differ: {', '.join(other[:5])}")
+    return {name: knobs[name] for name in wanted}
 
 
-def load(path: Path) -> tuple[train_gpt.GPT, dict]:
+def build(trainer: str, shape: Mapping[str, object]) -> nn.Module:
+    """A model of this shape, its weights not yet set."""
+    module, own = importlib.import_module(trainer), {}
+    if trainer == "train_gpt":
+        own = dict(val_tokens=shape["sequence_length"])  # must divide by it, and shapes nothing
+    return getattr(module, MODELS[trainer][0])(module.Knobs(**(own | dict(shape)))).eval()
+
+
+def trainer_of(model: nn.Module) -> str:
+    return type(model).__module__
+
+
+def load(path: Path) -> tuple[nn.Module, dict]:
     """The model of a checkpoint that verifies, fp32 on the CPU, and the checkpoint's whole state."""
     state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-    known = {f.name for f in dataclasses.fields(train_gpt.Knobs)}
-    other = sorted(state["knobs"].keys() - known) or [name for name in MODEL if name not in state["knobs"]]
+    trainer = state.get("trainer", "train_gpt")  # the first ones did not say, and were that
+    if trainer not in MODELS:
+        raise UserError(f"checkpoint {path} is one of {trainer}.py; this program reads those of {', '.join(MODELS)}")
     try:
-        if other:
-            raise ValueError(f"its knobs differ: {', '.join(other[:5])}")
-        model = build({name: state["knobs"][name] for name in MODEL})
+        model = build(trainer, shape_of(trainer, state["knobs"]))
         model.load_state_dict(state["model"])
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         what = " ".join(str(error).split())[:300]
         raise UserError(
-            f"checkpoint {path} was written by another program than this train_gpt.py ({what}); scripts/replay.py "
+            f"checkpoint {path} was written by another program than this {trainer}.py ({what}); scripts/replay.py "
             f"takes the one that wrote it out of the run's log"
         ) from None
     return model, state
+
+
+def vocabulary(model: nn.Module) -> int:
+    """Ids that the model scores."""
+    k = model.k
+    return k.vocabulary if trainer_of(model) == "train_gpu" else getattr(k, "vocab_size", 256)
+
+
+def fixed_logits(model: nn.Module, num_tokens: int = 64) -> Tensor:
+    """Logits of a batch (2, T) that is always the same."""
+    T = min(num_tokens, getattr(model.k, "sequence_length", num_tokens))  # of other models any T will do
+    ids = torch.randint(vocabulary(model), (2, T), generator=torch.Generator().manual_seed(0))
+    if trainer_of(model) == "train_scaled":  # bytes in, and the four bytes behind each patch
+        return model.logits(ids[:, : T // 4 * 4], ids.roll(-4, 1)[:, : T // 4 * 4])[0]
+    return model.logits(ids)
 
 
 # ----------------------------------------------------------------------------
@@ -121,7 +157,7 @@ TOKENIZERS = {"gpt2": GPT2, "bytes": Bytes}
 
 
 def tokenizer_name(asked: str, vocab_size: int) -> str:
-    """`asked`, or for auto the one whose ids this vocabulary is made for."""
+    """`asked`, or for auto the one whose ids a vocabulary of this size is made for."""
     if asked != "auto":
         return asked
     if vocab_size <= Bytes.size + 1:

@@ -4,6 +4,7 @@
     python scripts/run_study.py experiments/studies/gating.toml --stage stage1,stage2 --nproc 8
     python scripts/run_study.py FILE --dry_run                             # the cells, their state, their tokens
     python scripts/run_study.py FILE --slurm jobs --nodes 2                # job files instead of runs
+    python scripts/run_study.py FILE --set device=cuda --set data=PATH     # knobs of every run, before the file's
 
 A study file (TOML, Python 3.11) says what is compared with what:
 
@@ -251,8 +252,9 @@ def read_toml(path: Path) -> dict:
         raise UserError(f"{path}: {error}") from None
 
 
-def read_study(path: Path, environ: Mapping[str, str] = os.environ) -> Study:
-    """Read and check a study file. Raises UserError with everything that is wrong, one problem a line."""
+def read_study(path: Path, environ: Mapping[str, str] = os.environ, changes: Mapping[str, str] = {}) -> Study:
+    """Read and check a study file; `changes` are knobs of every run that go before the file's. Raises UserError with
+    everything that is wrong, one problem a line."""
     tables, problems = read_toml(path), Problems()
     problems.check_words("", tables, ("title", "trainer", "nproc", "knobs", "stage"))
     stages = tables.get("stage", {})
@@ -267,9 +269,10 @@ def read_study(path: Path, environ: Mapping[str, str] = os.environ) -> Study:
         problems.append("has no stage; a study has tables [stage.NAME]")
         stages = {}
     common = problems.knobs("[knobs]", tables.get("knobs", {}), trainer)
+    changed = problems.knobs("--set", dict(changes), trainer)
     cells: list[Cell] = []
     for name, table in stages.items():
-        cells += read_stage(name, table, common, trainer, problems, machine)
+        cells += read_stage(name, table, common, trainer, problems, machine, changed)
     if problems:
         text = problems[0] if len(problems) == 1 else "\n  ".join([f"{len(problems)} problems:", *problems])
         raise UserError(f"{path}: {text}")
@@ -287,6 +290,7 @@ def read_stage(
     trainer: Trainer,
     problems: Problems,
     machine: Mapping[str, str],
+    changed: Mapping[str, str],
 ) -> list[Cell]:
     """The cells of one stage in the order in which they run; what is wrong is added to `problems`."""
     where = f"[stage.{name}]"
@@ -297,7 +301,7 @@ def read_stage(
     if not re.fullmatch(r"[A-Za-z0-9][\w.+]{0,30}", name, re.ASCII):
         problems.append(f"{where}: a stage is named in letters, digits, '_' and '.'; it names files")
     seeds = seeds_of(where, table, problems)
-    base = dict(machine) | common | problems.knobs(f"{where} knobs", table.get("knobs", {}), trainer)
+    base = dict(machine) | common | problems.knobs(f"{where} knobs", table.get("knobs", {}), trainer) | changed
     if (target := table.get("target_loss")) is not None:
         if isinstance(target, bool) or not isinstance(target, int | float):
             problems.append(f"{where}: target_loss = {target!r}: expected a number of nats")
@@ -1097,6 +1101,7 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--stage", metavar="S,S", help="these stages only")
     p.add_argument("--nproc", type=int, metavar="N", help="processes of a run, per node; default: the study's")
     p.add_argument("--retries", type=int, default=1, metavar="N", help="further attempts at a run that fails")
+    p.add_argument("--set", action="append", default=[], metavar="KNOB=VALUE", help="of every run, before the file's")
     p.add_argument("--ignore-code", "--ignore_code", action="store_true", help="runs of other code count as finished")
     p.add_argument("--dry_run", "--dry-run", action="store_true", help="list the runs and stop")
     p.add_argument("--slurm", type=Path, metavar="DIR", help="write batch files there instead of running")
@@ -1107,6 +1112,8 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, low in (("nproc", 1), ("nodes", 1), ("retries", 0)):
         if (value := getattr(a, name)) is not None and value < low:
             raise UserError(f"--{name} {value}: expected a whole number >= {low}")
+    if wrong := [text for text in a.set if "=" not in text]:
+        raise UserError(f"--set {wrong[0]}: expected KNOB=VALUE, such as --set num_iterations=100")
     if a.nodes and not a.slurm:
         raise UserError(
             "--nodes goes with --slurm DIR, which writes job files; this machine alone runs without it (on several "
@@ -1117,7 +1124,7 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     a = read_arguments(argv)
-    study = read_study(a.file)
+    study = read_study(a.file, changes=dict(text.split("=", 1) for text in a.set))
     if a.stage:
         names = [s.strip() for s in a.stage.split(",") if s.strip()]
         if unknown := [s for s in names if s not in study.stages]:
