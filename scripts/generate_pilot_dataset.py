@@ -1,14 +1,14 @@
 """generate_pilot_dataset.py -- the original's records: train, val, test_flat and test_paren, byte for byte by default.
 
-    python scripts/generate_pilot_dataset.py                              data/pilot_{train,val,test_flat,test_paren}.jsonl
-    python scripts/generate_pilot_dataset.py --num-train 100000 --dedup --operators +- --output-dir data/big
+    python scripts/generate_pilot_dataset.py          data/pilot_train.jsonl, _val, _test_flat, _test_paren
+    python scripts/generate_pilot_dataset.py --prefix study --num-train 0 --num-val 0 --num-test 1000 --operators +- \\
+        --held-out --dedup --minimal-pairs 1000       tests for a model that is trained with TRAIN_PATH=generate
 
-One random stream makes the splits one after the other, so a split depends on the sizes of those before it. --dedup drops an
-expression that any split has had already; --balance makes all (depth, operand count) cells equally large.
+One random stream makes one file after the other, so a file depends on the sizes of those before it. A minimal pair is
+two lines of the same operands, operators and length that differ only in grouping, and in value.
 """
 
 import argparse
-import random
 import sys
 from collections import Counter
 from pathlib import Path
@@ -17,86 +17,95 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import lib_arith as lib
 
-from plumbing import HERE, UserError, launch
+from plumbing import UserError, launch
+from train_arith import evaluate_expr, templates
 
 
-class Draws:
-    """Expressions from one random stream, with the rules of the flags."""
+class Splits(lib.Draws):
+    def drawn(self, parens: bool) -> tuple[str, tuple[int, int]]:
+        """An expression and its cell (depth, operand count)."""
+        a, n = self.a, self.rng.randint(2, 4)
+        depth = self.rng.randint(a.min_depth, a.max_depth) if parens else 0
+        cell = templates(n, depth, a.grammar)
+        return (self.expression(cell, n, depth == 0) if cell else ""), (depth, n)
 
-    def __init__(self, args: argparse.Namespace):
-        self.args, self.rng, self.seen, self.rejected = args, random.Random(args.seed), set(), 0
-
-    def expression(self, parens: bool) -> tuple[str, tuple[int, int]]:
-        """An expression and its cell (depth, operand count), in the original's order of draws."""
-        a, rng = self.args, self.rng
-        n = rng.randint(2, 4)
-        depth = rng.randint(a.min_depth, a.max_depth) if parens else 0
-        cell = lib.pilot_cell(depth, n)
-        return lib.draw(rng, cell, n, depth == 0, a.operand_min, a.operand_max, a.operators), (depth, n)
-
-    def split(self, size: int, parens: bool = True, only_parens: bool = False) -> list[dict]:
-        """`size` records. Raises UserError when the ranges do not hold that many different ones."""
-        a, found, cells = self.args, [], Counter()
+    def split(self, name: str, size: int, parens: bool = True, only_parens: bool = False) -> list[dict]:
+        """`size` records. Raises UserError when the flags do not leave that many."""
+        a, found, cells = self.a, [], Counter()
         depths = range(a.min_depth, a.max_depth + 1) if parens else [0]
-        share = -(-size // (3 * sum(1 for d in depths if d or not only_parens) or 1)) if a.balance else size
-        for _ in range(1000 * size + 1000):
+        least = 3 if only_parens and a.sensitive else 2  # brackets around two operands never matter
+        filled = [
+            (d, n) for d in depths for n in range(least, 5) if templates(n, d, a.grammar) and (d or not only_parens)
+        ]
+        share = -(-size // len(filled)) if a.balance and filled else size
+        for _ in range(3000 * size):
             if len(found) == size:
-                return found
-            expr, cell = self.expression(parens)
-            if only_parens and "(" not in expr:
-                continue
-            record = lib.record(expr)
-            if record is None or (a.dedup and expr in self.seen) or cells[cell] >= share:
-                self.rejected += record is None
-                continue
-            self.seen.add(expr)
-            cells[cell] += 1
-            found.append(record)
-        raise UserError(f"only {len(found)} of {size} records were found; widen the operand range, or leave --dedup out")
+                break
+            expr, cell = self.drawn(parens)
+            wanted = expr and ("(" in expr or not only_parens) and cells[cell] < share
+            if wanted and only_parens and a.sensitive:
+                wanted = evaluate_expr(expr) != evaluate_expr(expr.replace("(", "").replace(")", ""))
+            if wanted and (record := self.record(expr, name)):
+                cells[cell] += 1
+                found.append(record)
+        if len(found) < size:
+            raise UserError(f"only {len(found)} of {size} {name} records were found; widen a range, or drop --dedup")
+        return found
 
-
-def statistics(name: str, records: list[dict]) -> str:
-    exprs = [r["expr"] for r in records]
-    parens, lengths = sum("(" in e for e in exprs), [len(e) for e in exprs] or [0]
-    depths = dict(sorted(Counter(max(r["depth"]) for r in records).items()))
-    return (
-        f"{name:12} {len(exprs):7,} records, {len(set(exprs)):7,} different, {parens:7,} with brackets, depth {depths}, "
-        f"{min(lengths)}-{max(lengths)} characters"
-    )
+    def pairs(self, count: int) -> list[dict]:
+        """`count` minimal pairs, each line with its pair's number."""
+        a, found = self.a, []
+        for _ in range(3000 * count):
+            if len(found) == 2 * count:
+                break
+            n, depth = self.rng.randint(3, 4), self.rng.randint(max(1, a.min_depth), a.max_depth)
+            groups = [g for g in lib.same_length(n, range(depth, depth + 1), a.grammar).values() if len(g) > 1]
+            if not groups:
+                continue
+            both = self.rng.sample(self.rng.choice(groups), 2)
+            numbers, ops = [self.number() for _ in range(n)], [self.operator() for _ in range(n - 1)]
+            one, two = (lib.fill(template, numbers, ops) for template in both)
+            if evaluate_expr(one) == evaluate_expr(two):
+                continue
+            first = self.record(one, "test")
+            second = self.record(two, "test") if first else None
+            if first and second:
+                found += [record | dict(pair=len(found) // 2) for record in (first, second)]
+        if len(found) < 2 * count:
+            raise UserError(f"only {len(found) // 2} of {count} minimal pairs were found; widen the ranges")
+        return found
 
 
 def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, size in (("train", 2000), ("val", 200), ("test", 100)):
-        text = f"records of {'each of the two test splits' if name == 'test' else name}; default {size}"
+        text = f"records of {'each of the two test files' if name == 'test' else name}; default {size}; 0: no file"
         p.add_argument(f"--num-{name}", type=int, default=size, metavar="N", help=text)
+    p.add_argument("--minimal-pairs", type=int, default=0, metavar="N", help="also N pairs, PREFIX_test_pairs.jsonl")
     p.add_argument("--min-depth", type=int, default=0, choices=range(3), help="nesting, from; default 0")
     p.add_argument("--max-depth", type=int, default=2, choices=range(3), help="nesting, to; default 2")
-    p.add_argument("--operators", default="+-*", help="operators to draw from; default +-*")
-    p.add_argument("--operand-min", type=int, default=1, metavar="N", help="default 1")
-    p.add_argument("--operand-max", type=int, default=99, metavar="N", help="default 99")
-    p.add_argument("--seed", type=int, default=42, metavar="N", help="default 42")
-    p.add_argument("--dedup", action="store_true", help="every expression once, over all splits")
-    p.add_argument("--balance", action="store_true", help="all (depth, operand count) cells equally large")
-    p.add_argument("--output-dir", type=Path, default=HERE / "data", metavar="DIR", help="default data/")
+    p.add_argument("--grammar", default="pilot", choices=("pilot", "redundant", "trees"), help="as in train_arith.py")
+    p.add_argument("--sensitive", action="store_true", help="test_paren: only where the brackets change the value")
+    lib.add_arguments(p)
     a = p.parse_args()
-    lib.check_ranges(a.operators, a.operand_min, a.operand_max)
+    lib.check_arguments(a)
     if a.min_depth > a.max_depth:
         raise UserError(f"--min-depth {a.min_depth} is above --max-depth {a.max_depth}; swap them")
+    if a.minimal_pairs and not a.max_depth:
+        raise UserError("--minimal-pairs needs brackets: set --max-depth to 1 or 2")
     return a
 
 
 def main() -> int:
     a = arguments()
-    draws = Draws(a)
-    splits = dict(train=draws.split(a.num_train), val=draws.split(a.num_val))
-    splits["test_flat"] = draws.split(a.num_test, parens=False)
-    if a.max_depth:
-        splits["test_paren"] = draws.split(a.num_test, only_parens=True)
-    for name, records in splits.items():
-        lib.write_records(a.output_dir / f"pilot_{name}.jsonl", records)
-    for name, records in splits.items():
-        print(statistics(name, records))
+    draws = Splits(a)
+    files = dict(train=draws.split("train", a.num_train), val=draws.split("val", a.num_val))
+    files["test_flat"] = draws.split("test", a.num_test, parens=False)
+    files["test_paren"] = draws.split("test", a.num_test if a.max_depth else 0, only_parens=True)
+    files["test_pairs"] = draws.pairs(a.minimal_pairs)
+    for name, records in files.items():
+        if records:
+            lib.write_records(a.output_dir / f"{a.prefix}_{name}.jsonl", records)
     print(f"rejected: {draws.rejected}")
     return 0
 

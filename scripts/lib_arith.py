@@ -1,16 +1,15 @@
-"""lib_arith.py -- what the programs that make and read arithmetic records share: the original's random draws, files."""
+"""lib_arith.py -- what the programs that make arithmetic records share: the original's order of draws, and files."""
 
+import argparse
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
+from plumbing import HERE, UserError
+from train_arith import BUCKETS, TEST, VAL, depth_labels, evaluate_expr, hash_expr, templates
 
-from train_arith import PILOT, depth_labels, evaluate_expr
-from plumbing import UserError
-
-OPERATORS = ("+", "-", "*")
+OPERATORS = "+-*"
 # The original's depth-3 templates. Two of three operands have a bracket too few; they are drawn, fail and are replaced.
 DEPTH3 = {
     2: ["(((NoN)))"],
@@ -19,50 +18,94 @@ DEPTH3 = {
 }
 
 
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    """The flags that both generators have."""
+    p.add_argument("--operators", default=OPERATORS, help="operators to draw from; default +-*")
+    p.add_argument("--operand-min", type=int, default=1, metavar="N", help="default 1")
+    p.add_argument("--operand-max", type=int, default=99, metavar="N", help="default 99")
+    p.add_argument("--seed", type=int, default=42, metavar="N", help="default 42")
+    p.add_argument("--dedup", action="store_true", help="every expression once, over all files")
+    p.add_argument("--balance", action="store_true", help="all (depth, operand count) cells equally large")
+    held = "tests (and val) from the expressions that train_arith.py with TRAIN_PATH=generate never draws"
+    p.add_argument("--held-out", action="store_true", help=held)
+    p.add_argument("--prefix", default="pilot", help="what file names start with; default pilot")
+    p.add_argument("--output-dir", type=Path, default=HERE / "data", metavar="DIR", help="default data/")
+
+
+def check_arguments(a: argparse.Namespace) -> None:
+    """Raises UserError for flags that describe no expression."""
+    if not a.operators or set(a.operators) - set(OPERATORS):
+        raise UserError(f"--operators {a.operators!r}: expected some of + - *, such as +-")
+    if not 0 <= a.operand_min <= a.operand_max:
+        raise UserError(f"--operand-min {a.operand_min} --operand-max {a.operand_max}: expected 0 <= min <= max")
+
+
 def fill(template: str, numbers: Sequence[str], ops: Sequence[str]) -> str:
     numbers, ops = iter(numbers), iter(ops)
     return "".join(next(numbers) if c == "N" else next(ops) if c == "o" else c for c in template)
 
 
-def draw(
-    rng: random.Random, cell: Sequence[str], n: int, flat: bool, low: int, high: int, operators: Sequence[str]
-) -> str:
-    """One expression of n operands from the templates of a cell, with the original's order of draws: a flat one, and any
-    of two operands, number, operator, number ...; others the template, all numbers, all operators."""
-    number, op = lambda: str(rng.randint(low, high)), lambda: rng.choice(operators)
-    if flat or n == 2:
-        text = number()
-        numbers, ops = [text], []
+class Draws:
+    """Expressions from one random stream, and what has become of them. With --held-out splits take their own part of
+    the hash buckets: tests from one, validation from another, training from the rest."""
+
+    def __init__(self, a: argparse.Namespace):
+        self.a, self.rng, self.seen, self.rejected = a, random.Random(a.seed), set(), 0
+
+    def number(self) -> str:
+        return str(self.rng.randint(self.a.operand_min, self.a.operand_max))
+
+    def operator(self) -> str:
+        return self.rng.choice(self.a.operators)
+
+    def expression(self, cell: Sequence[str], n: int, flat: bool) -> str:
+        """One of n operands from the templates of a cell, in the original's order of draws: flat ones, and those of two
+        operands, number, operator, number ...; others the template, then all numbers, then all operators."""
+        if not flat and n > 2:
+            template = cell[self.rng.randint(0, len(cell) - 1)]
+            numbers = [self.number() for _ in range(n)]
+            return fill(template, numbers, [self.operator() for _ in range(n - 1)])
+        template = cell[self.rng.randint(0, len(cell) - 1)] if len(cell) > 1 else cell[0]
+        numbers, ops = [self.number()], []
         for _ in range(n - 1):
-            ops.append(op())
-            numbers.append(number())
-        return fill(cell[0] if len(cell) == 1 else rng.choice(cell), numbers, ops)
-    template = cell[rng.randint(0, len(cell) - 1)]
-    numbers = [number() for _ in range(n)]
-    return fill(template, numbers, [op() for _ in range(n - 1)])
+            ops.append(self.operator())
+            numbers.append(self.number())
+        return fill(template, numbers, ops)
+
+    def record(self, expr: str, split: str) -> dict | None:
+        """The original's record; None where the value is no 64-bit integer, or the flags leave the expression out."""
+        try:
+            value = evaluate_expr(expr)
+        except ValueError:
+            self.rejected += 1
+            return None
+        if self.a.held_out:
+            bucket = hash_expr(expr) % BUCKETS
+            if split != {TEST: "test", VAL: "val"}.get(bucket, "train"):
+                return None
+        if self.a.dedup:
+            if expr in self.seen:
+                return None
+            self.seen.add(expr)
+        return dict(expr=expr, result=value, depth=depth_labels(expr))
 
 
-def pilot_cell(depth: int, n: int) -> list[str]:
-    return PILOT[depth, n].split()
-
-
-def record(expr: str) -> dict | None:
-    """The original's record; None where the expression has no 64-bit integer value."""
-    try:
-        return dict(expr=expr, result=evaluate_expr(expr), depth=depth_labels(expr))
-    except ValueError:
-        return None
+def same_length(n: int, depths: range, grammar: str) -> dict[int, list[str]]:
+    """Templates of n operands and these depths by their number of brackets: one list gives texts of one length."""
+    found: dict[int, list[str]] = {}
+    for depth in depths:
+        for template in templates(n, depth, grammar):
+            found.setdefault(template.count("("), []).append(template)
+    return found
 
 
 def write_records(path: Path, records: Sequence[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(r) + "\n" for r in records))
-    print(f"{path}: {len(records)} records")
-
-
-def check_ranges(operators: str, low: int, high: int) -> None:
-    """Raises UserError for flags that describe no expression."""
-    if not operators or set(operators) - set(OPERATORS):
-        raise UserError(f"--operators {operators!r}: expected some of + - *, such as +-")
-    if not 0 <= low <= high:
-        raise UserError(f"--operand-min {low} --operand-max {high}: expected 0 <= min <= max")
+    lengths = [len(r["expr"]) for r in records]
+    depths = sorted({max(r["depth"]) for r in records})
+    different, parens = len({r["expr"] for r in records}), sum("(" in r["expr"] for r in records)
+    print(
+        f"{path}: {len(records):,} records, {different:,} different, {parens:,} with brackets, depth {depths[0]} to "
+        f"{depths[-1]}, {min(lengths)}-{max(lengths)} characters"
+    )
