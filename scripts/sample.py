@@ -6,8 +6,9 @@
 
 The text goes to stdout as it is made, everything else to stderr. An empty prompt starts a new document, and a
 sample ends with its document. Sample i draws with seed SEED + i, on the CPU, so that a device changes rounding
-only. The model sees SEQUENCE_LENGTH tokens at most: when they are full, it goes on from the last half of them, and
-of a longer prompt it reads the last half of SEQUENCE_LENGTH; stderr says so.
+only. train_gpt.py's model sees SEQUENCE_LENGTH tokens at most: when they are full, it goes on from the last half of
+them, and of a longer prompt it reads the last half of SEQUENCE_LENGTH; stderr says so. The models of train_gpu.py and
+train_scaled.py go on from a carried state, token by token, over any length.
 Shapes   V vocabulary, T tokens, K most likely tokens
 Raises   UserError: no such run, no good checkpoint, no tokenizer, a prompt outside the vocabulary, no GPU
 """
@@ -20,11 +21,11 @@ from collections.abc import Iterator, Sequence
 
 import lib_runs as lib
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import plumbing
+import train_scaled
 from plumbing import UserError
-from train_gpt import GPT
 
 
 def pick(logits_V: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> int:
@@ -42,7 +43,7 @@ class Window:
     """The model's view of a growing text: logits of the next token, keys and values kept between calls. A full window
     starts over from its last half, because a position has one meaning and cannot be shifted."""
 
-    def __init__(self, model: GPT):
+    def __init__(self, model: nn.Module):
         self.model, self.size, self.told = model, model.k.sequence_length, False
         self.device = model.wte.device
         self.restart()
@@ -74,12 +75,46 @@ class Window:
         return logits_V.float().cpu()
 
 
+class Carried:
+    """The same for train_gpu.py's model: every token goes in once, into a state that it carries."""
+
+    def __init__(self, model: nn.Module):
+        self.model, self.device, self.state, self.held = model, model.wte.device, model.empty_state(1), 0
+
+    def logits(self, ids: Sequence[int]) -> Tensor:
+        new, self.held = ids[self.held :], len(ids)
+        for at in range(0, len(new), 1024):
+            x_BT = torch.tensor([list(new[at : at + 1024])], device=self.device)
+            logits_BTV, self.state = self.model.stream(x_BT, self.state)
+        return logits_BTV[0, -1].float().cpu()
+
+
+class Patches:
+    """The same for train_scaled.py's model. It predicts from the first whole patch of 4 bytes on; a shorter text gets
+    line ends in front."""
+
+    def __init__(self, model: nn.Module):
+        self.stream, self.held = train_scaled.Stream(model), 0
+
+    def logits(self, ids: Sequence[int]) -> Tensor:
+        missing = max(0, 4 - len(ids)) if self.held == 0 else 0
+        if missing:
+            print(f"[the text is shorter than a patch: {missing} line end(s) in front]", file=sys.stderr, flush=True)
+        new, self.held = [10] * missing + list(ids[self.held :]), len(ids)
+        self.stream.feed(torch.tensor([new]))
+        return self.stream.logits()[0].cpu()
+
+
+VIEWS = dict(train_gpu=Carried, train_scaled=Patches)
+
+
 @torch.inference_mode()
 def generate(
-    model: GPT, ids: Sequence[int], separator: int, limit: int, a: argparse.Namespace, seed: int
+    model: nn.Module, ids: Sequence[int], separator: int, limit: int, a: argparse.Namespace, seed: int
 ) -> Iterator[int]:
     """Up to a.tokens tokens that follow `ids`, all below `limit`; stops before a separator."""
-    ids, window, generator = list(ids), Window(model), torch.Generator().manual_seed(seed)
+    ids, generator = list(ids), torch.Generator().manual_seed(seed)
+    window = VIEWS.get(lib.trainer_of(model), Window)(model)
     for _ in range(a.tokens):
         token = pick(window.logits(ids)[:limit], a.temperature, a.top_k, a.top_p, generator)
         if token == separator:
@@ -119,8 +154,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     check(a)
     path = lib.find_checkpoint(lib.find_run(a.logs_folder, a.run), a.checkpoint)
     model, state = lib.load(path)
-    tokenizer = lib.TOKENIZERS[lib.tokenizer_name(a.tokenizer, model.k.vocab_size)]()
-    limit = min(model.k.vocab_size, tokenizer.size)  # ids above it are padding
+    tokenizer = lib.TOKENIZERS[lib.tokenizer_name(a.tokenizer, lib.vocabulary(model))]()
+    limit = min(lib.vocabulary(model), tokenizer.size)  # ids above it are padding
     ids = tokenizer.encode(a.prompt) or [tokenizer.separator]
     if (top := max(ids)) >= limit:
         raise UserError(

@@ -1,5 +1,6 @@
 """What keeps a run alive, tried by doing the bad thing to it."""
 
+import ast
 import csv
 import dataclasses
 import errno
@@ -21,7 +22,10 @@ import torch.distributed.run
 from support import ONE, ROOT, environment, run_here, same_tensors, write_data
 
 import plumbing
+import train_arith
 import train_gpt
+import train_gpu
+import train_scaled
 from plumbing import Clock, Prefetch, RunLog, TokenShards, UserError, read_knobs, write_shard
 from train_gpt import PRESETS, Knobs
 
@@ -30,8 +34,15 @@ from train_gpt import PRESETS, Knobs
 CPU = {"DEVICE": "cpu"}
 
 
-def read(argv=(), env=None) -> Knobs:
-    return read_knobs(Knobs, PRESETS, list(argv), env or {})
+TRAINERS = (train_gpt, train_scaled, train_gpu, train_arith)
+EVERY_KNOB = [(t, f) for t in TRAINERS for f in dataclasses.fields(t.Knobs)]
+every_knob = pytest.mark.parametrize(
+    ("trainer", "f"), EVERY_KNOB, ids=[f"{t.__name__}-{f.name}" for t, f in EVERY_KNOB]
+)
+
+
+def read(argv=(), env=None, trainer=train_gpt):
+    return read_knobs(trainer.Knobs, trainer.PRESETS, list(argv), env or {})
 
 
 def test_flag_beats_environment_beats_preset_beats_default():
@@ -45,8 +56,8 @@ def test_flag_beats_environment_beats_preset_beats_default():
 BAD = {int: "1.5", float: "0,3", bool: "yes"}
 
 
-@pytest.mark.parametrize("f", dataclasses.fields(Knobs), ids=lambda f: f.name)
-def test_every_knob_refuses_a_bad_value_and_says_what_would_do(f):
+@every_knob
+def test_every_knob_refuses_a_bad_value_and_says_what_would_do(trainer, f):
     kind = plumbing._kind(f)
     bad = ["no-such-choice"] if f.metadata["choices"] else [BAD[kind]] if kind in BAD else []
     bad += [str(f.metadata["low"] - 1)] if f.metadata["low"] is not None else []
@@ -54,21 +65,21 @@ def test_every_knob_refuses_a_bad_value_and_says_what_would_do(f):
     bad += ["nan", "inf"] if kind is float else []
     for text in bad:
         with pytest.raises(UserError, match=rf"{f.name.upper()}='{text}': expected .*default is"):
-            read(env={f.name.upper(): text})
+            read(env={f.name.upper(): text}, trainer=trainer)
         with pytest.raises(UserError, match=f.name.upper()):
-            read([f"--{f.name}={text}"])
+            read([f"--{f.name}={text}"], trainer=trainer)
     assert bad or kind is str
 
 
-@pytest.mark.parametrize("f", dataclasses.fields(Knobs), ids=lambda f: f.name)
-def test_every_misspelt_knob_is_refused_with_the_right_name(f):
+@every_knob
+def test_every_misspelt_knob_is_refused_with_the_right_name(trainer, f):
     name = f.name.upper()
     with pytest.raises(UserError, match="is not a flag"):
-        read([f"--{f.name}x=1"])
+        read([f"--{f.name}x=1"], trainer=trainer)
     if len(name) > 5:
         wrong = name[:3] + name[4:]
         with pytest.raises(UserError, match=f"{wrong} is set, but it is not a knob; did you mean {name}?"):
-            read(env={wrong: "1"})
+            read(env={wrong: "1"}, trainer=trainer)
 
 
 @pytest.mark.parametrize("name", ["ATTN_GATE", "attngate", "NUM_ITERATION", "DEVICE_BATCHSIZE"])
@@ -112,9 +123,35 @@ def test_knobs_that_do_not_fit_together_are_refused(env, words):
 def test_no_flag_is_a_prefix_of_one_of_torchruns():
     """torchrun reads the whole command line, and refuses a prefix of two of its flags even behind the script's name."""
     theirs = [o for a in torch.distributed.run.get_args_parser()._actions for o in a.option_strings]
-    for f in dataclasses.fields(Knobs):
-        for flag in (f"--{f.name}", f"--{f.name.replace('_', '-')}"):
+    names = {s for t in TRAINERS for f in dataclasses.fields(t.Knobs) for s in (f.name, *f.metadata["alias"])}
+    for name in sorted(names | {f"no_{name}" for name in names}):
+        for flag in (f"--{name}", f"--{name.replace('_', '-')}"):
             assert not any(o.startswith(flag) for o in theirs), flag
+
+
+def blocks(path: Path) -> dict[str, ast.AST]:
+    """Functions and classes of a trainer by name, without their docstrings; those under the mark '# same as' only, or
+    all of train_gpt.py's."""
+    text = path.read_text()
+    marked = {i + 2 for i, line in enumerate(text.splitlines()) if line == "# same as train_gpt.py"}
+    found = {}
+    for node in ast.parse(text).body:
+        first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))])
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and (first in marked or path.stem == "train_gpt"):
+            for inner in ast.walk(node):
+                if isinstance(inner, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(inner) is not None:
+                    inner.body = inner.body[1:]
+            found[node.name] = node
+            marked.discard(first)
+    assert path.stem == "train_gpt" or not marked, f"{path}: a mark that stands before no function or class: {marked}"
+    return found
+
+
+@pytest.mark.parametrize("trainer", TRAINERS[1:], ids=lambda t: t.__name__)
+def test_blocks_marked_same_are_the_same(trainer):
+    original = blocks(ROOT / "train_gpt.py")
+    for name, block in blocks(Path(trainer.__file__)).items():
+        assert ast.dump(block) == ast.dump(original[name]), f"{trainer.__name__}.{name} is not train_gpt's"
 
 
 def test_a_user_error_is_one_line_and_exit_code_2(tmp_path):
@@ -130,8 +167,9 @@ def test_a_user_error_is_one_line_and_exit_code_2(tmp_path):
     assert done.stderr.startswith("train_gpt.py: error: ATTNGATE='headwize'") and done.stderr.count("\n") == 1
 
 
-def test_importing_a_trainer_starts_nothing(tmp_path):
-    code = "import torch.distributed as d, train_gpt, os; assert not d.is_initialized(); print(os.listdir('.'))"
+@pytest.mark.parametrize("trainer", [t.__name__ for t in TRAINERS])
+def test_importing_a_trainer_starts_nothing(tmp_path, trainer):
+    code = f"import torch.distributed as d, {trainer}, os; assert not d.is_initialized(); print(os.listdir('.'))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment(ATTNGATE="bogus"), capture_output=True, text=True
     )
@@ -263,7 +301,7 @@ TRACKERS = {
     "works": "class Run:\n def log(self, v, step): sent.append((step, v))\n def finish(self): sent.append('end')\n"
     "sent = []\ndef init(**facts): sent.append(facts); return Run()\n",
     "raises": "def init(**facts): raise RuntimeError('no key')\n",
-    "hangs": "import time\ndef init(**facts): time.sleep(60)\n",
+    "hangs": "import threading\ndef init(**facts): threading.Event().wait()\n",
     "exits": "def init(**facts): raise SystemExit(3)\n",
 }
 
