@@ -49,7 +49,9 @@ HALF_LIVES = 32.0, 65536.0  # patches; of the first and the last head with MEM_I
 STAGES = (0.0, 0.10), (0.15, 0.50), (0.40, 0.99)  # CURRICULUM: share of the steps at which a plasticity begins
 
 SEED_BLOCK = dict(rope="input", norm="layernorm", fusion="sum", dropout=0.1)
-SEED_BLOCK |= dict(mem_conv=False, mem_feature="elu", mem_norm="denominator", mem_gate=False, mem_decay="static")
+SEED_BLOCK |= dict(
+    mem_conv=False, mem_align=False, mem_feature="elu", mem_norm="denominator", mem_gate=False, mem_decay="static"
+)
 SEED_BLOCK |= dict(delta_rule=False, carry_state=False, batch_size=8, device_batch_size=2, sequence_length=1024)
 SEED_BLOCK |= dict(schedule="constant", lr=2e-4, beta2=0.999, weight_decay=0.01, decay_on="all")
 PRESETS = {
@@ -69,7 +71,8 @@ FREE = (
 )
 FREE += "stage logs_folder results_file dry_run"
 MODEL = (
-    "d_model n_layer n_head window rope norm fusion memory mem_conv mem_feature mem_norm mem_gate mem_decay mem_range "
+    "d_model n_layer n_head window rope norm fusion memory mem_conv mem_align mem_feature mem_norm mem_gate mem_decay "
+    "mem_range "
 )
 MODEL += "mem_init mem_delay delta_rule thinking_steps"  # what a model's weights are for
 
@@ -89,6 +92,7 @@ class Knobs:
     mem_conv: bool = knob(True, "causal depthwise convolution over 4 patches, SiLU, on the memory's q, k, v")
     mem_feature: str = knob("l2", "q and k of length 1, or ELU + 1", choices=("elu", "l2"))
     mem_norm: str = knob("rmsnorm", "of what is read: by a sum, or per head", choices=("denominator", "rmsnorm"))
+    mem_align: bool = knob(True, "with MEM_CONV: q and k start equal, and a key as that of the patch before")
     mem_gate: bool = knob(True, "SiLU gate on what is read")
     mem_decay: str = knob("data", "retention: of the head, or moved by the input", choices=("static", "data"))
     mem_range: float = knob(0.0, "lowest retention; it is RANGE + (1 - RANGE) * sigmoid(logit)", low=0, high=0.9999)
@@ -348,6 +352,14 @@ class Memory(nn.Module):
             self.retention.fill_(self.k.mem_init)
         if self.decay is not None:
             self.decay.weight.zero_()
+        if self.conv is not None and self.k.mem_align:  # what follows a patch is found by that patch, from the start on
+            D = self.k.d_model
+            self.qkv.weight[D : 2 * D], self.qkv.bias[D : 2 * D] = self.qkv.weight[:D], self.qkv.bias[:D]
+            self.conv.weight.zero_()
+            self.conv.bias.zero_()
+            self.conv.weight[D : 2 * D, 0, -2] += 1
+            self.conv.weight[:D, 0, -1] += 1
+            self.conv.weight[2 * D :, 0, -1] += 1
 
     def half_lives(self, plasticity: float) -> Tensor:
         """(H,) patches, fp64, of an input that does not move them."""
