@@ -1023,7 +1023,7 @@ def table_csv(table: Table) -> str:
 
 MEANS = ("n", "final_loss", "sd", "train_time", "ms/step", "MiB")
 VERSUS = ("diff", "rel", "95% CI", "p", "Holm p", "test", "can see", "flags")
-COSTS = ("step time", "memory", "equal steps", "equal time", "equal time by")
+COSTS = ("step time", "peak memory", "equal steps", "equal time", "equal time by")
 TARGET = ("reached", "steps", "time", "steps vs", "time vs")
 PIECES = {"": MEANS, "against the baseline": VERSUS, "time and memory": COSTS, "to the target loss": TARGET}
 
@@ -1058,7 +1058,7 @@ def cells_of(table: Table, most: int | None = None) -> list[dict[str, str]]:
         out |= {"p": rounded(n, "p", "{:.2g}"), "Holm p": rounded(n, "p_holm", "{:.2g}")}
         out |= {"test": c.test if c and c.chosen else "-", "can see": rounded(n, "least_diff", "{:.4f}")}
         out |= {"flags": str(n["flags"]) or "-", "step time": percent("overhead")}
-        out |= {"memory": rounded(n, "memory_pct", "{:+.1f}%")}
+        out |= {"peak memory": rounded(n, "memory_pct", "{:+.1f}%")}
         # after as many steps as both have, the final losses are the answer, and stand under diff
         out |= {"equal steps": effect("equal_steps") if c and c.equal_steps.how != "final losses" else "-"}
         out |= {"equal time": effect("equal_time"), "equal time by": str(n["equal_time_how"]) or "-"}

@@ -736,3 +736,12 @@ def test_a_stages_file_may_name_another_trainers_columns(tmp_path):
     with pytest.raises(lib.UserError, match="num_slot is no column; did you mean num_slots"):
         (tmp_path / "stages.toml").write_text('[stage.x]\nbaseline = { num_slot = "8" }\n')
         split(tmp_path, text_of(made, [*OTHER, "stage"]), "--stages", str(tmp_path / "stages.toml"))
+
+
+def test_a_knob_named_as_a_figure_of_the_table_keeps_its_value():
+    columns = ["run_id", "seed", "memory", "final_val_loss", "peak_memory_mib"]
+    made = [dict(run_id=f"{m}{s}", seed=str(s), memory=m, final_val_loss=str(3 + s / 9), peak_memory_mib="7")
+            for s in (1, 2) for m in ("on", "zero")]  # fmt: skip
+    shown = lib.table_text(table([{c: r[c] for c in columns} for r in made], lib.Stage("s", baseline={"memory": "on"})))
+    costs = shown.split("time and memory")[1].splitlines()
+    assert "peak memory" in costs[1] and costs[3].startswith("zero")
