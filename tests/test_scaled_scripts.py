@@ -183,6 +183,17 @@ def test_training_rows_ask_for_the_key_that_they_hold_beyond_reach_in_the_first_
                 assert lib.beyond(needle + 4, int(places[0]) * PATCH, k)
 
 
+@pytest.mark.parametrize("turkish", [True, False])
+def test_without_a_file_training_and_test_prose_are_two_texts(turkish, tmp_path, monkeypatch):
+    monkeypatch.setattr(lib, "TURKISH", tmp_path / "turkish")
+    if turkish:
+        (tmp_path / "turkish").mkdir()
+        for part in ("train", "test"):
+            (tmp_path / f"turkish/{part}.txt").write_bytes(part.encode() * 100)
+    train, test = (lib.read_text(None, part)[0] for part in ("train", "test"))
+    assert len(train) > 400 and len(test) > 300 and train[:300] not in test and test[:300] not in train
+
+
 # ---- scores
 
 
