@@ -86,6 +86,7 @@ class Knobs:
     tie_keys: bool = knob(True, "one projection for write and read keys and addresses, convolved apart")
     position_share: float = knob(0.5, "share of the bins whose phases also turn with position", low=0, high=1)
     decay: bool = knob(True, "forgetting, per slot, head and token, learned")
+    slowest_decay: float = knob(2**-12, "of the slots' initial rates per token; the fastest is 1/4", above=0, high=0.25)
     delta_rule: bool = knob(False, "erase what the write address holds before writing")
     use_gating: bool = knob(True, "SiLU gate on the read")
     conv: bool = knob(True, "causal convolution of 4 tokens before items, keys and addresses")
@@ -501,8 +502,9 @@ class Model(nn.Module):
                 continue
             digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-            if name.endswith("decay"):  # 1/4 to 1/128 is forgotten per token, slot by slot
-                rate = -torch.log1p(-(2.0 ** -torch.linspace(2, 7, p.size(1)))) / MAX_DECAY
+            if name.endswith("decay"):  # slot by slot, evenly on a logarithmic scale
+                spread = torch.linspace(2, -math.log2(self.k.slowest_decay), p.size(1))
+                rate = -torch.log1p(-(2.0**-spread)) / MAX_DECAY
                 p.copy_((rate / (1 - rate)).log().expand_as(p))
             else:
                 std = 0.02 / math.sqrt(2 * self.k.num_layers) if name.endswith(("out", "down")) else 0.02
