@@ -86,7 +86,7 @@ class Knobs:
     tie_keys: bool = knob(True, "one projection for write and read keys and addresses, convolved apart")
     position_share: float = knob(0.5, "share of the bins whose phases also turn with position", low=0, high=1)
     decay: bool = knob(True, "forgetting, per slot, head and token, learned")
-    slowest_decay: float = knob(2**-12, "of the slots' initial rates per token; the fastest is 1/4", above=0, high=0.25)
+    slowest_decay: float = knob(2**-7, "of the slots' initial rates per token; the fastest is 1/4", above=0, high=0.25)
     delta_rule: bool = knob(False, "erase what the write address holds before writing")
     use_gating: bool = knob(True, "SiLU gate on the read")
     conv: bool = knob(True, "causal convolution of 4 tokens before items, keys and addresses")

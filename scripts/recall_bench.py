@@ -77,6 +77,9 @@ class Bench:
     num_layers: int = knob(2, "blocks", low=1)
     num_slots: int = knob(16, "slots of a head's memory", low=1)
     num_attention_heads: int = knob(2, "heads", low=1)
+    slowest_decay: float = knob(
+        2**-12, "of the slots' initial rates; the trainer's forgets in 100 tokens", above=0, high=0.25
+    )
     model: str = knob("", 'more of train_gpu.py\'s knobs: "name=value name=value"')
     # measurement
     eval_pairs: str = knob("1,2,4,8,16,32", "with commas; those that do not fit are left out")
@@ -139,8 +142,10 @@ class Bench:
 
 def model_knobs(b: Bench, mixer: str, rate: float, seed: int) -> train_gpu.Knobs:
     """train_gpu.py's knobs for one model."""
-    names = "hidden_dim hcm_dim num_layers num_slots num_attention_heads batch_size weight_decay device".split()
-    values = {name: getattr(b, name) for name in names} | dict(seed=seed, learning_rate=rate, max_seq_length=b.length)
+    names = "hidden_dim hcm_dim num_layers num_slots num_attention_heads slowest_decay batch_size weight_decay device"
+    values = {name: getattr(b, name) for name in names.split()} | dict(
+        seed=seed, learning_rate=rate, max_seq_length=b.length
+    )
     values |= dict(mixer="attention" if mixer == "attention" else "hamt", memory=MEMORIES[mixer])
     values |= dict(vocab_size=b.alphabet.size, dataset="embedded", mixed_precision="none", dropout=0.0)
     values |= dict(num_iterations=b.steps, warmup_iters=b.warmup)

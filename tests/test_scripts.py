@@ -334,7 +334,9 @@ def test_config_json_says_what_the_weights_are(home, tmp_path):
     out = exported(home, tmp_path / "out", run=ID)
     config = json.loads((out / "config.json").read_text())
     row = rows(home)[-1]
-    assert config["model"] == {name: getattr(knobs(vocab_size=256), name) for name in lib.MODELS["train_gpt"][1].split()}
+    assert config["model"] == {
+        name: getattr(knobs(vocab_size=256), name) for name in lib.MODELS["train_gpt"][1].split()
+    }
     assert config["parameters"] == int(row["n_params"])
     assert (config["run_id"], config["checkpoint"], config["step"]) == (ID, "step_000012", 12)
     assert config["val_loss"] == pytest.approx(float(row["final_val_loss"]))
