@@ -118,6 +118,17 @@ def fixed_logits(model: nn.Module, num_tokens: int = 64) -> Tensor:
     return model.logits(ids)
 
 
+def pick(logits_V: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> int:
+    """One token: the likeliest at temperature 0, else drawn from the top_k likeliest (0: all), of those from the
+    fewest that hold top_p of the probability."""
+    if temperature == 0:
+        return int(logits_V.argmax())
+    logits_K, ids_K = logits_V.sort(descending=True, stable=True)
+    p_K = (logits_K[: top_k or None] / temperature).softmax(-1)
+    p_K[p_K.cumsum(-1) - p_K >= top_p] = 0
+    return int(ids_K[torch.multinomial(p_K, 1, generator=generator)])
+
+
 # ----------------------------------------------------------------------------
 # Tokenizers
 

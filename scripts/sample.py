@@ -21,22 +21,12 @@ from collections.abc import Iterator, Sequence
 
 import lib_runs as lib
 import torch
+from lib_runs import pick
 from torch import Tensor, nn
 
 import plumbing
 import train_scaled
 from plumbing import UserError
-
-
-def pick(logits_V: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> int:
-    """One token: the likeliest at temperature 0, else drawn from the top_k likeliest (0: all), of those from the
-    fewest that hold top_p of the probability."""
-    if temperature == 0:
-        return int(logits_V.argmax())
-    logits_K, ids_K = logits_V.sort(descending=True, stable=True)
-    p_K = (logits_K[: top_k or None] / temperature).softmax(-1)
-    p_K[p_K.cumsum(-1) - p_K >= top_p] = 0
-    return int(ids_K[torch.multinomial(p_K, 1, generator=generator)])
 
 
 class Window:

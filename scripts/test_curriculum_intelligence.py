@@ -27,7 +27,7 @@ import lib_bytes as lib
 import numpy as np
 import torch
 from lib_bytes import ByteLM, UserError
-from sample import pick
+from lib_runs import pick
 
 import plumbing
 from train_scaled import PATCH, Stream

@@ -292,6 +292,19 @@ def test_training_learns_an_answer_and_moves_on_only_when_it_has(capsys):
     assert not model.training and seconds > 0
 
 
+def test_training_stays_in_the_stage_that_it_cannot_learn():
+    k, seen = lib.read_model_knobs(["d_model=16", "num_iterations=45", "warmup_iters=1"]), []
+
+    def make(step: int, stage: int) -> lib.Batch:
+        seen.append(stage)
+        rng = np.random.default_rng(step)
+        x, y = (torch.from_numpy(rng.integers(0, 256, shape)) for shape in ((4, 16), (4, 1, 4)))
+        return x, torch.full((4, 1), 3), y
+
+    lib.train_on_answers(k, make, 2, torch.device("cpu"), lambda line: None)
+    assert seen == [0] * 45
+
+
 # ---- position curve
 
 
@@ -340,8 +353,10 @@ def test_documents_cut_at_a_separator_hold_every_byte():
 
 def test_the_xz_line_is_lzma_of_the_file_and_a_missing_compressor_says_so(monkeypatch):
     monkeypatch.setattr(position_curve.shutil, "which", lambda name: None)
-    found = position_curve.compressed(TEXT)
-    assert found["xz -9e"][0] == len(lzma.compress(TEXT, preset=9 | lzma.PRESET_EXTREME))
+    rng = np.random.default_rng(0)  # words: repeated text would come out the same at every level
+    text = b" ".join(b"%d" % n for n in rng.zipf(1.2, 60_000))
+    found, size = position_curve.compressed(text), len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
+    assert found["xz -9e"][0] == size != len(lzma.compress(text, preset=6))
     assert found["zstd -22"] == (None, "no program zstd here")
 
 

@@ -262,12 +262,12 @@ def test_cached_activations_share_memory_with_nothing():
 
     with model.hooks([("blocks.0.hook_resid_mid", wipe)]):
         _, cache = model.run_with_cache(ids)
-    assert float(cache["resid_mid", 0].abs().sum()) == 0 and float(cache["resid_pre", 0].abs().sum()) > 0
+    assert not cache["resid_mid", 0].any() and cache["resid_pre", 0].any()
     torch.testing.assert_close(cache["resid_post", 0], cache["mlp_out", 0])
     kept: list[torch.Tensor] = []
     keep = lambda x, hook: kept.append(x)
     model.run_with_hooks(ids, [("blocks.0.hook_resid_post", keep), ("blocks.1.hook_resid_pre", wipe)])
-    assert float(kept[0].abs().sum()) > 0, "a later hook wrote into what an earlier one was given"
+    assert kept[0].any(), "a later hook wrote into what an earlier one was given"
     pointers = [x.untyped_storage().data_ptr() for x in cache.values()]
     assert len(set(pointers)) == len(pointers)
 
