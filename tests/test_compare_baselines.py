@@ -322,5 +322,6 @@ def test_a_ratio_is_that_of_paired_turns():
     noise = np.exp(np.random.default_rng(0).normal(size=30))  # a machine whose speed changes from turn to turn
     found = program.ratio_of(list(1.25 * noise * np.tile([0.999, 1.001], 15)), list(noise))
     assert [found[name] for name in ("ratio", "ratio_low", "ratio_high")] == pytest.approx([1.25] * 3, rel=1e-3)
+    assert program.ratio_of([1, 8, 1], [1, 1, 1])["ratio"] == pytest.approx(2), "of the middle, not of the sums"
     loose = program.ratio_of(list(1.25 * noise), list(noise[::-1]))
     assert loose["ratio_low"] < 1.25 < loose["ratio_high"] and loose["ratio"] == pytest.approx(1.25)
