@@ -880,14 +880,23 @@ def new_run_id(w: World) -> str:
 class RunLog:
     """One run's record: logs/<id>.txt for eyes, logs/<id>/metrics.csv for programs, logs/<id>/status.json for others to
     watch. Rank 0 writes. Lines reach the file at once and are forced to disk by sync(), not at every step. `extra` are
-    a trainer's own columns of metrics.csv, behind the common ones; `unit` is what it calls a token.
+    a trainer's own columns of metrics.csv, behind the common ones; `unit` is what it calls a token; `named_by` is the
+    knob that the user named this run with.
 
     Raises UserError before training when the id is that of a finished run, or of one that is being trained now.
     """
 
     def __init__(
-        self, folder: Path, run_id: str, w: World, total_steps: int, extra: Sequence[str] = (), unit: str = "tokens"
+        self,
+        folder: Path,
+        run_id: str,
+        w: World,
+        total_steps: int,
+        extra: Sequence[str] = (),
+        unit: str = "tokens",
+        named_by: str = "RUN_ID",
     ):
+        self.named_by = named_by
         self.w, self.id, self.total, self.folder = w, run_id, total_steps, folder / run_id
         self.path, self.status_path = folder / f"{run_id}.txt", folder / run_id / "status.json"
         self.columns, self.unit, self.tracker = [*METRICS, *extra], unit, None
@@ -899,7 +908,7 @@ class RunLog:
             except UserError as error:
                 problem = str(error)
             except (OSError, json.JSONDecodeError) as error:
-                problem = f"{self.folder}: cannot be used ({error}); set LOGS_FOLDER or RUN_ID to another"
+                problem = f"{self.folder}: cannot be used ({error}); set LOGS_FOLDER or {self.named_by} to another"
         w.agree(problem)
 
     def _open(self) -> None:
@@ -910,11 +919,12 @@ class RunLog:
         try:
             self.lock.acquire(timeout=0)
         except Timeout:
-            raise UserError(f"run {self.id} is being trained by another process; choose another RUN_ID") from None
+            words = f"run {self.id} is being trained by another process; choose another {self.named_by}"
+            raise UserError(words) from None
         if self.status_path.exists():
             status = json.loads(self.status_path.read_text())["status"]
             if status in DONE:
-                raise UserError(f"run {self.id} is complete ({status}, {self.path}); choose another RUN_ID")
+                raise UserError(f"run {self.id} is complete ({status}, {self.path}); choose another {self.named_by}")
         self.log, self.csv = self._append(self.path), self._append(self.folder / "metrics.csv")
         if self.csv.tell() == 0:
             self.csv.write(",".join(self.columns) + "\n")
@@ -1195,18 +1205,20 @@ def resume_facts(k, shards: TokenShards, log: RunLog) -> dict:
 
 
 def check_resume(state: dict, k, free: Sequence[str], shards: TokenShards, log: RunLog) -> None:
-    """Raise UserError when a run is resumed with other knobs (the `free` ones may change) or other shards."""
+    """Raise UserError when a run is resumed with other knobs (the `free` ones may change) or other data."""
     was = state["knobs"]
     changed = [f for f in dataclasses.fields(k) if f.name not in free and was.get(f.name) != getattr(k, f.name)]
     if changed:
         words = ", ".join(
             f"{f.name.upper()}={show(f, was.get(f.name))}, not {show(f, getattr(k, f.name))}" for f in changed
         )
-        raise UserError(f"run {log.id} was started with {words}; resume it with the same, or choose another RUN_ID")
+        raise UserError(
+            f"run {log.id} was started with {words}; resume it with the same, or choose another {log.named_by}"
+        )
     if state["content"] != shards.content[: len(state["content"])]:
         raise UserError(
-            f"run {log.id} was trained on other shards than {shards.pattern} matches now; put them back, or choose "
-            f"another RUN_ID"
+            f"run {log.id} was trained on other data than {shards.pattern} is now; put it back, or choose another "
+            f"{log.named_by}"
         )
     log.say(f"resumed step:{state['step']} from a checkpoint written by {state['world_size']} rank(s)")
     if state["code_sha256"] != log.code_sha256:

@@ -31,6 +31,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import sys
 import time
@@ -85,7 +86,9 @@ class Knobs:
     train_path: str = knob("data/pilot_train.jsonl", f"records, or '{GENERATE}'")
     val_path: str = knob("data/pilot_val.jsonl", f"records, or '{GENERATE}'")
     test_path: str = knob("data/pilot_test_flat.jsonl", "records scored at the end, files with spaces between; or ''")
-    train_examples: int = knob(0, "distinct generated examples, in epochs; 0: every batch is fresh", low=0)
+    train_examples: int = knob(
+        0, "generated examples, in epochs, or drawn anew under a curriculum; 0: every batch is fresh", low=0
+    )
     val_examples: int = knob(1000, "generated validation examples", low=1)
     grammar: str = knob(
         "pilot", "the original's 18 templates, all nestings, or all without double brackets", choices=GRAMMARS
@@ -174,12 +177,14 @@ class Knobs:
             raise ValueError("FP16=1 and BF16=1 exclude each other; set one of them")
         if self.fp16 and self.optimizer == "muon":
             raise ValueError("FP16=1 scales the loss for AdamW only; with OPTIMIZER=muon use BF16=1")
-        if self.train_path == GENERATE and not self.train_examples and self.num_iterations is None:
+        if self.train_path == GENERATE and self.num_iterations is None and (self.staged or not self.train_examples):
             raise ValueError(
-                "TRAIN_PATH=generate has no epochs; set NUM_ITERATIONS, or TRAIN_EXAMPLES for a finite set"
+                "TRAIN_PATH=generate has epochs only with TRAIN_EXAMPLES and without a curriculum; set NUM_ITERATIONS"
             )
-        if self.curriculum_exact and (self.train_path != GENERATE or self.train_examples or not self.answer_only_loss):
-            raise ValueError("CURRICULUM_EXACT needs fresh examples and ANSWER_ONLY_LOSS=1: set TRAIN_PATH=generate")
+        if self.staged and self.train_path != GENERATE:
+            raise ValueError("CURRICULUM and CURRICULUM_EXACT sort generated examples: set TRAIN_PATH=generate")
+        if self.curriculum_exact and not self.answer_only_loss:
+            raise ValueError("CURRICULUM_EXACT goes by the training answers: set ANSWER_ONLY_LOSS=1")
         if self.curriculum_exact and self.curriculum:
             raise ValueError("CURRICULUM and CURRICULUM_EXACT exclude each other; set one of them")
         if self.output_dir and self.run_id and Path(self.output_dir).name != self.run_id:
@@ -192,6 +197,11 @@ class Knobs:
             return [float(x) for x in self.operands_weights.split(",")] if self.operands_weights else []
         except ValueError:
             return []
+
+    @property
+    def staged(self) -> bool:
+        """Whether the operand count grows during training."""
+        return bool(self.curriculum or self.curriculum_exact)
 
     @property
     def largest(self) -> int:
@@ -1067,10 +1077,12 @@ class Data:
                     f"{name}: {over} of {len(problems)} examples exceed SEQUENCE_LENGTH={k.sequence_length} tokens, "
                     f"up to {longest}; none is cut: raise it"
                 )
-        self.epoch_steps = -(-len(self.train) // k.batch_size) if self.train else 0
+        self.epoch_steps = -(-len(self.train) // k.batch_size) if self.train and not k.staged else 0
         self.total = k.num_epochs * self.epoch_steps if k.num_iterations is None else k.num_iterations
         self.step_tokens = round(float((self.sample.lengths_N - 1).mean()) * k.batch_size)
-        self.order = lru_cache(maxsize=2)(self._order)
+        self.order, self.pool = lru_cache(maxsize=2)(self._order), lru_cache(maxsize=2)(self._pool)
+        if self.train and k.staged:
+            self.pool(k.operands_min)  # raises now rather than in the middle of training
         self.switches: list[int] = []  # steps from which one more operand is drawn, see Run.promote
         # What check_resume compares.
         self.pattern, self.content = k.train_path, [[k.train_path, len(self.train or "")], [self.fingerprint(), 0]]
@@ -1093,13 +1105,24 @@ class Data:
     def _order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.k.seed, 1, epoch]).permutation(len(self.train))
 
+    def _pool(self, most: int) -> np.ndarray:
+        """Rows of the finite training set with at most so many operands. Raises UserError when there is none."""
+        t = self.train
+        written = np.arange(t.tokens_NT.shape[1]) < t.starts_N[:, None]
+        operators = (np.isin(t.tokens_NT, [IDS[c] for c in "+-*"]) & written).sum(1)
+        rows = np.flatnonzero(operators < most)
+        if not len(rows):
+            raise UserError(f"TRAIN_EXAMPLES={len(t)}: none has {most} operands, where the curriculum is; raise it")
+        return rows
+
     def batch(self, step: int) -> Problems:
-        """All examples of the step; the last batch of an epoch may be smaller."""
-        k = self.k
+        """All examples of the step; the last batch of an epoch may be smaller. Under a curriculum there are no epochs:
+        each batch is drawn from the examples that are short enough, with replacement."""
+        k, most = self.k, most_operands(step, self.k, self.total, self.switches)
         if self.train is None:
-            return self.split(
-                "train", [k.seed, 2, step], k.batch_size, most_operands(step, k, self.total, self.switches)
-            )
+            return self.split("train", [k.seed, 2, step], k.batch_size, most)
+        if k.staged:
+            return self.train.rows(np.random.default_rng([k.seed, 2, step]).choice(self.pool(most), k.batch_size))
         epoch, i = divmod(step, self.epoch_steps)
         return self.train.rows(self.order(epoch)[i * k.batch_size : (i + 1) * k.batch_size])
 
@@ -1289,7 +1312,7 @@ def show_plan(k: Knobs) -> int:
         print(f"data:            {k.train_path}: {size}; {len(data.val):,} validation, {len(data.tests)} test set(s)")
         print(f"entropy floor:   {entropy_floor(data.val, k):.4f} nats per scored token of the validation set")
     else:
-        print(f"data:            {problem}")
+        print(f"problem:         {problem}")
     return 0
 
 
@@ -1302,7 +1325,9 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[Co
         k = Knobs(**{name: value for name, value in state["train_config"].items() if name in known})
         model = CompactTransformer(k)
         model.load_state_dict(state.pop("model_state_dict"))
-    except (OSError, KeyError, TypeError, RuntimeError) as error:
+    except pickle.UnpicklingError:
+        raise UserError(f"{path}: holds more than tensors and plain values; pass a checkpoint_best.pt") from None
+    except (OSError, EOFError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{path}: not a model of train_arith.py ({error}); pass a checkpoint_best.pt") from None
     return model.to(device).eval(), k, state
 
@@ -1335,8 +1360,9 @@ class Run:
         plumbing.check_results(Path(k.results_file), RESULTS, w)
         out = Path(k.output_dir)
         place = (out.resolve().parent, out.resolve().name) if k.output_dir else (Path(k.logs_folder), k.run_id)
+        named_by = "OUTPUT_DIR" if k.output_dir else "RUN_ID"
         extra = ("exact_match", "eos_after_gold", "digit_accuracy", "train_exact")
-        self.log = RunLog(place[0], place[1] or plumbing.new_run_id(w), w, self.total, extra=extra)
+        self.log = RunLog(place[0], place[1] or plumbing.new_run_id(w), w, self.total, extra, named_by=named_by)
 
         self.model = CompactTransformer(k)
         self.model.init_weights(k.seed)

@@ -790,12 +790,16 @@ def named_splits(folder: Path) -> dict[str, list[str]]:
     return {}
 
 
+class NotFetched(UserError):
+    """A text that is not here, but that a run would fetch: no reason not to start one."""
+
+
 def fetch_wikitext(name: str, data: Path, download: bool) -> dict[str, list[str]]:
     """Files of wikitext-2 or wikitext-103 (raw) by split, downloaded unless they are there. Raises UserError where they
     would have to be and must not."""
     folder, repo = data / f"{name}-raw-v1", "Salesforce/wikitext"
     if not download and not folder.exists():
-        raise UserError(f"{folder} is not there yet; a run downloads it from the hub ({repo})")
+        raise NotFetched(f"{folder} is not there yet; a run downloads it from the hub ({repo})")
 
     def fetch(aside: Path) -> None:
         for file in plumbing.hub_list(repo, f"{name}-raw-v1/"):
@@ -1091,7 +1095,7 @@ def show_plan(k: Knobs) -> int:
         batches = Batches(open_text(k, download=False)["train"].shards, k, World(0, ranks, torch.device("cpu")))
         steps = total_steps(k, batches)
     except UserError as error:
-        problem = str(error)
+        problem = f"{'data:           ' if isinstance(error, NotFetched) else 'problem:        '} {error}"
     flops = flops_per_token(model, k) * tokens
     print(knobs_json(k))
     print(f"mixer:           {k.label}, vocabulary {k.vocabulary:,} ({k.tokens}), FFN width {k.ffn_width(0)}")
@@ -1109,7 +1113,7 @@ def show_plan(k: Knobs) -> int:
         print(f"data:            {batches.shards.total:,} tokens, {batches.epoch_steps} steps an epoch")
         print(f"epochs:          {steps / batches.epoch_steps:.2f}")
     else:
-        print(f"data:            {problem}")
+        print(problem)
     return 0
 
 

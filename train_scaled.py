@@ -1096,16 +1096,17 @@ def show_plan(k: Knobs) -> int:
     print(f"disk:            up to {disk_need(n_params, k) / 2**20:,.0f} MiB of checkpoints at KEEP={k.keep}")
     reach = "all patches" if k.window is None else f"{k.n_layer * (k.window - 1) * PATCH:,} bytes"
     print(f"window reach:    {reach} through {k.n_layer} blocks; a row has {k.sequence_length:,}")
+    if k.data.startswith("wikipedia:") and not (HERE / f"data/wikipedia-{DUMP}.{k.data[10:]}").exists():
+        print(f"data:            {k.data} is not here yet; a run downloads it")
+        return 0
     try:
-        if k.data.startswith("wikipedia:") and not (HERE / f"data/wikipedia-{DUMP}.{k.data[10:]}").exists():
-            raise UserError(f"{k.data} is not here yet; the run will download it")
         train, val, sha = open_data(k)
         batches = Batches(train, k, World(0, ranks, torch.device("cpu")))
         print(f"data:            {train.total:,} bytes, {val.total:,} to validate; {batches.windows} windows per strip")
         print(f"epochs:          {size * k.num_iterations / train.total:.2f}")
         print(f"data_sha256:     {sha}" if sha else f"files:           {train.pattern} | {val.pattern}")
     except UserError as error:
-        print(f"data:            {error}")
+        print(f"problem:         {error}")
     return 0
 
 

@@ -15,7 +15,6 @@ import csv
 import hashlib
 import io
 import json
-import pickle
 import re
 import shlex
 import sys
@@ -104,12 +103,7 @@ def load(path: str, device: str) -> Subject:
     if not found.is_file():
         make = "python train_arith.py --config configs/pilot.yaml --output-dir runs/pilot makes one"
         raise UserError(f"{found}: no such checkpoint; {make}")
-    try:
-        model, k, state = arith.load_model(found, device)
-    except (pickle.UnpicklingError, EOFError):
-        raise UserError(
-            f"{found}: holds more than tensors and plain values, or is torn; pass a checkpoint_best.pt"
-        ) from None
+    model, k, state = arith.load_model(found, device)
     folder, stem = found.resolve().parent.name, found.stem.removeprefix("checkpoint_")
     name = folder if stem == "best" else f"{folder}_{stem}"
     return Subject(name, found, model, k, int(state["answer_digits"]), World(0, 1, torch.device(device)))
@@ -159,6 +153,7 @@ class TestSet:
     exprs: list[str]
     problems: Problems
     pairs: bool  # items 2i and 2i + 1 differ in grouping only
+    left_out: int = 0  # records whose values the model's answers have too few digits for
 
     @property
     def n(self) -> int:
@@ -167,8 +162,9 @@ class TestSet:
 
 
 def read_set(s: Subject, prefix: Path, name: str, limit: int = 0) -> TestSet:
-    """PREFIX_test_NAME.jsonl (looked for here, then in the repository) as the model reads it, at most `limit` units.
-    Raises UserError when it is missing, saying how to make it, or when the model cannot hold it."""
+    """PREFIX_test_NAME.jsonl (looked for here, then in the repository) as the model reads it, at most `limit` units;
+    what its answers have too few digits for is left out, with a line. Raises UserError when the file is missing, saying
+    how to make it, or when the model can hold none of it."""
     path = Path(f"{prefix}_test_{name}.jsonl")
     if not path.exists() and not (HERE / path).exists():
         raise UserError(f"{path}: no such data set; make it with: {how_to_make(prefix, name, s.k)}")
@@ -178,14 +174,29 @@ def read_set(s: Subject, prefix: Path, name: str, limit: int = 0) -> TestSet:
         raise UserError(
             f"{path}: {len(exprs)} lines are no whole pairs; make it with: {how_to_make(prefix, name, s.k)}"
         )
-    keep = slice(limit * (2 if pairs else 1) or None)
-    exprs, values = exprs[keep], values[keep]
-    return TestSet(name, path, exprs, as_read(s, exprs, values, str(path)), pairs)
+    fits = writable(s, np.array(values))
+    if pairs:
+        fits = fits.reshape(-1, 2).all(1).repeat(2)
+    if left_out := int((~fits).sum()):
+        print(f"{path}: {left_out} of {len(fits)} records left out: {s.name} writes {s.digits} digits")
+    keep = np.flatnonzero(fits)[: limit * (2 if pairs else 1) or None]
+    if not len(keep):
+        raise UserError(f"{path}: {s.name} writes {s.digits} digits, too few for all of it; use other records")
+    exprs, values = [exprs[i] for i in keep], [values[i] for i in keep]
+    return TestSet(name, path, exprs, as_read(s, exprs, values, str(path)), pairs, left_out)
+
+
+def writable(s: Subject, values_N: np.ndarray) -> np.ndarray:
+    """(N,) whether the model's answer format has digits enough for each value."""
+    if s.k.answer_format == "plain":
+        return np.ones(len(values_N), bool)
+    return np.abs(values_N) * (2 if s.k.answer_format == "complement_bare" else 1) < 10**s.digits
 
 
 def as_read(s: Subject, exprs: Sequence[str], values: Sequence[int], where: str) -> Problems:
     """Raises UserError where the model's answers have too few digits, or its positions end too early."""
-    if (top := max(map(abs, values))) >= 10**s.digits and s.k.answer_format != "plain":
+    if not writable(s, np.array(values)).all():
+        top = max(map(abs, values))
         raise UserError(f"{where}: answers up to {top:,}, but {s.name} writes {s.digits} digits; use other records")
     problems = arith.problems_of(exprs, values, s.k, s.digits)
     room = len(s.model.cos) if s.model.position is None else s.k.sequence_length

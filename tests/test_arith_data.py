@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -264,6 +263,25 @@ def test_the_curriculum_draws_few_operands_first():
     assert {len(re.findall(r"\d+", e)) for e in first} == {2}
 
 
+STAGED = {**HONEST, "num_iterations": 100, "curriculum": 0.2, "train_path": "generate", "val_path": "generate"}
+
+
+def test_under_a_curriculum_a_finite_set_gives_its_short_examples_first_and_then_all():
+    data = Data(Knobs(train_examples=400, test_path="", **STAGED))
+    whole = lambda batches: {e for batch in batches for e in batch}
+    operands = lambda exprs: {len(re.findall(r"\d+", e)) for e in exprs}
+    batches = [data.batch(step).exprs(data.k) for step in range(100)]
+    assert [operands(batches[step]) for step in (0, 9)] == [{2}, {2}] and operands(batches[15]) == {2, 3}
+    assert operands(whole(batches[20:])) == {2, 3, 4}
+    assert whole(batches) == set(data.train.exprs(data.k)), "of these examples, and each comes up"
+    assert data.batch(30).exprs(data.k) == batches[30] and data.total == 100 and data.epoch_steps == 0
+
+
+def test_a_finite_set_without_the_curriculums_first_operand_count_is_refused_before_training():
+    with pytest.raises(UserError, match="TRAIN_EXAMPLES=1: none has 2 operands"):
+        Data(Knobs(train_examples=1, operands_weights="0.0001,1,1", test_path="", **STAGED))
+
+
 @pytest.mark.parametrize("form", ["plain", "reversed", "complement", "complement_bare"])
 def test_answers_are_read_back_as_written(form):
     for value in (0, 1, -1, 7, -268, 396, -297, 499, -500):
@@ -286,11 +304,3 @@ def test_tokens_have_the_originals_ids_and_the_text_its_spaces(pilot):
     row, n = data.train.tokens_NT[0], data.train.lengths_N[0]
     assert row[:n].tolist() == encode("4*36+29+95 = 268") and data.train.starts_N[0] == 14
     assert (data.train.lengths_N.min(), data.train.lengths_N.max()) == (9, 30)
-
-
-def test_drawing_keeps_up_with_training():
-    k = Knobs(**{**HONEST, "batch_size": 128})
-    rng, t0 = np.random.default_rng(0), time.process_time()
-    for _ in range(50):
-        draw_split(k, rng, 128, "train", 4, 3, NONE)
-    assert 50 * 128 / (time.process_time() - t0) > 5000, "examples per second of one core"

@@ -19,10 +19,12 @@ from torch.nn import functional as F
 sys.path.insert(0, str(ROOT / "scripts"))
 import eval_ablation
 import eval_ood_depth3
+import exact_match
 import generate_depth3_dataset
 import generate_pilot_dataset
 import lib_heads as heads
 import patch_heads
+import plot_arith
 import probe_depth
 import view_attention
 from lib_heads import Place, Subject
@@ -588,3 +590,106 @@ def test_the_commands_that_errors_name_are_ones_the_generators_take(tmp_path, mo
         a = program.arguments()
         assert a.prefix == prefix and a.output_dir == tmp_path
         assert prefix == "pilot" or (a.operators == "+-" and a.held_out)
+
+
+# ----------------------------------------------------------------------------
+# Fall-off and curves
+
+
+def test_exact_match_counts_what_the_model_gets_right_and_names_the_baselines(trained, data, tmp_path, capsys):
+    line = ["--checkpoint", save(trained, tmp_path / "runs/one"), "--data", data, "--sets", "paren", "depth3"]
+    assert (
+        exact_match.main([*line, "--operands", "3", "--digits", "1", "--items", "40", "--out", str(tmp_path / "o")])
+        == 0
+    )
+    rows = {(r["sweep"], r["cell"]): r for r in table(tmp_path / "o/exact_match.csv")}
+    known = rows["sets", "paren"]
+    assert float(known["exact"]) == heads.measure(trained, problems(trained.k, TEXTS))[:, 0].mean() > 0.9
+    assert float(known["paren_blind"]) == 0.5, "of each pair, (a-b)-c is what a-b-c is without its brackets"
+    assert float(rows["operands", "3"]["exact"]) < 0.5 < float(known["low"]) <= float(known["exact"])
+    assert {cell for sweep, cell in rows if sweep == "cells"} >= {"2 operands, depth 0", "4 operands, depth 2"}
+    assert is_figure(tmp_path / "o/exact_match.png") and "one sets paren: n:48" in capsys.readouterr().out
+
+
+def test_exact_match_draws_the_same_held_out_expressions_for_every_model(monkeypatch):
+    seen = [
+        exact_match.drawn(s, 30, operands_min=3, operands_max=3)[0].exprs(s.k) for s in (subject(), subject(seed=9))
+    ]
+    assert seen[0] == seen[1] and {arith.hash_expr(e) % arith.BUCKETS for e in seen[0]} == {arith.TEST}
+
+
+def test_values_that_the_answer_format_cannot_write_are_left_out_and_counted(data, tmp_path, capsys):
+    s = subject(answer_format="complement_bare")
+    found, left_out = exact_match.drawn(s, 60, operands_min=4, operands_max=4, operand_min=100, operand_max=999)
+    assert len(found) + left_out == 60 and 0 < left_out < 60 and abs(found.values_N).max() < 500
+    write(Path(f"{data}_test_flat.jsonl"), ["250+250", "99+400", "1-2"])
+    kept = heads.read_set(s, Path(data), "flat")
+    assert kept.exprs == ["99+400", "1-2"] and kept.left_out == 1
+    assert "1 of 3 records left out: tiny writes 3 digits" in capsys.readouterr().out
+    write(Path(f"{data}_test_pairs.jsonl"), ["250+(251-1)", "(250+251)-1", "9-(8-7)", "(9-8)-7"])
+    assert heads.read_set(s, Path(data), "pairs").exprs == ["9-(8-7)", "(9-8)-7"], "a pair goes as a whole"
+
+
+def test_exact_match_refuses_a_cell_with_too_few_expressions(trained, data, tmp_path):
+    line = ["--checkpoint", save(trained, tmp_path / "runs/one"), "--data", data, "--sets", "paren"]
+    with pytest.raises(UserError, match=r"--items 2000 at .*only \d+ of 2000 different test expressions"):
+        exact_match.main([*line, "--operands", "2", "--items", "2000", "--out", str(tmp_path / "o")])
+
+
+def run_folder(tmp_path: Path, name: str, exact: float, seed: int = 1, **row: str) -> None:
+    """A finished run with validations after 10 and 20 steps, and its line in results.csv."""
+    folder, results = tmp_path / "logs" / name, tmp_path / "results.csv"
+    folder.mkdir(parents=True)
+    lines = ["step,val_loss,train_time_s,exact_match,train_exact", "10,1.0,1,0.1,0.2", "20,0.5,2,,0.9"]
+    (folder / "metrics.csv").write_text("\n".join([*lines, f"20,0.5,2,{exact},", ""]))
+    (folder / "evaluation.json").write_text(json.dumps(dict(sets=dict(generate=dict(n=100)))))
+    fields = dict(run_id=name, seed=str(seed), answer_format="plain", train_examples="0", batch_size="8") | row
+    fields |= dict(status="finished", stage="s", final_val_loss="0.5", exact_match=str(exact))
+    with open(results, "a", newline="") as f:
+        writer = csv.DictWriter(f, arith.RESULTS, restval="")
+        if f.tell() == 0:
+            writer.writeheader()
+        writer.writerow(fields)
+
+
+def test_curves_show_a_runs_last_exact_match_with_its_interval_and_examples_seen(tmp_path, capsys):
+    run_folder(tmp_path, "a", 0.5)
+    run_folder(tmp_path, "b", 0.75, answer_format="reversed")
+    line = [
+        "--results",
+        str(tmp_path / "results.csv"),
+        "--logs-folder",
+        str(tmp_path / "logs"),
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    assert plot_arith.main(["--stage", "s", *line]) == 0
+    a, b = table(tmp_path / "o/runs.csv")
+    assert (a["configuration"], b["configuration"]) == ("answer format plain", "answer format reversed")
+    assert (float(a["exact_match"]), float(b["exact_match"])) == (0.5, 0.75) and a["examples_seen"] == "160"
+    assert [round(float(a[key]), 3) for key in ("low", "high")] == [0.404, 0.596]
+    assert is_figure(tmp_path / "o/learning.png") and not (tmp_path / "o/examples.png").exists()
+    assert (
+        "answer format reversed, seed 1: exact match 0.750 [0.657, 0.825] of 100 after 160 examples"
+        in capsys.readouterr().out
+    )
+
+
+def test_runs_that_differ_in_training_examples_alone_make_a_scaling_curve(tmp_path):
+    for name, n, exact in (("a", "1000", 0.1), ("b", "0", 0.9), ("c", "10000", 0.5)):
+        run_folder(tmp_path, name, exact, train_examples=n)
+    run_folder(tmp_path, "other", 0.3, train_examples="10", answer_format="reversed")
+    rows = plot_arith.rows_wanted(plot_arith.arguments(["--stage", "s", "--results", str(tmp_path / "results.csv")]))
+    runs = [plot_arith.read_run(r, l, tmp_path / "logs") for r, l in zip(rows, plot_arith.labels_of(rows), strict=True)]
+    (group,) = plot_arith.by_examples(runs)
+    assert [run.row["run_id"] for run in group] == ["a", "c", "b"] and [run.exact[-1] for run in group] == [
+        0.1,
+        0.5,
+        0.9,
+    ]
+
+
+def test_curves_of_no_such_run_are_refused_with_what_there_is(tmp_path):
+    run_folder(tmp_path, "a", 0.5)
+    with pytest.raises(UserError, match="no finished run with run_id zz; it has a"):
+        plot_arith.main(["--run", "zz", "--results", str(tmp_path / "results.csv")])

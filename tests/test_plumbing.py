@@ -517,7 +517,7 @@ def test_resuming_with_other_knobs_or_shards_is_refused(monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"run a was started with LR=0.01, not 0.02; resume it with the same"):
         run_here(monkeypatch, tmp_path, **base, lr=0.02)
     write_data(tmp_path, train=(6000, 4000))
-    with pytest.raises(UserError, match="run a was trained on other shards"):
+    with pytest.raises(UserError, match="run a was trained on other data"):
         run_here(monkeypatch, tmp_path, **base)
     write_data(tmp_path)
     code, out = run_here(monkeypatch, tmp_path, **base, val_every=2, device_batch_size=8)
