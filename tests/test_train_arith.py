@@ -520,7 +520,7 @@ def test_models_are_saved_every_interval_and_best_whenever_it_is_best(monkeypatc
     with open(tmp_path / "results.csv") as f:
         (row,) = csv.DictReader(f)
     assert row["status"] == "finished" and row["steps_done"] == "25" and float(row["best_val_loss"]) > 0
-    with pytest.raises(UserError, match="complete"):
+    with pytest.raises(UserError, match=r"complete .*choose another OUTPUT_DIR"):
         run_here(monkeypatch, tmp_path, output_dir=out, num_epochs=5, eval_interval=3, save_interval=2)
 
 
@@ -596,7 +596,7 @@ def test_a_run_is_not_resumed_with_other_records_or_knobs(monkeypatch, tmp_path)
     monkeypatch.setattr(sys, "argv", ["train_arith.py", *flags(tmp_path, **stop)])
     lines = (tmp_path / "train.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "train.jsonl").write_text("".join(reversed(lines)))
-    with pytest.raises(UserError, match=r"other data .*another OUTPUT_DIR"), redirect_stdout(StringIO()):
+    with pytest.raises(UserError, match=r"other data .*another RUN_ID"), redirect_stdout(StringIO()):
         train_arith.main()
 
 
