@@ -199,6 +199,7 @@ class Knobs:
 # Model
 
 TAPS = 4  # of the convolution
+INIT_STD = 0.02  # of weights, before init_parts()
 CONVOLVED = "item key query write read".split()
 MAX_DECAY = 1.0  # nats per token: bounds what the chunk form exponentiates by chunk_length / 2
 KEY_PERIOD = 4096  # positions after which fixed keys repeat
@@ -299,7 +300,7 @@ class Memory(nn.Module):
         addresses differ; a write is addressed by the token before it (a shift), a read by its own token."""
         for part, name in zip(self.inp.split(list(self.widths(self.k).values())), self.widths(self.k), strict=True):
             if name in ("key", "query", "write", "read"):
-                part.mul_(2.0 / (0.02 * part.size(1) ** 0.5))
+                part.mul_(2.0 / (INIT_STD * part.size(1) ** 0.5))
         if self.k.conv:
             for part, name in zip(self.taps.split(list(self.taps_of(self.k).values()), 1), CONVOLVED, strict=True):
                 part[-2 if name in ("key", "write") else -1] += 1.0
@@ -494,8 +495,8 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """N(0, 0.02), less by sqrt(2 layers) for what adds to the residual stream, each tensor from a generator made of
-        seed and name: switching a part of the model off moves no other tensor."""
+        """N(0, INIT_STD), less by sqrt(2 layers) for what adds to the residual stream, each tensor from a generator of
+        seed and name: what is switched off moves no tensor of another name. Then what init_parts() adds."""
         for name, p in self.named_parameters():
             if p.dim() == 1:
                 p.fill_(1.0)
@@ -507,7 +508,7 @@ class Model(nn.Module):
                 rate = -torch.log1p(-(2.0**-spread)) / MAX_DECAY
                 p.copy_((rate / (1 - rate)).log().expand_as(p))
             else:
-                std = 0.02 / math.sqrt(2 * self.k.num_layers) if name.endswith(("out", "down")) else 0.02
+                std = INIT_STD / (math.sqrt(2 * self.k.num_layers) if name.endswith(("out", "down")) else 1)
                 p.copy_(torch.empty(p.shape).normal_(std=std, generator=generator))
         for block in self.blocks:
             if isinstance(block.mixer, Memory):

@@ -1378,7 +1378,8 @@ def update(run: Run, x: Tensor, y: Tensor, pulse: Pulse) -> None:
     loss, factor = torch.zeros((), device=w.device), run.scaler.scale / micros
     for i, (x_BT, y_BT) in enumerate(zip(x.split(run.micro), y.split(run.micro), strict=True)):
         if k.dropout:  # of the step, the rank and the micro-batch alone: a resume needs no generator's state
-            torch.manual_seed(hash((k.seed, run.step, w.rank, i)))
+            seeds = np.random.SeedSequence([k.seed, run.step, w.rank, i])
+            torch.manual_seed(int(seeds.generate_state(1, np.uint32)[0]))
         part, state = run.micro_step.backward(x_BT, y_BT, run.states[i], factor)
         loss, run.states[i] = loss + part / micros, state if k.carry_state else None
     norms, norm = adam.norms() / run.scaler.scale, adam.reduce() / run.scaler.scale
