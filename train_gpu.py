@@ -783,7 +783,7 @@ def read_text(path: str) -> str:
 def named_splits(folder: Path) -> dict[str, list[str]]:
     """Files of a WikiText folder by split, as published (wiki.train.raw, .tokens) or as on the hub (parquet); {} for
     another folder."""
-    for pattern in ("wiki.{}*.raw", "wiki.{}*.tokens", "{}-*.parquet"):
+    for pattern in ("wiki.{}*.raw", "wiki.{}*.tokens", "{}*-*.parquet"):
         names = dict(train="train", val="valid", test="test")
         found = {part: sorted(map(str, folder.glob(pattern.format(name)))) for part, name in names.items()}
         if all(found.values()):
@@ -806,7 +806,9 @@ def fetch_wikitext(name: str, data: Path, download: bool) -> dict[str, list[str]
         for file in plumbing.hub_list(repo, f"{name}-raw-v1/"):
             plumbing.hub_fetch(repo, file, aside / Path(file).name)
 
-    return named_splits(plumbing.build_once(folder, fetch))
+    if found := named_splits(plumbing.build_once(folder, fetch)):
+        return found
+    raise UserError(f"{folder}: no files of train, valid and test among {sorted(os.listdir(folder))}; delete it")
 
 
 def by_paragraph(texts: list[str]) -> dict[str, str]:

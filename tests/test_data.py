@@ -13,6 +13,8 @@ from pathlib import Path
 import huggingface_hub.constants
 import huggingface_hub.file_download
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -22,6 +24,8 @@ from hub_server import Hub
 
 import cached_fineweb10B
 import plumbing
+import train_gpu
+import train_scaled
 from plumbing import HEADER_BYTES, MAGIC, UserError, read_shard
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -307,6 +311,52 @@ def test_what_the_hub_has_not_is_one_error(pages: Hub, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"dataset wiki/other: the hub has no such file \(HTTP 404\)"):
         plumbing.hub_list("wiki/other")
     assert not (tmp_path / "x").exists()
+
+
+def parquet_of(rows: list[str]) -> bytes:
+    """The bytes of a parquet file with a column of text, as the hub's datasets are stored."""
+    table = pyarrow.table(dict(id=list(map(str, range(len(rows)))), text=rows))
+    pyarrow.parquet.write_table(table, sink := pyarrow.BufferOutputStream(), row_group_size=100)
+    return sink.getvalue().to_pybytes()
+
+
+def test_a_wikipedia_is_downloaded_cleaned_and_split_by_article_once(hub: Hub, tmp_path: Path, monkeypatch) -> None:
+    articles = [f"Madde {i} [{i}]\n\n" + f"Gu\u0308neş {i} <b>doğar</b>.  " * 80 for i in range(600)]
+    files = {"00000": articles[:350], "00001": [*articles[350:], "short"]}
+    hub.repo, names = "wikimedia/wikipedia", {n: f"20231101.tr/train-{n}-of-00002.parquet" for n in files}
+    hub.files = {names[n]: parquet_of(rows) for n, rows in files.items()}
+    hub.files["20231101.en/train-00000-of-00001.parquet"] = b"another language"
+    hub.faults[names["00001"]] = ["cut"]
+    monkeypatch.setattr(train_scaled, "HERE", tmp_path)
+    k = train_scaled.Knobs(data="wikipedia:tr")
+    train, val, _ = train_scaled.open_data(k)
+    texts = {
+        part: (tmp_path / f"data/wikipedia-20231101.tr/{part}.txt").read_text() for part in ("train", "val", "test")
+    }
+    found = [a for text in texts.values() for a in text.split("\n\n") if a]
+    assert sorted(found) == sorted(f"Madde {i}\n" + " ".join([f"Güneş {i} doğar."] * 80) for i in range(600))
+    assert train.total == len(texts["train"].encode()) > 90 * val.total > 0
+    asked = len(hub.gets)
+    assert train_scaled.open_data(k)[0].total == train.total and len(hub.gets) == asked == 3, (
+        "two files, one of them twice"
+    )
+
+
+def test_wikitext_is_downloaded_and_its_three_splits_are_the_hubs_rows(hub: Hub, tmp_path: Path) -> None:
+    rows = dict(train=["", " = Valkyria = \n", "", " The game @-@ was <unk> . \n"], validation=["", " = B = \n"])
+    rows["test"] = [" = C = \n", " c . \n"]
+    hub.repo = "Salesforce/wikitext"
+    hub.files = {f"wikitext-2-raw-v1/{part}-00000-of-00001.parquet": parquet_of(text) for part, text in rows.items()}
+    k = train_gpu.Knobs(dataset="wikitext-2", tokenizer="bytes", data_folder=str(tmp_path / "data"))
+    splits = train_gpu.open_text(k)
+    text = {part: bytes(s.shards.read(0, s.shards.total).astype(np.uint8)).decode() for part, s in splits.items()}
+    assert text["train"] == " \n = Valkyria = \n \n The game @-@ was <unk> . \n"
+    assert (text["val"], text["test"]) == (" \n = B = \n", " = C = \n c . \n")
+    assert (splits["train"].words, splits["train"].bytes) == (9 + 4, len(text["train"])), (
+        "words, and a word per line end"
+    )
+    asked = len(hub.gets)
+    assert train_gpu.open_text(k).keys() == splits.keys() and len(hub.gets) == asked == 3
 
 
 # ----------------------------------------------------------------------------
