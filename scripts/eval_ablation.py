@@ -21,7 +21,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import lib_heads as heads
 import numpy as np
@@ -236,10 +235,7 @@ def figure_of(s: Subject, found: Sequence[Result], rows: Sequence[dict], kinds: 
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    heads.add_arguments(p, several=True)
-    what = "data sets are PREFIX_test_NAME.jsonl; default data/study"
-    p.add_argument("--data", type=Path, default=Path("data/study"), metavar="PREFIX", help=what)
+    p = heads.parser(__doc__, several=True)
     p.add_argument("--sets", nargs="+", default=SETS, metavar="NAME", help=f"default {' '.join(SETS)}")
     p.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS, help="default: all")
     p.add_argument("--no-mlps", action="store_true", help="heads only")

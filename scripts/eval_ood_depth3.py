@@ -16,7 +16,6 @@ Raises   UserError: no such checkpoint, data set, layer or head
 import argparse
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import lib_heads as heads
 import numpy as np
@@ -114,10 +113,7 @@ def figure_of(s: Subject, place: Place, sets: Sequence[TestSet], rows: Sequence[
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    heads.add_arguments(p)
-    what = "data sets are PREFIX_test_NAME.jsonl; default data/study"
-    p.add_argument("--data", type=Path, default=Path("data/study"), metavar="PREFIX", help=what)
+    p = heads.parser(__doc__)
     p.add_argument("--sets", nargs="+", default=["depth3"], metavar="NAME", help="default depth3")
     p.add_argument("--layer", type=int, default=2, metavar="N", help="of the head; default 2, the original's")
     p.add_argument("--head", type=int, default=2, metavar="N", help="default 2, the original's")

@@ -21,7 +21,6 @@ import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import lib_heads as heads
 import numpy as np
@@ -108,10 +107,7 @@ def figure_of(rows: Sequence[dict], trained: dict[str, Sequence[str]]):
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    heads.add_arguments(p, several=True)
-    what = "data sets are PREFIX_test_NAME.jsonl; default data/study"
-    p.add_argument("--data", type=Path, default=Path("data/study"), metavar="PREFIX", help=what)
+    p = heads.parser(__doc__, several=True)
     p.add_argument("--sets", nargs="*", default=SETS, metavar="NAME", help=f"default {' '.join(SETS)}")
     p.add_argument("--operands", nargs="*", type=int, default=[2, 3, 4, 5, 6], metavar="N", help="default 2 to 6")
     p.add_argument("--digits", nargs="*", type=int, default=[1, 2, 3], metavar="N", help="default 1 to 3")

@@ -68,12 +68,17 @@ def need(*modules: str) -> None:
             raise UserError(f"{Path(sys.argv[0]).name} needs {name}: pip install {name}") from None
 
 
-def add_arguments(p: argparse.ArgumentParser, several: bool = False) -> None:
-    """The flags that all have. With `several`, --checkpoint takes one model per seed."""
+def parser(doc: str, several: bool = False, data: bool = True) -> argparse.ArgumentParser:
+    """The flags that the programs share. With `several`, --checkpoint takes one model per seed."""
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = "a checkpoint_best.pt, or the folder of a run" + ("; several: one per seed" if several else "")
     p.add_argument("--checkpoint", required=True, nargs="+" if several else None, metavar="PATH", help=what)
     p.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cuda falls back, with a line; default cpu")
     p.add_argument("--out", type=Path, metavar="DIR", help="default experiments/arith/<program>/<model>")
+    if data:
+        what = "data sets are PREFIX_test_NAME.jsonl; default data/study"
+        p.add_argument("--data", type=Path, default=Path("data/study"), metavar="PREFIX", help=what)
+    return p
 
 
 # ----------------------------------------------------------------------------

@@ -28,7 +28,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import lib_heads as heads
 import numpy as np
@@ -267,10 +266,7 @@ def place_figure(s: Subject, rows: Sequence[dict], title: str):
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    heads.add_arguments(p)
-    what = "pairs are PREFIX_test_pairs.jsonl; default data/study"
-    p.add_argument("--data", type=Path, default=Path("data/study"), metavar="PREFIX", help=what)
+    p = heads.parser(__doc__)
     p.add_argument("--limit", type=int, default=0, metavar="N", help="the first N pairs; default: all")
     p.add_argument("--pair", type=int, metavar="I", help="draw the map by position of this pair alone")
     p.add_argument("--allow-incompetent", action="store_true", help="patch below the gate, with all pairs")

@@ -387,10 +387,7 @@ def tell(rows: Sequence[dict], original: bool) -> None:
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    heads.add_arguments(p)
-    what = "data sets are PREFIX_test_NAME.jsonl; default data/study"
-    p.add_argument("--data", type=Path, default=Path("data/study"), metavar="PREFIX", help=what)
+    p = heads.parser(__doc__)
     p.add_argument("--sets", nargs="+", default=["paren"], metavar="NAME", help="fit, dev and test; default paren")
     deeper = ["depth3", "depth4", "depth5"]
     p.add_argument("--deeper", nargs="*", default=deeper, metavar="NAME", help=f"default {' '.join(deeper)}")

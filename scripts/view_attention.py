@@ -66,8 +66,7 @@ def figure_of(s: Subject, x_LHTT: np.ndarray, layers: Sequence[int], names: Sequ
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    heads.add_arguments(p)
+    p = heads.parser(__doc__, data=False)
     p.add_argument("--expr", required=True, metavar="TEXT", help="an expression without spaces")
     p.add_argument("--layer", type=int, metavar="N", help="this layer only; default: all")
     p.add_argument("--gold", action="store_true", help="show the right answer's tokens, not the model's")
