@@ -169,9 +169,10 @@ class Knobs:
             raise ValueError("GRAMMAR=pilot ends at 4 operands and depth 2; use GRAMMAR=redundant or trees for more")
         if self.largest > 10**17:
             raise ValueError(f"OPERAND_MAX={self.operand_max} and OPERANDS_MAX={self.operands_max}: values beyond 1e17")
-        if self.operands_weights and len(self.weights) != self.operands_max - self.operands_min + 1:
+        counts = self.operands_max - self.operands_min + 1
+        if self.operands_weights and (len(self.weights) != counts or min(self.weights) < 0):
             raise ValueError(
-                f"OPERANDS_WEIGHTS={self.operands_weights!r}: one number per operand count, commas between"
+                f"OPERANDS_WEIGHTS={self.operands_weights!r}: one number >= 0 per operand count, {counts} with commas"
             )
         if self.fp16 and self.bf16:
             raise ValueError("FP16=1 and BF16=1 exclude each other; set one of them")

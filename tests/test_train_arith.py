@@ -394,6 +394,37 @@ def test_a_yaml_key_is_honoured_or_refused_in_one_line(tmp_path, yaml, words):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("sets", "words"),
+    [
+        ("operators=+/", "OPERATORS='+/': expected some of + - *"),
+        ("operand_min=50 operand_max=9", "a range from 50 to 9 is empty"),
+        ("depth_min=2 depth_max=1", "DEPTH_MIN=2 is above DEPTH_MAX=1"),
+        ("operands_max=6", "GRAMMAR=pilot ends at 4 operands"),
+        ("grammar=trees operands_max=9 operand_max=99999", "values beyond 1e17"),
+        ("operands_weights=1,2", "OPERANDS_WEIGHTS='1,2': one number >= 0 per operand count, 3 with commas"),
+        ("operands_weights=1,2,-1", "OPERANDS_WEIGHTS='1,2,-1'"),
+        ("operands_weights=1,2,x", "OPERANDS_WEIGHTS='1,2,x'"),
+        ("fp16=1 bf16=1", "FP16=1 and BF16=1 exclude each other"),
+        ("fp16=1 optimizer=muon", "FP16=1 scales the loss for AdamW only"),
+        ("train_path=generate", "set NUM_ITERATIONS"),
+        ("train_path=generate train_examples=100 curriculum=0.5", "set NUM_ITERATIONS"),
+        ("curriculum=0.5", "CURRICULUM and CURRICULUM_EXACT sort generated examples"),
+        ("curriculum_exact=0.5", "CURRICULUM and CURRICULUM_EXACT sort generated examples"),
+        ("train_path=generate num_iterations=9 curriculum_exact=0.5", "set ANSWER_ONLY_LOSS=1"),
+        (
+            "train_path=generate num_iterations=9 answer_only_loss=1 curriculum_exact=0.5 curriculum=0.5",
+            "CURRICULUM and CURRICULUM_EXACT exclude each other",
+        ),
+        ("output_dir=runs/a run_id=b", "OUTPUT_DIR=runs/a names the run, RUN_ID=b differs"),
+    ],
+)
+def test_knobs_that_do_not_fit_together_are_refused_in_one_line(sets, words):
+    with pytest.raises(UserError, match=re.escape(words)) as error:
+        train_arith.read_all([], {}, "", sets.split())
+    assert "\n" not in str(error.value)
+
+
 def test_every_key_of_the_originals_files_reaches_its_knob():
     k = train_arith.read_all([], {}, str(ROOT / "configs/scale_10m.yaml"), [])
     assert (k.d_model, k.num_layers, k.num_heads, k.d_ff, k.batch_size, k.num_epochs) == (384, 6, 6, 1536, 8, 50)
