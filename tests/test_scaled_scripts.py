@@ -15,6 +15,7 @@ import torch
 from support import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
+import bench_scaled
 import lib_bytes as lib
 import mqar
 import position_curve
@@ -537,6 +538,8 @@ WRONG = [
     (mqar, ["--letters", "27"], "--letters 27"),
     (mqar, ["--knobs", "n_head=3"], "N_HEAD=3"),
     (mqar, ["--seeds", "a"], "--seeds a"),
+    (bench_scaled, ["--parts", "memory,nothing"], "no part 'nothing'"),
+    (bench_scaled, ["--repeats", "0"], "--repeats and --threads"),
     (position_curve, [], "no model"),
     (position_curve, ["--weights", NO, "--length", "30"], "--length 30"),
     (intelligence, [], "no model"),
@@ -564,3 +567,27 @@ def test_a_gpu_that_is_not_there_is_an_error(weights, tmp_path):
     for program in (recall, position_curve, intelligence):
         with pytest.raises(UserError, match="no CUDA GPU"):
             program.main(["--weights", weights["full"], "--device", "cuda", "--out", str(tmp_path / "x")])
+
+
+def test_the_bench_writes_both_sides_and_their_ratio_with_what_they_came_from(monkeypatch, tmp_path, capsys):
+    small = dict(d_model=16, n_layer=1, n_head=2, window=4)
+    monkeypatch.setattr(bench_scaled, "STEP", bench_scaled.STEP | small | dict(sequence_length=64))
+    monkeypatch.setattr(bench_scaled, "LENGTH", bench_scaled.LENGTH | small)
+    monkeypatch.setattr(bench_scaled, "LENGTHS", [64, 128])
+    assert bench_scaled.main(["--parts", "step,length", "--repeats", "2", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "scaled_step_cpu.json").read_text())
+    (step,) = found["rows"]
+    assert (
+        step["ratio"] == pytest.approx(step["plain_ms"] / step["ours_ms"]) and step["bytes"] == 128 and step["n"] == 2
+    )
+    assert found["torch"] == torch.__version__ and "git_commit" in found and found["threads"] == 1
+    rows = json.loads((tmp_path / "scaled_length_cpu.json").read_text())["rows"]
+    assert [row["bytes"] for row in rows] == [64, 128] and rows[0]["of_the_shortest"] == 1
+    assert all(row["us_per_byte"] > 0 and row["peak_mib"] > 100 for row in rows)
+    assert capsys.readouterr().out.count("length: bytes") == 2
+
+
+def test_the_benchs_median_ratio_is_of_the_sides_it_timed():
+    found = bench_scaled.compared(dict(ours=[1.0, 2.0, 3.0], plain=[6.0, 6.0, 6.0]))
+    assert (found["ours_ms"], found["plain_ms"], found["ratio"], found["n"]) == (2000, 6000, 3, 3)
+    assert found["low"] <= 3 <= found["high"]
