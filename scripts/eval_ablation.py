@@ -226,7 +226,7 @@ def figure_of(s: Subject, found: Sequence[Result], rows: Sequence[dict], kinds: 
             axes[i, j].set_title(f"{r.set.name}, {kind}: {base:.2f} before (n={r.set.n}){below}", fontsize=7)
     figure.colorbar(image, ax=axes, shrink=0.6).set_label(f"drop of {LABELS[metric]}", fontsize=8)
     figure.suptitle(f"{s.name}: one place ablated", fontsize=11)
-    words = "framed, bold: the 95% paired bootstrap interval excludes 0; colours end at the strongest head"
+    words = "framed, bold: the 95% paired bootstrap\ninterval excludes 0; colours end at the strongest head"
     figure.supxlabel(words, fontsize=8, color="0.3")
     return figure
 

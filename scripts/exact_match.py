@@ -37,7 +37,10 @@ SETS = "flat paren depth3 depth3_control depth4 depth4_control depth5 depth5_con
 def drawn(s: Subject, items: int, **changes: int) -> tuple[Problems, int]:
     """Held-out problems, the same for every model, and how many more were left out because the model's answers have
     too few digits for their values. Raises UserError where there are not enough."""
-    k = replace(s.k, **changes)
+    try:
+        k = replace(s.k, **dict(operands_weights="") | changes)
+    except ValueError as error:
+        raise UserError(f"{changes}: {error}") from None
     rng, none = np.random.default_rng(0), np.empty(0, np.uint64)
     try:
         digits = max(s.digits, len(str(k.largest))) if k.answer_format == "plain" else s.digits
@@ -98,7 +101,7 @@ def figure_of(rows: Sequence[dict], trained: dict[str, Sequence[str]]):
         )
         panel.set_xticks(range(len(cells)), [c.replace("_", "\n") for c in cells], fontsize=8)
         panel.set_xlabel(dict(operands="operands", digits="digits of each operand", sets="test set")[sweep], fontsize=9)
-        panel.set_ylim(0, 1.0)
+        panel.set_ylim(0, 1.03)
         panel.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("exact match", fontsize=9)
     axes[0, 0].legend(fontsize=7, frameon=False, loc="lower left")

@@ -404,7 +404,7 @@ def wilson(right: float, n: int) -> tuple[float, float]:
     """95% interval of a fraction, `right` of n."""
     z, p = 1.959964, right / n
     middle, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return float((middle - half) / (1 + z * z / n)), float((middle + half) / (1 + z * z / n))
+    return max(0.0, float((middle - half) / (1 + z * z / n))), min(1.0, float((middle + half) / (1 + z * z / n)))
 
 
 # ----------------------------------------------------------------------------
