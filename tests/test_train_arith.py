@@ -645,3 +645,21 @@ def test_the_pilot_configuration_starts_to_learn_within_seconds(tmp_path):
     loss = float(re.search(r"step:12/12 val_loss:([\d.]+)", done.stdout)[1])
     assert loss < 3.2 < math.log(35) and time.process_time() - t0 < 60
     assert (tmp_path / "runs/pilot/checkpoint_best.pt").exists() and (tmp_path / "runs/pilot.txt").exists()
+
+
+def test_the_honest_configuration_trains_on_fresh_examples_and_scores_its_three_test_sets(tmp_path):
+    sizes = ["--num-train", "0", "--num-val", "0", "--num-test", "20", "--minimal-pairs", "10", "--held-out", "--dedup"]
+    generator = importlib.import_module("test_arith_data")
+    generator.make("generate_pilot_dataset.py", tmp_path / "data", "--prefix", "study", "--operators", "+-", *sizes)
+    line = [*command(1, "train_arith.py"), "--config", str(ROOT / "configs/honest.yaml"), "--output-dir", "runs/honest"]
+    line += ["--set", "num_iterations=8", "--set", "val_examples=40", "--results_file", str(tmp_path / "results.csv")]
+    done = subprocess.run(line, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "parameters: 664,192" in done.stdout and "answer: complement_bare, up to 3 digits" in done.stdout
+    sets = json.loads((tmp_path / "runs/honest/evaluation.json").read_text())["sets"]
+    assert {Path(name).stem: found["n"] for name, found in sets.items()} == {
+        "generate": 40, "study_test_flat": 20, "study_test_paren": 20, "study_test_pairs": 20
+    }  # fmt: skip
+    assert all(found["exact_match"] < 0.2 and found["baselines"].keys() for found in sets.values())
+    losses = [float(x) for x in re.findall(r"train_loss:([\d.]+)", done.stdout)]
+    assert losses and losses[-1] < math.log(35)
