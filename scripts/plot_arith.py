@@ -116,8 +116,8 @@ def table_of(runs: Sequence[Trained]) -> list[dict]:
 
 
 def learning_figure(runs: Sequence[Trained]):
-    figure, axes = heads.new_figure(7.2, 3.8)
     labels = list(dict.fromkeys(run.label for run in runs))
+    figure, axes = heads.new_figure(7.2, 3.6 + 0.1 * len(labels))
     for run in runs:
         style = plots.style_of(labels.index(run.label))
         colour = style["color"]
@@ -130,9 +130,9 @@ def learning_figure(runs: Sequence[Trained]):
     panel.set_xlabel("training examples seen", fontsize=9)
     panel.set_ylabel("exact match", fontsize=9)
     panel.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k")
-    panel.set_ylim(0, 1.0)
+    panel.set_ylim(0, 1.02)
     panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(fontsize=7, frameon=False)
+    figure.legend(fontsize=7, frameon=False, loc="outside lower center", ncols=2)
     figure.suptitle("Exact match on the validation set; faint: training batches, running mean", fontsize=10)
     return figure
 
