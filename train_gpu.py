@@ -389,11 +389,9 @@ class Memory(nn.Module):
         y = (a @ w_rise.mT).tril() @ b + (a * middle) @ before
         y = y.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :T]
         r = turn(y, conj(self.key(parts.get("query"), position + at, at % L, read=True)))
-        aux = (
-            self.delayed_recall(parts, before, position, L)
-            if self.training and k.use_auxiliary_loss
-            else M.new_zeros(())
-        )
+        aux = M.new_zeros(())
+        if self.training and k.use_auxiliary_loss:
+            aux = self.delayed_recall(parts, before, position, L)
         return r, turn(M, self.key_shift(T - N * L)) if N * L > T else M, aux
 
     def own(self, parts: dict[str, Tensor], position: Tensor) -> Tensor:
@@ -806,9 +804,9 @@ def fetch_wikitext(name: str, data: Path, download: bool) -> dict[str, list[str]
         for file in plumbing.hub_list(repo, f"{name}-raw-v1/"):
             plumbing.hub_fetch(repo, file, aside / Path(file).name)
 
-    if found := named_splits(plumbing.build_once(folder, fetch)):
-        return found
-    raise UserError(f"{folder}: no files of train, valid and test among {sorted(os.listdir(folder))}; delete it")
+    if not (found := named_splits(plumbing.build_once(folder, fetch))):
+        raise UserError(f"{folder}: no files of train, valid and test among {sorted(os.listdir(folder))}; delete it")
+    return found
 
 
 def by_paragraph(texts: list[str]) -> dict[str, str]:
@@ -1164,9 +1162,8 @@ class Run:
     def facts(self) -> dict[str, object]:
         k, w, text = self.k, self.w, self.splits["train"]
         split = f"{w.size} rank(s) x {len(self.states)} micro-batch(es) x {self.micro} x {k.max_seq_length}"
-        facts = dict(
-            run_id=self.log.id, mixer=f"{k.label}, FFN width {k.ffn_width(0)}", parameters=f"{self.n_params:,}"
-        )
+        facts = dict(run_id=self.log.id, mixer=f"{k.label}, FFN width {k.ffn_width(0)}")
+        facts |= dict(parameters=f"{self.n_params:,}")
         facts |= dict(tokens_per_step=f"{self.tokens:,} = {split}")
         facts |= dict(state=f"{state_bytes(self.model.empty_state(1)):,} bytes per sequence, before any token")
         epochs = f"{self.total / self.batches.epoch_steps:.2f} epochs of {self.batches.epoch_steps} steps"
@@ -1236,9 +1233,8 @@ class Run:
         norm = math.sqrt(np.square(beat.values[0, 3:].astype(np.float64)).sum())
         speed = self.tokens / self.clock.step_s
         line = f"step:{beat.step}/{self.total} train_loss:{loss:.4f}"
-        line += (
-            f" aux_loss:{aux:.4f}" * k.use_auxiliary_loss + f" {self.clock.times(beat.step)} tokens_per_s:{speed:.0f}"
-        )
+        line += f" aux_loss:{aux:.4f}" * k.use_auxiliary_loss
+        line += f" {self.clock.times(beat.step)} tokens_per_s:{speed:.0f}"
         if self.w.main and log.peak:
             line += f" mfu:{speed * log.flops / log.peak / self.w.size:.3f}"
         line += f" memory:{self.w.peak_memory_mib()}MiB" + " skipped: fp16 overflow" * bool(skipped)
