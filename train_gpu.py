@@ -10,7 +10,7 @@ A layer writes items v_t, bound to keys k_t of unit modulus, into S slots, and r
 query key: M_t = decay_t * M_{t-1} + w_t (k_t v_t), r_t = conj(q_t) (a_t M_t), the output is W_o(norm(r_t) silu(g_t)).
 The state M is all that it keeps of the past: S * D numbers per layer, however long the text.
 
-Expect   PRESET=demo: val_loss falls from 5.5 to about 2 nats per byte; docs/hamt.md has the measured results
+Expect   PRESET=demo: val_loss falls from 5.5 to 1.64 nats per byte (n=1, 45 s on two cores); docs/hamt.md has more
 Shapes   B sequences, T tokens, C model width, D memory width (reals: D/2 complex bins, re|im), H heads, E = D / H,
          K = E / 2 bins of a head, S slots of a head, L tokens of a chunk, N chunks (in the loss: rows), V vocabulary
 Units    losses in nats per token unless the name says otherwise; batch_size in sequences over all ranks; phases in
