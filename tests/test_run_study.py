@@ -24,6 +24,7 @@ from plumbing import UserError
 PRETENDER = """
 import json, os, signal, sys, time
 from pathlib import Path
+from filelock import FileLock
 
 if __name__ != "__main__":
     from dataclasses import dataclass
@@ -89,9 +90,10 @@ else:
         print("pretender.py: error: LR=1: no such thing", file=sys.stderr)
         sys.exit(2)
     path = Path(e["RESULTS_FILE"])
-    text = "" if path.exists() else "run_id,seed,stage,final_val_loss,status,steps_done\\n"
-    with open(path, "a") as f:
-        f.write(f"{text}{run},{e['SEED']},{e['STAGE']},2.5,finished,10\\n")
+    with FileLock(f"{path}.lock"):
+        text = "" if path.exists() else "run_id,seed,stage,final_val_loss,status,steps_done\\n"
+        with open(path, "a") as f:
+            f.write(f"{text}{run},{e['SEED']},{e['STAGE']},2.5,finished,10\\n")
     status("finished", 10)
 """
 
