@@ -8,7 +8,8 @@ Parts    memory  the memory operator, forward and backward, and the original's c
          window  window attention, forward and backward, and the dense mask
          step    a whole training step at 1,024 bytes and width 256, PRESET=phase8's mathematics: ours, and the plain
                  model with its cumulative sums and dense masks; the same AdamW on both sides
-         length  the model forward and backward, per byte, on rows of 1 KB to 64 KB, and the peak memory of each
+         length  the model forward and backward, per byte, on rows of 1 KB to 64 KB; peak memory, on a CPU that of the
+                 process up to then, earlier parts included
 Units    process CPU time on a CPU, synchronised seconds on a GPU; both sides by turns in one process; medians, and the
          ratio of medians with the quartiles of the ratios turn by turn; memory in MiB: resident, or allocated on a GPU
 Writes   with --out: scaled_PART_DEVICE.json with command, commit, hardware and torch version
@@ -155,7 +156,7 @@ def length_at(T: int, a: argparse.Namespace, w: World) -> dict:
 
 
 def part_length(a: argparse.Namespace, w: World) -> list[dict]:
-    """A row at a time, the shortest first, so that each peak is its own."""
+    """A row at a time, the shortest first."""
     rows = [length_at(T, a, w) for T in LENGTHS]
     return [row | dict(of_the_shortest=row["us_per_byte"] / rows[0]["us_per_byte"]) for row in rows]
 

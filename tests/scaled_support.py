@@ -39,7 +39,7 @@ def cumsum_memory(q: Tensor, k: Tensor, v: Tensor, a: Tensor) -> Tensor:
 def dense_window(q: Tensor, k: Tensor, v: Tensor, w: int | None) -> Tensor:
     """Softmax attention over all pairs, those outside the window masked. k, v begin with the patches before q's."""
     N, P = q.size(2), k.size(2) - q.size(2)
-    far = torch.arange(N)[:, None] + P - torch.arange(P + N)
+    far = torch.arange(N, device=q.device)[:, None] + P - torch.arange(P + N, device=q.device)
     scores = (q @ k.mT) * q.size(-1) ** -0.5
     return scores.masked_fill(~((far >= 0) & (far < (w or P + N))), -1e4).softmax(-1) @ v
 
@@ -93,8 +93,8 @@ class PlainPhase8(nn.Module):
         """Logits (B, T, 256) of the targets y."""
         z = self.conv(self.embed(x).transpose(1, 2)).transpose(1, 2)
         B, N, D = z.shape
-        rate = 1.0 / 10000 ** (torch.arange(0, D, 2).float() / D)
-        angle = torch.outer(torch.arange(N).float(), rate)
+        rate = 1.0 / 10000 ** (torch.arange(0, D, 2, device=x.device).float() / D)
+        angle = torch.outer(torch.arange(N, device=x.device).float(), rate)
         cos, sin = torch.cat([angle, angle], 1).cos(), torch.cat([angle, angle], 1).sin()
         turned = torch.cat([-z[..., D // 2 :], z[..., : D // 2]], -1)
         z = self.ln_in(z * cos + turned * sin)

@@ -552,3 +552,24 @@ def test_same_tensors_sees_one_flipped_bit():
     a = dict(w=torch.zeros(3))
     b = dict(w=torch.tensor([0.0, 0.0, 1e-45]))
     assert same_tensors(a, a) and not same_tensors(a, b)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_memory_that_a_cpu_step_frees_is_kept_for_the_next():
+    code = (
+        "import resource, sys; sys.path.insert(0, sys.argv[1])\n"
+        "import torch, plumbing\n"
+        "def faults():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    torch.ones(2**25)\n"  # 128 MiB, 32,768 pages
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "first = faults(), faults()\n"
+        "with plumbing.world('cpu'):\n"
+        "    print(*first, *[faults() for _ in range(40)])\n"
+    )
+    line = [sys.executable, "-c", code, str(ROOT)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=100, check=True)
+    usual, again, *inside = map(int, done.stdout.split())
+    if min(usual, again) < 10_000:
+        pytest.skip("this system does not give freed memory back in the first place")
+    assert max(inside[-10:]) < 1000, "the heap settles within some calls; then nothing is cleared again"

@@ -40,6 +40,24 @@ def test_the_mini_hamt_study_runs_and_compares_each_mixer_with_attention(tmp_pat
     assert all("mixer=attention" in baseline for key, baseline in lines.items() if key[0] == "hamt")
 
 
+GENERATED = dict(train_path="generate", val_path="generate", test_path="", num_iterations=1)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "bad", "fine"),
+    [
+        ("train_arith.py", dict(val_path="nowhere.jsonl"), GENERATED),
+        ("train_gpu.py", dict(dataset="./nowhere"), dict(dataset="wikitext-2")),
+        ("train_scaled.py", dict(data="nowhere.txt"), dict(data="wikipedia:xx")),
+    ],
+)
+def test_a_study_hears_of_missing_data_and_not_of_data_that_a_run_would_fetch(trainer, bad, fine, tmp_path):
+    t = run_study.load_trainer(trainer)
+    place = dict(data_folder=str(tmp_path)) if trainer == "train_gpu.py" else {}
+    assert "nowhere" in run_study.plan_of(t.module.Knobs(**bad, **place), t)[2]
+    assert run_study.plan_of(t.module.Knobs(**fine, **place), t)[2] == ""
+
+
 COLAB = [
     line.strip() for line in (ROOT / "docs/colab.md").read_text().splitlines() if line.startswith("    python train")
 ]
