@@ -46,7 +46,7 @@ GENERATED = dict(train_path="generate", val_path="generate", test_path="", num_i
 @pytest.mark.parametrize(
     ("trainer", "bad", "fine"),
     [
-        ("train_arith.py", dict(val_path="nowhere.jsonl"), GENERATED),
+        ("train_arith.py", GENERATED | dict(val_path="nowhere.jsonl"), GENERATED),
         ("train_gpu.py", dict(dataset="./nowhere"), dict(dataset="wikitext-2")),
         ("train_scaled.py", dict(data="nowhere.txt"), dict(data="wikipedia:xx")),
     ],
