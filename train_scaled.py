@@ -48,7 +48,7 @@ CHUNK, GROUP = 64, 16  # patches of a memory chunk; chunks whose states are made
 HALF_LIVES = 32.0, 65536.0  # patches; of the first and the last head with MEM_INIT=log, the others between them
 STAGES = (0.0, 0.10), (0.15, 0.50), (0.40, 0.99)  # CURRICULUM: share of the steps at which a plasticity begins
 
-SEED_BLOCK = dict(rope="input", norm="layernorm", fusion="sum", dropout=0.1)
+SEED_BLOCK = dict(rope="input", norm="layernorm", fusion="sum", dropout=0.1, decoder_reads=0)
 SEED_BLOCK |= dict(
     mem_conv=False, mem_align=False, mem_feature="elu", mem_norm="denominator", mem_gate=False, mem_decay="static"
 )
@@ -74,7 +74,7 @@ MODEL = (
     "d_model n_layer n_head window rope norm fusion memory mem_conv mem_align mem_feature mem_norm mem_gate mem_decay "
     "mem_range "
 )
-MODEL += "mem_init mem_delay delta_rule thinking_steps"  # what a model's weights are for
+MODEL += "mem_init mem_delay delta_rule thinking_steps decoder_reads"  # what a model's weights are for
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,7 @@ class Knobs:
     mem_delay: bool = knob(False, "memory is written only when a patch has left the window")
     delta_rule: bool = knob(False, "a write replaces what its key held, by a learned share")
     thinking_steps: int = knob(3, "passes of the weight-tied MLP behind the blocks; 0: none", low=0)
+    decoder_reads: int = knob(4, "last bytes of a patch that its decoder reads; 0: none", low=0, high=PATCH)
     dropout: float = knob(0.0, "of input, memory and MLP", low=0, high=0.9)
     # batch
     batch_size: int = knob(2, "rows per step, over all ranks", low=1)
@@ -478,12 +479,13 @@ class Thinking(nn.Module):
 
 
 class ByteDecoder(nn.Module):
-    """The bytes of the next patch, one after another: a GRU of width 256 that starts at zero in each patch and reads
-    the byte before (byte 0 stands for none) beside the patch's latent."""
+    """The bytes of the next patch, one after another: a GRU of width 256 that reads the byte before beside the patch's
+    latent. It starts at zero in each patch, and reads the patch's own last bytes first (R of them; with none a byte 0,
+    which stands for none): its weights then learn short histories from every byte, wherever patches begin."""
 
     def __init__(self, k: Knobs):
         super().__init__()
-        self.latent, self.embed = nn.Linear(k.d_model, BYTES), nn.Embedding(BYTES, BYTES)
+        self.reads, self.latent, self.embed = k.decoder_reads, nn.Linear(k.d_model, BYTES), nn.Embedding(BYTES, BYTES)
         self.gru, self.out = nn.GRU(2 * BYTES, BYTES, batch_first=True), nn.Linear(BYTES, BYTES)
 
     def inputs(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -499,14 +501,20 @@ class ByteDecoder(nn.Module):
         z = torch.sigmoid(z + hz)
         return (1 - z) * torch.tanh(n + torch.sigmoid(r + hr) * hn) + z * h
 
-    def forward(self, z_BND: Tensor, y_BT: Tensor) -> Tensor:
-        """Logits (B, T, 256), fp32, of the bytes y that follow each patch, given those before them in their patch."""
+    def begin(self, x: Tensor, of_byte: Tensor, of_latent: Tensor) -> Tensor:
+        """The hidden state (.., 256) that predicts a patch's first byte, from the bytes (.., 4) of the patch before."""
+        h = torch.zeros_like(of_latent[..., :BYTES])
+        for byte in (x[..., PATCH - self.reads :] if self.reads else torch.zeros_like(x[..., :1])).unbind(-1):
+            h = self.step(h, of_latent + F.embedding(byte, of_byte))
+        return h
+
+    def forward(self, z_BND: Tensor, x_BT: Tensor, y_BT: Tensor) -> Tensor:
+        """Logits (B, T, 256), fp32, of the bytes y that follow each patch, given the patch's latent and bytes x, and
+        those before them in their own patch."""
         of_byte, of_latent = self.inputs(z_BND)
-        y_BNP = y_BT.unflatten(1, (-1, PATCH))
-        h, states = torch.zeros_like(of_latent[..., :BYTES]), []
-        for given in F.embedding(F.pad(y_BNP[..., :-1], (1, 0)), of_byte).unbind(2):
-            h = self.step(h, of_latent + given)
-            states.append(h)
+        states = [self.begin(x_BT.unflatten(1, (-1, PATCH)), of_byte, of_latent)]
+        for given in F.embedding(y_BT.unflatten(1, (-1, PATCH))[..., :-1], of_byte).unbind(2):
+            states.append(self.step(states[-1], of_latent + given))
         return self.out(torch.stack(states, 2)).float().flatten(1, 2)
 
 
@@ -565,7 +573,7 @@ class ByteLM(nn.Module):
     def logits(self, x_BT: Tensor, y_BT: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Logits (B, T, 256), fp32, of the targets y, each given all bytes before it; and the state behind x."""
         z_BND, state = self.trunk(x_BT, self.state(len(x_BT)) if state is None else state)
-        return self.decoder(z_BND, y_BT), state
+        return self.decoder(z_BND, x_BT, y_BT), state
 
     def nll(self, x_BT: Tensor, y_BT: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """-log p of each target byte, (B, T), in nats; 0 where y is -1."""
@@ -595,11 +603,9 @@ class Stream:
         while x_BT.size(1) >= PATCH:
             n = min(x_BT.size(1), self.prefill) // PATCH * PATCH
             z_BND, self.state = self.model.trunk(x_BT[:, :n], self.state)
+            self.of_byte, self.of_latent = self.model.decoder.inputs(z_BND[:, -1])
+            self.h = self.model.decoder.begin(x_BT[:, n - PATCH : n], self.of_byte, self.of_latent)
             x_BT, done = x_BT[:, n:], 0
-            self.of_byte, of_latent = self.model.decoder.inputs(z_BND[:, -1])
-            self.of_latent = of_latent
-            start = F.embedding(torch.zeros_like(self.state["position"]), self.of_byte)
-            self.h = self.model.decoder.step(torch.zeros_like(of_latent[:, :BYTES]), of_latent + start)
         self.held = x_BT
         if self.h is not None:
             for byte_B in x_BT[:, done:].unbind(1):
@@ -959,10 +965,10 @@ def flops_per_byte(model: ByteLM, k: Knobs) -> float:
     """Model FLOPs of forward and backward, for MFU: 6 per weight of a matrix product each time it is used, attention
     counted causal within its window, and the memory's chunkwise products."""
     uses = dict(embed=0, thinking=k.thinking_steps)
-    used = 0
+    used, per_byte = 0, {"decoder.gru.weight_hh_l0": PATCH - 1 + max(k.decoder_reads, 1), "decoder.out.weight": PATCH}
     for name, p in model.named_parameters():
-        per_byte = name.startswith(("decoder.gru.weight_hh", "decoder.out")) and PATCH
-        used += p.numel() * (0 if "embed" in name else per_byte or uses.get(name.split(".")[0], 1)) * (p.dim() > 1)
+        often = per_byte.get(name, uses.get(name.split(".")[0], 1))
+        used += p.numel() * (0 if "embed" in name else often) * (p.dim() > 1)
     N = k.sequence_length // PATCH
     keys = min(k.window or N, N / 2) if not k.carry_state else k.window
     memory = (2 * CHUNK + 4 * k.d_model // k.n_head) * k.d_model if k.memory != "off" else 0
@@ -999,11 +1005,14 @@ def read_weights(path: str | Path) -> dict:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
         found["model"], found["knobs"]["d_model"]
-        return found
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; a run's weights are logs/RUN_ID/best_model_scaled.pth") from None
     except Exception as error:  # torch.load has many ways to fail
         raise UserError(f"{path}: not weights of train_scaled.py ({type(error).__name__})") from None
+    if missing := [name.upper() for name in MODEL.split() if name not in found["knobs"]]:
+        names = ", ".join(missing)
+        raise UserError(f"{path}: weights of another version of train_scaled.py, without {names}; train new ones")
+    return found
 
 
 def load_model(path: str | Path, device: str = "cpu", **changes: object) -> ByteLM:

@@ -112,22 +112,27 @@ def n_params(model: ByteLM) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def answer_nll(model: ByteLM, x_BT: Tensor, at_BA: Tensor, y_BAP: Tensor) -> Tensor:
-    """-log p (B, A, 4), nats, of the bytes y of the patches `at`, each given all bytes before it; 0 where y is -1. The
-    same numbers as model.nll's at these places, without decoding all others."""
+def answer_logits(model: ByteLM, x_BT: Tensor, at_BA: Tensor, y_BAP: Tensor) -> Tensor:
+    """Logits (B, A, 4, 256) of the bytes y of the patches `at`, each given all bytes before it. The same numbers as
+    model.logits' at these places, without decoding all others."""
     z_BND, _ = model.trunk(x_BT, model.state(len(x_BT)))
-    z_BAD = z_BND.gather(1, (at_BA - 1)[..., None].expand(-1, -1, z_BND.size(-1)))
-    logits = model.decoder(z_BAD, y_BAP.clamp(min=0).flatten(1)).unflatten(1, y_BAP.shape[1:])
+    z_BAD, x_BAP = (
+        t_BNC.gather(1, (at_BA - 1)[..., None].expand(-1, -1, t_BNC.size(-1)))
+        for t_BNC in (z_BND, x_BT.unflatten(1, (-1, PATCH)))
+    )
+    return model.decoder(z_BAD, x_BAP.flatten(1), y_BAP.clamp(min=0).flatten(1)).unflatten(1, y_BAP.shape[1:])
+
+
+def answer_nll(model: ByteLM, x_BT: Tensor, at_BA: Tensor, y_BAP: Tensor) -> Tensor:
+    """-log p (B, A, 4), nats, of the bytes y of the patches `at`; 0 where y is -1."""
+    logits = answer_logits(model, x_BT, at_BA, y_BAP)
     return F.cross_entropy(logits.permute(0, 3, 1, 2), y_BAP, ignore_index=-1, reduction="none")
 
 
 def answer_hits(model: ByteLM, x_BT: Tensor, at_BA: Tensor, y_BAP: Tensor) -> Tensor:
     """Whether the likeliest byte is the right one, (B, A, 4); True where y is -1. All of an answer's bytes hit exactly
     when greedy decoding writes that answer."""
-    z_BND, _ = model.trunk(x_BT, model.state(len(x_BT)))
-    z_BAD = z_BND.gather(1, (at_BA - 1)[..., None].expand(-1, -1, z_BND.size(-1)))
-    logits = model.decoder(z_BAD, y_BAP.clamp(min=0).flatten(1)).unflatten(1, y_BAP.shape[1:])
-    return (logits.argmax(-1) == y_BAP) | (y_BAP < 0)
+    return (answer_logits(model, x_BT, at_BA, y_BAP).argmax(-1) == y_BAP) | (y_BAP < 0)
 
 
 Batch = tuple[Tensor, Tensor, Tensor]  # x_BT, at_BA, y_BAP

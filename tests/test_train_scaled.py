@@ -33,7 +33,8 @@ CPU = torch.device("cpu")
 SMALL = dict(device="cpu", compile=0, d_model=32, n_layer=2, n_head=2, window=4, thinking_steps=1, batch_size=4)
 SMALL |= dict(device_batch_size=2, sequence_length=64, num_iterations=12, warmup_iters=2, val_every=4, val_bytes=1000)
 SMALL |= dict(save_every=4, lr=0.01, log_every=2)
-SEED_FORM = {n: v for n, v in train_scaled.SEED_BLOCK.items() if n.startswith(("mem", "rope", "norm", "fus", "delta"))}
+PARTS = "mem", "rope", "norm", "fus", "delta", "decoder"
+SEED_FORM = {n: v for n, v in train_scaled.SEED_BLOCK.items() if n.startswith(PARTS)}
 VARIANTS = {
     "scaled": {},
     "delta": dict(delta_rule=True),
@@ -286,13 +287,15 @@ def test_a_streams_memory_does_not_grow_with_the_text():
     assert sizes[0] == sizes[1] == sizes[2] > 0
 
 
-def test_the_byte_decoder_is_torchs_gru():
-    decoder = fresh().decoder
-    z, y = torch.randn(2, 3, 32), text(2, 12)
-    before = F.pad(y.view(6, 4)[:, :3], (1, 0))
-    latent = decoder.latent(z).view(6, 1, 256).expand(-1, 4, -1)
+@pytest.mark.parametrize("reads", [0, 1, 3, 4])
+def test_the_byte_decoder_is_torchs_gru_over_the_last_bytes_of_a_patch_and_the_next(reads):
+    decoder = fresh(decoder_reads=reads).decoder
+    z, x, y = torch.randn(2, 3, 32), text(2, 12), text(2, 12, seed=1)
+    seen = x.view(6, 4)[:, 4 - reads :] if reads else torch.zeros(6, 1, dtype=torch.long)
+    before = torch.cat([seen, y.view(6, 4)[:, :3]], 1)
+    latent = decoder.latent(z).view(6, 1, 256).expand(-1, before.size(1), -1)
     hidden, _ = decoder.gru(torch.cat([decoder.embed(before), latent], -1))
-    assert torch.allclose(decoder(z, y), decoder.out(hidden).view(2, 12, 256), atol=1e-5)
+    assert torch.allclose(decoder(z, x, y), decoder.out(hidden[:, -4:]).view(2, 12, 256), atol=1e-5)
 
 
 def test_a_zeroed_memory_has_the_same_weights_and_leaves_the_window_alone():
@@ -533,6 +536,11 @@ def test_weights_of_another_model_are_refused_and_those_of_this_one_are_taken(mo
     path = tmp_path / "logs/a/best_model_scaled.pth"
     with pytest.raises(UserError, match=r"weights of another model \(PRESET=scaled: MEM_CONV=1, not MEM_CONV=0\)"):
         run_here(monkeypatch, tmp_path, run_id="b", init_from=path, mem_conv=0)
+    found = torch.load(path)
+    del found["knobs"]["decoder_reads"]
+    torch.save(found, tmp_path / "old.pth")
+    with pytest.raises(UserError, match=r"weights of another version .*, without DECODER_READS"):
+        train_scaled.load_model(tmp_path / "old.pth")
     run_here(monkeypatch, tmp_path, run_id="c", init_from=path, num_iterations=0, warmup_iters=0)
     assert losses(tmp_path, "c")[-1][1] == losses(tmp_path, "a")[-1][1]
     with pytest.raises(UserError, match="run d was started with MEM_CONV=1, not"):
