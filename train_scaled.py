@@ -44,11 +44,13 @@ from plumbing import HERE, Clock, Prefetch, Pulse, RunLog, TokenShards, UserErro
 # Knobs
 
 PATCH, BYTES = 4, 256  # bytes of a patch; values of a byte
+GRAMS, GRAM_WIDTH = (3, 4, 5, 6), 64  # bytes of the n-grams that NGRAM_ROWS makes tables for; width of their rows
+PAST = 2 * PATCH  # bytes that the decoder may look at, from the predicted one back
 CHUNK, GROUP = 64, 16  # patches of a memory chunk; chunks whose states are made in one product
 HALF_LIVES = 32.0, 65536.0  # patches; of the first and the last head with MEM_INIT=log, the others between them
 STAGES = (0.0, 0.10), (0.15, 0.50), (0.40, 0.99)  # CURRICULUM: share of the steps at which a plasticity begins
 
-SEED_BLOCK = dict(rope="input", norm="layernorm", fusion="sum", dropout=0.1, decoder_reads=0)
+SEED_BLOCK = dict(rope="input", norm="layernorm", fusion="sum", dropout=0.1, decoder_reads=0, ngram_rows=0)
 SEED_BLOCK |= dict(
     mem_conv=False, mem_align=False, mem_feature="elu", mem_norm="denominator", mem_gate=False, mem_decay="static"
 )
@@ -74,7 +76,7 @@ MODEL = (
     "d_model n_layer n_head window rope norm fusion memory mem_conv mem_align mem_feature mem_norm mem_gate mem_decay "
     "mem_range "
 )
-MODEL += "mem_init mem_delay delta_rule thinking_steps decoder_reads"  # what a model's weights are for
+MODEL += "mem_init mem_delay delta_rule thinking_steps decoder_reads ngram_rows"  # what a model's weights are for
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,8 @@ class Knobs:
     mem_delay: bool = knob(False, "memory is written only when a patch has left the window")
     delta_rule: bool = knob(False, "a write replaces what its key held, by a learned share")
     thinking_steps: int = knob(3, "passes of the weight-tied MLP behind the blocks; 0: none", low=0)
-    decoder_reads: int = knob(4, "last bytes of a patch that its decoder reads; 0: none", low=0, high=PATCH)
+    decoder_reads: int = knob(4, "bytes before a patch that its decoder reads first; 0: none", low=0, high=PAST)
+    ngram_rows: int = knob(12288, "rows of each of the decoder's tables, of 3- to 6-grams; 0: no tables", low=0)
     dropout: float = knob(0.0, "of input, memory and MLP", low=0, high=0.9)
     # batch
     batch_size: int = knob(2, "rows per step, over all ranks", low=1)
@@ -478,15 +481,41 @@ class Thinking(nn.Module):
         return z_BND
 
 
+class NGrams(nn.Module):
+    """A learned vector for the last 3, 4, 5 and 6 bytes: the row that their hash names, in a table for each length.
+    What short histories say is looked up, where a GRU would learn it slowly. Hashed n-grams: Pagnoni et al., Byte
+    Latent Transformer, arXiv 2412.09871. Rows begin at zero, so that an unseen one says nothing."""
+
+    PRIME = 2**31 - 1  # products of a hash stay below 2^42
+
+    def __init__(self, rows: int):
+        super().__init__()
+        self.rows, self.table = rows, nn.Parameter(torch.empty(len(GRAMS) * rows, GRAM_WIDTH))
+        self.out = nn.Linear(len(GRAMS) * GRAM_WIDTH, BYTES, bias=False)
+        powers = [pow(1_000_003, PAST - i, self.PRIME) for i in range(PAST)]
+        self.register_buffer("powers", torch.tensor(powers), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.table)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(.., 256) of bytes (.., 8)."""
+        weighted = (x + 1) * self.powers
+        rows = [weighted[..., PAST - n :].sum(-1) % self.PRIME % self.rows + i * self.rows for i, n in enumerate(GRAMS)]
+        return self.out(F.embedding(torch.stack(rows, -1), self.table).flatten(-2))
+
+
 class ByteDecoder(nn.Module):
     """The bytes of the next patch, one after another: a GRU of width 256 that reads the byte before beside the patch's
-    latent. It starts at zero in each patch, and reads the patch's own last bytes first (R of them; with none a byte 0,
-    which stands for none): its weights then learn short histories from every byte, wherever patches begin."""
+    latent. It starts at zero in each patch, and reads the last R bytes before it first (with none a byte 0, which
+    stands for none): its weights then learn short histories from every byte, wherever patches begin."""
 
     def __init__(self, k: Knobs):
         super().__init__()
         self.reads, self.latent, self.embed = k.decoder_reads, nn.Linear(k.d_model, BYTES), nn.Embedding(BYTES, BYTES)
         self.gru, self.out = nn.GRU(2 * BYTES, BYTES, batch_first=True), nn.Linear(BYTES, BYTES)
+        self.grams = NGrams(k.ngram_rows) if k.ngram_rows else None
 
     def inputs(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """nn.GRU's input product in two parts: of each byte value, (256, 3 * 256), and of the latents, (.., 3 * 256),
@@ -502,20 +531,24 @@ class ByteDecoder(nn.Module):
         return (1 - z) * torch.tanh(n + torch.sigmoid(r + hr) * hn) + z * h
 
     def begin(self, x: Tensor, of_byte: Tensor, of_latent: Tensor) -> Tensor:
-        """The hidden state (.., 256) that predicts a patch's first byte, from the bytes (.., 4) of the patch before."""
+        """The hidden state (.., 256) that predicts a patch's first byte, from the 8 bytes before it, (.., 8)."""
         h = torch.zeros_like(of_latent[..., :BYTES])
-        for byte in (x[..., PATCH - self.reads :] if self.reads else torch.zeros_like(x[..., :1])).unbind(-1):
+        for byte in (x[..., PAST - self.reads :] if self.reads else torch.zeros_like(x[..., :1])).unbind(-1):
             h = self.step(h, of_latent + F.embedding(byte, of_byte))
         return h
 
-    def forward(self, z_BND: Tensor, x_BT: Tensor, y_BT: Tensor) -> Tensor:
-        """Logits (B, T, 256), fp32, of the bytes y that follow each patch, given the patch's latent and bytes x, and
-        those before them in their own patch."""
+    def logits(self, h: Tensor, x: Tensor) -> Tensor:
+        """(.., 256), fp32, of the next byte, from the hidden state and the 8 bytes before it."""
+        return self.out(h if self.grams is None else h + self.grams(x)).float()
+
+    def forward(self, z_BND: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """Logits (B, N, 4, 256) of the bytes y (B, N, 4) of patches, given the latent before each, the 8 bytes x
+        (B, N, 8) before it, and the bytes before them in their own patch."""
         of_byte, of_latent = self.inputs(z_BND)
-        states = [self.begin(x_BT.unflatten(1, (-1, PATCH)), of_byte, of_latent)]
-        for given in F.embedding(y_BT.unflatten(1, (-1, PATCH))[..., :-1], of_byte).unbind(2):
+        states = [self.begin(x, of_byte, of_latent)]
+        for given in F.embedding(y[..., :-1], of_byte).unbind(2):
             states.append(self.step(states[-1], of_latent + given))
-        return self.out(torch.stack(states, 2)).float().flatten(1, 2)
+        return self.logits(torch.stack(states, 2), torch.cat([x, y[..., :-1]], -1).unfold(-1, PAST, 1))
 
 
 class ByteLM(nn.Module):
@@ -551,7 +584,8 @@ class ByteLM(nn.Module):
         k, device = self.k, self.plasticity.device
         keys = torch.zeros(B, k.n_head, 0, k.d_model // k.n_head, device=device)
         layers = [dict(k=keys, v=keys) | (b.memory.state(B) if b.memory else {}) for b in self.blocks]
-        return dict(position=torch.zeros(B, dtype=torch.long, device=device), layers=layers)
+        whole = dict(dtype=torch.long, device=device)
+        return dict(position=torch.zeros(B, **whole), bytes=torch.zeros(B, PATCH, **whole), layers=layers)
 
     def trunk(self, x_BT: Tensor, state: State) -> tuple[Tensor, State]:
         """Latents (B, N, D) of the patches of x, which continue `state`, and the state behind them."""
@@ -568,12 +602,15 @@ class ByteLM(nn.Module):
             z, new = run(z, old, tables, self.masks.get((N, P)), self.plasticity)
             layers.append(new)
         z = self.norm_out(z)
-        return (z if self.thinking is None else self.thinking(z)), dict(position=first + N, layers=layers)
+        state = dict(position=first + N, bytes=x_BT[:, -PATCH:], layers=layers)
+        return (z if self.thinking is None else self.thinking(z)), state
 
     def logits(self, x_BT: Tensor, y_BT: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Logits (B, T, 256), fp32, of the targets y, each given all bytes before it; and the state behind x."""
-        z_BND, state = self.trunk(x_BT, self.state(len(x_BT)) if state is None else state)
-        return self.decoder(z_BND, x_BT, y_BT), state
+        old = self.state(len(x_BT)) if state is None else state
+        z_BND, state = self.trunk(x_BT, old)
+        x = torch.cat([old["bytes"], x_BT], 1).unfold(1, PAST, PATCH)
+        return self.decoder(z_BND, x, y_BT.unflatten(1, (-1, PATCH))).flatten(1, 2), state
 
     def nll(self, x_BT: Tensor, y_BT: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """-log p of each target byte, (B, T), in nats; 0 where y is -1."""
@@ -593,20 +630,22 @@ class Stream:
     def __init__(self, model: ByteLM, B: int = 1, prefill: int = 4096):
         self.model, self.state, self.prefill = model, model.state(B), prefill  # prefill: bytes a forward takes
         self.held = torch.zeros(B, 0, dtype=torch.long, device=model.plasticity.device)  # of the unfinished patch
+        self.past = torch.zeros(B, PAST, dtype=torch.long, device=model.plasticity.device)  # the last bytes of all
         self.of_byte = self.of_latent = self.h = None
 
     @torch.no_grad()
     def feed(self, x_BT: Tensor) -> None:
         """Bytes (B, T), any T."""
-        x_BT = torch.cat([self.held, x_BT.to(self.held)], 1)
-        done = self.held.size(1)
+        x_BT, done = torch.cat([self.held, x_BT.to(self.held)], 1), self.held.size(1)
+        seen = torch.cat([self.past, x_BT[:, done:]], 1)  # what is held is the end of the past
         while x_BT.size(1) >= PATCH:
             n = min(x_BT.size(1), self.prefill) // PATCH * PATCH
             z_BND, self.state = self.model.trunk(x_BT[:, :n], self.state)
-            self.of_byte, self.of_latent = self.model.decoder.inputs(z_BND[:, -1])
-            self.h = self.model.decoder.begin(x_BT[:, n - PATCH : n], self.of_byte, self.of_latent)
             x_BT, done = x_BT[:, n:], 0
-        self.held = x_BT
+            self.of_byte, self.of_latent = self.model.decoder.inputs(z_BND[:, -1])
+            before = seen[:, : seen.size(1) - x_BT.size(1)][:, -PAST:]
+            self.h = self.model.decoder.begin(before, self.of_byte, self.of_latent)
+        self.held, self.past = x_BT, seen[:, -PAST:]
         if self.h is not None:
             for byte_B in x_BT[:, done:].unbind(1):
                 self.h = self.model.decoder.step(self.h, self.of_latent + F.embedding(byte_B, self.of_byte))
@@ -616,11 +655,17 @@ class Stream:
         """(B, 256), fp32, of the next byte. All equal before the first patch is whole: no window scores its own."""
         if self.h is None:
             return torch.zeros(len(self.held), BYTES, device=self.held.device)
-        return self.model.decoder.out(self.h).float()
+        return self.model.decoder.logits(self.h, self.past)
 
     def state_bytes(self) -> int:
         """Memory that the text so far takes, whatever its length."""
-        tensors = [self.held, self.state["position"], *(t for s in self.state["layers"] for t in s.values())]
+        tensors = [
+            self.held,
+            self.past,
+            self.state["position"],
+            self.state["bytes"],
+            *(t for s in self.state["layers"] for t in s.values()),
+        ]
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -965,7 +1010,9 @@ def flops_per_byte(model: ByteLM, k: Knobs) -> float:
     """Model FLOPs of forward and backward, for MFU: 6 per weight of a matrix product each time it is used, attention
     counted causal within its window, and the memory's chunkwise products."""
     uses = dict(embed=0, thinking=k.thinking_steps)
-    used, per_byte = 0, {"decoder.gru.weight_hh_l0": PATCH - 1 + max(k.decoder_reads, 1), "decoder.out.weight": PATCH}
+    used, steps = 0, PATCH - 1 + max(k.decoder_reads, 1)
+    per_byte = {"decoder.gru.weight_hh_l0": steps, "decoder.out.weight": PATCH, "decoder.grams.out.weight": PATCH}
+    per_byte["decoder.grams.table"] = 0
     for name, p in model.named_parameters():
         often = per_byte.get(name, uses.get(name.split(".")[0], 1))
         used += p.numel() * (0 if "embed" in name else often) * (p.dim() > 1)
@@ -978,7 +1025,8 @@ def flops_per_byte(model: ByteLM, k: Knobs) -> float:
 def memory_mib(n_params: int, rows: int, k: Knobs) -> int:
     """Rough peak of a rank: weights, gradients, two moments, and what a micro-batch keeps for its backward pass."""
     blocks = k.d_model if k.recompute else 70 * k.d_model + 3 * CHUNK * k.n_head
-    floats = rows * k.sequence_length // PATCH * (k.n_layer * blocks + 25 * PATCH * BYTES)
+    decoder = 25 * (PATCH - 1 + max(k.decoder_reads, 1)) * BYTES
+    floats = rows * k.sequence_length // PATCH * (k.n_layer * blocks + decoder)
     return (16 * n_params + 4 * floats) // 2**20
 
 

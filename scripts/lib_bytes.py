@@ -32,7 +32,7 @@ sys.path.insert(0, str(REPO))
 import plumbing  # noqa: E402
 import train_scaled  # noqa: E402
 from plumbing import UserError, World  # noqa: E402
-from train_scaled import PATCH, ByteLM, Knobs  # noqa: E402
+from train_scaled import PAST, PATCH, ByteLM, Knobs  # noqa: E402
 
 TURKISH = REPO.parent / "shared/data/turkish"
 # A small model on a CPU; --knobs changes it.
@@ -47,8 +47,8 @@ BASE |= dict(schedule="linear", beta2=0.95, weight_decay=0.1, clip=1.0)
 def reach(k: Knobs) -> int | None:
     """Patches before its own that a latent can depend on through the stacked windows alone: each block looks window - 1
     further back. None: all of them. The short convolution is part of the memory, and a patch's encoder sees no other
-    patch, so neither adds to it."""
-    return None if k.window is None else k.n_layer * (k.window - 1)
+    patch, so neither adds to it; the decoder sees the patch and one before."""
+    return None if k.window is None else max(k.n_layer * (k.window - 1), PAST // PATCH - 1)
 
 
 def beyond(needle: int, answer: int, k: Knobs) -> bool:
@@ -116,11 +116,9 @@ def answer_logits(model: ByteLM, x_BT: Tensor, at_BA: Tensor, y_BAP: Tensor) -> 
     """Logits (B, A, 4, 256) of the bytes y of the patches `at`, each given all bytes before it. The same numbers as
     model.logits' at these places, without decoding all others."""
     z_BND, _ = model.trunk(x_BT, model.state(len(x_BT)))
-    z_BAD, x_BAP = (
-        t_BNC.gather(1, (at_BA - 1)[..., None].expand(-1, -1, t_BNC.size(-1)))
-        for t_BNC in (z_BND, x_BT.unflatten(1, (-1, PATCH)))
-    )
-    return model.decoder(z_BAD, x_BAP.flatten(1), y_BAP.clamp(min=0).flatten(1)).unflatten(1, y_BAP.shape[1:])
+    before = F.pad(x_BT, (PAST - PATCH, 0)).unfold(1, PAST, PATCH)  # (B, N, 8), a patch and the one before
+    z_BAD, x_BAP = (t.gather(1, (at_BA - 1)[..., None].expand(-1, -1, t.size(-1))) for t in (z_BND, before))
+    return model.decoder(z_BAD, x_BAP, y_BAP.clamp(min=0))
 
 
 def answer_nll(model: ByteLM, x_BT: Tensor, at_BA: Tensor, y_BAP: Tensor) -> Tensor:

@@ -212,8 +212,8 @@ class Fixed(torch.nn.Module):
     def trunk(self, x_BT: torch.Tensor, state: dict) -> tuple[torch.Tensor, dict]:
         return torch.zeros(len(x_BT), x_BT.size(1) // PATCH, 1), state
 
-    def decoder(self, z_BND: torch.Tensor, x_BT: torch.Tensor, y_BT: torch.Tensor) -> torch.Tensor:
-        right = y_BT if self.knows else torch.full_like(y_BT, ord("a"))
+    def decoder(self, z_BND: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        right = y if self.knows else torch.full_like(y, ord("a"))
         return torch.nn.functional.one_hot(right, 256).float() * 50
 
 

@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 SMALL = dict(device="cpu", compile=0, d_model=32, n_layer=2, n_head=2, window=4, thinking_steps=1, batch_size=4)
 SMALL |= dict(device_batch_size=2, sequence_length=64, num_iterations=12, warmup_iters=2, val_every=4, val_bytes=1000)
 SMALL |= dict(save_every=4, lr=0.01, log_every=2)
-PARTS = "mem", "rope", "norm", "fus", "delta", "decoder"
+PARTS = "mem", "rope", "norm", "fus", "delta", "decoder", "ngram"
 SEED_FORM = {n: v for n, v in train_scaled.SEED_BLOCK.items() if n.startswith(PARTS)}
 VARIANTS = {
     "scaled": {},
@@ -50,9 +50,12 @@ def small(**values) -> Knobs:
 
 
 def fresh(variant: str = "scaled", **values) -> ByteLM:
-    """A model in which everything contributes: data-dependent decay starts at zero, and here it does not."""
+    """A model in which everything contributes: data-dependent decay and n-gram tables start at zero, and here they do
+    not."""
     model = ByteLM(small(**(VARIANTS[variant] | values)))
     model.init_weights(1)
+    if model.k.ngram_rows:
+        torch.nn.init.normal_(model.decoder.grams.table, generator=torch.Generator().manual_seed(4))
     for block in model.blocks if model.k.memory != "off" and model.k.mem_decay == "data" else ():
         torch.nn.init.normal_(block.memory.decay.weight, generator=torch.Generator().manual_seed(3))
     return model.eval()
@@ -287,15 +290,43 @@ def test_a_streams_memory_does_not_grow_with_the_text():
     assert sizes[0] == sizes[1] == sizes[2] > 0
 
 
-@pytest.mark.parametrize("reads", [0, 1, 3, 4])
-def test_the_byte_decoder_is_torchs_gru_over_the_last_bytes_of_a_patch_and_the_next(reads):
-    decoder = fresh(decoder_reads=reads).decoder
-    z, x, y = torch.randn(2, 3, 32), text(2, 12), text(2, 12, seed=1)
-    seen = x.view(6, 4)[:, 4 - reads :] if reads else torch.zeros(6, 1, dtype=torch.long)
-    before = torch.cat([seen, y.view(6, 4)[:, :3]], 1)
+@pytest.mark.parametrize("reads", [0, 1, 4, 8])
+def test_the_byte_decoder_is_torchs_gru_over_the_last_bytes_before_a_patch_and_its_own(reads):
+    decoder = fresh(decoder_reads=reads, ngram_rows=0).decoder
+    z, x, y = torch.randn(2, 3, 32), text(2, 3, 8), text(2, 3, 4, seed=1)
+    seen = x[..., 8 - reads :] if reads else torch.zeros(2, 3, 1, dtype=torch.long)
+    before = torch.cat([seen, y[..., :3]], -1).flatten(0, 1)
     latent = decoder.latent(z).view(6, 1, 256).expand(-1, before.size(1), -1)
     hidden, _ = decoder.gru(torch.cat([decoder.embed(before), latent], -1))
-    assert torch.allclose(decoder(z, x, y), decoder.out(hidden[:, -4:]).view(2, 12, 256), atol=1e-5)
+    assert torch.allclose(decoder(z, x, y), decoder.out(hidden[:, -4:]).view(2, 3, 4, 256), atol=1e-5)
+
+
+def test_the_n_gram_tables_are_read_by_the_last_3_to_6_bytes_alone():
+    """By what each byte moves, at every place of a text; the tables are the only thing that says anything here."""
+    model = fresh(ngram_rows=1 << 16)
+    torch.nn.init.normal_(model.decoder.grams.table)
+    for parameter in (*model.decoder.gru.parameters(), *model.decoder.out.parameters()):
+        torch.nn.init.zeros_(parameter)
+    torch.nn.init.eye_(model.decoder.out.weight)
+    x = text(1, 36)
+    with torch.no_grad():
+        logits = model.logits(x[:, :-4], x[:, 4:])[0][0]  # of bytes 4 .. 35
+        for at in range(36):
+            other = x.clone()
+            other[0, at] ^= 1
+            moved = (model.logits(other[:, :-4], other[:, 4:])[0][0] != logits).any(-1).nonzero().flatten() + 4
+            assert moved.tolist() == [t for t in range(4, 36) if t - 6 <= at < t]
+        rows = [model.decoder.grams.table[i << 16 : (i + 1) << 16] for i in range(4)]
+        out = model.decoder.grams.out.weight.split(64, 1)
+        seen = {n: {} for n in (3, 4, 5, 6)}
+        for i, n in enumerate((3, 4, 5, 6)):
+            for t in range(8, 36):
+                key = x[:, t - 8 : t].clone()
+                key[:, : 8 - n] = 7  # what lies before the n-gram moves no row of its table
+                index = ((key + 1) * model.decoder.grams.powers)[..., 8 - n :].sum(-1) % (2**31 - 1) % (1 << 16)
+                seen[n][t] = rows[i][index] @ out[i].T
+        whole = torch.cat([sum(seen[n][t] for n in seen) for t in range(8, 36)])
+    torch.testing.assert_close(logits[4:], whole)
 
 
 def test_a_zeroed_memory_has_the_same_weights_and_leaves_the_window_alone():
