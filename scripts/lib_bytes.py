@@ -35,9 +35,9 @@ from plumbing import UserError, World  # noqa: E402
 from train_scaled import PAST, PATCH, ByteLM, Knobs  # noqa: E402
 
 TURKISH = REPO.parent / "shared/data/turkish"
-# A small model on a CPU; --knobs changes it.
+# A small model on a CPU; --knobs changes it. Tables of n-grams are for prose, not for what is to be recalled.
 BASE = dict(device="cpu", compile=False, n_layer=2, n_head=2, window=8, thinking_steps=0, carry_state=False)
-BASE |= dict(schedule="linear", beta2=0.95, weight_decay=0.1, clip=1.0)
+BASE |= dict(schedule="linear", beta2=0.95, weight_decay=0.1, clip=1.0, ngram_rows=0)
 
 
 # ----------------------------------------------------------------------------
