@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 # A model and a run that take a second: every size is small, nothing is switched off.
 SMALL = dict(device="cpu", compile=0, d_model=32, n_layer=2, n_head=2, window=4, thinking_steps=1, batch_size=4)
 SMALL |= dict(device_batch_size=2, sequence_length=64, num_iterations=12, warmup_iters=2, val_every=4, val_bytes=1000)
-SMALL |= dict(save_every=4, lr=0.01, log_every=2)
+SMALL |= dict(save_every=4, lr=0.01, log_every=2, ngram_rows=64)
 PARTS = "mem", "rope", "norm", "fus", "delta", "decoder", "ngram"
 SEED_FORM = {n: v for n, v in train_scaled.SEED_BLOCK.items() if n.startswith(PARTS)}
 VARIANTS = {
