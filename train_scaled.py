@@ -1286,7 +1286,7 @@ class Run:
         def gather(*parts: Tensor) -> Tensor:
             own = torch.cat(parts)
             table = self.w.all_rows(own.flatten().repeat(self.w.size, 1))
-            return table.view(-1, *own.shape[1:]).cpu()
+            return table.view(self.w.size * len(own), *own.shape[1:]).cpu()
 
         return each(gather, *self.states)
 

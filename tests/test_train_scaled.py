@@ -657,6 +657,13 @@ def test_a_killed_run_resumes_bitwise(monkeypatch, tmp_path, carry):
     assert all(same) and bool(same) == carry
 
 
+def test_a_window_of_one_patch_carries_no_keys_and_is_saved_and_resumed(monkeypatch, tmp_path):
+    values = dict(run_id="a", window=1, memory="off")
+    interrupt(monkeypatch, tmp_path, **values)
+    assert run_here(monkeypatch, tmp_path, **values)[0] == 0
+    assert newest_state(tmp_path, "a")["step"] == 12
+
+
 def test_two_ranks_train_as_one(monkeypatch, tmp_path):
     values = dict(num_iterations=12, batch_size=4, device_batch_size=1, log_every=1)
     run_here(monkeypatch, tmp_path, run_id="one", **values)
