@@ -55,9 +55,9 @@ def read_csv(path) -> list[dict[str, str]]:
 # ---- reach
 
 
-@pytest.mark.parametrize("n_layer, window", [(1, 2), (2, 3), (3, 5)])
-def test_no_byte_beyond_reach_moves_a_window_only_model_and_the_nearest_within_does(n_layer, window):
-    model, T = tiny(memory="off", n_layer=n_layer, window=window), 96
+@pytest.mark.parametrize("n_layer, window, reads", [(1, 2, 4), (2, 3, 4), (3, 5, 4), (2, 1, 8)])
+def test_no_byte_beyond_reach_moves_a_window_only_model_and_the_nearest_within_does(n_layer, window, reads):
+    model, T = tiny(memory="off", n_layer=n_layer, window=window, decoder_reads=reads), 96
     x = torch.randint(256, (1, T), generator=torch.Generator().manual_seed(0))
     moved = set()
     with torch.no_grad():

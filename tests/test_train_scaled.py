@@ -741,6 +741,13 @@ def test_dry_run_shows_sizes_and_trains_nothing(monkeypatch, capsys):
     assert abs(flops / 8.7e16 - 1) < 0.05, "the fact sheet's count"
 
 
+def test_rows_that_are_looked_up_cost_no_flops_and_bytes_that_are_read_do():
+    flops = lambda **values: train_scaled.flops_per_byte(fresh(**values), small(**values))
+    assert flops(ngram_rows=64) == flops(ngram_rows=4096) > flops(ngram_rows=0)
+    more = 4 * 6 * 3 * 256 * 256 / 4  # four more steps of the GRU for each patch of four bytes
+    assert flops(decoder_reads=8) - flops(decoder_reads=4) == pytest.approx(more)
+
+
 # ---------------------------------------------------------------- the file itself
 
 
