@@ -46,11 +46,14 @@ from plumbing import HERE, Clock, Prefetch, Pulse, RunLog, TokenShards, UserErro
 PATCH, BYTES = 4, 256  # bytes of a patch; values of a byte
 GRAMS, GRAM_WIDTH = (3, 4, 5, 6), 64  # bytes of the n-grams that NGRAM_ROWS makes tables for; width of their rows
 PAST = 2 * PATCH  # bytes that the decoder may look at, from the predicted one back
+HISTORIES = 3, 5, 8, 12, 24  # bytes of the histories that MEM_ROWS makes tables for
+FURTHEST = max(HISTORIES) - PATCH  # bytes before its first patch that a window needs
+HISTORY_HALF_LIVES = 128.0, 131072.0  # bytes; what the shortest and the longest history begin with
 CHUNK, GROUP = 64, 16  # patches of a memory chunk; chunks whose states are made in one product
 HALF_LIVES = 32.0, 65536.0  # patches; of the first and the last head with MEM_INIT=log, the others between them
 STAGES = (0.0, 0.10), (0.15, 0.50), (0.40, 0.99)  # CURRICULUM: share of the steps at which a plasticity begins
 
-SEED_BLOCK = dict(rope="input", norm="layernorm", fusion="sum", dropout=0.1, decoder_reads=0, ngram_rows=0)
+SEED_BLOCK = dict(rope="input", norm="layernorm", fusion="sum", dropout=0.1, decoder_reads=0, ngram_rows=0, mem_rows=0)
 SEED_BLOCK |= dict(
     mem_conv=False, mem_align=False, mem_feature="elu", mem_norm="denominator", mem_gate=False, mem_decay="static"
 )
@@ -64,8 +67,8 @@ PRESETS = {
     | dict(num_iterations=20000, warmup_iters=100, lr=3e-4, batch_size=4, device_batch_size=4),
     # Python's own documentation on a CPU, about a minute
     "demo": dict(device="cpu", compile=False, d_model=128, n_layer=2, n_head=2, window=16, thinking_steps=1)
-    | dict(sequence_length=512, batch_size=8, device_batch_size=8, num_iterations=300, warmup_iters=20, lr=3e-3)
-    | dict(val_every=100, val_bytes=65536, save_every=100),
+    | dict(mem_rows=8192, sequence_length=512, batch_size=8, device_batch_size=8, num_iterations=300)
+    | dict(warmup_iters=20, lr=3e-3, val_every=100, val_bytes=65536, save_every=100),
 }
 # What may differ when a run is resumed: nothing here moves the loss curve.
 FREE = (
@@ -76,7 +79,9 @@ MODEL = (
     "d_model n_layer n_head window rope norm fusion memory mem_conv mem_align mem_feature mem_norm mem_gate mem_decay "
     "mem_range "
 )
-MODEL += "mem_init mem_delay delta_rule thinking_steps decoder_reads ngram_rows"  # what a model's weights are for
+MODEL += (
+    "mem_init mem_delay delta_rule thinking_steps decoder_reads ngram_rows mem_rows"  # what a model's weights are for
+)
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,7 @@ class Knobs:
     mem_decay: str = knob("data", "retention: of the head, or moved by the input", choices=("static", "data"))
     mem_range: float = knob(0.0, "lowest retention; it is RANGE + (1 - RANGE) * sigmoid(logit)", low=0, high=0.9999)
     mem_init: float | None = knob(None, "initial retention logit; log: half-lives of 32 to 65,536 patches", none="log")
+    mem_rows: int = knob(65536, "rows of each table of the memory by the last 3 to 24 bytes; 0: none", low=0)
     mem_delay: bool = knob(False, "memory is written only when a patch has left the window")
     delta_rule: bool = knob(False, "a write replaces what its key held, by a learned share")
     thinking_steps: int = knob(3, "passes of the weight-tied MLP behind the blocks; 0: none", low=0)
@@ -481,19 +487,32 @@ class Thinking(nn.Module):
         return z_BND
 
 
+class Hashes(nn.Module):
+    """31-bit hashes (.., O) of the last bytes of x (.., P), as many as each of the O lengths says."""
+
+    PRIME = 2**31 - 1
+
+    def __init__(self, lengths: tuple[int, ...], P: int):
+        super().__init__()
+        self.lengths = lengths
+        powers = [pow(1_000_003, P - i, self.PRIME) for i in range(P)]  # sums of products stay below 2^45
+        self.register_buffer("powers", torch.tensor(powers), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weighted = (x + 1) * self.powers
+        return torch.stack([weighted[..., -n:].sum(-1) % self.PRIME for n in self.lengths], -1)
+
+
 class NGrams(nn.Module):
     """A learned vector for the last 3, 4, 5 and 6 bytes: the row that their hash names, in a table for each length.
     What short histories say is looked up, where a GRU would learn it slowly. Hashed n-grams: Pagnoni et al., Byte
     Latent Transformer, arXiv 2412.09871. Rows begin at zero, so that an unseen one says nothing."""
 
-    PRIME = 2**31 - 1  # products of a hash stay below 2^42
-
     def __init__(self, rows: int):
         super().__init__()
         self.rows, self.table = rows, nn.Parameter(torch.empty(len(GRAMS) * rows, GRAM_WIDTH))
-        self.out = nn.Linear(len(GRAMS) * GRAM_WIDTH, BYTES, bias=False)
-        powers = [pow(1_000_003, PAST - i, self.PRIME) for i in range(PAST)]
-        self.register_buffer("powers", torch.tensor(powers), persistent=False)
+        self.hash, self.out = Hashes(GRAMS, PAST), nn.Linear(len(GRAMS) * GRAM_WIDTH, BYTES, bias=False)
+        self.register_buffer("first", torch.arange(len(GRAMS)) * rows, persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -501,9 +520,99 @@ class NGrams(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(.., 256) of bytes (.., 8)."""
-        weighted = (x + 1) * self.powers
-        rows = [weighted[..., PAST - n :].sum(-1) % self.PRIME % self.rows + i * self.rows for i, n in enumerate(GRAMS)]
-        return self.out(F.embedding(torch.stack(rows, -1), self.table).flatten(-2))
+        return self.out(F.embedding(self.hash(x) % self.rows + self.first, self.table).flatten(-2))
+
+
+class ByteMemory(nn.Module):
+    """A decaying associative memory from histories of bytes to what followed them, wherever patches begin: for each
+    length of HISTORIES a table whose row, named by a hash, holds one history and the last two bytes behind it. Another
+    history that falls into the row replaces it.
+
+    A read weighs the two by a learned factor and by 2^(-age / half-life), learned too, and mixes them into the model's
+    distribution as PPM does: p <- (sum w + d p) / (w + d), from the shortest history to the longest. d is learned for
+    a history met once, for two equal bytes and for two different ones. Reading what followed the same history: n-gram
+    heads, Akyurek et al., arXiv 2401.12973; a cache beside a model: Grave et al., arXiv 1612.04426; mixing: Cleary and
+    Witten, Data Compression Using Adaptive Coding and Partial String Matching, 1984.
+    """
+
+    def __init__(self, rows: int):
+        super().__init__()
+        self.rows, self.hash = rows, Hashes(HISTORIES, max(HISTORIES))
+        self.how = nn.Parameter(torch.empty(6 * len(HISTORIES)))  # a vector, which weight decay leaves alone
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Logarithms: weight of the last byte and of the one before, d for one byte, two equal and two different ones,
+        decay per byte."""
+        half = torch.logspace(*(math.log10(h) for h in HISTORY_HALF_LIVES), len(HISTORIES))
+        start = torch.tensor([0.0, -1.0, 1.0, 0.5, 1.5, 0.0]).repeat(len(HISTORIES), 1)
+        start[:, 5] = (math.log(2) / half).log()
+        self.how.copy_(start.flatten())
+
+    def half_lives(self) -> Tensor:
+        """(O,) bytes."""
+        return math.log(2) / self.how.detach().view(-1, 6)[:, 5].exp()
+
+    def state(self, B: int) -> dict[str, Tensor]:
+        """Empty tables. The row behind the last takes writes that a later one of the same window replaces."""
+        shape, device = (B, len(HISTORIES), self.rows + 1), self.how.device
+        return dict(
+            key=torch.zeros(shape, dtype=torch.long, device=device),
+            byte=torch.zeros(*shape, 2, dtype=torch.uint8, device=device),
+            time=torch.full((*shape, 2), -1, device=device),  # of the byte, counted from the strip's first; -1: none
+        )
+
+    def read(self, text: Tensor, first_B: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, Tensor, tuple]:
+        """For each of the T bytes of text (B, 24 + T) behind the first 24, the first of them at `first` of its row: the
+        bytes (B, T, O, 2) that followed its histories, newest first, and how long ago, -1 for none; and what to write.
+
+        All at once and exactly as one by one: sorted by row, then by time, what is above in the same row came before.
+        """
+        P, T = max(HISTORIES), text.size(1) - max(HISTORIES)
+        h = self.hash(text[:, :-1].unfold(1, P, 1)).mT  # (B, O, T)
+        row, order = torch.sort(h % self.rows, stable=True)
+        i, of = torch.arange(T, device=text.device), lambda t_BT: t_BT[:, None].expand_as(h).gather(2, order)
+        h, byte, time = h.gather(2, order), of(text[:, P:]), of(first_B[:, None] + i)
+        starts = lambda t: F.pad(t[..., 1:] != t[..., :-1], (1, 0), value=True)
+        row_start, run_start = (torch.where(starts(t), i, 0).cummax(-1).values for t in (row, h))
+        met = i - run_start  # how often the window has met this history since another one was in its row
+        known = (state["key"].gather(2, row) == h) & (run_start == row_start)
+        at = row[..., None].expand(*row.shape, 2)
+        old = state["byte"].gather(2, at).long() * known[..., None]
+        old = old, state["time"].gather(2, at).masked_fill(~known[..., None], -1)
+        last, before = [], []
+        for new, (a, b) in zip((byte, time), (t.unbind(-1) for t in old), strict=True):
+            last.append(torch.where(met > 0, new.roll(1, -1), a))
+            before.append(torch.where(met > 1, new.roll(2, -1), torch.where(met > 0, a, b)))
+        place = torch.where(F.pad(starts(row)[..., 1:], (0, 1), value=True), row, self.rows)
+        writes = place, h, torch.stack([byte, last[0]], -1), torch.stack([time, last[1]], -1)
+        back = order.argsort(-1)[..., None].expand(*h.shape, 2)
+        found, when = (torch.stack(pair, -1).gather(2, back).transpose(1, 2) for pair in zip(last, before, strict=True))
+        age = (first_B[:, None] + i)[..., None, None] - when
+        return found, age.masked_fill(when < 0, -1), writes
+
+    def write(self, state: dict[str, Tensor], writes: tuple) -> None:
+        """Into the state itself."""
+        place, h, byte, time = writes
+        at = place[..., None].expand_as(byte)
+        state["key"].scatter_(2, place, h)
+        state["byte"].scatter_(2, at, byte.to(torch.uint8))
+        state["time"].scatter_(2, at, time)
+        for name, empty in dict(key=0, byte=0, time=-1).items():
+            state[name][:, :, -1] = empty
+
+    def forward(self, logits: Tensor, byte: Tensor, age: Tensor) -> Tensor:
+        """log p (.., 256), fp32, of the model's logits (.., 256) and what was read, (.., O, 2) each."""
+        one, two, alone, same, other, decay = self.how.view(-1, 6).unbind(-1)
+        some = age >= 0
+        w = some * (torch.stack([one, two], -1) - decay.exp()[:, None] * age).exp()
+        d = torch.where(some[..., 1], torch.where(byte[..., 0] == byte[..., 1], same, other), alone).exp()
+        whole = w.sum(-1) + d
+        longer = F.pad((d / whole).flip(-1).cumprod(-1).flip(-1), (0, 1), value=1.0)  # what longer histories leave
+        p = longer[..., :1] * logits.softmax(-1)
+        w = w / whole[..., None] * longer[..., 1:, None]
+        return p.scatter_add(-1, byte.flatten(-2), w.flatten(-2)).clamp(min=1e-30).log()
 
 
 class ByteDecoder(nn.Module):
@@ -563,6 +672,7 @@ class ByteLM(nn.Module):
         self.blocks = nn.ModuleList(Block(k) for _ in range(k.n_layer))
         self.thinking = Thinking(k) if k.thinking_steps else None
         self.decoder = ByteDecoder(k)
+        self.byte_memory = ByteMemory(k.mem_rows) if k.mem_rows and k.memory != "off" else None
         self.register_buffer("plasticity", torch.ones(()))  # multiplies every retention; saved, so applied as trained
         self.masks: dict[tuple[int, int], object] = {}  # FlexAttention's block masks by (N, P); empty: chunked SDPA
 
@@ -585,7 +695,8 @@ class ByteLM(nn.Module):
         keys = torch.zeros(B, k.n_head, 0, k.d_model // k.n_head, device=device)
         layers = [dict(k=keys, v=keys) | (b.memory.state(B) if b.memory else {}) for b in self.blocks]
         whole = dict(dtype=torch.long, device=device)
-        return dict(position=torch.zeros(B, **whole), bytes=torch.zeros(B, PATCH, **whole), layers=layers)
+        state = dict(position=torch.zeros(B, **whole), bytes=torch.zeros(B, FURTHEST, **whole), layers=layers)
+        return state | (dict(histories=self.byte_memory.state(B)) if self.byte_memory else {})
 
     def trunk(self, x_BT: Tensor, state: State) -> tuple[Tensor, State]:
         """Latents (B, N, D) of the patches of x, which continue `state`, and the state behind them."""
@@ -602,19 +713,31 @@ class ByteLM(nn.Module):
             z, new = run(z, old, tables, self.masks.get((N, P)), self.plasticity)
             layers.append(new)
         z = self.norm_out(z)
-        state = dict(position=first + N, bytes=x_BT[:, -PATCH:], layers=layers)
+        past = torch.cat([state["bytes"], x_BT], 1)[:, -FURTHEST:]
+        state = state | dict(position=first + N, bytes=past, layers=layers)
         return (z if self.thinking is None else self.thinking(z)), state
 
     def logits(self, x_BT: Tensor, y_BT: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Logits (B, T, 256), fp32, of the targets y, each given all bytes before it; and the state behind x."""
         old = self.state(len(x_BT)) if state is None else state
         z_BND, state = self.trunk(x_BT, old)
-        x = torch.cat([old["bytes"], x_BT], 1).unfold(1, PAST, PATCH)
-        return self.decoder(z_BND, x, y_BT.unflatten(1, (-1, PATCH))).flatten(1, 2), state
+        x = torch.cat([old["bytes"][:, -PATCH:], x_BT], 1).unfold(1, PAST, PATCH)
+        logits = self.decoder(z_BND, x, y_BT.unflatten(1, (-1, PATCH))).flatten(1, 2)
+        if self.byte_memory is not None:
+            byte, age, writes = self.read_histories(x_BT, y_BT, old)
+            state["histories"] = each(Tensor.clone, state["histories"])
+            self.byte_memory.write(state["histories"], writes)
+            logits = logits if self.k.memory == "zero" else self.byte_memory(logits, byte, age)
+        return logits, state
+
+    def read_histories(self, x_BT: Tensor, y_BT: Tensor, state: State) -> tuple[Tensor, Tensor, tuple]:
+        """ByteMemory.read at each of the targets y."""
+        text = torch.cat([state["bytes"], x_BT[:, :PATCH], y_BT], 1)
+        return self.byte_memory.read(text, state["position"] * PATCH, state["histories"])
 
     def nll(self, x_BT: Tensor, y_BT: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """-log p of each target byte, (B, T), in nats; 0 where y is -1."""
-        logits, state = self.logits(x_BT, y_BT.clamp(min=0), state)
+        """-log p of each target byte, (B, T), in nats; 0 where y is -1: what such a byte is, x says."""
+        logits, state = self.logits(x_BT, torch.where(y_BT < 0, F.pad(x_BT[:, PATCH:], (0, PATCH)), y_BT), state)
         return F.cross_entropy(logits.mT, y_BT, ignore_index=-1, reduction="none"), state
 
     def half_lives(self) -> Tensor | None:
@@ -629,15 +752,26 @@ class Stream:
 
     def __init__(self, model: ByteLM, B: int = 1, prefill: int = 4096):
         self.model, self.state, self.prefill = model, model.state(B), prefill  # prefill: bytes a forward takes
-        self.held = torch.zeros(B, 0, dtype=torch.long, device=model.plasticity.device)  # of the unfinished patch
-        self.past = torch.zeros(B, PAST, dtype=torch.long, device=model.plasticity.device)  # the last bytes of all
+        device = model.plasticity.device
+        self.held = torch.zeros(B, 0, dtype=torch.long, device=device)  # of the unfinished patch
+        self.past = torch.zeros(B, max(HISTORIES), dtype=torch.long, device=device)  # the last bytes of all
         self.of_byte = self.of_latent = self.h = None
+
+    def next_byte(self) -> Tensor:
+        """(B,) place of the next byte in its row, counted from the first predicted one."""
+        return self.state["position"] * PATCH + self.held.size(1) - PATCH
 
     @torch.no_grad()
     def feed(self, x_BT: Tensor) -> None:
         """Bytes (B, T), any T."""
-        x_BT, done = torch.cat([self.held, x_BT.to(self.held)], 1), self.held.size(1)
-        seen = torch.cat([self.past, x_BT[:, done:]], 1)  # what is held is the end of the past
+        x_BT, done = x_BT.to(self.held), self.held.size(1)
+        seen = torch.cat([self.past, x_BT], 1)
+        if self.model.byte_memory is not None:
+            first = max(-int(self.next_byte()[0]), 0)  # no byte of the first patch is predicted
+            if first < x_BT.size(1):
+                memory, old = self.model.byte_memory, self.state["histories"]
+                memory.write(old, memory.read(seen[:, first:], self.next_byte() + first, old)[-1])
+        x_BT = torch.cat([self.held, x_BT], 1)
         while x_BT.size(1) >= PATCH:
             n = min(x_BT.size(1), self.prefill) // PATCH * PATCH
             z_BND, self.state = self.model.trunk(x_BT[:, :n], self.state)
@@ -645,7 +779,7 @@ class Stream:
             self.of_byte, self.of_latent = self.model.decoder.inputs(z_BND[:, -1])
             before = seen[:, : seen.size(1) - x_BT.size(1)][:, -PAST:]
             self.h = self.model.decoder.begin(before, self.of_byte, self.of_latent)
-        self.held, self.past = x_BT, seen[:, -PAST:]
+        self.held, self.past = x_BT, seen[:, -max(HISTORIES) :]
         if self.h is not None:
             for byte_B in x_BT[:, done:].unbind(1):
                 self.h = self.model.decoder.step(self.h, self.of_latent + F.embedding(byte_B, self.of_byte))
@@ -655,17 +789,17 @@ class Stream:
         """(B, 256), fp32, of the next byte. All equal before the first patch is whole: no window scores its own."""
         if self.h is None:
             return torch.zeros(len(self.held), BYTES, device=self.held.device)
-        return self.model.decoder.logits(self.h, self.past)
+        logits = self.model.decoder.logits(self.h, self.past[:, -PAST:])
+        if self.model.byte_memory is None or self.model.k.memory == "zero":
+            return logits
+        text = F.pad(self.past, (0, 1))  # a place for the byte that is not there yet
+        byte, age, _ = self.model.byte_memory.read(text, self.next_byte(), self.state["histories"])
+        return self.model.byte_memory(logits, byte[:, 0], age[:, 0])
 
     def state_bytes(self) -> int:
         """Memory that the text so far takes, whatever its length."""
-        tensors = [
-            self.held,
-            self.past,
-            self.state["position"],
-            self.state["bytes"],
-            *(t for s in self.state["layers"] for t in s.values()),
-        ]
+        tensors = [self.held, self.past]
+        each(tensors.append, self.state)
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -1027,13 +1161,19 @@ def memory_mib(n_params: int, rows: int, k: Knobs) -> int:
     blocks = k.d_model if k.recompute else 70 * k.d_model + 3 * CHUNK * k.n_head
     decoder = 25 * (PATCH - 1 + max(k.decoder_reads, 1)) * BYTES
     floats = rows * k.sequence_length // PATCH * (k.n_layer * blocks + decoder)
-    return (16 * n_params + 4 * floats) // 2**20
+    return (16 * n_params + 4 * floats + 2 * rows * history_bytes(k)) // 2**20
+
+
+def history_bytes(k: Knobs) -> int:
+    """Of the tables of one row's memory by bytes: a hash, two bytes and two times each."""
+    return 26 * len(HISTORIES) * k.mem_rows * (k.memory != "off")
 
 
 def disk_need(n_params: int, k: Knobs) -> int:
     """Bytes of a run's weights and checkpoints at the most: KEEP numbered weights, the best, one being written; and
-    KEEP resumable checkpoints (weights, two moments), one being written."""
-    return 4 * n_params * (k.keep + 2) + 12 * n_params * (k.keep + 1)
+    KEEP resumable checkpoints (weights, two moments, the rows' histories), one being written."""
+    states = k.batch_size * history_bytes(k) * k.carry_state
+    return 4 * n_params * (k.keep + 2) + (12 * n_params + states) * (k.keep + 1)
 
 
 def check_disk(folder: Path, n_params: int, k: Knobs, w: World) -> None:
@@ -1253,7 +1393,11 @@ class Run:
         low, middle, high = found.min().item(), found.median().item(), found.max().item()
         line = f"half_life_patches: min:{low:.4g} median:{middle:.4g} max:{high:.4g} median_by_layer:"
         values = dict(half_life_min=low, half_life_median=middle, half_life_max=high)
-        return line + ",".join(f"{h:.4g}" for h in found.median(1).values.tolist()), values
+        line += ",".join(f"{h:.4g}" for h in found.median(1).values.tolist())
+        if (byte_memory := self.model.byte_memory) is not None:
+            found = zip(HISTORIES, byte_memory.half_lives().tolist(), strict=True)
+            line += " half_life_bytes_by_history:" + ",".join(f"{n}:{h:.4g}" for n, h in found)
+        return line, values
 
     # Restored and saved as they are; with model, optimizer, scaler, states and clock all that the next step depends on.
     KEPT = "step val_loss best_loss train_loss val_bits_per_char validated_at rolled_back skipped interval".split()

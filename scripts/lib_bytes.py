@@ -35,9 +35,10 @@ from plumbing import UserError, World  # noqa: E402
 from train_scaled import PAST, PATCH, ByteLM, Knobs  # noqa: E402
 
 TURKISH = REPO.parent / "shared/data/turkish"
-# A small model on a CPU; --knobs changes it. Tables of n-grams are for prose, not for what is to be recalled.
+# A small model on a CPU; --knobs changes it. Tables of n-grams are for prose, and the memory by bytes would look the
+# answer up: what is to be shown is what the blocks' memory holds.
 BASE = dict(device="cpu", compile=False, n_layer=2, n_head=2, window=8, thinking_steps=0, carry_state=False)
-BASE |= dict(schedule="linear", beta2=0.95, weight_decay=0.1, clip=1.0, ngram_rows=0)
+BASE |= dict(schedule="linear", beta2=0.95, weight_decay=0.1, clip=1.0, ngram_rows=0, mem_rows=0)
 
 
 # ----------------------------------------------------------------------------
@@ -115,10 +116,18 @@ def n_params(model: ByteLM) -> int:
 def answer_logits(model: ByteLM, x_BT: Tensor, at_BA: Tensor, y_BAP: Tensor) -> Tensor:
     """Logits (B, A, 4, 256) of the bytes y of the patches `at`, each given all bytes before it. The same numbers as
     model.logits' at these places, without decoding all others."""
-    z_BND, _ = model.trunk(x_BT, model.state(len(x_BT)))
+    state, at = model.state(len(x_BT)), (at_BA - 1)[..., None]
+    places, y_BT = (at * PATCH + torch.arange(PATCH, device=at.device)).flatten(1), F.pad(x_BT[:, PATCH:], (0, PATCH))
+    y_BAP = torch.where(y_BAP < 0, y_BT.gather(1, places).view_as(y_BAP), y_BAP)
+    z_BND, _ = model.trunk(x_BT, state)
     before = F.pad(x_BT, (PAST - PATCH, 0)).unfold(1, PAST, PATCH)  # (B, N, 8), a patch and the one before
-    z_BAD, x_BAP = (t.gather(1, (at_BA - 1)[..., None].expand(-1, -1, t.size(-1))) for t in (z_BND, before))
-    return model.decoder(z_BAD, x_BAP, y_BAP.clamp(min=0))
+    z_BAD, x_BAP = (t.gather(1, at.expand(-1, -1, t.size(-1))) for t in (z_BND, before))
+    logits = model.decoder(z_BAD, x_BAP, y_BAP)
+    if model.byte_memory is None or model.k.memory == "zero":
+        return logits
+    read = model.read_histories(x_BT, y_BT.scatter(1, places, y_BAP.flatten(1)), state)[:2]
+    byte, age = (t.gather(1, places[..., None, None].expand(-1, -1, *t.shape[2:])) for t in read)
+    return model.byte_memory(logits, byte.unflatten(1, (-1, PATCH)), age.unflatten(1, (-1, PATCH)))
 
 
 def answer_nll(model: ByteLM, x_BT: Tensor, at_BA: Tensor, y_BAP: Tensor) -> Tensor:

@@ -201,6 +201,8 @@ def test_without_a_file_training_and_test_prose_are_two_texts(turkish, tmp_path,
 class Fixed(torch.nn.Module):
     """Stands for a model whose latents are the byte that follows, or always the same."""
 
+    byte_memory = None
+
     def __init__(self, knows: bool):
         super().__init__()
         self.knows = knows
@@ -225,8 +227,9 @@ def test_an_oracle_scores_one_and_a_constant_scores_chance():
     assert low < 0.25 < high  # one of 2 x 2 values
 
 
-def test_answer_losses_are_those_of_the_whole_models_forward():
-    model, rng = tiny(ngram_rows=64), np.random.default_rng(0)
+@pytest.mark.parametrize("mem_rows", [0, 512])
+def test_answer_losses_are_those_of_the_whole_models_forward(mem_rows):
+    model, rng = tiny(ngram_rows=64, mem_rows=mem_rows), np.random.default_rng(0)
     torch.nn.init.normal_(model.decoder.grams.table)  # tables begin at zero, and say nothing
     x, at, y = mqar.make_texts(rng, 3, 4, 12, 8, "full")
     with torch.no_grad():
@@ -236,8 +239,9 @@ def test_answer_losses_are_those_of_the_whole_models_forward():
     torch.testing.assert_close(ours, theirs)
 
 
-def test_hits_are_what_greedy_decoding_writes():
-    model = tiny(seed=4)
+@pytest.mark.parametrize("mem_rows", [0, 512])
+def test_hits_are_what_greedy_decoding_writes(mem_rows):
+    model = tiny(seed=4, mem_rows=mem_rows)
     rows, *_ = recall.make_cell(TEXT, 256, 0.5, 3, 4, np.random.default_rng(0))
     said, _ = recall.answer(model, rows, num_bytes=4)
     x = torch.from_numpy(np.concatenate([rows, [list(s) for s in said]], 1).astype(np.int64))
@@ -404,9 +408,10 @@ def test_order_pairs_hold_the_same_suffixes_in_another_order_and_harmonise_both_
         assert last in "aıei" and {v in "aı" for v in vowels[len(vowels) - len(parts) :]} == {last in "aı"}
 
 
-def test_the_likelihood_of_a_word_is_that_of_the_model_whatever_its_place_in_a_patch():
-    model = tiny()
-    for before, rest in ((b"abcd", b"efg"), (b"abcde", b"fg"), (b"abcdefg", b"h")):
+@pytest.mark.parametrize("mem_rows", [0, 512])
+def test_the_likelihood_of_a_word_is_that_of_the_model_whatever_its_place_in_a_patch(mem_rows):
+    model = tiny(mem_rows=mem_rows)
+    for before, rest in ((b"abcd", b"efg"), (b"abcde", b"fg"), (b"abcdefg", b"h"), (b"abcabcabcab", b"cabc")):
         (ours,) = intelligence.log_likelihoods(model, [(before, rest)])
         stream, theirs = recall.Stream(model), 0.0
         stream.feed(torch.tensor([list(b"\n" * (-len(before) % PATCH) + before)]))

@@ -20,20 +20,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scaled_support import PlainPhase8, copy_phase8, cumsum_memory, dense_window, step_recurrence
+from scaled_support import PlainPhase8, byte_memory, copy_phase8, cumsum_memory, dense_window, step_recurrence
 from support import ONE, ROOT, SHARED, command, environment, losses, metrics, newest_state, rows, same_tensors
 
 import plumbing
 import train_scaled
 from plumbing import Pulse, TokenShards, UserError, World
-from train_scaled import ByteLM, Knobs, LossScale, Stream, each, memory, window_attention
+from train_scaled import ByteLM, ByteMemory, Knobs, LossScale, Stream, each, memory, window_attention
 
 CPU = torch.device("cpu")
 # A model and a run that take a second: every size is small, nothing is switched off.
 SMALL = dict(device="cpu", compile=0, d_model=32, n_layer=2, n_head=2, window=4, thinking_steps=1, batch_size=4)
 SMALL |= dict(device_batch_size=2, sequence_length=64, num_iterations=12, warmup_iters=2, val_every=4, val_bytes=1000)
-SMALL |= dict(save_every=4, lr=0.01, log_every=2, ngram_rows=64)
-PARTS = "mem", "rope", "norm", "fus", "delta", "decoder", "ngram"
+SMALL |= dict(save_every=4, lr=0.01, log_every=2, ngram_rows=64, mem_rows=64)
+PARTS = "mem_", "rope", "norm", "fus", "delta", "decoder", "ngram"
 SEED_FORM = {n: v for n, v in train_scaled.SEED_BLOCK.items() if n.startswith(PARTS)}
 VARIANTS = {
     "scaled": {},
@@ -63,6 +63,11 @@ def fresh(variant: str = "scaled", **values) -> ByteLM:
 
 def text(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(256, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def repeats(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Three bytes only: short histories come again all the time, and long ones at times."""
+    return torch.randint(97, 100, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def write_text(folder: Path, train: int = 6000, val: int = 1500) -> Path:
@@ -254,7 +259,8 @@ def test_a_byte_moves_no_prediction_of_itself_or_before(variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_windows_with_carried_state_equal_one_long_forward(variant):
-    model, x, y = fresh(variant), text(2, 192), text(2, 192, seed=1)
+    model, s = fresh(variant), repeats(2, 196)
+    x, y = s[:, :-4], s[:, 4:]
     whole, last = model.nll(x, y)
     for sizes in ([64, 64, 64], [4, 12, 176], [160, 4, 28]):
         state, parts = model.state(2), []
@@ -269,7 +275,7 @@ def test_windows_with_carried_state_equal_one_long_forward(variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_stream_fed_in_any_pieces_equals_the_full_forward(variant):
-    model, s = fresh(variant), text(2, 60)
+    model, s = fresh(variant), repeats(2, 60)
     wanted = model.logits(s[:, :56], s[:, 4:])[0]
     for sizes in ([1] * 60, [3, 10, 1, 46], [59, 1]):
         stream, at = Stream(model, 2, prefill=16), 0
@@ -303,7 +309,7 @@ def test_the_byte_decoder_is_torchs_gru_over_the_last_bytes_before_a_patch_and_i
 
 def test_the_n_gram_tables_are_read_by_the_last_3_to_6_bytes_alone():
     """By what each byte moves, at every place of a text; the tables are the only thing that says anything here."""
-    model = fresh(ngram_rows=1 << 16)
+    model = fresh(ngram_rows=1 << 16, mem_rows=0)
     torch.nn.init.normal_(model.decoder.grams.table)
     for parameter in (*model.decoder.gru.parameters(), *model.decoder.out.parameters()):
         torch.nn.init.zeros_(parameter)
@@ -323,10 +329,58 @@ def test_the_n_gram_tables_are_read_by_the_last_3_to_6_bytes_alone():
             for t in range(8, 36):
                 key = x[:, t - 8 : t].clone()
                 key[:, : 8 - n] = 7  # what lies before the n-gram moves no row of its table
-                index = ((key + 1) * model.decoder.grams.powers)[..., 8 - n :].sum(-1) % (2**31 - 1) % (1 << 16)
+                index = ((key + 1) * model.decoder.grams.hash.powers)[..., 8 - n :].sum(-1) % (2**31 - 1) % (1 << 16)
                 seen[n][t] = rows[i][index] @ out[i].T
         whole = torch.cat([sum(seen[n][t] for n in seen) for t in range(8, 36)])
     torch.testing.assert_close(logits[4:], whole)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 1 << 16])
+def test_the_memory_by_bytes_is_its_recurrence_with_its_gradients_whatever_the_cuts(rows):
+    """With one row, with histories that fall into each other's rows, and without such."""
+    (s,), logits = repeats(1, 150).tolist(), torch.randn(1, 126, 256)
+    for sizes in ([126], [1] * 126, [5, 70, 51]):
+        memory = ByteMemory(rows)
+        torch.nn.init.normal_(memory.how, std=0.3)
+        memory.how.data.view(-1, 6)[:, 5] -= 3  # a half-life of about 14 bytes
+        wanted = byte_memory(memory, s, logits[0])
+        (wanted * logits[0]).sum().backward()
+        gradient, memory.how.grad = memory.how.grad, None
+        state, at, out = memory.state(1), 0, []
+        for n in sizes:
+            given = torch.tensor([s[at : at + n + 24]])
+            byte, age, writes = memory.read(given, torch.tensor([at]), state)
+            memory.write(state, writes)
+            out.append(memory(logits[:, at : at + n], byte, age))
+            at += n
+        out = torch.cat(out, 1)[0]
+        torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
+        (out * logits[0]).sum().backward()
+        torch.testing.assert_close(memory.how.grad, gradient, atol=1e-3, rtol=1e-4)
+        assert (wanted - logits[0].log_softmax(-1)).abs().max() > 1 and wanted.exp().sum(-1).allclose(torch.ones(126))
+
+
+def test_the_memory_by_bytes_finds_what_followed_wherever_patches_begin_and_however_long_ago():
+    """An untrained model: words met once, 0 to 4,000 bytes ago, at each of the four places in a patch."""
+    model, once = fresh(mem_rows=1 << 16), "Parola: kırk bir çınar ".encode()
+    for gap in (0, 1, 2, 3, 4000):
+        s = torch.cat([torch.tensor([list(once)]), text(1, gap), torch.tensor([list(once)])], 1)
+        stream, right = Stream(model), 0
+        stream.feed(s[:, : -len(once) + 9])
+        for byte in once[9:]:
+            right += int(stream.logits().argmax(-1)) == byte
+            stream.feed(torch.tensor([[byte]]))
+        assert right == len(once) - 9, gap
+
+
+def test_histories_last_from_128_bytes_to_131072_at_first_and_decay_as_they_say():
+    memory = ByteMemory(8)
+    torch.testing.assert_close(memory.half_lives()[[0, -1]], torch.tensor([128.0, 131072.0]))
+    logits, byte = torch.zeros(256), torch.full((5, 2), 7)
+    age = torch.tensor([[0, -1]] + [[-1, -1]] * 4)  # only the shortest history is known
+    share = lambda logp: (logp[7].exp() - logp[8].exp()) / (256 * logp[8].exp())  # of the memory's mass to the model's
+    later = share(memory(logits, byte, torch.where(age == 0, 128, age)))
+    assert (later / share(memory(logits, byte, age))).item() == pytest.approx(0.5, rel=1e-4)
 
 
 def test_a_zeroed_memory_has_the_same_weights_and_leaves_the_window_alone():
