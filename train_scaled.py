@@ -530,15 +530,16 @@ class ByteMemory(nn.Module):
 
     A read weighs the two by a learned factor and by 2^(-age / half-life), learned too, and mixes them into the model's
     distribution as PPM does: p <- (sum w + d p) / (w + d), from the shortest history to the longest. d is learned for
-    a history met once, for two equal bytes and for two different ones. Reading what followed the same history: n-gram
-    heads, Akyurek et al., arXiv 2401.12973; a cache beside a model: Grave et al., arXiv 1612.04426; mixing: Cleary and
-    Witten, Data Compression Using Adaptive Coding and Partial String Matching, 1984.
+    a history met once, for two equal bytes and for two different ones, and moved by the decoder's state. What followed
+    the same history: n-gram heads, Akyurek et al., arXiv 2401.12973; a cache beside a model: Grave et al., arXiv
+    1612.04426; mixing: Cleary and Witten, Data Compression Using Adaptive Coding and Partial String Matching, 1984.
     """
 
     def __init__(self, rows: int):
         super().__init__()
         self.rows, self.hash = rows, Hashes(HISTORIES, max(HISTORIES))
         self.how = nn.Parameter(torch.empty(6 * len(HISTORIES)))  # a vector, which weight decay leaves alone
+        self.doubt = nn.Linear(BYTES, len(HISTORIES))  # what the decoder's state adds to log d
         self.reset_parameters()
 
     @torch.no_grad()
@@ -549,6 +550,8 @@ class ByteMemory(nn.Module):
         start = torch.tensor([0.0, -1.0, 1.0, 0.5, 1.5, 0.0]).repeat(len(HISTORIES), 1)
         start[:, 5] = (math.log(2) / half).log()
         self.how.copy_(start.flatten())
+        self.doubt.weight.zero_()
+        self.doubt.bias.zero_()
 
     def half_lives(self) -> Tensor:
         """(O,) bytes."""
@@ -602,12 +605,13 @@ class ByteMemory(nn.Module):
         for name, empty in dict(key=0, byte=0, time=-1).items():
             state[name][:, :, -1] = empty
 
-    def forward(self, logits: Tensor, byte: Tensor, age: Tensor) -> Tensor:
-        """log p (.., 256), fp32, of the model's logits (.., 256) and what was read, (.., O, 2) each."""
+    def forward(self, logits: Tensor, h: Tensor, byte: Tensor, age: Tensor) -> Tensor:
+        """log p (.., 256), fp32, of the decoder's logits and states (.., 256) and what was read, (.., O, 2) each."""
         one, two, alone, same, other, decay = self.how.view(-1, 6).unbind(-1)
         some = age >= 0
         w = some * (torch.stack([one, two], -1) - decay.exp()[:, None] * age).exp()
-        d = torch.where(some[..., 1], torch.where(byte[..., 0] == byte[..., 1], same, other), alone).exp()
+        d = torch.where(some[..., 1], torch.where(byte[..., 0] == byte[..., 1], same, other), alone)
+        d = (d + self.doubt(h).float()).exp()
         whole = w.sum(-1) + d
         longer = F.pad((d / whole).flip(-1).cumprod(-1).flip(-1), (0, 1), value=1.0)  # what longer histories leave
         p = longer[..., :1] * logits.softmax(-1)
@@ -650,14 +654,15 @@ class ByteDecoder(nn.Module):
         """(.., 256), fp32, of the next byte, from the hidden state and the 8 bytes before it."""
         return self.out(h if self.grams is None else h + self.grams(x)).float()
 
-    def forward(self, z_BND: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        """Logits (B, N, 4, 256) of the bytes y (B, N, 4) of patches, given the latent before each, the 8 bytes x
-        (B, N, 8) before it, and the bytes before them in their own patch."""
+    def forward(self, z_BND: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the bytes y (B, N, 4) of patches, given the latent before each, the 8 bytes x (B, N, 8) before it,
+        and the bytes before them in their own patch; and the hidden states behind these. (B, N, 4, 256) both."""
         of_byte, of_latent = self.inputs(z_BND)
         states = [self.begin(x, of_byte, of_latent)]
         for given in F.embedding(y[..., :-1], of_byte).unbind(2):
             states.append(self.step(states[-1], of_latent + given))
-        return self.logits(torch.stack(states, 2), torch.cat([x, y[..., :-1]], -1).unfold(-1, PAST, 1))
+        h = torch.stack(states, 2)
+        return self.logits(h, torch.cat([x, y[..., :-1]], -1).unfold(-1, PAST, 1)), h
 
 
 class ByteLM(nn.Module):
@@ -685,9 +690,9 @@ class ByteLM(nn.Module):
                     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
                     torch.manual_seed(int.from_bytes(digest[:7], "big"))
                     module.reset_parameters()
-        for block in self.blocks:  # a memory comes before its own parts in the walk, which would undo what it sets
-            if block.memory is not None:
-                block.memory.reset_parameters()
+        for memory in (*(block.memory for block in self.blocks), self.byte_memory):
+            if memory is not None:  # it comes before its own parts in the walk, which would undo what it sets
+                memory.reset_parameters()
 
     def state(self, B: int) -> State:
         """The state of B rows before their first patch; constant in size from the first full window on."""
@@ -722,12 +727,12 @@ class ByteLM(nn.Module):
         old = self.state(len(x_BT)) if state is None else state
         z_BND, state = self.trunk(x_BT, old)
         x = torch.cat([old["bytes"][:, -PATCH:], x_BT], 1).unfold(1, PAST, PATCH)
-        logits = self.decoder(z_BND, x, y_BT.unflatten(1, (-1, PATCH))).flatten(1, 2)
+        logits, h = (t.flatten(1, 2) for t in self.decoder(z_BND, x, y_BT.unflatten(1, (-1, PATCH))))
         if self.byte_memory is not None:
             byte, age, writes = self.read_histories(x_BT, y_BT, old)
             state["histories"] = each(Tensor.clone, state["histories"])
             self.byte_memory.write(state["histories"], writes)
-            logits = logits if self.k.memory == "zero" else self.byte_memory(logits, byte, age)
+            logits = logits if self.k.memory == "zero" else self.byte_memory(logits, h, byte, age)
         return logits, state
 
     def read_histories(self, x_BT: Tensor, y_BT: Tensor, state: State) -> tuple[Tensor, Tensor, tuple]:
@@ -794,7 +799,7 @@ class Stream:
             return logits
         text = F.pad(self.past, (0, 1))  # a place for the byte that is not there yet
         byte, age, _ = self.model.byte_memory.read(text, self.next_byte(), self.state["histories"])
-        return self.model.byte_memory(logits, byte[:, 0], age[:, 0])
+        return self.model.byte_memory(logits, self.h, byte[:, 0], age[:, 0])
 
     def state_bytes(self) -> int:
         """Memory that the text so far takes, whatever its length."""
@@ -1146,7 +1151,7 @@ def flops_per_byte(model: ByteLM, k: Knobs) -> float:
     uses = dict(embed=0, thinking=k.thinking_steps)
     used, steps = 0, PATCH - 1 + max(k.decoder_reads, 1)
     per_byte = {"decoder.gru.weight_hh_l0": steps, "decoder.out.weight": PATCH, "decoder.grams.out.weight": PATCH}
-    per_byte["decoder.grams.table"] = 0
+    per_byte |= {"decoder.grams.table": 0, "byte_memory.doubt.weight": PATCH}
     for name, p in model.named_parameters():
         often = per_byte.get(name, uses.get(name.split(".")[0], 1))
         used += p.numel() * (0 if "embed" in name else often) * (p.dim() > 1)

@@ -122,12 +122,12 @@ def answer_logits(model: ByteLM, x_BT: Tensor, at_BA: Tensor, y_BAP: Tensor) -> 
     z_BND, _ = model.trunk(x_BT, state)
     before = F.pad(x_BT, (PAST - PATCH, 0)).unfold(1, PAST, PATCH)  # (B, N, 8), a patch and the one before
     z_BAD, x_BAP = (t.gather(1, at.expand(-1, -1, t.size(-1))) for t in (z_BND, before))
-    logits = model.decoder(z_BAD, x_BAP, y_BAP)
+    logits, h = model.decoder(z_BAD, x_BAP, y_BAP)
     if model.byte_memory is None or model.k.memory == "zero":
         return logits
     read = model.read_histories(x_BT, y_BT.scatter(1, places, y_BAP.flatten(1)), state)[:2]
     byte, age = (t.gather(1, places[..., None, None].expand(-1, -1, *t.shape[2:])) for t in read)
-    return model.byte_memory(logits, byte.unflatten(1, (-1, PATCH)), age.unflatten(1, (-1, PATCH)))
+    return model.byte_memory(logits, h, byte.unflatten(1, (-1, PATCH)), age.unflatten(1, (-1, PATCH)))
 
 
 def answer_nll(model: ByteLM, x_BT: Tensor, at_BA: Tensor, y_BAP: Tensor) -> Tensor:

@@ -44,21 +44,22 @@ def dense_window(q: Tensor, k: Tensor, v: Tensor, w: int | None) -> Tensor:
     return scores.masked_fill(~((far >= 0) & (far < (w or P + N))), -1e4).softmax(-1) @ v
 
 
-def byte_memory(memory: nn.Module, s: list[int], logits: Tensor) -> Tensor:
-    """log p (T, 256) of the bytes 24 .. of s, from the model's logits (T, 256): a ByteMemory byte by byte, each table a
-    dict from row to what is in it, and PPM's mixing as it is written, from the shortest history to the longest."""
+def byte_memory(memory: nn.Module, s: list[int], logits: Tensor, hidden: Tensor) -> Tensor:
+    """log p (T, 256) of the bytes 24 .. of s, from the decoder's logits and states (T, 256): a ByteMemory byte by byte,
+    a dict for each table, from row to what is in it, and PPM's mixing, from the shortest history to the longest."""
     how, lengths, rows = memory.how.view(-1, 6), memory.hash.lengths, memory.rows
     tables, out = [{} for _ in lengths], []
     for t in range(24, len(s)):
         h = memory.hash(torch.tensor(s[t - 24 : t])).tolist()
-        p = logits[t - 24].softmax(-1)
-        for table, key, (one, two, alone, same, other, decay) in zip(tables, h, how, strict=True):
+        p, doubts = logits[t - 24].softmax(-1), memory.doubt(hidden[t - 24])
+        for table, key, doubt, (one, two, alone, same, other, decay) in zip(tables, h, doubts, how, strict=True):
             history, behind = table.get(key % rows, (None, []))
             behind = behind if history == key else []
             table[key % rows] = key, [(s[t], t), *behind][:2]
             if not behind:
                 continue
-            d = (alone if len(behind) == 1 else same if behind[0][0] == behind[1][0] else other).exp()
+            d = alone if len(behind) == 1 else same if behind[0][0] == behind[1][0] else other
+            d = (d + doubt).exp()
             weights = [(w - decay.exp() * (t - at)).exp() for w, (_, at) in zip((one, two), behind, strict=False)]
             found = sum(w * F.one_hot(torch.tensor(b), 256) for w, (b, _) in zip(weights, behind, strict=True))
             p = (found + d * p) / (sum(weights) + d)

@@ -214,9 +214,9 @@ class Fixed(torch.nn.Module):
     def trunk(self, x_BT: torch.Tensor, state: dict) -> tuple[torch.Tensor, dict]:
         return torch.zeros(len(x_BT), x_BT.size(1) // PATCH, 1), state
 
-    def decoder(self, z_BND: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def decoder(self, z_BND: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, None]:
         right = y if self.knows else torch.full_like(y, ord("a"))
-        return torch.nn.functional.one_hot(right, 256).float() * 50
+        return torch.nn.functional.one_hot(right, 256).float() * 50, None
 
 
 def test_an_oracle_scores_one_and_a_constant_scores_chance():

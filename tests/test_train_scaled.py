@@ -304,7 +304,7 @@ def test_the_byte_decoder_is_torchs_gru_over_the_last_bytes_before_a_patch_and_i
     before = torch.cat([seen, y[..., :3]], -1).flatten(0, 1)
     latent = decoder.latent(z).view(6, 1, 256).expand(-1, before.size(1), -1)
     hidden, _ = decoder.gru(torch.cat([decoder.embed(before), latent], -1))
-    assert torch.allclose(decoder(z, x, y), decoder.out(hidden[:, -4:]).view(2, 3, 4, 256), atol=1e-5)
+    assert torch.allclose(decoder(z, x, y)[0], decoder.out(hidden[:, -4:]).view(2, 3, 4, 256), atol=1e-5)
 
 
 def test_the_n_gram_tables_are_read_by_the_last_3_to_6_bytes_alone():
@@ -338,25 +338,28 @@ def test_the_n_gram_tables_are_read_by_the_last_3_to_6_bytes_alone():
 @pytest.mark.parametrize("rows", [1, 7, 1 << 16])
 def test_the_memory_by_bytes_is_its_recurrence_with_its_gradients_whatever_the_cuts(rows):
     """With one row, with histories that fall into each other's rows, and without such."""
-    (s,), logits = repeats(1, 150).tolist(), torch.randn(1, 126, 256)
+    (s,), logits, h = repeats(1, 150).tolist(), torch.randn(1, 126, 256), torch.randn(1, 126, 256)
     for sizes in ([126], [1] * 126, [5, 70, 51]):
         memory = ByteMemory(rows)
         torch.nn.init.normal_(memory.how, std=0.3)
+        torch.nn.init.normal_(memory.doubt.weight, std=0.05)
         memory.how.data.view(-1, 6)[:, 5] -= 3  # a half-life of about 14 bytes
-        wanted = byte_memory(memory, s, logits[0])
+        wanted = byte_memory(memory, s, logits[0], h[0])
         (wanted * logits[0]).sum().backward()
-        gradient, memory.how.grad = memory.how.grad, None
+        gradients = [p.grad.clone() for p in memory.parameters()]
+        memory.zero_grad()
         state, at, out = memory.state(1), 0, []
         for n in sizes:
             given = torch.tensor([s[at : at + n + 24]])
             byte, age, writes = memory.read(given, torch.tensor([at]), state)
             memory.write(state, writes)
-            out.append(memory(logits[:, at : at + n], byte, age))
+            out.append(memory(logits[:, at : at + n], h[:, at : at + n], byte, age))
             at += n
         out = torch.cat(out, 1)[0]
         torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
         (out * logits[0]).sum().backward()
-        torch.testing.assert_close(memory.how.grad, gradient, atol=1e-3, rtol=1e-4)
+        for p, gradient in zip(memory.parameters(), gradients, strict=True):
+            torch.testing.assert_close(p.grad, gradient, atol=1e-3, rtol=1e-4)
         assert (wanted - logits[0].log_softmax(-1)).abs().max() > 1 and wanted.exp().sum(-1).allclose(torch.ones(126))
 
 
@@ -379,8 +382,8 @@ def test_histories_last_from_128_bytes_to_131072_at_first_and_decay_as_they_say(
     logits, byte = torch.zeros(256), torch.full((5, 2), 7)
     age = torch.tensor([[0, -1]] + [[-1, -1]] * 4)  # only the shortest history is known
     share = lambda logp: (logp[7].exp() - logp[8].exp()) / (256 * logp[8].exp())  # of the memory's mass to the model's
-    later = share(memory(logits, byte, torch.where(age == 0, 128, age)))
-    assert (later / share(memory(logits, byte, age))).item() == pytest.approx(0.5, rel=1e-4)
+    later = share(memory(logits, logits, byte, torch.where(age == 0, 128, age)))
+    assert (later / share(memory(logits, logits, byte, age))).item() == pytest.approx(0.5, rel=1e-4)
 
 
 def test_a_zeroed_memory_has_the_same_weights_and_leaves_the_window_alone():
