@@ -577,7 +577,7 @@ class ByteMemory(nn.Module):
         row, order = torch.sort(h % self.rows, stable=True)
         i, of = torch.arange(T, device=text.device), lambda t_BT: t_BT[:, None].expand_as(h).gather(2, order)
         h, byte, time = h.gather(2, order), of(text[:, P:]), of(first_B[:, None] + i)
-        starts = lambda t: F.pad(t[..., 1:] != t[..., :-1], (1, 0), value=True)
+        starts = lambda t: (t != t.roll(1, -1)) | (i == 0)
         row_start, run_start = (torch.where(starts(t), i, 0).cummax(-1).values for t in (row, h))
         met = i - run_start  # how often the window has met this history since another one was in its row
         known = (state["key"].gather(2, row) == h) & (run_start == row_start)
@@ -588,7 +588,7 @@ class ByteMemory(nn.Module):
         for new, (a, b) in zip((byte, time), (t.unbind(-1) for t in old), strict=True):
             last.append(torch.where(met > 0, new.roll(1, -1), a))
             before.append(torch.where(met > 1, new.roll(2, -1), torch.where(met > 0, a, b)))
-        place = torch.where(F.pad(starts(row)[..., 1:], (0, 1), value=True), row, self.rows)
+        place = torch.where((row != row.roll(-1, -1)) | (i == T - 1), row, self.rows)  # what comes last in a row stays
         writes = place, h, torch.stack([byte, last[0]], -1), torch.stack([time, last[1]], -1)
         back = order.argsort(-1)[..., None].expand(*h.shape, 2)
         found, when = (torch.stack(pair, -1).gather(2, back).transpose(1, 2) for pair in zip(last, before, strict=True))
