@@ -771,11 +771,11 @@ class Stream:
         """Bytes (B, T), any T."""
         x_BT, done = x_BT.to(self.held), self.held.size(1)
         seen = torch.cat([self.past, x_BT], 1)
-        if self.model.byte_memory is not None:
-            first = max(-int(self.next_byte()[0]), 0)  # no byte of the first patch is predicted
-            if first < x_BT.size(1):
-                memory, old = self.model.byte_memory, self.state["histories"]
-                memory.write(old, memory.read(seen[:, first:], self.next_byte() + first, old)[-1])
+        if (
+            memory := self.model.byte_memory
+        ) is not None:  # bytes of the first patch have a time below 0, which is none
+            old = self.state["histories"]
+            memory.write(old, memory.read(seen, self.next_byte(), old)[-1])
         x_BT = torch.cat([self.held, x_BT], 1)
         while x_BT.size(1) >= PATCH:
             n = min(x_BT.size(1), self.prefill) // PATCH * PATCH

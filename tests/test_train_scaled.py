@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -245,12 +246,12 @@ def test_the_phase_8_model_is_the_plain_reference(form):
 @pytest.mark.parametrize("variant", ["scaled", "phase8", "delta", "delay"])
 def test_a_byte_moves_no_prediction_of_itself_or_before(variant):
     """Every byte of a window, and every logit: byte p of the text is target p - 4, and stands in x from p on."""
-    model, s = fresh(variant), text(1, 68)
+    model, s = fresh(variant), repeats(1, 68)
     before = model.logits(s[:, :64], s[:, 4:])[0]
     with torch.no_grad():
         for p in range(68):
             t = s.clone()
-            t[0, p] = (t[0, p] + 1) % 256
+            t[0, p] = 97 + (t[0, p] - 96) % 3
             after = model.logits(t[:, :64], t[:, 4:])[0]
             first = max(p - 3, 0)  # target index of byte p + 1, the first prediction that may have seen byte p
             assert torch.equal(before[:, :first], after[:, :first]), p
@@ -271,11 +272,15 @@ def test_windows_with_carried_state_equal_one_long_forward(variant):
     same = []
     each(lambda a, b: same.append(torch.allclose(a.float(), b.float(), atol=2e-5)) or a, state, last)
     assert all(same) and len(same) > 4
+    state = model.nll(x[:, :64], y[:, :64])[1]
+    once, again = (model.nll(x[:, 64:], y[:, 64:], state)[0] for _ in range(2))
+    assert torch.equal(once, again), "a forward leaves the state that it is given as it is"
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_stream_fed_in_any_pieces_equals_the_full_forward(variant):
     model, s = fresh(variant), repeats(2, 60)
+    s[1, :12] = 97  # what follows the first bytes is met again at once
     wanted = model.logits(s[:, :56], s[:, 4:])[0]
     for sizes in ([1] * 60, [3, 10, 1, 46], [59, 1]):
         stream, at = Stream(model, 2, prefill=16), 0
@@ -394,6 +399,10 @@ def test_a_zeroed_memory_has_the_same_weights_and_leaves_the_window_alone():
     other[:, :4] = (other[:, :4] + 1) % 256
     moved = lambda m: (m.nll(x, y)[0] - m.nll(other, y)[0]).abs()[:, 4 * (1 + 2 * 3) :].max()
     assert moved(zero) == 0 and moved(full) > 0, "beyond 2 blocks x (window - 1) only memory carries"
+    none, s = fresh(memory="zero", mem_rows=0), repeats(1, 132)
+    none.load_state_dict({name: t for name, t in full.state_dict().items() if not name.startswith("byte_memory.")})
+    silent, without, heard = (m.logits(s[:, :-4], s[:, 4:])[0] for m in (zero, none, full))
+    assert torch.equal(silent, without) and not torch.allclose(silent, heard), "nor does the memory by bytes"
 
 
 def test_with_mem_delay_the_memory_holds_only_what_has_left_the_window():
@@ -612,6 +621,15 @@ def test_bad_text_and_bad_sizes_are_one_clear_error_before_training(monkeypatch,
     assert not (tmp_path / "results.csv").exists() or not rows(tmp_path)
 
 
+def test_the_rows_histories_are_on_the_bill_of_disk_and_memory():
+    k, none = small(mem_rows=4096, memory="on", keep=3), small(mem_rows=0, keep=3)
+    size = sum(t[:, :, :-1].nbytes for t in ByteMemory(4096).state(1).values())
+    assert train_scaled.history_bytes(k) == size and train_scaled.history_bytes(none) == 0
+    assert train_scaled.disk_need(1000, k) - train_scaled.disk_need(1000, none) == 4 * k.batch_size * size
+    assert train_scaled.disk_need(1000, dataclasses.replace(k, carry_state=False)) == train_scaled.disk_need(1000, none)
+    assert train_scaled.memory_mib(1000, 64, k) > train_scaled.memory_mib(1000, 64, none)
+
+
 def test_a_disk_too_small_for_the_checkpoints_is_refused(monkeypatch, tmp_path):
     usage = train_scaled.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(train_scaled.shutil, "disk_usage", lambda path: usage._replace(free=2**20))
@@ -786,6 +804,24 @@ def test_a_compiler_that_fails_is_one_line_and_training_goes_on(monkeypatch, tmp
     monkeypatch.setattr(plumbing, "check_compiler", lambda *args: None)
     code, out = run_here(monkeypatch, tmp_path, run_id="a", compile=1, num_iterations=2)
     assert code == 0 and "compile: failed, training goes on without it (RuntimeError: no such backend)" in out
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_the_compiled_memory_by_bytes_is_the_plain_one():
+    memory, text_BS, (logits, h) = ByteMemory(7), repeats(2, 64), torch.randn(2, 2, 40, 256)
+
+    def run(text_BS, logits, h, state):
+        byte, age, writes = memory.read(text_BS, torch.zeros(2, dtype=torch.long), state)
+        state = each(torch.clone, state)
+        memory.write(state, writes)
+        return memory(logits, h, byte, age), state
+
+    state, compiled = memory.state(2), torch.compile(run, dynamic=False)
+    for _ in range(2):
+        (ours, state), (theirs, other) = (f(text_BS, logits, h, state) for f in (compiled, run))
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+        assert all(torch.equal(state[name], other[name]) for name in state)
 
 
 def test_dry_run_shows_sizes_and_trains_nothing(monkeypatch, capsys):
