@@ -1401,7 +1401,7 @@ class Run:
         line += ",".join(f"{h:.4g}" for h in found.median(1).values.tolist())
         if (byte_memory := self.model.byte_memory) is not None:
             found = zip(HISTORIES, byte_memory.half_lives().tolist(), strict=True)
-            line += " half_life_bytes_by_history:" + ",".join(f"{n}:{h:.4g}" for n, h in found)
+            line += " half_life_bytes_by_history:" + ",".join(f"{n}:{h:.0f}" for n, h in found)
         return line, values
 
     # Restored and saved as they are; with model, optimizer, scaler, states and clock all that the next step depends on.

@@ -700,6 +700,7 @@ def test_a_run_learns_and_leaves_its_files(monkeypatch, tmp_path):
         "precision: fp32 (auto, CPU)",
         "disk: up to",
         "half_life_patches: min:",
+        "half_life_bytes_by_history:3:",
         "eta_h:",
         "val_bits_per_char:",
     ):
