@@ -767,14 +767,14 @@ class Stream:
         return self.state["position"] * PATCH + self.held.size(1) - PATCH
 
     @torch.no_grad()
-    def feed(self, x_BT: Tensor) -> None:
-        """Bytes (B, T), any T."""
+    def feed(self, x_BT: Tensor, remember: bool = True) -> None:
+        """Bytes (B, T), any T. Those that are not remembered are no part of the memory by bytes: a sampled text that
+        remembers itself soon repeats itself."""
         x_BT, done = x_BT.to(self.held), self.held.size(1)
         seen = torch.cat([self.past, x_BT], 1)
-        if (
-            memory := self.model.byte_memory
-        ) is not None:  # bytes of the first patch have a time below 0, which is none
-            old = self.state["histories"]
+        if self.model.byte_memory is not None and remember:
+            memory, old = self.model.byte_memory, self.state["histories"]
+            # Bytes of the first patch have a time below 0, which is none: no window predicts them.
             memory.write(old, memory.read(seen, self.next_byte(), old)[-1])
         x_BT = torch.cat([self.held, x_BT], 1)
         while x_BT.size(1) >= PATCH:

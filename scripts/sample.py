@@ -81,7 +81,7 @@ class Carried:
 
 class Patches:
     """The same for train_scaled.py's model. It predicts from the first whole patch of 4 bytes on; a shorter text gets
-    line ends in front."""
+    line ends in front. Its memory by bytes hears the prompt alone: a text that remembers itself repeats itself."""
 
     def __init__(self, model: nn.Module):
         self.stream, self.held = train_scaled.Stream(model), 0
@@ -90,8 +90,8 @@ class Patches:
         missing = max(0, 4 - len(ids)) if self.held == 0 else 0
         if missing:
             print(f"[the text is shorter than a patch: {missing} line end(s) in front]", file=sys.stderr, flush=True)
-        new, self.held = [10] * missing + list(ids[self.held :]), len(ids)
-        self.stream.feed(torch.tensor([new]))
+        prompt, new, self.held = self.held == 0, [10] * missing + list(ids[self.held :]), len(ids)
+        self.stream.feed(torch.tensor([new]), remember=prompt)
         return self.stream.logits()[0].cpu()
 
 

@@ -167,7 +167,7 @@ def continue_prompt(model: ByteLM, prompt: str, seed: int, a: argparse.Namespace
     stream.feed(torch.tensor([list(("\n" + prompt).encode())]))
     for _ in range(a.bytes):
         out.append(pick(stream.logits()[0].cpu(), a.temperature, 0, a.top_p, generator))
-        stream.feed(torch.tensor([[out[-1]]]))
+        stream.feed(torch.tensor([[out[-1]]]), remember=a.remember == "all")
     return bytes(out)
 
 
@@ -186,6 +186,7 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--temperature", type=float, default=0.5, metavar="X", help="as in the original report (0.5)")
     p.add_argument("--top_p", type=float, default=1.0, metavar="X")
     p.add_argument("--memory", choices=("on", "zero"), default="on", help="zero: with the memory silent")
+    p.add_argument("--remember", choices=("prompt", "all"), default="prompt", help="what the memory by bytes hears")
     a = lib.finish_options(p, argv, "curriculum_intelligence")
     for name, good, expected in (
         ("samples", a.samples >= 1, "1 or more"),

@@ -292,6 +292,18 @@ def test_a_stream_fed_in_any_pieces_equals_the_full_forward(variant):
                 assert torch.allclose(stream.logits(), wanted[:, at - 4], atol=2e-5), at
 
 
+def test_what_a_stream_is_not_to_remember_is_read_but_not_repeated():
+    model, once = fresh(), torch.tensor([list(b"abcdefghijkl")])
+    streams = [Stream(model) for _ in range(3)]
+    streams[0].feed(once)
+    streams[1].feed(once, remember=False)
+    streams[2].feed(once.flip(1))
+    for stream in streams:
+        stream.feed(once[:, :8])
+    knows, heard, other = (stream.logits().softmax(-1)[0, ord("i")] for stream in streams)
+    assert knows > 0.5 > heard and torch.equal(streams[1].past, streams[0].past) and heard != other
+
+
 def test_a_streams_memory_does_not_grow_with_the_text():
     stream = Stream(fresh())
     sizes = []
