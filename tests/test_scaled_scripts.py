@@ -19,11 +19,12 @@ import bench_scaled
 import lib_bytes as lib
 import mqar
 import position_curve
+import sample
 import test_curriculum_intelligence as intelligence
 import test_recall_fixed as recall
 
 from plumbing import UserError
-from train_scaled import PATCH, ByteLM
+from train_scaled import PATCH, ByteLM, ByteMemory
 
 TEXT = ("Bir varmış bir yokmuş, evvel zaman içinde kalbur saman içinde. " * 300).encode()
 
@@ -419,6 +420,21 @@ def test_the_likelihood_of_a_word_is_that_of_the_model_whatever_its_place_in_a_p
             theirs += float(stream.logits()[0].log_softmax(-1)[byte])
             stream.feed(torch.tensor([[byte]]))
         assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+@pytest.mark.parametrize("remember", ["prompt", "all"])
+def test_a_text_that_is_written_remembers_its_prompt_and_itself_only_if_asked_to(monkeypatch, remember):
+    model, given, written, write = tiny(mem_rows=512), "abcdefgh" * 2, [], ByteMemory.write
+    count = lambda memory, state, writes: written.append(writes[0].size(2)) or write(memory, state, writes)
+    monkeypatch.setattr(ByteMemory, "write", count)
+    a = intelligence.read_options(["--weights", "x", "--bytes", "5", "--temperature", "0", "--remember", remember])
+    assert intelligence.continue_prompt(model, given, 0, a) == b"abcde", "what the prompt taught it"
+    assert written == [17] + [1] * (5 if remember == "all" else 0)
+    written.clear()
+    view = sample.Patches(model)
+    for text in (given, given + "a", given + "ab"):
+        view.logits(list(text.encode()))
+    assert written == [16], "sample.py: the prompt alone"
 
 
 def test_a_model_that_prefers_right_words_scores_one_and_one_that_ties_scores_none(monkeypatch):
