@@ -8,6 +8,7 @@ Parts    memory  the memory operator, forward and backward, and the original's c
          window  window attention, forward and backward, and the dense mask
          step    a whole training step at 1,024 bytes and width 256, PRESET=phase8's mathematics: ours, and the plain
                  model with its cumulative sums and dense masks; the same AdamW on both sides
+         blocks  a whole training step of each model of the study's stage scaled_blocks, at its size, by turns
          length  the model forward and backward, per byte, on rows of 1 KB to 64 KB; peak memory, on a CPU that of the
                  process up to then, earlier parts included
 Units    process CPU time on a CPU, synchronised seconds on a GPU; both sides by turns in one process; medians, and the
@@ -37,11 +38,16 @@ import torch.nn.functional as F  # noqa: E402
 import plumbing  # noqa: E402
 import train_scaled  # noqa: E402
 from plumbing import UserError, World  # noqa: E402
-from train_scaled import ByteLM, Knobs, MicroStep  # noqa: E402
+from train_scaled import PATCH, ByteLM, Knobs, MicroStep  # noqa: E402
 
-PARTS = ("memory", "window", "step", "length")
+PARTS = ("memory", "window", "step", "blocks", "length")
 STEP = dict(preset="phase8", d_model=256, n_layer=4, n_head=4, window=64, dropout=0.0, sequence_length=1024)
 LENGTH = dict(d_model=256, n_layer=4, n_head=4, window=64, thinking_steps=1)  # on a CPU; a GPU runs the default size
+STUDY = dict(d_model=128, n_layer=4, n_head=4, thinking_steps=1, dropout=0.0, sequence_length=1024, batch_size=2)
+DECODER = dict(preset="phase8", decoder_reads=4, ngram_rows=12288)
+BLOCKS = {"phase 8, 5 layers": dict(preset="phase8", n_layer=5), "phase 8's blocks, scaled's decoder": DECODER}
+BLOCKS |= {"the same, 5 layers": DECODER | dict(n_layer=5), "scaled without its memory by bytes": dict(mem_rows=0)}
+BLOCKS |= {"scaled": {}}
 LENGTHS = [2**n for n in range(10, 17)]
 
 
@@ -110,8 +116,23 @@ def knobs(w: World, **more: object) -> Knobs:
 
 
 def text(T: int, rows: int, w: World) -> tuple[torch.Tensor, torch.Tensor]:
-    x = torch.randint(0, 256, (rows, T + 1), generator=torch.Generator().manual_seed(T)).to(w.device)
-    return x[:, :-1], x[:, 1:]
+    x = torch.randint(0, 256, (rows, T + PATCH), generator=torch.Generator().manual_seed(T)).to(w.device)
+    return x[:, :-PATCH], x[:, PATCH:]
+
+
+def training_step(model: ByteLM, k: Knobs, w: World) -> Callable[[], None]:
+    """Forward, backward and AdamW on two rows of SEQUENCE_LENGTH bytes, fp32."""
+    (x, y), one, states = text(k.sequence_length, 2, w), torch.ones((), device=w.device), [None]
+    micro = MicroStep(model, k, w, torch.float32, print)
+    adam = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step() -> None:
+        _, state = micro.backward(x, y, states[0], one)
+        states[0] = state if k.carry_state else None
+        adam.step()
+        adam.zero_grad()
+
+    return step
 
 
 def part_step(a: argparse.Namespace, w: World) -> list[dict]:
@@ -122,23 +143,34 @@ def part_step(a: argparse.Namespace, w: World) -> list[dict]:
     other = plain.PlainPhase8(k.d_model, k.n_layer, k.n_head, k.window, 0.995, k.thinking_steps, form="cumsum")
     plain.copy_phase8(model, other)
     model.to(w.device), other.to(w.device)
-    (x, y), one = text(k.sequence_length, 2, w), torch.ones((), device=w.device)
-    micro = MicroStep(model, k, w, torch.float32, print)
-    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-4, fused=True) for m in (model, other)]
-
-    def ours() -> None:
-        micro.backward(x, y, None, one)
-        optimizers[0].step()
-        optimizers[0].zero_grad()
+    x, y = text(k.sequence_length, 2, w)
+    adam = torch.optim.AdamW(other.parameters(), lr=1e-4, fused=True)
 
     def theirs() -> None:
         F.cross_entropy(other(x.long(), y.long()).flatten(0, 1), y.long().flatten()).backward()
-        optimizers[1].step()
-        optimizers[1].zero_grad()
+        adam.step()
+        adam.zero_grad()
 
-    found = compared(by_turns(dict(ours=ours, plain=theirs), a.repeats, w))
+    found = compared(by_turns(dict(ours=training_step(model, k, w), plain=theirs), a.repeats, w))
     rate = {f"{name}_bytes_per_s": x.numel() / found[f"{name}_ms"] * 1000 for name in ("ours", "plain")}
     return [dict(bytes=x.numel()) | found | rate]
+
+
+def part_blocks(a: argparse.Namespace, w: World) -> list[dict]:
+    """The last is what the others' ratios are of."""
+    sides = {}
+    for name, own in BLOCKS.items():
+        values = train_scaled.PRESETS[own.get("preset", "scaled")] | STUDY | own
+        values |= dict(window=32) if "preset" not in own else {}
+        k = Knobs(**values | dict(device=w.device.type, compile=False, device_batch_size=2))
+        model = ByteLM(k)
+        model.init_weights(k.seed)
+        sides[name] = training_step(model.to(w.device), k, w)
+    found, rows = by_turns(sides, a.repeats, w), []
+    for name, times in found.items():
+        both = compared(dict(ours=found["scaled"], plain=times))
+        rows.append(dict(model=name, ms=both["plain_ms"]) | {key: both[key] for key in ("ratio", "low", "high", "n")})
+    return rows
 
 
 def length_at(T: int, a: argparse.Namespace, w: World) -> dict:
@@ -190,10 +222,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for part in parts:
             rows = globals()[f"part_{part}"](a, w)
             for row in rows:
-                shown = (
-                    f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value:,}"
-                    for key, value in row.items()
-                )
+                forms = {float: "{:.4g}", int: "{:,}", str: "{}"}
+                shown = (f"{key} {forms[type(value)].format(value)}" for key, value in row.items())
                 print(f"{part}: {'; '.join(shown)}", flush=True)
             if a.out:
                 a.out.mkdir(parents=True, exist_ok=True)

@@ -594,15 +594,19 @@ def test_a_gpu_that_is_not_there_is_an_error(weights, tmp_path):
 def test_the_bench_writes_both_sides_and_their_ratio_with_what_they_came_from(monkeypatch, tmp_path, capsys):
     small = dict(d_model=16, n_layer=1, n_head=2, window=4)
     monkeypatch.setattr(bench_scaled, "STEP", bench_scaled.STEP | small | dict(sequence_length=64))
+    monkeypatch.setattr(bench_scaled, "STUDY", bench_scaled.STUDY | dict(d_model=16, n_head=2))
     monkeypatch.setattr(bench_scaled, "LENGTH", bench_scaled.LENGTH | small)
     monkeypatch.setattr(bench_scaled, "LENGTHS", [64, 128])
-    assert bench_scaled.main(["--parts", "step,length", "--repeats", "2", "--out", str(tmp_path)]) == 0
+    assert bench_scaled.main(["--parts", "step,blocks,length", "--repeats", "2", "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "scaled_step_cpu.json").read_text())
     (step,) = found["rows"]
     assert (
         step["ratio"] == pytest.approx(step["plain_ms"] / step["ours_ms"]) and step["bytes"] == 128 and step["n"] == 2
     )
     assert found["torch"] == torch.__version__ and "git_commit" in found and found["threads"] == 1
+    rows = json.loads((tmp_path / "scaled_blocks_cpu.json").read_text())["rows"]
+    assert [row["model"] for row in rows] == list(bench_scaled.BLOCKS) and rows[-1]["ratio"] == 1
+    assert all(row["ratio"] == pytest.approx(row["ms"] / rows[-1]["ms"]) and row["n"] == 2 for row in rows)
     rows = json.loads((tmp_path / "scaled_length_cpu.json").read_text())["rows"]
     assert [row["bytes"] for row in rows] == [64, 128] and rows[0]["of_the_shortest"] == 1
     assert all(row["us_per_byte"] > 0 and row["peak_mib"] > 100 for row in rows)
