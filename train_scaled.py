@@ -636,16 +636,18 @@ class ByteDecoder(nn.Module):
         of_byte, of_latent = self.gru.weight_ih_l0.split(BYTES, dim=1)
         return F.linear(self.embed.weight, of_byte), F.linear(self.latent(z), of_latent, self.gru.bias_ih_l0)
 
-    def step(self, h: Tensor, given: Tensor) -> Tensor:
-        """nn.GRU's cell: the next hidden state from the last one and the input product."""
+    def step(self, h: Tensor | None, given: Tensor) -> Tensor:
+        """nn.GRU's cell: the next hidden state from the last one (None: zero) and the input product."""
         r, z, n = given.chunk(3, -1)
-        hr, hz, hn = F.linear(h, self.gru.weight_hh_l0, self.gru.bias_hh_l0).chunk(3, -1)
+        of_h = self.gru.bias_hh_l0 if h is None else F.linear(h, self.gru.weight_hh_l0, self.gru.bias_hh_l0)
+        hr, hz, hn = of_h.chunk(3, -1)
         z = torch.sigmoid(z + hz)
-        return (1 - z) * torch.tanh(n + torch.sigmoid(r + hr) * hn) + z * h
+        new = (1 - z) * torch.tanh(n + torch.sigmoid(r + hr) * hn)
+        return new if h is None else new + z * h
 
     def begin(self, x: Tensor, of_byte: Tensor, of_latent: Tensor) -> Tensor:
         """The hidden state (.., 256) that predicts a patch's first byte, from the 8 bytes before it, (.., 8)."""
-        h = torch.zeros_like(of_latent[..., :BYTES])
+        h = None
         for byte in (x[..., PAST - self.reads :] if self.reads else torch.zeros_like(x[..., :1])).unbind(-1):
             h = self.step(h, of_latent + F.embedding(byte, of_byte))
         return h
@@ -706,7 +708,9 @@ class ByteLM(nn.Module):
     def trunk(self, x_BT: Tensor, state: State) -> tuple[Tensor, State]:
         """Latents (B, N, D) of the patches of x, which continue `state`, and the state behind them."""
         k, N = self.k, x_BT.size(1) // PATCH
-        z, first, P = self.patch(self.embed(x_BT).mT).mT, state["position"], state["layers"][0]["k"].size(2)
+        first, P = state["position"], state["layers"][0]["k"].size(2)
+        z = self.embed(x_BT).unflatten(1, (N, PATCH)).flatten(2)  # one product; conv1d would move channels to and fro
+        z = F.linear(z, self.patch.weight.mT.flatten(1), self.patch.bias)
         tables = None
         if k.rope == "input":
             z = rotate(z, *rotary_tables(first, N, k.d_model))
@@ -743,7 +747,8 @@ class ByteLM(nn.Module):
     def nll(self, x_BT: Tensor, y_BT: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """-log p of each target byte, (B, T), in nats; 0 where y is -1: what such a byte is, x says."""
         logits, state = self.logits(x_BT, torch.where(y_BT < 0, F.pad(x_BT[:, PATCH:], (0, PATCH)), y_BT), state)
-        return F.cross_entropy(logits.mT, y_BT, ignore_index=-1, reduction="none"), state
+        nll = F.cross_entropy(logits.flatten(0, 1), y_BT.flatten(), ignore_index=-1, reduction="none")
+        return nll.view_as(y_BT), state
 
     def half_lives(self) -> Tensor | None:
         """(L, H) patches, of an input that does not move them; None without memory."""
