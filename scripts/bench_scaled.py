@@ -2,6 +2,7 @@
 
     python scripts/bench_scaled.py                                      one thread of this CPU, 10 minutes
     python scripts/bench_scaled.py --parts length,step --repeats 9
+    python scripts/bench_scaled.py --parts step --malloc glibc          without plumbing's setting, as plain scripts run
     python scripts/bench_scaled.py --device cuda --out experiments/gpu  the default size, bf16, compiled
 
 Parts    memory  the memory operator, forward and backward, and the original's cumulative sum (tests/scaled_support.py)
@@ -18,6 +19,7 @@ Raises   UserError: no such part, no GPU
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -205,6 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--parts", default=",".join(PARTS), metavar="X,...", help=f"default {','.join(PARTS)}")
     p.add_argument("--repeats", type=int, default=5, metavar="N", help="calls of each side; default 5")
     p.add_argument("--threads", type=int, default=1, metavar="N", help="of a CPU; default 1")
+    p.add_argument("--malloc", default="kept", choices=("kept", "glibc"), help="freed memory on a CPU (kept)")
     p.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default cpu")
     p.add_argument("--out", type=Path, metavar="DIR", help="folder of JSON files")
     a = p.parse_args(argv)
@@ -213,7 +216,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--parts {a.parts}: no part {wrong[0]!r}; there are {', '.join(PARTS)}")
     if min(a.repeats, a.threads) < 1:
         raise UserError("--repeats and --threads: expected 1 or more")
-    with plumbing.world(a.device, "use --device cpu") as w:
+    alone = contextlib.nullcontext(World(0, 1, torch.device("cpu"))) if a.malloc == "glibc" else None
+    if alone and a.device == "cuda":
+        raise UserError("--malloc glibc is about CPU memory; leave out --device cuda")
+    with alone or plumbing.world(a.device, "use --device cpu") as w:
         torch.set_num_threads(a.threads)
         start = facts(w)
         print(
@@ -227,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"{part}: {'; '.join(shown)}", flush=True)
             if a.out:
                 a.out.mkdir(parents=True, exist_ok=True)
-                path = a.out / f"scaled_{part}_{a.device}.json"
+                path = a.out / f"scaled_{part}_{a.device}{'_glibc' if alone else ''}.json"
                 path.write_text(json.dumps(dict(part=part) | start | dict(rows=rows), indent=1) + "\n")
     return 0
 

@@ -611,6 +611,11 @@ def test_the_bench_writes_both_sides_and_their_ratio_with_what_they_came_from(mo
     assert [row["bytes"] for row in rows] == [64, 128] and rows[0]["of_the_shortest"] == 1
     assert all(row["us_per_byte"] > 0 and row["peak_mib"] > 100 for row in rows)
     assert capsys.readouterr().out.count("length: bytes") == 2
+    monkeypatch.setattr(bench_scaled.plumbing, "world", lambda *given: pytest.fail("it keeps freed memory"))
+    assert bench_scaled.main(["--parts", "step", "--repeats", "1", "--malloc", "glibc", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "scaled_step_cpu_glibc.json").exists()
+    with pytest.raises(UserError, match="about CPU memory"):
+        bench_scaled.main(["--malloc", "glibc", "--device", "cuda"])
 
 
 def test_the_benchs_median_ratio_is_of_the_sides_it_timed():
