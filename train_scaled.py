@@ -79,9 +79,7 @@ MODEL = (
     "d_model n_layer n_head window rope norm fusion memory mem_conv mem_align mem_feature mem_norm mem_gate mem_decay "
     "mem_range "
 )
-MODEL += (
-    "mem_init mem_delay delta_rule thinking_steps decoder_reads ngram_rows mem_rows"  # what a model's weights are for
-)
+MODEL += "mem_init mem_delay delta_rule thinking_steps decoder_reads ngram_rows mem_rows"  # what weights are for
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ class Knobs:
     mem_range: float = knob(0.0, "lowest retention; it is RANGE + (1 - RANGE) * sigmoid(logit)", low=0, high=0.9999)
     mem_init: float | None = knob(None, "initial retention logit; log: half-lives of 32 to 65,536 patches", none="log")
     mem_rows: int = knob(65536, "rows of each table of the memory by the last 3 to 24 bytes; 0: none", low=0)
-    mem_delay: bool = knob(False, "memory is written only when a patch has left the window")
+    mem_delay: bool = knob(False, "the blocks' memory is written only when a patch has left the window")
     delta_rule: bool = knob(False, "a write replaces what its key held, by a learned share")
     thinking_steps: int = knob(3, "passes of the weight-tied MLP behind the blocks; 0: none", low=0)
     decoder_reads: int = knob(4, "bytes before a patch that its decoder reads first; 0: none", low=0, high=PAST)
@@ -1154,7 +1152,7 @@ def flops_per_byte(model: ByteLM, k: Knobs) -> float:
     """Model FLOPs of forward and backward, for MFU: 6 per weight of a matrix product each time it is used, attention
     counted causal within its window, and the memory's chunkwise products."""
     uses = dict(embed=0, thinking=k.thinking_steps)
-    used, steps = 0, PATCH - 1 + max(k.decoder_reads, 1)
+    used, steps = 0, PATCH - 2 + max(k.decoder_reads, 1)  # of the GRU that multiply a state; the first has none
     per_byte = {"decoder.gru.weight_hh_l0": steps, "decoder.out.weight": PATCH, "decoder.grams.out.weight": PATCH}
     per_byte |= {"decoder.grams.table": 0, "byte_memory.doubt.weight": PATCH}
     for name, p in model.named_parameters():

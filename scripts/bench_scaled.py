@@ -15,7 +15,7 @@ Parts    memory  the memory operator, forward and backward, and the original's c
 Units    process CPU time on a CPU, synchronised seconds on a GPU; both sides by turns in one process; medians, and the
          ratio of medians with the quartiles of the ratios turn by turn; memory in MiB: resident, or allocated on a GPU
 Writes   with --out: scaled_PART_DEVICE.json with command, commit, hardware and torch version
-Raises   UserError: no such part, no GPU
+Raises   UserError: no such part, no GPU, --malloc glibc with one
 """
 
 import argparse
@@ -48,8 +48,8 @@ LENGTH = dict(d_model=256, n_layer=4, n_head=4, window=64, thinking_steps=1)  # 
 STUDY = dict(d_model=128, n_layer=4, n_head=4, thinking_steps=1, dropout=0.0, sequence_length=1024, batch_size=2)
 DECODER = dict(preset="phase8", decoder_reads=4, ngram_rows=12288)
 BLOCKS = {"phase 8, 5 layers": dict(preset="phase8", n_layer=5), "phase 8's blocks, scaled's decoder": DECODER}
-BLOCKS |= {"the same, 5 layers": DECODER | dict(n_layer=5), "scaled without its memory by bytes": dict(mem_rows=0)}
-BLOCKS |= {"scaled": {}}
+BLOCKS |= {"the same, 5 layers": DECODER | dict(n_layer=5)}
+BLOCKS |= {"scaled without its memory by bytes": dict(window=32, mem_rows=0), "scaled": dict(window=32)}
 LENGTHS = [2**n for n in range(10, 17)]
 
 
@@ -163,7 +163,6 @@ def part_blocks(a: argparse.Namespace, w: World) -> list[dict]:
     sides = {}
     for name, own in BLOCKS.items():
         values = train_scaled.PRESETS[own.get("preset", "scaled")] | STUDY | own
-        values |= dict(window=32) if "preset" not in own else {}
         k = Knobs(**values | dict(device=w.device.type, compile=False, device_batch_size=2))
         model = ByteLM(k)
         model.init_weights(k.seed)
