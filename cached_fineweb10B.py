@@ -62,7 +62,10 @@ def fetch_start(path: Path, meta: HfFileMetadata, size: int) -> None:
         data = bytearray()
         headers = {"Range": f"bytes=0-{size - 1}", "Accept-Encoding": "identity"}
         bar = tqdm(total=size, unit="B", unit_scale=True, desc=path.name, disable=None)
-        with bar, get_session().stream("GET", meta.location, headers=headers, timeout=30) as response:
+        with (
+            bar,
+            get_session().stream("GET", meta.location, headers=headers, timeout=30) as response,
+        ):
             hf_raise_for_status(response)
             for chunk in response.iter_bytes(1 << 16):
                 data += chunk
@@ -71,7 +74,9 @@ def fetch_start(path: Path, meta: HfFileMetadata, size: int) -> None:
                     break
         head = np.frombuffer(data[:12], "<i4").tolist() if len(data) >= size else []
         if head[:2] != [MAGIC, VERSION] or HEADER_BYTES + 2 * head[2] != meta.size:
-            raise UserError(f"{path.name}: {len(data):,} of {size:,} bytes came, first ints {head}: not it")
+            raise UserError(
+                f"{path.name}: {len(data):,} of {size:,} bytes came, first ints {head}: not it"
+            )
         return bytes(data[:size])
 
     write_shard(path, np.frombuffer(persist(path.name, attempt), "<u2", offset=HEADER_BYTES))
@@ -94,12 +99,16 @@ def bring(folder: Path, goal: dict[str, int], verify: bool) -> None:
     for name, least in tqdm(goal.items(), desc="checking", leave=False, disable=None):
         path, fault = folder / name, problem(folder / name)
         held = 0 if fault else path.stat().st_size
-        if held and (held >= HEADER_BYTES + 2 * least if least else held == checked.get(name) and not verify):
+        if held and (
+            held >= HEADER_BYTES + 2 * least if least else held == checked.get(name) and not verify
+        ):
             continue
         meta = plumbing.hub_facts(REPO, name, OTHERWISE)
         size = min(HEADER_BYTES + 2 * least, meta.size) if least else meta.size
         if held and least:
-            fault = "" if held >= size else f"{path}: {held:,} bytes, fewer than the {size:,} asked for"
+            fault = (
+                "" if held >= size else f"{path}: {held:,} bytes, fewer than the {size:,} asked for"
+            )
         elif held:
             fault = problem(path, meta)
         if fault:
@@ -127,19 +136,33 @@ def bring(folder: Path, goal: dict[str, int], verify: bool) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("n", nargs="?", type=int, metavar="N", help=f"training shards, 1 to {NUM_TRAIN} (all)")
-    p.add_argument("--dir", type=Path, default=Path(__file__).resolve().parent / "data" / "fineweb10B")
-    p.add_argument("--verify", action="store_true", help="compare the SHA-256 of shards already there, too")
-    p.add_argument("--small", action="store_true", help="only the start of one training shard and of val")
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "n", nargs="?", type=int, metavar="N", help=f"training shards, 1 to {NUM_TRAIN} (all)"
+    )
+    p.add_argument(
+        "--dir", type=Path, default=Path(__file__).resolve().parent / "data" / "fineweb10B"
+    )
+    p.add_argument(
+        "--verify", action="store_true", help="compare the SHA-256 of shards already there, too"
+    )
+    p.add_argument(
+        "--small", action="store_true", help="only the start of one training shard and of val"
+    )
     p.add_argument("--small-train-tokens", type=int, default=10_000_000, metavar="TOKENS")
     p.add_argument("--small-val-tokens", type=int, default=10_485_761, metavar="TOKENS")
     a = p.parse_args(argv)
     num_train = NUM_TRAIN if a.n is None else a.n
     if not 1 <= num_train <= NUM_TRAIN:
-        raise UserError(f"N={a.n}: the dataset has 1 to {NUM_TRAIN} training shards of 100M tokens; try 9")
+        raise UserError(
+            f"N={a.n}: the dataset has 1 to {NUM_TRAIN} training shards of 100M tokens; try 9"
+        )
     if a.small and a.n is not None:
-        raise UserError(f"--small fetches the start of one training shard; leave out N={a.n} or --small")
+        raise UserError(
+            f"--small fetches the start of one training shard; leave out N={a.n} or --small"
+        )
     if min(a.small_train_tokens, a.small_val_tokens) < 1:
         raise UserError("--small-train-tokens and --small-val-tokens: expected 1 token or more")
     if a.small:
@@ -155,7 +178,9 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{a.dir}: another download is at work here; waiting for it", flush=True)
         lock.acquire()
     except OSError as error:
-        raise UserError(f"{a.dir}: cannot be written: {error}; choose another folder with --dir") from None
+        raise UserError(
+            f"{a.dir}: cannot be written: {error}; choose another folder with --dir"
+        ) from None
     try:
         shutil.rmtree(a.dir / ".part", ignore_errors=True)  # of a run that was killed
         bring(a.dir, goal, a.verify)
@@ -164,12 +189,16 @@ def main(argv: list[str] | None = None) -> None:
         lock.release()
     num_val, *num_train = (len(read_shard(a.dir / name)) for name in goal)
     print(f"{a.dir}: {sum(num_train):,} training and {num_val:,} validation tokens, checked")
-    print(f"INPUT_BIN='{a.dir}/fineweb_train_*.bin' INPUT_VAL_BIN='{a.dir}/fineweb_val_*.bin' trains on them")
+    print(
+        f"INPUT_BIN='{a.dir}/fineweb_train_*.bin' INPUT_VAL_BIN='{a.dir}/fineweb_val_*.bin' trains on them"
+    )
 
 
 if __name__ == "__main__":
     try:
         launch(main)
     except KeyboardInterrupt:
-        print("stopped; finished shards are kept, the same command goes on from here", file=sys.stderr)
+        print(
+            "stopped; finished shards are kept, the same command goes on from here", file=sys.stderr
+        )
         sys.exit(130)

@@ -98,8 +98,16 @@ def _expects(f: dataclasses.Field) -> str:
         words = "one of " + ", ".join(map(str, m["choices"]))
     else:
         words = {bool: "0 or 1", int: "a whole number", float: "a number", str: "text"}[kind]
-    bounds = [f"{sign} {m[key]}" for key, sign in (("low", ">="), ("above", ">"), ("high", "<=")) if m[key] is not None]
-    return words + (" " + " and ".join(bounds) if bounds else "") + (f", or '{m['none']}'" if m["none"] else "")
+    bounds = [
+        f"{sign} {m[key]}"
+        for key, sign in (("low", ">="), ("above", ">"), ("high", "<="))
+        if m[key] is not None
+    ]
+    return (
+        words
+        + (" " + " and ".join(bounds) if bounds else "")
+        + (f", or '{m['none']}'" if m["none"] else "")
+    )
 
 
 def _parse(name: str, f: dataclasses.Field, text: str):
@@ -120,13 +128,21 @@ def _parse(name: str, f: dataclasses.Field, text: str):
     if bad:
         near = get_close_matches(text.lower(), map(str, m["choices"] or ()), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"{name}={text!r}: expected {_expects(f)}{hint} (the default is {show(f, f.default)})")
+        raise UserError(
+            f"{name}={text!r}: expected {_expects(f)}{hint} (the default is {show(f, f.default)})"
+        )
     return value
 
 
 def show(f: dataclasses.Field, value) -> str:
     """A knob's value as one would type it."""
-    return f.metadata["none"] if value is None else str(int(value)) if isinstance(value, bool) else str(value)
+    return (
+        f.metadata["none"]
+        if value is None
+        else str(int(value))
+        if isinstance(value, bool)
+        else str(value)
+    )
 
 
 def _near_miss(name: str, known: Mapping[str, dataclasses.Field]) -> str | None:
@@ -137,7 +153,9 @@ def _near_miss(name: str, known: Mapping[str, dataclasses.Field]) -> str | None:
     return next(iter(get_close_matches(name, known, n=1, cutoff=0.85)), None)
 
 
-def _from_flags(known: Mapping[str, dataclasses.Field], argv: Sequence[str], doc: str) -> dict[str, str]:
+def _from_flags(
+    known: Mapping[str, dataclasses.Field], argv: Sequence[str], doc: str
+) -> dict[str, str]:
     parser = argparse.ArgumentParser(
         description=doc,
         allow_abbrev=False,
@@ -150,12 +168,18 @@ def _from_flags(known: Mapping[str, dataclasses.Field], argv: Sequence[str], doc
         if spelling != f.name.upper():
             text = argparse.SUPPRESS
         else:
-            text = f"{f.metadata['text']}; {_expects(f)}; default {show(f, f.default)}".replace("%", "%%")
+            text = f"{f.metadata['text']}; {_expects(f)}; default {show(f, f.default)}".replace(
+                "%", "%%"
+            )
         switch = _kind(f) is bool
         extra = dict(nargs="?", const="1") if switch else {}
         flags = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-        parser.add_argument(*flags, dest=spelling, metavar="X", default=argparse.SUPPRESS, help=text, **extra)
-        if switch:  # the way out of a switch that is on by default, as argparse's own programs have it
+        parser.add_argument(
+            *flags, dest=spelling, metavar="X", default=argparse.SUPPRESS, help=text, **extra
+        )
+        if (
+            switch
+        ):  # the way out of a switch that is on by default, as argparse's own programs have it
             off = dict.fromkeys((f"--no_{name}", f"--no-{name}", f"--no-{name.replace('_', '-')}"))
             extra = dict(dest=spelling, action="store_const", const="0", default=argparse.SUPPRESS)
             parser.add_argument(*off, help=argparse.SUPPRESS, **extra)
@@ -254,7 +278,9 @@ class World:
     def mean_scatter(self, table_WN: Tensor) -> None:
         """Reduce-scatter in place: row r of rank r's table becomes the mean over ranks of their rows r."""
         if self.size > 1:
-            reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+            reduce_scatter = (
+                getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+            )
             reduce_scatter(table_WN[self.rank], table_WN.view(-1), op=dist.ReduceOp.AVG)
 
     def all_rows(self, table_WN: Tensor) -> Tensor:
@@ -270,11 +296,15 @@ class World:
             return torch.cuda.max_memory_allocated(self.device) // 2**20
         import resource  # not on Windows, where only CUDA runs come this far
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (
+            2**20 if sys.platform == "darwin" else 2**10
+        )
 
     def name(self) -> str:
         return (
-            torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"CPU ({os.cpu_count()} cores)"
+            torch.cuda.get_device_name(self.device)
+            if self.device.type == "cuda"
+            else f"CPU ({os.cpu_count()} cores)"
         )
 
 
@@ -308,7 +338,9 @@ def world(kind: str, hint: str = "set DEVICE=cpu") -> Iterator[World]:
         torch.cuda.set_device(device)
     else:
         _keep_freed_memory()
-    if size > 1:  # half an hour: a cold compile on one rank keeps the others waiting for longer than the default
+    if (
+        size > 1
+    ):  # half an hour: a cold compile on one rank keeps the others waiting for longer than the default
         extra = dict(device_id=device) if cuda else {}
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             extra |= dict(store=_fresh_store(rank, size), rank=rank, world_size=size)
@@ -360,7 +392,9 @@ def _fresh_store(rank: int, size: int, wait_s: float = 600) -> dist.Store:
                 store.set(f"{others[rank - 1]}/{answer['start']}", "heard")
                 return dist.PrefixStore(f"flatrun/{answer['start']}", store)
         time.sleep(0.02)
-    raise TimeoutError(f"rank {rank} has waited {wait_s:.0f} s for the other {size - 1} rank(s) to start")
+    raise TimeoutError(
+        f"rank {rank} has waited {wait_s:.0f} s for the other {size - 1} rank(s) to start"
+    )
 
 
 def _catch_signals(w: World) -> dict:
@@ -373,7 +407,10 @@ def _catch_signals(w: World) -> dict:
         if not w.signals:
             first[0] = time.monotonic()
             if w.main:
-                os.write(2, f"\n{signal.Signals(number).name}: ends this step, saves and stops\n".encode())
+                os.write(
+                    2,
+                    f"\n{signal.Signals(number).name}: ends this step, saves and stops\n".encode(),
+                )
         w.signals.append(number)
 
     wanted = [s for s in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, s)]
@@ -447,14 +484,18 @@ def _python_text(stdlib: Path) -> Iterator[str]:
             except (SyntaxError, ValueError):  # templates, and files that are broken on purpose
                 continue
             for node in ast.walk(tree):
-                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                if isinstance(
+                    node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+                ):
                     yield ast.get_docstring(node) or ""  # runs inspect.cleandoc
     try:
         from pydoc_data.topics import topics
     except ImportError:  # stripped; the size check below decides whether enough is left
         return
     whole = [topics[key].strip() for key in sorted(topics)]
-    for text in whole:  # a topic that is a section of a longer one, under the same title, is left out
+    for (
+        text
+    ) in whole:  # a topic that is a section of a longer one, under the same title, is left out
         if not any(text.split("\n", 3)[-1] in other for other in whole if len(other) > len(text)):
             yield text
 
@@ -487,8 +528,12 @@ def embedded_corpus(folder: Path) -> tuple[str, str, str]:
     home = folder / f"embedded-{sha[:12]}"
     for part, is_val in (("train", False), ("val", True)):
         stream = b"".join(b"\0" + text for digest, text in docs if (digest[-1] < 18) == is_val)
-        write_shard(home / f"embedded_{part}_000000.bin", np.frombuffer(stream, np.uint8).astype(np.uint16))
-    _write_whole(home / "made_from.json", json.dumps(dict(sha256=sha, made_from=made_from)).encode())
+        write_shard(
+            home / f"embedded_{part}_000000.bin", np.frombuffer(stream, np.uint8).astype(np.uint16)
+        )
+    _write_whole(
+        home / "made_from.json", json.dumps(dict(sha256=sha, made_from=made_from)).encode()
+    )
     return str(home / "embedded_train_*.bin"), str(home / "embedded_val_*.bin"), sha
 
 
@@ -499,7 +544,9 @@ ATTEMPTS = 3  # per request; inside one attempt the library resumes a dropped co
 
 
 def _hub():
-    os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # plain HTTP, the way whose faults tests/test_data.py acts out
+    os.environ.setdefault(
+        "HF_HUB_DISABLE_XET", "1"
+    )  # plain HTTP, the way whose faults tests/test_data.py acts out
     import huggingface_hub  # here, because it takes a third of a second and most runs need none of it
     import huggingface_hub.errors
 
@@ -511,7 +558,11 @@ def hub_persist(repo: str, name: str, attempt: Callable[[], T], otherwise: str) 
     hub. Raises UserError: at once for what will not heal (no such file, a full disk, offline mode), else at last."""
     hub = _hub()
     url = hub.hf_hub_url(repo, name, repo_type="dataset") if name else f"dataset {repo}"
-    faults = hub.errors.HTTPError, OSError, UserError  # the first: of whatever HTTP client the library has
+    faults = (
+        hub.errors.HTTPError,
+        OSError,
+        UserError,
+    )  # the first: of whatever HTTP client the library has
     for k in range(1, ATTEMPTS + 1):
         try:
             return attempt()
@@ -520,14 +571,21 @@ def hub_persist(repo: str, name: str, attempt: Callable[[], T], otherwise: str) 
             if status in (401, 403, 404):
                 what = f"{url}: the hub has no such file (HTTP {status})"
                 raise UserError(f"{what}; ask for others, or check HF_ENDPOINT") from None
-            if isinstance(error, OSError) and error.errno is not None:  # the network's errors carry no errno
+            if (
+                isinstance(error, OSError) and error.errno is not None
+            ):  # the network's errors carry no errno
                 raise UserError(f"{name}: cannot be written: {error}") from None
             damaged = isinstance(error, UserError)
-            fault = str(error) if damaged else f"{type(error).__name__}: {' '.join(str(error).split())}"
+            fault = (
+                str(error) if damaged else f"{type(error).__name__}: {' '.join(str(error).split())}"
+            )
             if isinstance(error, hub.errors.OfflineModeIsEnabled):
                 break
             if k < ATTEMPTS:
-                print(f"{name or repo}: attempt {k} of {ATTEMPTS} failed, trying again: {fault}", flush=True)
+                print(
+                    f"{name or repo}: attempt {k} of {ATTEMPTS} failed, trying again: {fault}",
+                    flush=True,
+                )
                 time.sleep(k)
     if damaged:
         raise UserError(f"{url}: {ATTEMPTS} downloads were all bad, giving up. The last: {fault}")
@@ -537,16 +595,22 @@ def hub_persist(repo: str, name: str, attempt: Callable[[], T], otherwise: str) 
     )
 
 
-OWN_TEXT = "train on a text file or folder of your own, or on the embedded corpus, which needs no download"
+OWN_TEXT = (
+    "train on a text file or folder of your own, or on the embedded corpus, which needs no download"
+)
 
 
 def hub_list(repo: str, prefix: str = "", otherwise: str = OWN_TEXT) -> list[str]:
     """Names of the dataset's files that start with `prefix`, sorted. Raises UserError when the hub does not answer or
     has none."""
-    files = hub_persist(repo, "", lambda: _hub().HfApi().list_repo_files(repo, repo_type="dataset"), otherwise)
+    files = hub_persist(
+        repo, "", lambda: _hub().HfApi().list_repo_files(repo, repo_type="dataset"), otherwise
+    )
     found = sorted(name for name in files if name.startswith(prefix))
     if not found:
-        raise UserError(f"dataset {repo}: none of its {len(files)} files starts with {prefix!r}; is the name right?")
+        raise UserError(
+            f"dataset {repo}: none of its {len(files)} files starts with {prefix!r}; is the name right?"
+        )
     return found
 
 
@@ -556,7 +620,9 @@ def hub_facts(repo: str, name: str, otherwise: str = OWN_TEXT):
     url = hub.hf_hub_url(repo, name, repo_type="dataset")
     facts = hub_persist(repo, name, lambda: hub.get_hf_file_metadata(url), otherwise)
     if facts.size is None:
-        raise UserError(f"{facts.location}: the answer has no size; is HF_ENDPOINT a mirror of the hub?")
+        raise UserError(
+            f"{facts.location}: the answer has no size; is HF_ENDPOINT a mirror of the hub?"
+        )
     return facts
 
 
@@ -566,7 +632,9 @@ def hub_problem(path: Path, facts) -> str:
         return f"{path}: {size:,} bytes, but the hub's file has {facts.size:,}"
     # An etag of another form (small files, or a mirror that stores its own way) is no SHA-256 and says nothing.
     if re.fullmatch("[0-9a-f]{64}", facts.etag or "") and _sha256(path) != facts.etag:
-        return f"{path}: right length, wrong bytes: its SHA-256 is not the hub's {facts.etag[:12]}..."
+        return (
+            f"{path}: right length, wrong bytes: its SHA-256 is not the hub's {facts.etag[:12]}..."
+        )
     return ""
 
 
@@ -587,7 +655,9 @@ def hub_fetch(
         # The library checks the size only, and copies from its cache straight to the final name: hence a folder of our
         # own for both.
         kind = dict(repo_type="dataset", revision=facts.commit_hash)
-        got = Path(hub.hf_hub_download(repo, name, **kind, local_dir=part, cache_dir=part / "cache"))
+        got = Path(
+            hub.hf_hub_download(repo, name, **kind, local_dir=part, cache_dir=part / "cache")
+        )
         if fault := check(got, facts):
             got.unlink()  # else the library would call it present
             raise UserError(fault)
@@ -604,7 +674,20 @@ def hub_fetch(
 # The stream of tokens
 
 
-TEXT_SUFFIXES = {".txt", ".md", ".rst", ".raw", ".tokens", ".text", ".csv", ".json", ".jsonl", ".xml", ".html", ".py"}
+TEXT_SUFFIXES = {
+    ".txt",
+    ".md",
+    ".rst",
+    ".raw",
+    ".tokens",
+    ".text",
+    ".csv",
+    ".json",
+    ".jsonl",
+    ".xml",
+    ".html",
+    ".py",
+}
 
 
 def text_files(path: str | Path) -> list[str]:
@@ -612,13 +695,23 @@ def text_files(path: str | Path) -> list[str]:
     UserError when there are none."""
     path = str(path)
     if os.path.isdir(path):
-        found = sorted(str(p) for p in Path(path).rglob("*") if p.suffix.lower() in TEXT_SUFFIXES and p.is_file())
+        found = sorted(
+            str(p)
+            for p in Path(path).rglob("*")
+            if p.suffix.lower() in TEXT_SUFFIXES and p.is_file()
+        )
         hint = f"none of its files ends in one of {' '.join(sorted(TEXT_SUFFIXES))}"
     else:
-        found = [path] if os.path.isfile(path) else sorted(p for p in glob.glob(path) if os.path.isfile(p))
+        found = (
+            [path]
+            if os.path.isfile(path)
+            else sorted(p for p in glob.glob(path) if os.path.isfile(p))
+        )
         hint = "there is no such file or folder, and as a pattern it matches nothing"
     if not found:
-        raise UserError(f"{path}: no text there ({hint}); name a text file, a folder of them, or a pattern")
+        raise UserError(
+            f"{path}: no text there ({hint}); name a text file, a folder of them, or a pattern"
+        )
     return found
 
 
@@ -650,7 +743,9 @@ class TokenShards:
     ):
         listed = not isinstance(pattern, str)
         self.paths = list(pattern) if listed else sorted(glob.glob(pattern))
-        self.pattern = ", ".join(self.paths[:3]) + ", ..." * (len(self.paths) > 3) if listed else pattern
+        self.pattern = (
+            ", ".join(self.paths[:3]) + ", ..." * (len(self.paths) > 3) if listed else pattern
+        )
         if not self.paths:
             raise UserError(f"no token shards match {pattern}; {hint}")
         self.shards = [open_file(p) for p in self.paths]
@@ -702,14 +797,22 @@ class Prefetch:
     """make(step) on a thread, `depth` steps ahead; get(step) gives its tensors on the device. On CUDA they are
     pinned and copied without blocking. An error in the thread is raised by get."""
 
-    def __init__(self, make: Callable[[int], tuple[Tensor, ...]], first: int, device: torch.device, depth: int = 2):
+    def __init__(
+        self,
+        make: Callable[[int], tuple[Tensor, ...]],
+        first: int,
+        device: torch.device,
+        depth: int = 2,
+    ):
         self.device, self.wait_s, self.closed = device, 0.0, threading.Event()
         self.queue: queue.Queue = queue.Queue(depth)
         self.thread = threading.Thread(target=self._fill, args=(make, first), daemon=True)
         self.thread.start()
 
     def _fill(self, make: Callable, step: int) -> None:
-        if self.device.type == "cuda":  # per thread: without it, pinning would make a context on every node's GPU 0
+        if (
+            self.device.type == "cuda"
+        ):  # per thread: without it, pinning would make a context on every node's GPU 0
             torch.cuda.set_device(self.device)
         while not self.closed.is_set():
             try:
@@ -783,14 +886,20 @@ class Pulse:
 
     def send(self, step: int, values_n: Tensor, clock: float) -> Tensor:
         """Queue the exchange of (n,) fp32 device values of `step`; returns `ok` (a device bool)."""
-        if self.watchdog_s and hasattr(faulthandler, "dump_traceback_later") and sys.stderr is sys.__stderr__:
+        if (
+            self.watchdog_s
+            and hasattr(faulthandler, "dump_traceback_later")
+            and sys.stderr is sys.__stderr__
+        ):
             faulthandler.dump_traceback_later(self.watchdog_s)  # a hang prints every thread's stack
         own = torch.tensor([self.w.signals[0] if self.w.signals else 0, clock], dtype=torch.float32)
         own = torch.cat([own.to(self.w.device, non_blocking=True), values_n])
         copy, event = self.w.all_rows(own.repeat(self.w.size, 1)), None
         self.ok = self.ok & copy.isfinite().all()
         if self.w.device.type == "cuda":
-            copy = torch.empty_like(copy, device="cpu", pin_memory=True).copy_(copy, non_blocking=True)
+            copy = torch.empty_like(copy, device="cpu", pin_memory=True).copy_(
+                copy, non_blocking=True
+            )
             event = torch.cuda.Event()
             event.record()
         self.waiting.append((step, copy, event))
@@ -820,7 +929,13 @@ class Clock:
     SKIP = 10
 
     def __init__(self, w: World, timed_s: float = 0.0, timed_steps: int = 0):
-        self.w, self.timed_s, self.timed_steps, self.seen, self.t0 = w, timed_s, timed_steps, 0, None
+        self.w, self.timed_s, self.timed_steps, self.seen, self.t0 = (
+            w,
+            timed_s,
+            timed_steps,
+            0,
+            None,
+        )
         self.step_s = self.ticked_at = math.nan
 
     def start(self) -> None:
@@ -851,7 +966,9 @@ class Clock:
         return self.step_avg_s * max(step - self.SKIP, 0) if self.timed_steps else 0.0
 
     def times(self, step: int) -> str:
-        return f"train_time:{1000 * self.train_s(step):.0f}ms step_avg:{1000 * self.step_avg_s:.2f}ms"
+        return (
+            f"train_time:{1000 * self.train_s(step):.0f}ms step_avg:{1000 * self.step_avg_s:.2f}ms"
+        )
 
 
 # ----------------------------------------------------------------------------
@@ -864,7 +981,9 @@ DONE = ("finished", "early_stop")  # a run in one of these states has nothing le
 
 def _output(*command: str) -> str:
     try:
-        return subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=30).stdout.strip()
+        return subprocess.run(
+            command, cwd=HERE, capture_output=True, text=True, timeout=30
+        ).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         return ""
 
@@ -931,12 +1050,16 @@ class RunLog:
         try:
             self.lock.acquire(timeout=0)
         except Timeout:
-            words = f"run {self.id} is being trained by another process; choose another {self.named_by}"
+            words = (
+                f"run {self.id} is being trained by another process; choose another {self.named_by}"
+            )
             raise UserError(words) from None
         if self.status_path.exists():
             status = json.loads(self.status_path.read_text())["status"]
             if status in DONE:
-                raise UserError(f"run {self.id} is complete ({status}, {self.path}); choose another {self.named_by}")
+                raise UserError(
+                    f"run {self.id} is complete ({status}, {self.path}); choose another {self.named_by}"
+                )
         self.log, self.csv = self._append(self.path), self._append(self.folder / "metrics.csv")
         if self.csv.tell() == 0:
             self.csv.write(",".join(self.columns) + "\n")
@@ -952,24 +1075,42 @@ class RunLog:
         """The program, the machine and the knobs, at each start of the run."""
         texts = [Path(p).read_text() for p in sources]
         self.code_sha256 = hashlib.sha256("".join(texts).encode()).hexdigest()
-        self.commit, self.dirty = (_output("git", "rev-parse", "HEAD"), bool(_output("git", "status", "-s", "-uno")))
-        self.commit, self.started = (self.commit or "unknown", f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S}")
+        self.commit, self.dirty = (
+            _output("git", "rev-parse", "HEAD"),
+            bool(_output("git", "status", "-s", "-uno")),
+        )
+        self.commit, self.started = (
+            self.commit or "unknown",
+            f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S}",
+        )
         if not self.w.main:
             return
         lines = [RULE, *(line for text in texts for line in (text.rstrip("\n"), RULE))]
-        lines += [f"git_commit: {self.commit}{' (dirty)' * self.dirty}", f"code_sha256: {self.code_sha256}"]
+        lines += [
+            f"git_commit: {self.commit}{' (dirty)' * self.dirty}",
+            f"code_sha256: {self.code_sha256}",
+        ]
         lines += [f"command: {shlex.join(sys.orig_argv)}", "hyperparameters:", knobs_json(k)]
-        lines += [f"Running pytorch {torch.__version__} compiled for CUDA {torch.version.cuda}", "nvidia-smi:"]
+        lines += [
+            f"Running pytorch {torch.__version__} compiled for CUDA {torch.version.cuda}",
+            "nvidia-smi:",
+        ]
         lines += [_output("nvidia-smi") or "not found", RULE]
         self.log.write("\n".join(lines) + "\n")
-        for name, value in (facts | dict(device=f"{self.w.size} x {self.w.name()}", log=self.path)).items():
+        for name, value in (
+            facts | dict(device=f"{self.w.size} x {self.w.name()}", log=self.path)
+        ).items():
             self.say(f"{name}: {value}")
         self.sync()
 
     def rates(self, tokens_per_step: int, flops_per_token: float) -> None:
         """What throughput and MFU are computed from; an unknown device's MFU is not claimed."""
         self.tokens, self.flops, self.peak = tokens_per_step, flops_per_token, peak_flops(self.w)
-        peak = f"of {self.peak / 1e12:.0f} TFLOP/s dense bf16, attention counted causal" if self.peak else "n/a"
+        peak = (
+            f"of {self.peak / 1e12:.0f} TFLOP/s dense bf16, attention counted causal"
+            if self.peak
+            else "n/a"
+        )
         self.say(f"mfu: {peak}")
 
     def say(self, line: str, quiet: bool = False) -> None:
@@ -998,36 +1139,52 @@ class RunLog:
             return
         self._flush_row()
         speed = self.tokens / clock.step_s
-        self.pending = dict(step=step, train_loss=f"{train_loss:.6f}", lr=f"{lr:.6g}", grad_norm=f"{grad_norm:.6g}")
+        self.pending = dict(
+            step=step, train_loss=f"{train_loss:.6f}", lr=f"{lr:.6g}", grad_norm=f"{grad_norm:.6g}"
+        )
         self.pending |= dict(train_time_s=f"{clock.train_s(step):.3f}", tokens=step * self.tokens)
-        self.pending |= dict(tokens_per_s=_blank(speed, ".0f"), peak_memory_mib=self.w.peak_memory_mib())
-        self.pending |= dict(mfu=_blank(speed * self.flops / self.peak / self.w.size, ".4f") if self.peak else "")
+        self.pending |= dict(
+            tokens_per_s=_blank(speed, ".0f"), peak_memory_mib=self.w.peak_memory_mib()
+        )
+        self.pending |= dict(
+            mfu=_blank(speed * self.flops / self.peak / self.w.size, ".4f") if self.peak else ""
+        )
         self.pending |= {name: _blank(value, ".6g") for name, value in extra.items()}
         own = "".join(f" {name}:{value:.4g}" for name, value in extra.items())
         usual = f"step:{step}/{self.total} train_loss:{train_loss:.4f}{own} {clock.times(step)}"
         if line is None or line:
             self.say(line or usual, quiet=True)
         if self.tracker:
-            self.tracker.send(step, dict(train_loss=train_loss, lr=lr, grad_norm=grad_norm, tokens_per_s=speed) | extra)
+            self.tracker.send(
+                step,
+                dict(train_loss=train_loss, lr=lr, grad_norm=grad_norm, tokens_per_s=speed) | extra,
+            )
         self.facts |= dict(train_loss=round(train_loss, 6), tokens_per_s=_blank(speed, ".0f"))
         self.facts |= dict(eta_s=_blank((self.total - step) * self.tokens / speed, ".0f"))
         if time.monotonic() - self.told > 2:
             self.status("running", step)
         if self.bar is None and sys.stderr.isatty():
-            self.bar = tqdm(total=self.total, initial=step - 1, unit="step", dynamic_ncols=True, smoothing=0.05)
+            self.bar = tqdm(
+                total=self.total, initial=step - 1, unit="step", dynamic_ncols=True, smoothing=0.05
+            )
         if self.bar is not None:
             self.bar.set_postfix_str(
-                f"loss {train_loss:.3f}, {_blank(speed, ',.0f') or '-'} {self.unit}/s", refresh=False
+                f"loss {train_loss:.3f}, {_blank(speed, ',.0f') or '-'} {self.unit}/s",
+                refresh=False,
             )
             self.bar.update(step - self.bar.n)
 
-    def validation(self, step: int, val_loss: float, clock: Clock, mark: str = "", **extra: float) -> None:
+    def validation(
+        self, step: int, val_loss: float, clock: Clock, mark: str = "", **extra: float
+    ) -> None:
         """One validation: a line, and the val_loss of the step's row, which is then on disk. `mark` ends the line."""
         if not self.w.main:
             return
         self.say(f"step:{step}/{self.total} val_loss:{val_loss:.4f} {clock.times(step)}{mark}")
         self.pending = self.pending or dict(step=step, tokens=step * self.tokens)
-        self.pending |= dict(val_loss=f"{val_loss:.6f}", **{n: _blank(v, ".6g") for n, v in extra.items()})
+        self.pending |= dict(
+            val_loss=f"{val_loss:.6f}", **{n: _blank(v, ".6g") for n, v in extra.items()}
+        )
         if self.tracker:
             self.tracker.send(step, dict(val_loss=val_loss) | extra)
         self.facts |= dict(val_loss=round(val_loss, 6))
@@ -1057,8 +1214,15 @@ class RunLog:
         """Replace status.json."""
         if self.w.main:
             self.told = time.monotonic()
-            facts = dict(run_id=self.id, status=status, step=step, num_iterations=self.total, **self.facts)
-            facts |= dict(pid=os.getpid(), host=socket.gethostname(), started=self.started, updated=time.time())
+            facts = dict(
+                run_id=self.id, status=status, step=step, num_iterations=self.total, **self.facts
+            )
+            facts |= dict(
+                pid=os.getpid(),
+                host=socket.gethostname(),
+                started=self.started,
+                updated=time.time(),
+            )
             part = self.status_path.with_suffix(".part")
             part.write_text(json.dumps(facts, indent=1) + "\n")
             os.replace(part, self.status_path)
@@ -1072,7 +1236,9 @@ class RunLog:
             if self.bar is not None:
                 self.bar.close()
                 self.bar = None
-            self.say(f"{status}: step:{step}/{self.total} peak_memory:{self.w.peak_memory_mib()}MiB log:{self.path}")
+            self.say(
+                f"{status}: step:{step}/{self.total} peak_memory:{self.w.peak_memory_mib()}MiB log:{self.path}"
+            )
             self.sync()
             self.log.close()
             self.csv.close()
@@ -1083,7 +1249,9 @@ class Tracker:
     """W&B or trackio behind a daemon thread and a queue: a missing package, an error or a service that hangs is one
     line in the log, and the run goes on."""
 
-    def __init__(self, kind: str, project: str, name: str, config: dict, say: Callable[[str], None]):
+    def __init__(
+        self, kind: str, project: str, name: str, config: dict, say: Callable[[str], None]
+    ):
         self.kind, self.say, self.closed = kind, say, False
         self.queue: queue.Queue = queue.Queue(10_000)
         self.thread = threading.Thread(target=self._work, args=(project, name, config), daemon=True)
@@ -1116,14 +1284,18 @@ class Tracker:
         self.thread.join(wait_s)
         self.closed = True
         if self.thread.is_alive():
-            self.say(f"tracker: {self.kind} has not finished in {wait_s:.0f} s; its last values may be missing")
+            self.say(
+                f"tracker: {self.kind} has not finished in {wait_s:.0f} s; its last values may be missing"
+            )
 
 
 def notes(k, presets: Mapping[str, Mapping], hidden: Sequence[str]) -> list[str]:
     """NAME=value of the knobs that are not as their preset has them; `hidden` ones have a column or change no loss."""
     usual = dataclasses.asdict(type(k)(**presets[k.preset])) | dict(preset=next(iter(presets)))
     rest = [f for f in dataclasses.fields(k) if f.name not in hidden or f.name == "preset"]
-    return [f"{f.name.upper()}={show(f, v)}" for f in rest if (v := getattr(k, f.name)) != usual[f.name]]
+    return [
+        f"{f.name.upper()}={show(f, v)}" for f in rest if (v := getattr(k, f.name)) != usual[f.name]
+    ]
 
 
 def check_results(path: Path, columns: Sequence[str], w: World) -> None:
@@ -1157,15 +1329,32 @@ def append_result(path: Path, columns: Sequence[str], row: Mapping[str, object],
                 text.write("" if f.read(1) == b"\n" else "\n")
             else:
                 text.write(",".join(columns) + "\n")
-            row = {name: "" if value != value else value for name, value in row.items()}  # nan: nothing to report
+            row = {
+                name: "" if value != value else value for name, value in row.items()
+            }  # nan: nothing to report
             csv.DictWriter(text, columns, lineterminator="\n").writerow(row)
             os.write(f.fileno(), text.getvalue().encode())
             os.fsync(f.fileno())
 
 
 # Dense bf16 (T4: fp16) tensor-core peaks in FLOP/s, from the vendors' data sheets; first match in the device name wins.
-PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12}
-PEAK_FLOPS |= {"A800": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "A10": 125e12, "V100": 125e12, "T4": 65e12}
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+}
+PEAK_FLOPS |= {
+    "A800": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
 PEAK_FLOPS |= {"RTX 4090": 165e12, "RTX 3090": 71e12}
 
 
@@ -1176,22 +1365,40 @@ def peak_flops(w: World) -> float | None:
 
 def check_compiler(compile: bool, device: str) -> None:
     """Raise UserError when torch.compile is asked for and what it generates code with is not installed."""
-    if compile and device == "cpu" and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
-        raise UserError("COMPILE=1 on a CPU needs a C++ compiler (g++, clang++ or CXX); install one, or set COMPILE=0")
+    if (
+        compile
+        and device == "cpu"
+        and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++"))
+    ):
+        raise UserError(
+            "COMPILE=1 on a CPU needs a C++ compiler (g++, clang++ or CXX); install one, or set COMPILE=0"
+        )
     if compile and device == "cuda" and importlib.util.find_spec("triton") is None:
         raise UserError("COMPILE=1 on a GPU needs the package triton; install it, or set COMPILE=0")
 
 
-def largest_that_fits(n: int, attempt: Callable[[int], None], estimate_mib: Callable[[int], int], w: World) -> int:
+def largest_that_fits(
+    n: int, attempt: Callable[[int], None], estimate_mib: Callable[[int], int], w: World
+) -> int:
     """The largest divisor of n whose step fits on every rank, at least 1: on CUDA tried out, from where a third of the
     estimate would fit; on a CPU estimated to need no more than half of the free memory."""
     fits = 1
     for size in (d for d in range(n, 0, -1) if n % d == 0):
         if w.device.type == "cpu":
-            free = next(line for line in Path("/proc/meminfo").read_text().splitlines() if "MemAvailable" in line)
-            if estimate_mib(size) * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > int(free.split()[1]) // 2048:
+            free = next(
+                line
+                for line in Path("/proc/meminfo").read_text().splitlines()
+                if "MemAvailable" in line
+            )
+            if (
+                estimate_mib(size) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+                > int(free.split()[1]) // 2048
+            ):
                 continue
-        elif estimate_mib(size) // 3 * 2**20 > torch.cuda.get_device_properties(w.device).total_memory:
+        elif (
+            estimate_mib(size) // 3 * 2**20
+            > torch.cuda.get_device_properties(w.device).total_memory
+        ):
             continue
         else:
             try:
@@ -1219,10 +1426,15 @@ def resume_facts(k, shards: TokenShards, log: RunLog) -> dict:
 def check_resume(state: dict, k, free: Sequence[str], shards: TokenShards, log: RunLog) -> None:
     """Raise UserError when a run is resumed with other knobs (the `free` ones may change) or other data."""
     was = state["knobs"]
-    changed = [f for f in dataclasses.fields(k) if f.name not in free and was.get(f.name) != getattr(k, f.name)]
+    changed = [
+        f
+        for f in dataclasses.fields(k)
+        if f.name not in free and was.get(f.name) != getattr(k, f.name)
+    ]
     if changed:
         words = ", ".join(
-            f"{f.name.upper()}={show(f, was.get(f.name))}, not {show(f, getattr(k, f.name))}" for f in changed
+            f"{f.name.upper()}={show(f, was.get(f.name))}, not {show(f, getattr(k, f.name))}"
+            for f in changed
         )
         raise UserError(
             f"run {log.id} was started with {words}; resume it with the same, or choose another {log.named_by}"
@@ -1232,9 +1444,13 @@ def check_resume(state: dict, k, free: Sequence[str], shards: TokenShards, log: 
             f"run {log.id} was trained on other data than {shards.pattern} is now; put it back, or choose another "
             f"{log.named_by}"
         )
-    log.say(f"resumed step:{state['step']} from a checkpoint written by {state['world_size']} rank(s)")
+    log.say(
+        f"resumed step:{state['step']} from a checkpoint written by {state['world_size']} rank(s)"
+    )
     if state["code_sha256"] != log.code_sha256:
-        log.say(f"the code is not that of the checkpoint: {log.code_sha256[:12]}, was {state['code_sha256'][:12]}")
+        log.say(
+            f"the code is not that of the checkpoint: {log.code_sha256[:12]}, was {state['code_sha256'][:12]}"
+        )
 
 
 def save_checkpoint(folder: Path, step: int, state: dict | None, w: World, keep: int = 2) -> None:
@@ -1252,8 +1468,14 @@ def save_checkpoint(folder: Path, step: int, state: dict | None, w: World, keep:
                 torch.save(state, f)
                 f.flush()
                 os.fsync(f.fileno())
-            facts = {"state.pt": dict(bytes=(part / "state.pt").stat().st_size, sha256=_sha256(part / "state.pt"))}
-            _write_whole(part / "manifest.json", json.dumps(dict(step=step, files=facts), indent=1).encode())
+            facts = {
+                "state.pt": dict(
+                    bytes=(part / "state.pt").stat().st_size, sha256=_sha256(part / "state.pt")
+                )
+            }
+            _write_whole(
+                part / "manifest.json", json.dumps(dict(step=step, files=facts), indent=1).encode()
+            )
             if done.exists():  # a bad one of the same step, or one written again after a resume
                 done.rename(done.with_suffix(".old.part"))
             part.rename(done)

@@ -48,19 +48,31 @@ import yaml
 from torch import Tensor, nn
 
 import plumbing
-from plumbing import HERE, Clock, Prefetch, Pulse, RunLog, UserError, World, knob, knobs_json, launch
+from plumbing import (
+    HERE,
+    Clock,
+    Prefetch,
+    Pulse,
+    RunLog,
+    UserError,
+    World,
+    knob,
+    knobs_json,
+    launch,
+)
 
 # ----------------------------------------------------------------------------
 # Knobs
 
 PRESETS = {"pilot": {}}
 # What may differ when a run is resumed: nothing here moves the loss curve.
-FREE = (
-    "preset config output_dir gpu_only val_every eval_interval save_every save_interval keep device compile attention "
-)
+FREE = "preset config output_dir gpu_only val_every eval_interval save_every save_interval keep device compile attention "
 FREE += "log_interval track track_project run_id stage logs_folder results_file dry_run model_name"
 GENERATE = "generate"
-FORMATS, GRAMMARS = ("plain", "reversed", "complement", "complement_bare"), ("pilot", "redundant", "trees")
+FORMATS, GRAMMARS = (
+    ("plain", "reversed", "complement", "complement_bare"),
+    ("pilot", "redundant", "trees"),
+)
 
 
 @dataclass(frozen=True)
@@ -72,50 +84,81 @@ class Knobs:
     num_layers: int = knob(4, "transformer blocks", low=1)
     num_heads: int = knob(4, "attention heads", low=1)
     d_ff: int = knob(384, "MLP width", low=1)
-    ffn_type: str = knob("gelu", "MLP: plain, or gated by a second projection", choices=("gelu", "geglu", "swiglu"))
+    ffn_type: str = knob(
+        "gelu", "MLP: plain, or gated by a second projection", choices=("gelu", "geglu", "swiglu")
+    )
     dropout: float = knob(0.1, "probability, at five places", low=0, high=0.99)
     use_rope: bool = knob(True, "rotary positions; 0: a learned table")
     tie_weights: bool = knob(True, "the head is the embedding")
-    attention: str = knob("auto", "sdpa where nothing looks inside, or by hand", choices=("auto", "manual", "sdpa"))
+    attention: str = knob(
+        "auto", "sdpa where nothing looks inside, or by hand", choices=("auto", "manual", "sdpa")
+    )
     # what the text looks like
-    sequence_length: int = knob(32, "tokens; longer records are refused", low=8, alias=("max_seq_len",))
+    sequence_length: int = knob(
+        32, "tokens; longer records are refused", low=8, alias=("max_seq_len",)
+    )
     answer_format: str = knob("plain", "how the value is written", choices=FORMATS)
-    answer_digits: int | None = knob(None, "digits of a reversed or complement answer", low=1, high=17, none="auto")
+    answer_digits: int | None = knob(
+        None, "digits of a reversed or complement answer", low=1, high=17, none="auto"
+    )
     spaces: bool = knob(True, "a space on both sides of '='")
     # data
     train_path: str = knob("data/pilot_train.jsonl", f"records, or '{GENERATE}'")
     val_path: str = knob("data/pilot_val.jsonl", f"records, or '{GENERATE}'")
-    test_path: str = knob("data/pilot_test_flat.jsonl", "records scored at the end, files with spaces between; or ''")
+    test_path: str = knob(
+        "data/pilot_test_flat.jsonl", "records scored at the end, files with spaces between; or ''"
+    )
     train_examples: int = knob(
-        0, "generated examples, in epochs, or drawn anew under a curriculum; 0: every batch is fresh", low=0
+        0,
+        "generated examples, in epochs, or drawn anew under a curriculum; 0: every batch is fresh",
+        low=0,
     )
     val_examples: int = knob(1000, "generated validation examples", low=1)
     grammar: str = knob(
-        "pilot", "the original's 18 templates, all nestings, or all without double brackets", choices=GRAMMARS
+        "pilot",
+        "the original's 18 templates, all nestings, or all without double brackets",
+        choices=GRAMMARS,
     )
     operators: str = knob("+-*", "operators to draw from, of + - *")
     operand_min: int = knob(1, "smallest operand", low=0)
     operand_max: int = knob(99, "largest operand", low=1)
-    operand_sampling: str = knob("uniform", "over values, or first over digit counts", choices=("uniform", "balanced"))
+    operand_sampling: str = knob(
+        "uniform", "over values, or first over digit counts", choices=("uniform", "balanced")
+    )
     operands_min: int = knob(2, "operands of an expression, from", low=2)
     operands_max: int = knob(4, "operands of an expression, to", low=2, high=9)
-    operands_weights: str = knob("", "how often each operand count is drawn, such as 1,1,1.5; '': alike")
+    operands_weights: str = knob(
+        "", "how often each operand count is drawn, such as 1,1,1.5; '': alike"
+    )
     depth_min: int = knob(0, "nesting, from", low=0)
     depth_max: int = knob(2, "nesting, to", low=0, high=8)
-    curriculum: float = knob(0.0, "part of training over which the operand count grows to its maximum", low=0, high=1)
+    curriculum: float = knob(
+        0.0, "part of training over which the operand count grows to its maximum", low=0, high=1
+    )
     curriculum_exact: float = knob(
-        0.0, "draw one more operand when the training batches' running exact match passes this; 0: off", low=0, high=1
+        0.0,
+        "draw one more operand when the training batches' running exact match passes this; 0: off",
+        low=0,
+        high=1,
     )
     # schedule
     num_epochs: int = knob(50, "passes over the records", low=1)
-    num_iterations: int | None = knob(None, "optimizer steps; auto: from NUM_EPOCHS", low=0, none="auto")
+    num_iterations: int | None = knob(
+        None, "optimizer steps; auto: from NUM_EPOCHS", low=0, none="auto"
+    )
     batch_size: int = knob(32, "examples per step, over all ranks", low=1)
-    schedule: str = knob("linear", "to zero from the warm-up on, or in the last part", choices=("linear", "trapezoid"))
+    schedule: str = knob(
+        "linear",
+        "to zero from the warm-up on, or in the last part",
+        choices=("linear", "trapezoid"),
+    )
     warmup_steps: int = knob(100, "steps of linear warm-up from 0", low=0)
     warmdown_frac: float = knob(0.4, "last part of a trapezoid, falling to 0", above=0, high=1)
     # optimizers
     answer_only_loss: bool = knob(False, "score the answer and its end only")
-    optimizer: str = knob("adamw", "muon: for the blocks' matrices, AdamW for the rest", choices=("adamw", "muon"))
+    optimizer: str = knob(
+        "adamw", "muon: for the blocks' matrices, AdamW for the rest", choices=("adamw", "muon")
+    )
     lr: float = knob(0.0003, "peak rate of AdamW", low=0, alias=("learning_rate",))
     muon_lr: float = knob(0.004, "peak rate of Muon, on AdamW's scale", low=0)
     weight_decay: float = knob(0.01, "decoupled, on every parameter", low=0)
@@ -136,7 +179,9 @@ class Knobs:
     config: str = knob("", "YAML file of knobs")
     output_dir: str = knob("", "folder of models and records; its name is the run's id")
     device: str = knob(
-        "cpu", "where to train; cuda falls back, with a line, unless --gpu-only", choices=("cpu", "cuda")
+        "cpu",
+        "where to train; cuda falls back, with a line, unless --gpu-only",
+        choices=("cpu", "cuda"),
     )
     fp16: bool = knob(False, "half precision with loss scaling; needs CUDA")
     bf16: bool = knob(False, "bfloat16 autocast")
@@ -144,11 +189,17 @@ class Knobs:
     compile: bool = knob(False, "torch.compile")
     log_interval: int = knob(25, "steps between printed steps", low=1)
     track: str = knob("", "also send the curves there", choices=("", "wandb", "trackio"))
-    track_project: str = knob("math-compact-pilot", "project of the tracker", alias=("wandb_project",))
-    run_id: str = knob("", "an unfinished run's id resumes it; empty: OUTPUT_DIR's name, or made once per launch")
+    track_project: str = knob(
+        "math-compact-pilot", "project of the tracker", alias=("wandb_project",)
+    )
+    run_id: str = knob(
+        "", "an unfinished run's id resumes it; empty: OUTPUT_DIR's name, or made once per launch"
+    )
     stage: str = knob("", "stage of a study, copied into the results row")
     logs_folder: str = knob(str(HERE / "logs"), "folder of runs without OUTPUT_DIR")
-    results_file: str = knob(str(HERE / "experiments/results_arith.csv"), "file that gets one row per run")
+    results_file: str = knob(
+        str(HERE / "experiments/results_arith.csv"), "file that gets one row per run"
+    )
     dry_run: bool = knob(False, "show knobs, sizes and data, and stop")
 
     def __post_init__(self):
@@ -157,18 +208,31 @@ class Knobs:
                 f"D_MODEL={self.d_model} must be NUM_HEADS={self.num_heads} times an even head width (rotary)"
             )
         if not re.fullmatch(r"0?\.\d+,0?\.\d+", self.betas):
-            raise ValueError(f"BETAS={self.betas!r}: expected two numbers in (0, 1), such as 0.9,0.95")
+            raise ValueError(
+                f"BETAS={self.betas!r}: expected two numbers in (0, 1), such as 0.9,0.95"
+            )
         if not self.operators or set(self.operators) - set("+-*"):
             raise ValueError(f"OPERATORS={self.operators!r}: expected some of + - *, such as +-")
-        for low, high in ((self.operand_min, self.operand_max), (self.operands_min, self.operands_max)):
+        for low, high in (
+            (self.operand_min, self.operand_max),
+            (self.operands_min, self.operands_max),
+        ):
             if low > high:
-                raise ValueError(f"a range from {low} to {high} is empty: swap OPERAND(S)_MIN and OPERAND(S)_MAX")
+                raise ValueError(
+                    f"a range from {low} to {high} is empty: swap OPERAND(S)_MIN and OPERAND(S)_MAX"
+                )
         if self.depth_min > self.depth_max:
-            raise ValueError(f"DEPTH_MIN={self.depth_min} is above DEPTH_MAX={self.depth_max}; swap them")
+            raise ValueError(
+                f"DEPTH_MIN={self.depth_min} is above DEPTH_MAX={self.depth_max}; swap them"
+            )
         if self.grammar == "pilot" and (self.operands_max > 4 or self.depth_max > 2):
-            raise ValueError("GRAMMAR=pilot ends at 4 operands and depth 2; use GRAMMAR=redundant or trees for more")
+            raise ValueError(
+                "GRAMMAR=pilot ends at 4 operands and depth 2; use GRAMMAR=redundant or trees for more"
+            )
         if self.largest > 10**17:
-            raise ValueError(f"OPERAND_MAX={self.operand_max} and OPERANDS_MAX={self.operands_max}: values beyond 1e17")
+            raise ValueError(
+                f"OPERAND_MAX={self.operand_max} and OPERANDS_MAX={self.operands_max}: values beyond 1e17"
+            )
         counts = self.operands_max - self.operands_min + 1
         if self.operands_weights and (len(self.weights) != counts or min(self.weights) < 0):
             raise ValueError(
@@ -177,25 +241,41 @@ class Knobs:
         if self.fp16 and self.bf16:
             raise ValueError("FP16=1 and BF16=1 exclude each other; set one of them")
         if self.fp16 and self.optimizer == "muon":
-            raise ValueError("FP16=1 scales the loss for AdamW only; with OPTIMIZER=muon use BF16=1")
-        if self.train_path == GENERATE and self.num_iterations is None and (self.staged or not self.train_examples):
+            raise ValueError(
+                "FP16=1 scales the loss for AdamW only; with OPTIMIZER=muon use BF16=1"
+            )
+        if (
+            self.train_path == GENERATE
+            and self.num_iterations is None
+            and (self.staged or not self.train_examples)
+        ):
             raise ValueError(
                 "TRAIN_PATH=generate has epochs only with TRAIN_EXAMPLES and without a curriculum; set NUM_ITERATIONS"
             )
         if self.staged and self.train_path != GENERATE:
-            raise ValueError("CURRICULUM and CURRICULUM_EXACT sort generated examples: set TRAIN_PATH=generate")
+            raise ValueError(
+                "CURRICULUM and CURRICULUM_EXACT sort generated examples: set TRAIN_PATH=generate"
+            )
         if self.curriculum_exact and not self.answer_only_loss:
-            raise ValueError("CURRICULUM_EXACT goes by the training answers: set ANSWER_ONLY_LOSS=1")
+            raise ValueError(
+                "CURRICULUM_EXACT goes by the training answers: set ANSWER_ONLY_LOSS=1"
+            )
         if self.curriculum_exact and self.curriculum:
             raise ValueError("CURRICULUM and CURRICULUM_EXACT exclude each other; set one of them")
         if self.output_dir and self.run_id and Path(self.output_dir).name != self.run_id:
-            raise ValueError(f"OUTPUT_DIR={self.output_dir} names the run, RUN_ID={self.run_id} differs; leave one out")
+            raise ValueError(
+                f"OUTPUT_DIR={self.output_dir} names the run, RUN_ID={self.run_id} differs; leave one out"
+            )
 
     @property
     def weights(self) -> list[float]:
         """How often each operand count is drawn, from OPERANDS_MIN on."""
         try:
-            return [float(x) for x in self.operands_weights.split(",")] if self.operands_weights else []
+            return (
+                [float(x) for x in self.operands_weights.split(",")]
+                if self.operands_weights
+                else []
+            )
         except ValueError:
             return []
 
@@ -235,14 +315,19 @@ YAML = {
     "training.optimizer": "name=optimizer lr muon_lr weight_decay warmup_steps betas",
     "logging": "log_interval use_wandb=track wandb_project=track_project track",
 }
-YAML = {f"{s}.{w.split('=')[0]}": w.split("=")[-1] for s, words in YAML.items() for w in words.split()}
+YAML = {
+    f"{s}.{w.split('=')[0]}": w.split("=")[-1] for s, words in YAML.items() for w in words.split()
+}
 # Keys of the original's files that describe what this trainer always does: their only accepted value, and why.
 FIXED = {
     "model.vocab_size": (35, "the tokenizer has 35 ids"),
     "data.use_steps": (False, "there are no steps in the text"),
 }
 FIXED |= {
-    "data.step_masking_mode": ("none", "there are no steps in the text; ANSWER_ONLY_LOSS masks all but the answer")
+    "data.step_masking_mode": (
+        "none",
+        "there are no steps in the text; ANSWER_ONLY_LOSS masks all but the answer",
+    )
 }
 
 
@@ -270,14 +355,18 @@ def knob_of(path: str, value: object, source: str) -> tuple[str, str] | None:
     if path in FIXED:
         want, why = FIXED[path]
         if value != want:
-            raise UserError(f"{source}: {path}: {value} is refused: {why}; write {want}, or leave the key out")
+            raise UserError(
+                f"{source}: {path}: {value} is refused: {why}; write {want}, or leave the key out"
+            )
         return None
     names = {f.name for f in dataclasses.fields(Knobs)}
     if path in YAML or (source == "--set" and path in names):
         return YAML.get(path, path), as_text(path, value)
     known = [*YAML, *FIXED, *(names if source == "--set" else ())]
     leaf = path.rsplit(".", 1)[-1]
-    near = [key for key in known if key.rsplit(".", 1)[-1] == leaf] or difflib.get_close_matches(path, known, n=1)
+    near = [key for key in known if key.rsplit(".", 1)[-1] == leaf] or difflib.get_close_matches(
+        path, known, n=1
+    )
     hint = f"did you mean {near[0]}?" if near else f"known keys are {', '.join(YAML)}"
     raise UserError(f"{source}: {path} is not a key; {hint}")
 
@@ -286,11 +375,17 @@ def read_yaml(path: str) -> dict:
     try:
         tree = yaml.safe_load(Path(path).read_text())
     except OSError as error:
-        raise UserError(f"--config {path}: cannot be read ({error.strerror}); configs/ has examples") from None
+        raise UserError(
+            f"--config {path}: cannot be read ({error.strerror}); configs/ has examples"
+        ) from None
     except yaml.YAMLError as error:
-        raise UserError(f"--config {path}: not YAML ({' '.join(str(error).split())}); configs/ has examples") from None
+        raise UserError(
+            f"--config {path}: not YAML ({' '.join(str(error).split())}); configs/ has examples"
+        ) from None
     if not isinstance(tree, dict):
-        raise UserError(f"--config {path}: expected sections such as model: and training:, as in configs/pilot.yaml")
+        raise UserError(
+            f"--config {path}: expected sections such as model: and training:, as in configs/pilot.yaml"
+        )
     return tree
 
 
@@ -301,8 +396,16 @@ def read_all(argv: Sequence[str], env: dict[str, str], config: str, sets: Sequen
     for text in sets:
         key, equals, value = text.partition("=")
         if not equals:
-            raise UserError(f"--set {text}: expected key=value, such as training.optimizer.lr=0.001")
-        items.append(("--set", key, yaml.safe_load(value) if key in FIXED or key == "logging.use_wandb" else value))
+            raise UserError(
+                f"--set {text}: expected key=value, such as training.optimizer.lr=0.001"
+            )
+        items.append(
+            (
+                "--set",
+                key,
+                yaml.safe_load(value) if key in FIXED or key == "logging.use_wandb" else value,
+            )
+        )
     for source, path, value in items:
         if found := knob_of(path, value, source):
             name, text = found
@@ -312,9 +415,13 @@ def read_all(argv: Sequence[str], env: dict[str, str], config: str, sets: Sequen
                 and given[name][1].startswith(f"{source}: ")
                 and config == source
             ):
-                raise UserError(f"{source}: {path}: {text}, but {given[name][1]}; they are one knob, give one value")
+                raise UserError(
+                    f"{source}: {path}: {text}, but {given[name][1]}; they are one knob, give one value"
+                )
             given[name] = (text, f"{source}: {path}: {text}")
-    spellings = {s.upper(): f.name for f in dataclasses.fields(Knobs) for s in (f.name, *f.metadata["alias"])}
+    spellings = {
+        s.upper(): f.name for f in dataclasses.fields(Knobs) for s in (f.name, *f.metadata["alias"])
+    }
     by_env = {spellings[name] for name in env if name in spellings}
     below = {name.upper(): text for name, (text, _) in given.items() if name not in by_env}
     try:
@@ -325,16 +432,24 @@ def read_all(argv: Sequence[str], env: dict[str, str], config: str, sets: Sequen
         raise UserError(f"{error} [{where}]" if where else str(error)) from None
 
 
-def settle_device(device: str, fp16: bool, gpu_only: bool, say: Callable[[str], None] = print) -> str:
+def settle_device(
+    device: str, fp16: bool, gpu_only: bool, say: Callable[[str], None] = print
+) -> str:
     """The device to train on. Raises RuntimeError, in the original's words and order, where GPU-only mode or fp16
     cannot be kept; without GPU-only mode the way down to the CPU is one line."""
     if gpu_only and device != "cuda":
-        raise RuntimeError("GPU-only mode requires --device cuda. Aborting to prevent accidental CPU training.")
+        raise RuntimeError(
+            "GPU-only mode requires --device cuda. Aborting to prevent accidental CPU training."
+        )
     if gpu_only and not torch.cuda.is_available():
-        raise RuntimeError("CUDA requested but not available. GPU-only mode cannot fall back to CPU. Aborting.")
+        raise RuntimeError(
+            "CUDA requested but not available. GPU-only mode cannot fall back to CPU. Aborting."
+        )
     if gpu_only:
         rule = "=" * 60
-        say(f"{rule}\nGPU-ONLY MODE ENABLED\nCPU training is disabled. Will abort if GPU unavailable.\n{rule}")
+        say(
+            f"{rule}\nGPU-ONLY MODE ENABLED\nCPU training is disabled. Will abort if GPU unavailable.\n{rule}"
+        )
     if device == "cuda" and not torch.cuda.is_available():
         say("CUDA not available, using CPU")
         device = "cpu"
@@ -351,13 +466,20 @@ def settings(argv: Sequence[str]) -> Knobs:
     early.add_argument("--device", default=os.environ.get("DEVICE", "cpu"))
     for name in ("fp16", "gpu_only"):
         spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-        early.add_argument(*spellings, nargs="?", const="1", default=os.environ.get(name.upper(), "0"))
+        early.add_argument(
+            *spellings, nargs="?", const="1", default=os.environ.get(name.upper(), "0")
+        )
     found, rest = early.parse_known_args(argv)
     if found.device not in ("cpu", "cuda"):
         raise UserError(f"DEVICE={found.device!r}: expected one of cpu, cuda")
     say = print if os.environ.get("RANK", "0") == "0" else lambda line: None
     device = settle_device(found.device, found.fp16 == "1", found.gpu_only == "1", say)
-    rest += [f"--device={device}", f"--config={found.config}", f"--fp16={found.fp16}", f"--gpu_only={found.gpu_only}"]
+    rest += [
+        f"--device={device}",
+        f"--config={found.config}",
+        f"--fp16={found.fp16}",
+        f"--gpu_only={found.gpu_only}",
+    ]
     return read_all(rest, dict(os.environ), found.config, found.set)
 
 
@@ -388,7 +510,9 @@ def write_answer(value: int, form: str, digits: int) -> str:
     if form == "plain":
         return str(value)
     body = abs(value) if form == "reversed" else value % 10**digits
-    return f"{body:0{digits}d}"[::-1] + ("" if form == "complement_bare" else "-" if value < 0 else "+")
+    return f"{body:0{digits}d}"[::-1] + (
+        "" if form == "complement_bare" else "-" if value < 0 else "+"
+    )
 
 
 def read_answer(text: str, form: str) -> int | None:
@@ -464,10 +588,23 @@ def problems_of(exprs: Sequence[str], values: Sequence[int], k: Knobs, digits: i
 # Drawing expressions
 
 # The original's templates by (depth, operands), in its order: N an operand, o an operator.
-PILOT = {(0, 2): "NoN", (0, 3): "NoNoN", (0, 4): "NoNoNoN", (1, 2): "(NoN)", (1, 3): "(NoN)oN No(NoN) (NoNoN)"}
+PILOT = {
+    (0, 2): "NoN",
+    (0, 3): "NoNoN",
+    (0, 4): "NoNoNoN",
+    (1, 2): "(NoN)",
+    (1, 3): "(NoN)oN No(NoN) (NoNoN)",
+}
 PILOT |= {(1, 4): "(NoN)o(NoN) (NoNoN)oN No(NoNoN)", (2, 2): "((NoN))"}
-PILOT |= {(2, 3): "((NoN)oN) (No(NoN)) ((NoN))oN No((NoN))", (2, 4): "((NoN)o(NoN)) (No(NoN))oN No((NoN)oN)"}
-BUCKETS, TEST, VAL = 32, 0, 1  # of a hash of the expression without brackets: 0 is kept for tests, 1 for validation
+PILOT |= {
+    (2, 3): "((NoN)oN) (No(NoN)) ((NoN))oN No((NoN))",
+    (2, 4): "((NoN)o(NoN)) (No(NoN))oN No((NoN)oN)",
+}
+BUCKETS, TEST, VAL = (
+    32,
+    0,
+    1,
+)  # of a hash of the expression without brackets: 0 is kept for tests, 1 for validation
 
 
 def is_bracketed(template: str) -> bool:
@@ -484,7 +621,12 @@ def nestings(n: int, depth: int, redundant: bool) -> tuple[str, ...]:
         inner = nestings(m, depth - 1, redundant) if m > 1 and depth else ()
         return ["N"] if m == 1 else [f"({s})" for s in inner if redundant or not is_bracketed(s)]
 
-    found = [a + "o" + b for m in range(1, n) for a in items(m) for b in nestings(n - m, depth, redundant)]
+    found = [
+        a + "o" + b
+        for m in range(1, n)
+        for a in items(m)
+        for b in nestings(n - m, depth, redundant)
+    ]
     return (*found, *items(n))
 
 
@@ -495,7 +637,9 @@ def templates(n: int, depth: int, grammar: str) -> tuple[str, ...]:
         return tuple(PILOT.get((depth, n), "").split())
     redundant = grammar == "redundant"
     found = nestings(n, depth, redundant)
-    return tuple(s for s in found if max(depth_labels(s)) == depth and (redundant or not is_bracketed(s)))
+    return tuple(
+        s for s in found if max(depth_labels(s)) == depth and (redundant or not is_bracketed(s))
+    )
 
 
 @dataclass(frozen=True)
@@ -522,7 +666,9 @@ def table(k: Knobs, most: int) -> Table:
             texts += cell
             share += [weight / len(cells) / len(cell)] * len(cell)
     if not texts or sum(share) <= 0:
-        raise UserError(f"GRAMMAR={k.grammar}: no template has {counts} operands and depth {depths}; change a range")
+        raise UserError(
+            f"GRAMMAR={k.grammar}: no template has {counts} operands and depth {depths}; change a range"
+        )
     length = max(map(len, texts))
     kind = np.array([[*map(ord, text), *[0] * (length - len(text))] for text in texts])
     nth = [np.cumsum(kind == ord(c), axis=1) - 1 for c in "No"]
@@ -534,7 +680,9 @@ def draw_operands(k: Knobs, rng: np.random.Generator, shape: tuple[int, ...]) ->
     if k.operand_sampling == "uniform":
         return rng.integers(k.operand_min, k.operand_max + 1, shape)
     spans = digit_spans(k)
-    low, high = np.array(spans)[rng.integers(0, len(spans), shape)].transpose(-1, *range(len(shape)))
+    low, high = np.array(spans)[rng.integers(0, len(spans), shape)].transpose(
+        -1, *range(len(shape))
+    )
     return low + (rng.random(shape) * (high - low + 1)).astype(np.int64)
 
 
@@ -560,7 +708,10 @@ def hash_of(num_BN: np.ndarray, op_BN: np.ndarray, n_B: np.ndarray) -> np.ndarra
 
 def hash_expr(expr: str) -> int:
     """hash_of a written expression; `hash_expr(e) % BUCKETS` is its bucket."""
-    num, op = [int(x) for x in re.findall(r"\d+", expr)], [IDS[c] for c in re.sub(r"[\d()]", "", expr)]
+    num, op = (
+        [int(x) for x in re.findall(r"\d+", expr)],
+        [IDS[c] for c in re.sub(r"[\d()]", "", expr)],
+    )
     return int(hash_of(np.array([num]), np.array([[*op, 0]]), np.array([len(num)]))[0])
 
 
@@ -616,27 +767,45 @@ def answer_tokens(value_B: np.ndarray, k: Knobs, digits: int) -> np.ndarray:
     return written if k.answer_format == "complement_bare" else np.concatenate([written, sign], 1)
 
 
-def draw(k: Knobs, rng: np.random.Generator, count: int, most: int, digits: int) -> tuple[Problems, np.ndarray]:
+def draw(
+    k: Knobs, rng: np.random.Generator, count: int, most: int, digits: int
+) -> tuple[Problems, np.ndarray]:
     """`count` problems of at most `most` operands, and their hashes; nothing is held out."""
     t = table(k, most)
-    which = np.searchsorted(t.share_S.cumsum(), rng.random(count), "right").clip(max=len(t.texts) - 1)
+    which = np.searchsorted(t.share_S.cumsum(), rng.random(count), "right").clip(
+        max=len(t.texts) - 1
+    )
     num, n = draw_operands(k, rng, (count, k.operands_max)), t.n_S[which]
-    op = np.array([IDS[c] for c in k.operators])[rng.integers(0, len(k.operators), (count, k.operands_max))]
+    op = np.array([IDS[c] for c in k.operators])[
+        rng.integers(0, len(k.operators), (count, k.operands_max))
+    ]
     kind, nth = t.kind_SL[which], t.nth_SL[which]
     num_BL, op_BL = (np.take_along_axis(x, nth, 1) for x in (num, op))
     slots = np.full((count, kind.shape[1], k.operand_width), -1)
-    slots[..., -1] = np.select([kind == ord("o"), kind == ord("("), kind == ord(")")], [op_BL, IDS["("], IDS[")"]], -1)
-    slots = np.where((kind == ord("N"))[..., None], digit_tokens(num_BL, k.operand_width, True), slots)
+    slots[..., -1] = np.select(
+        [kind == ord("o"), kind == ord("("), kind == ord(")")], [op_BL, IDS["("], IDS[")"]], -1
+    )
+    slots = np.where(
+        (kind == ord("N"))[..., None], digit_tokens(num_BL, k.operand_width, True), slots
+    )
     value = values_of(kind, num_BL, op_BL, k.depth_max)
     ends = lambda ids: np.tile(ids, (count, 1))
     head = [ends([BOS]), slots.reshape(count, -1), ends([IDS[c] for c in k.separator])]
-    tokens, used = compress(np.concatenate([*head, answer_tokens(value, k, digits), ends([EOS])], 1))
+    tokens, used = compress(
+        np.concatenate([*head, answer_tokens(value, k, digits), ends([EOS])], 1)
+    )
     starts = used[:, sum(part.shape[1] for part in head) - 1]
     return Problems(tokens, used[:, -1], starts, value), hash_of(num, op, n)
 
 
 def draw_split(
-    k: Knobs, rng: np.random.Generator, count: int, split: str, most: int, digits: int, excluded: np.ndarray
+    k: Knobs,
+    rng: np.random.Generator,
+    count: int,
+    split: str,
+    most: int,
+    digits: int,
+    excluded: np.ndarray,
 ) -> Problems:
     """`count` problems of a split, train, val or test, each in its own buckets; training ones also avoid the sorted
     hashes `excluded`, validation and test ones each other. Raises UserError when the split has too few."""
@@ -659,7 +828,9 @@ def draw_split(
             good = np.flatnonzero((bucket != TEST) & (bucket != VAL) & (near != h))
         else:
             first = np.sort(np.unique(h, return_index=True)[1])
-            good = first[(bucket[first] == dict(test=TEST, val=VAL)[split]) & ~np.isin(h[first], seen)]
+            good = first[
+                (bucket[first] == dict(test=TEST, val=VAL)[split]) & ~np.isin(h[first], seen)
+            ]
         good = good[:missing]
         seen = np.concatenate([seen, h[good]]) if split != "train" else seen
         found.append(problems.rows(good))
@@ -669,7 +840,9 @@ def draw_split(
 def joined(parts: Sequence[Problems]) -> Problems:
     width = max(part.tokens_NT.shape[1] for part in parts)
     pad = lambda x: np.pad(x, ((0, 0), (0, width - x.shape[1])))
-    columns = zip(*((pad(p.tokens_NT), p.lengths_N, p.starts_N, p.values_N) for p in parts), strict=True)
+    columns = zip(
+        *((pad(p.tokens_NT), p.lengths_N, p.starts_N, p.values_N) for p in parts), strict=True
+    )
     return Problems(*map(np.concatenate, columns))
 
 
@@ -707,7 +880,9 @@ class Cache(dict):
         prefix = "" if layer is None else f"blocks.{layer}."
         found = [n for n in self if n.startswith(prefix) and n.rsplit(".", 1)[-1] == f"hook_{name}"]
         if len(found) != 1:
-            raise KeyError(f"{key}: {len(found)} of the cached activations fit; they are {', '.join(self)}")
+            raise KeyError(
+                f"{key}: {len(found)} of the cached activations fit; they are {', '.join(self)}"
+            )
         return self[found[0]]
 
 
@@ -743,20 +918,28 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(k.d_model, 3 * k.d_model, bias=False)
         self.out = nn.Linear(k.d_model, k.d_model, bias=False)
 
-    def forward(self, x_BTC: Tensor, tables: tuple, p: float, part: tuple, cache: list | None) -> Tensor:
+    def forward(
+        self, x_BTC: Tensor, tables: tuple, p: float, part: tuple, cache: list | None
+    ) -> Tensor:
         tap, B, T = partial(self.taps, self.prefix), *x_BTC.shape[:2]
         q, k, v = (x.view(B, T, self.k.num_heads, -1) for x in self.qkv(x_BTC).chunk(3, dim=-1))
         q, k, v = tap("hook_q", q), tap("hook_k", k), tap("hook_v", v)
         if self.k.use_rope:
             q, k = rotate(q, *tables), rotate(k, *tables)
         if cache is not None:  # generation: keys and values of the tokens before
-            k, v = (torch.cat([past, new], 1) for past, new in zip(cache, (k, v), strict=True)) if cache else (k, v)
+            k, v = (
+                (torch.cat([past, new], 1) for past, new in zip(cache, (k, v), strict=True))
+                if cache
+                else (k, v)
+            )
             cache[:] = k, v
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         inside = p > 0 or bool(self.taps.fns) or self.k.attention == "manual"
         if (inside and self.k.attention != "sdpa") or self.taps.fns:
             scores = (q * q.size(-1) ** -0.5) @ k.mT
-            future = torch.ones(T, k.size(2), dtype=torch.bool, device=q.device).triu(1 + k.size(2) - T)
+            future = torch.ones(T, k.size(2), dtype=torch.bool, device=q.device).triu(
+                1 + k.size(2) - T
+            )
             scores = tap("hook_attn_scores", scores.masked_fill(future, -torch.inf))
             pattern = tap("hook_pattern", scores.softmax(-1).type_as(v))
             z = drop(pattern, p, part) @ v
@@ -793,7 +976,9 @@ class Block(nn.Module):
         self.attn = Attention(k, taps, self.prefix + "attn.")
         self.mlp = MLP(k, taps, self.prefix + "mlp.")
 
-    def forward(self, x: Tensor, tables: tuple, p: float, part: tuple, cache: list | None) -> Tensor:
+    def forward(
+        self, x: Tensor, tables: tuple, p: float, part: tuple, cache: list | None
+    ) -> Tensor:
         tap = partial(self.taps, self.prefix)
         x = tap("hook_resid_pre", x)
         x = x + drop(tap("hook_attn_out", self.attn(self.ln1(x), tables, p, part, cache)), p, part)
@@ -834,7 +1019,9 @@ class CompactTransformer(nn.Module):
             else:
                 p.fill_(float(".ln" in f".{name}" and name.endswith("weight")))
 
-    def forward(self, ids_BT: Tensor, cache: list[list] | None = None, part: tuple[int, int] | None = None) -> Tensor:
+    def forward(
+        self, ids_BT: Tensor, cache: list[list] | None = None, part: tuple[int, int] | None = None
+    ) -> Tensor:
         """Logits (B, T, V). With a cache (one list per block, empty at first), ids continue what it holds. `part` is
         (first row, rows in all) of a batch that several ranks share, for dropout."""
         t0 = cache[0][0].size(1) if cache and cache[0] else 0
@@ -845,12 +1032,20 @@ class CompactTransformer(nn.Module):
             x = x + self.position.weight[t0:end]
         x = drop(self.taps("", "hook_embed", x), p, part)
         for i, block in enumerate(self.blocks):
-            x = block(x, (self.cos[t0:end], self.sin[t0:end]), p, part, None if cache is None else cache[i])
+            x = block(
+                x,
+                (self.cos[t0:end], self.sin[t0:end]),
+                p,
+                part,
+                None if cache is None else cache[i],
+            )
         x = self.taps("ln_final.", "hook_normalized", self.ln_final(x))
         return F.linear(x, self.embed.weight if self.head is None else self.head.weight)
 
     def hook_names(self) -> list[str]:
-        block = [f"hook_{leaf}" for leaf in "resid_pre attn_out resid_mid mlp_out resid_post".split()]
+        block = [
+            f"hook_{leaf}" for leaf in "resid_pre attn_out resid_mid mlp_out resid_post".split()
+        ]
         block += [f"attn.hook_{leaf}" for leaf in "q k v attn_scores pattern z".split()] + [
             "mlp.hook_pre",
             "mlp.hook_post",
@@ -867,10 +1062,14 @@ class CompactTransformer(nn.Module):
         before, names = {name: list(fns) for name, fns in self.taps.fns.items()}, self.hook_names()
         try:
             for wanted, fn in fwd_hooks:
-                chosen = [name for name in names if (wanted(name) if callable(wanted) else wanted == name)]
+                chosen = [
+                    name for name in names if (wanted(name) if callable(wanted) else wanted == name)
+                ]
                 if not chosen:
                     near = difflib.get_close_matches(str(wanted), names, n=1)
-                    raise ValueError(f"{wanted} is not a hook" + (f"; did you mean {near[0]}?" if near else ""))
+                    raise ValueError(
+                        f"{wanted} is not a hook" + (f"; did you mean {near[0]}?" if near else "")
+                    )
                 for name in chosen:
                     self.taps.fns.setdefault(name, []).append(fn)
             yield self
@@ -882,7 +1081,9 @@ class CompactTransformer(nn.Module):
         with self.hooks(fwd_hooks):
             return self(ids_BT)
 
-    def run_with_cache(self, ids_BT: Tensor, names: Callable[[str], bool] = lambda name: True) -> tuple[Tensor, Cache]:
+    def run_with_cache(
+        self, ids_BT: Tensor, names: Callable[[str], bool] = lambda name: True
+    ) -> tuple[Tensor, Cache]:
         """Logits, and clones of the activations whose names pass."""
         cache = Cache()
         with self.hooks([(names, lambda x, hook: cache.update({hook.name: x.clone()}))]):
@@ -901,7 +1102,10 @@ def generate(
         group = list(group)
         for at in range(0, len(group), batch):
             rows = group[at : at + batch]
-            ids, cache = torch.tensor([list(prompts[i]) for i in rows], device=device), [[] for _ in model.blocks]
+            ids, cache = (
+                torch.tensor([list(prompts[i]) for i in rows], device=device),
+                [[] for _ in model.blocks],
+            )
             taken, live = [], torch.ones(len(rows), dtype=torch.bool, device=device)
             for _ in range(new):
                 ids = model(ids, cache)[:, -1:].float().argmax(-1)
@@ -926,7 +1130,9 @@ def orthogonalize(g_SMN: Tensor, dtype: torch.dtype) -> Tensor:
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+        x = torch.baddbmm(
+            x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445
+        )
     return x.mT if tall else x
 
 
@@ -934,7 +1140,9 @@ class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised, scaled to the size of an AdamW update (0.2 sqrt(max(M, N)), arXiv 2502.16982). Nothing
     moves where the attribute found_inf is 1, as with torch's fused AdamW."""
 
-    def __init__(self, params: Sequence[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95):
+    def __init__(
+        self, params: Sequence[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95
+    ):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 
     @torch.no_grad()
@@ -964,7 +1172,9 @@ def make_optimizers(model: CompactTransformer, k: Knobs) -> list[torch.optim.Opt
     matrix = lambda n: k.optimizer == "muon" and n.startswith("blocks.") and named[n].dim() == 2
     betas = tuple(map(float, k.betas.split(",")))
     rest = [p for n, p in named.items() if not matrix(n)]
-    found: list = [torch.optim.AdamW(rest, lr=k.lr, betas=betas, weight_decay=k.weight_decay, fused=True)]
+    found: list = [
+        torch.optim.AdamW(rest, lr=k.lr, betas=betas, weight_decay=k.weight_decay, fused=True)
+    ]
     if k.optimizer == "muon":
         found.append(Muon([p for n, p in named.items() if matrix(n)], k.muon_lr, k.weight_decay))
     return found
@@ -978,7 +1188,9 @@ def clip(grads: Sequence[Tensor], limit: float) -> Tensor:
     return norms
 
 
-def apply_update(optimizers: Sequence[torch.optim.Optimizer], scaler: torch.amp.GradScaler, ok: Tensor) -> bool:
+def apply_update(
+    optimizers: Sequence[torch.optim.Optimizer], scaler: torch.amp.GradScaler, ok: Tensor
+) -> bool:
     """Step the optimizers where `ok`; with a loss scaler where it found no inf. Returns False when the scaler skipped
     the update: the schedule must then not move on."""
     if not scaler.is_enabled():
@@ -1053,23 +1265,36 @@ class Data:
     def __init__(self, k: Knobs):
         self.k, files = k, {path: read_records(path) for path in self.paths(k)}
         top = max(
-            [abs(v) for _, values in files.values() for v in values] + [k.largest * (GENERATE in self.sources(k))]
+            [abs(v) for _, values in files.values() for v in values]
+            + [k.largest * (GENERATE in self.sources(k))]
         )
         least = len(str(2 * top if k.answer_format == "complement_bare" else top))
         self.digits = k.answer_digits or least
         if self.digits < least:
-            raise UserError(f"ANSWER_DIGITS={self.digits}: answers go up to {top:,}; use {least}, or auto")
+            raise UserError(
+                f"ANSWER_DIGITS={self.digits}: answers go up to {top:,}; use {least}, or auto"
+            )
         self.sets = {path: problems_of(*records, k, self.digits) for path, records in files.items()}
         self.excluded = np.empty(0, np.uint64)
         if k.train_path == GENERATE:  # no test or validation record can be drawn either
-            self.excluded = np.array(sorted({hash_expr(e) for exprs, _ in files.values() for e in exprs}), np.uint64)
+            self.excluded = np.array(
+                sorted({hash_expr(e) for exprs, _ in files.values() for e in exprs}), np.uint64
+            )
         if k.val_path == GENERATE:  # the same for every seed
             self.sets[k.val_path] = self.split("val", [VAL], k.val_examples)
-        self.val, self.tests = self.sets[k.val_path], {path: self.sets[path] for path in k.test_path.split()}
+        self.val, self.tests = (
+            self.sets[k.val_path],
+            {path: self.sets[path] for path in k.test_path.split()},
+        )
         self.train = None if k.train_path == GENERATE else self.sets[k.train_path]
         if k.train_path == GENERATE and k.train_examples:
-            spans = ((at, min(self.CHUNK, k.train_examples - at)) for at in range(0, k.train_examples, self.CHUNK))
-            self.train = joined([self.split("train", [k.seed, 3, at], count) for at, count in spans])
+            spans = (
+                (at, min(self.CHUNK, k.train_examples - at))
+                for at in range(0, k.train_examples, self.CHUNK)
+            )
+            self.train = joined(
+                [self.split("train", [k.seed, 3, at], count) for at, count in spans]
+            )
         self.sample = self.train or self.split("train", [k.seed, 4], 4096)
         for name, problems in (*self.sets.items(), (k.train_path, self.sample)):
             if (longest := int(problems.lengths_N.max())) > k.sequence_length:
@@ -1079,14 +1304,19 @@ class Data:
                     f"up to {longest}; none is cut: raise it"
                 )
         self.epoch_steps = -(-len(self.train) // k.batch_size) if self.train and not k.staged else 0
-        self.total = k.num_epochs * self.epoch_steps if k.num_iterations is None else k.num_iterations
+        self.total = (
+            k.num_epochs * self.epoch_steps if k.num_iterations is None else k.num_iterations
+        )
         self.step_tokens = round(float((self.sample.lengths_N - 1).mean()) * k.batch_size)
         self.order, self.pool = lru_cache(maxsize=2)(self._order), lru_cache(maxsize=2)(self._pool)
         if self.train and k.staged:
             self.pool(k.operands_min)  # raises now rather than in the middle of training
         self.switches: list[int] = []  # steps from which one more operand is drawn, see Run.promote
         # What check_resume compares.
-        self.pattern, self.content = k.train_path, [[k.train_path, len(self.train or "")], [self.fingerprint(), 0]]
+        self.pattern, self.content = (
+            k.train_path,
+            [[k.train_path, len(self.train or "")], [self.fingerprint(), 0]],
+        )
 
     @staticmethod
     def sources(k: Knobs) -> list[str]:
@@ -1113,7 +1343,9 @@ class Data:
         operators = (np.isin(t.tokens_NT, [IDS[c] for c in "+-*"]) & written).sum(1)
         rows = np.flatnonzero(operators < most)
         if not len(rows):
-            raise UserError(f"TRAIN_EXAMPLES={len(t)}: none has {most} operands, where the curriculum is; raise it")
+            raise UserError(
+                f"TRAIN_EXAMPLES={len(t)}: none has {most} operands, where the curriculum is; raise it"
+            )
         return rows
 
     def batch(self, step: int) -> Problems:
@@ -1123,12 +1355,16 @@ class Data:
         if self.train is None:
             return self.split("train", [k.seed, 2, step], k.batch_size, most)
         if k.staged:
-            return self.train.rows(np.random.default_rng([k.seed, 2, step]).choice(self.pool(most), k.batch_size))
+            return self.train.rows(
+                np.random.default_rng([k.seed, 2, step]).choice(self.pool(most), k.batch_size)
+            )
         epoch, i = divmod(step, self.epoch_steps)
         return self.train.rows(self.order(epoch)[i * k.batch_size : (i + 1) * k.batch_size])
 
 
-def inputs_and_labels(problems: Problems, answer_only: bool, rows: int) -> tuple[np.ndarray, np.ndarray]:
+def inputs_and_labels(
+    problems: Problems, answer_only: bool, rows: int
+) -> tuple[np.ndarray, np.ndarray]:
     """(rows, T) ids and labels, T the longest; what is not scored, and rows beyond the problems, has label IGNORE."""
     T = int(problems.lengths_N.max())
     ids = np.zeros((rows, T), np.int64)
@@ -1150,18 +1386,26 @@ def make_batch(step: int, data: Data, k: Knobs, w: World) -> tuple[Tensor, Tenso
     local = -(-len(problems) // w.size)
     x, y = inputs_and_labels(problems, k.answer_only_loss, local * w.size)
     mine = slice(w.rank * local, (w.rank + 1) * local)
-    x, y, n = torch.from_numpy(x[mine]), torch.from_numpy(y[mine]), torch.tensor(float((y != IGNORE).sum()))
+    x, y, n = (
+        torch.from_numpy(x[mine]),
+        torch.from_numpy(y[mine]),
+        torch.tensor(float((y != IGNORE).sum())),
+    )
     return x.contiguous(), y.contiguous(), n
 
 
 # ----------------------------------------------------------------------------
 # Evaluation
 
-SCORES = "loss tokens answer_loss answer_tokens end_loss end_ok first_ok digits_ok exact ended".split()
+SCORES = (
+    "loss tokens answer_loss answer_tokens end_loss end_ok first_ok digits_ok exact ended".split()
+)
 
 
 def autocast(k: Knobs, w: World) -> torch.autocast:
-    return torch.autocast(w.device.type, dtype=k.amp_dtype or torch.bfloat16, enabled=k.amp_dtype is not None)
+    return torch.autocast(
+        w.device.type, dtype=k.amp_dtype or torch.bfloat16, enabled=k.amp_dtype is not None
+    )
 
 
 @torch.no_grad()
@@ -1170,19 +1414,36 @@ def teacher_forced(model: CompactTransformer, part: Problems, k: Knobs, w: World
     x, y = (torch.from_numpy(a).to(w.device) for a in inputs_and_labels(part, False, len(part)))
     with autocast(k, w):
         logits = model(x).float()
-    nll = F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=IGNORE, reduction="none").view_as(y).double()
+    nll = (
+        F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=IGNORE, reduction="none")
+        .view_as(y)
+        .double()
+    )
     right = (logits.argmax(-1) == y).double()
     at = torch.arange(1, x.size(1) + 1, device=w.device)  # position of each label in the text
-    start, length = (torch.from_numpy(a).to(w.device)[:, None] for a in (part.starts_N, part.lengths_N))
+    start, length = (
+        torch.from_numpy(a).to(w.device)[:, None] for a in (part.starts_N, part.lengths_N)
+    )
     end, real = (at == length - 1).double(), (at < length).double()
     answer = ((at >= start) & (at < length - 1)).double()
     scored = answer + end if k.answer_only_loss else real
-    sums = [nll * scored, scored, nll * answer, answer, nll * end, right * end, right * (at == start), right * answer]
+    sums = [
+        nll * scored,
+        scored,
+        nll * answer,
+        answer,
+        nll * end,
+        right * end,
+        right * (at == start),
+        right * answer,
+    ]
     return torch.stack([s.sum(1) for s in sums], 1).cpu().numpy()
 
 
 @torch.no_grad()
-def score(model: CompactTransformer, problems: Problems, k: Knobs, w: World, batch: int = 512) -> np.ndarray:
+def score(
+    model: CompactTransformer, problems: Problems, k: Knobs, w: World, batch: int = 512
+) -> np.ndarray:
     """(N, columns of SCORES) float64 on every rank: losses in nats, counts, and per example whether the greedy answer
     is the gold one, token by token and with its end. Ranks share the examples; no dropout."""
     training, table = model.training, torch.zeros(len(problems), len(SCORES), dtype=torch.float64)
@@ -1191,11 +1452,16 @@ def score(model: CompactTransformer, problems: Problems, k: Knobs, w: World, bat
     for at in range(0, len(mine), batch):
         rows = mine[at : at + batch]
         table[rows, :8] = torch.from_numpy(teacher_forced(model, problems.rows(rows), k, w))
-    texts = [row[:n].tolist() for row, n in zip(problems.tokens_NT[mine], problems.lengths_N[mine], strict=True)]
+    texts = [
+        row[:n].tolist()
+        for row, n in zip(problems.tokens_NT[mine], problems.lengths_N[mine], strict=True)
+    ]
     starts = problems.starts_N[mine]
     longest = int((problems.lengths_N - problems.starts_N).max())
     with autocast(k, w):
-        out = generate(model, [text[:s] for text, s in zip(texts, starts, strict=True)], longest + 2, batch)
+        out = generate(
+            model, [text[:s] for text, s in zip(texts, starts, strict=True)], longest + 2, batch
+        )
     for row, answer, text, s in zip(mine, out, texts, starts, strict=True):
         table[row, 8] = answer == text[s:]
         table[row, 9] = answer[-1:] == [EOS]
@@ -1239,7 +1505,9 @@ def entropy_floor(problems: Problems, k: Knobs) -> float:
         if share is None or any(not k.operand_min <= int(x) <= k.operand_max for x in numbers):
             return math.nan
         total -= math.log(share) - (len(numbers) - 1) * math.log(len(k.operators))
-        total -= sum(math.log(even if k.operand_sampling == "uniform" else chance[len(x)]) for x in numbers)
+        total -= sum(
+            math.log(even if k.operand_sampling == "uniform" else chance[len(x)]) for x in numbers
+        )
     return total / float((problems.lengths_N - 1).sum())
 
 
@@ -1248,14 +1516,25 @@ def breakdown(problems: Problems, exact_N: np.ndarray, k: Knobs, common: int) ->
     that reads no brackets, and `common`, the training set's most frequent value, as the answer to everything."""
     exprs, groups = problems.exprs(k), {}
     for expr, value, exact in zip(exprs, problems.values_N.tolist(), exact_N, strict=True):
-        keys = dict(depth=max(depth_labels(expr)), operators="".join(sorted(set(re.sub(r"[\d()]", "", expr)))))
-        keys |= dict(operands=len(re.findall(r"\d+", expr)), answer_digits=len(str(abs(value))), chars=len(expr))
+        keys = dict(
+            depth=max(depth_labels(expr)),
+            operators="".join(sorted(set(re.sub(r"[\d()]", "", expr)))),
+        )
+        keys |= dict(
+            operands=len(re.findall(r"\d+", expr)),
+            answer_digits=len(str(abs(value))),
+            chars=len(expr),
+        )
         for name, key in keys.items():
             groups.setdefault(name, {}).setdefault(str(key), []).append(float(exact))
     found = {
-        name: {key: [round(sum(x) / len(x), 4), len(x)] for key, x in sorted(g.items())} for name, g in groups.items()
+        name: {key: [round(sum(x) / len(x), 4), len(x)] for key, x in sorted(g.items())}
+        for name, g in groups.items()
     }
-    blind = [evaluate_expr(re.sub(r"[()]", "", expr)) == v for expr, v in zip(exprs, problems.values_N, strict=True)]
+    blind = [
+        evaluate_expr(re.sub(r"[()]", "", expr)) == v
+        for expr, v in zip(exprs, problems.values_N, strict=True)
+    ]
     found["baselines"] = dict(
         paren_blind=float(np.mean(blind)), most_frequent=float(np.mean(problems.values_N == common))
     )
@@ -1271,9 +1550,7 @@ RESULTS = (
     "final_val_loss best_val_loss exact_match eos_after_gold entropy_floor train_time_ms ms_per_step gpu_name n_gpus "
     "notes stage status steps_done n_params tokens_seen epochs peak_memory_mib torch world_size code_sha256 dirty"
 ).split()
-IN_COLUMNS = (
-    "seed d_model num_layers num_heads d_ff answer_format train_path train_examples grammar operators operands_max "
-)
+IN_COLUMNS = "seed d_model num_layers num_heads d_ff answer_format train_path train_examples grammar operators operands_max "
 IN_COLUMNS += "depth_max optimizer lr muon_lr batch_size sequence_length num_iterations"
 
 
@@ -1289,7 +1566,9 @@ def flops_per_token(n_params: int, k: Knobs) -> int:
 
 def memory_mib(n_params: int, sequences: int, k: Knobs) -> int:
     """Rough peak of a rank: weights, gradients and moments, and the activations of its sequences with dropout masks."""
-    per_token = k.num_layers * (20 * k.d_model + 4 * k.d_ff + 4 * k.num_heads * k.sequence_length) + 4 * len(VOCABULARY)
+    per_token = k.num_layers * (
+        20 * k.d_model + 4 * k.d_ff + 4 * k.num_heads * k.sequence_length
+    ) + 4 * len(VOCABULARY)
     return (16 * n_params + 4 * sequences * k.sequence_length * per_token) // 2**20
 
 
@@ -1304,20 +1583,30 @@ def show_plan(k: Knobs) -> int:
         data, problem = None, error
     tokens = data.step_tokens if data else k.batch_size * k.sequence_length
     total = data.total if data else k.num_iterations or 0
-    print(f"tokens per step: {tokens:,} ({ranks} rank(s), {k.batch_size} examples{'' if data else ' of full length'})")
+    print(
+        f"tokens per step: {tokens:,} ({ranks} rank(s), {k.batch_size} examples{'' if data else ' of full length'})"
+    )
     print(f"training tokens: {tokens * total:,} in {total} steps")
     print(f"compute:         {flops_per_token(n_params, k) * tokens * total:.3g} FLOPs")
-    print(f"memory:          about {memory_mib(n_params, -(-k.batch_size // ranks), k):,} MiB per rank")
+    print(
+        f"memory:          about {memory_mib(n_params, -(-k.batch_size // ranks), k):,} MiB per rank"
+    )
     if data:
         size = f"{len(data.train):,} examples" if data.train else "fresh examples at every step"
-        print(f"data:            {k.train_path}: {size}; {len(data.val):,} validation, {len(data.tests)} test set(s)")
-        print(f"entropy floor:   {entropy_floor(data.val, k):.4f} nats per scored token of the validation set")
+        print(
+            f"data:            {k.train_path}: {size}; {len(data.val):,} validation, {len(data.tests)} test set(s)"
+        )
+        print(
+            f"entropy floor:   {entropy_floor(data.val, k):.4f} nats per scored token of the validation set"
+        )
     else:
         print(f"problem:         {problem}")
     return 0
 
 
-def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[CompactTransformer, Knobs, dict]:
+def load_model(
+    path: str | Path, device: str | torch.device = "cpu"
+) -> tuple[CompactTransformer, Knobs, dict]:
     """A checkpoint_*.pt as a model in eval mode, its knobs and the rest of the file (epoch, step, answer_digits, ...).
     Raises UserError when the file is none."""
     try:
@@ -1327,9 +1616,13 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[Co
         model = CompactTransformer(k)
         model.load_state_dict(state.pop("model_state_dict"))
     except pickle.UnpicklingError:
-        raise UserError(f"{path}: holds more than tensors and plain values; pass a checkpoint_best.pt") from None
+        raise UserError(
+            f"{path}: holds more than tensors and plain values; pass a checkpoint_best.pt"
+        ) from None
     except (OSError, EOFError, KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"{path}: not a model of train_arith.py ({error}); pass a checkpoint_best.pt") from None
+        raise UserError(
+            f"{path}: not a model of train_arith.py ({error}); pass a checkpoint_best.pt"
+        ) from None
     return model.to(device).eval(), k, state
 
 
@@ -1352,25 +1645,40 @@ class Run:
         self.k, self.w = k, w
         plumbing.check_compiler(k.compile, k.device)
         if k.batch_size % w.size:
-            raise UserError(f"BATCH_SIZE={k.batch_size} does not divide among {w.size} ranks; change one of the two")
+            raise UserError(
+                f"BATCH_SIZE={k.batch_size} does not divide among {w.size} ranks; change one of the two"
+            )
         self.data = Data(k)
         self.total, self.epoch_steps = self.data.total, self.data.epoch_steps
         tenth = max(1, self.total // 10)
-        every = lambda steps, epochs: (epochs * self.epoch_steps or tenth) if steps is None else steps
-        self.val_every, self.save_every = every(k.val_every, k.eval_interval), every(k.save_every, k.save_interval)
+        every = lambda steps, epochs: (
+            (epochs * self.epoch_steps or tenth) if steps is None else steps
+        )
+        self.val_every, self.save_every = (
+            every(k.val_every, k.eval_interval),
+            every(k.save_every, k.save_interval),
+        )
         plumbing.check_results(Path(k.results_file), RESULTS, w)
         out = Path(k.output_dir)
-        place = (out.resolve().parent, out.resolve().name) if k.output_dir else (Path(k.logs_folder), k.run_id)
+        place = (
+            (out.resolve().parent, out.resolve().name)
+            if k.output_dir
+            else (Path(k.logs_folder), k.run_id)
+        )
         named_by = "OUTPUT_DIR" if k.output_dir else "RUN_ID"
         extra = ("exact_match", "eos_after_gold", "digit_accuracy", "train_exact")
-        self.log = RunLog(place[0], place[1] or plumbing.new_run_id(w), w, self.total, extra, named_by=named_by)
+        self.log = RunLog(
+            place[0], place[1] or plumbing.new_run_id(w), w, self.total, extra, named_by=named_by
+        )
 
         self.model = CompactTransformer(k)
         self.model.init_weights(k.seed)
         self.model.to(w.device).train()
         self.names = [name for name, _ in self.model.named_parameters()]
         self.n_params = sum(p.numel() for p in self.model.parameters())
-        self.grads = torch.zeros(self.n_params, device=w.device)  # one buffer, so that one all-reduce does
+        self.grads = torch.zeros(
+            self.n_params, device=w.device
+        )  # one buffer, so that one all-reduce does
         sizes = [p.numel() for p in self.model.parameters()]
         for p, part in zip(self.model.parameters(), self.grads.split(sizes), strict=True):
             p.grad = part.view_as(p)
@@ -1381,7 +1689,12 @@ class Run:
         self.step, self.updates, self.clock, self.rates = 0, 0, Clock(w), []
         self.val_loss = self.best_loss = self.train_loss = self.exact = self.eos = math.nan
         self.epoch_loss, self.epoch_tokens, self.best_at, self.history = 0.0, 0.0, 0, []
-        self.validated_at, self.signal, self.accuracy, self.epoch_t0 = -1, 0, 0.0, time.perf_counter()
+        self.validated_at, self.signal, self.accuracy, self.epoch_t0 = (
+            -1,
+            0,
+            0.0,
+            time.perf_counter(),
+        )
         self.floor = entropy_floor(self.data.val, k)
         self.log.header(k, (__file__, plumbing.__file__), self.facts())
         self.log.rates(self.data.step_tokens, flops_per_token(self.n_params, k))
@@ -1392,7 +1705,9 @@ class Run:
     def facts(self) -> dict[str, object]:
         k, d = self.k, self.data
         if k.config:
-            self.log.say(f"Configuration: {k.config}\n{yaml.safe_dump(read_yaml(k.config), sort_keys=False).rstrip()}")
+            self.log.say(
+                f"Configuration: {k.config}\n{yaml.safe_dump(read_yaml(k.config), sort_keys=False).rstrip()}"
+            )
         if self.w.device.type == "cuda":
             memory = torch.cuda.get_device_properties(self.w.device).total_memory / 1e9
             block = [f"GPU Name: {self.w.name()}", f"GPU Memory: {memory:.2f} GB"]
@@ -1459,11 +1774,19 @@ class Run:
         config, path = dataclasses.asdict(self.k), self.log.folder / name
         state = dict(epoch=self.step // self.epoch_steps if self.epoch_steps else 0, step=self.step)
         state |= dict(model_state_dict=self.model.state_dict(), answer_digits=self.data.digits)
-        state |= dict(optimizer_state_dict=[optimizer.state_dict() for optimizer in self.optimizers])
-        state |= dict(scheduler_state_dict=dict(updates=self.updates, total=self.total), train_config=config)
+        state |= dict(
+            optimizer_state_dict=[optimizer.state_dict() for optimizer in self.optimizers]
+        )
+        state |= dict(
+            scheduler_state_dict=dict(updates=self.updates, total=self.total), train_config=config
+        )
         model_keys = [value for key, value in YAML.items() if key.startswith("model.")]
-        state |= dict(model_config={key: config[key] for key in model_keys} | dict(vocab_size=len(VOCABULARY)))
-        state |= dict(git_commit=self.log.commit, code_sha256=self.log.code_sha256, val_loss=self.val_loss)
+        state |= dict(
+            model_config={key: config[key] for key in model_keys} | dict(vocab_size=len(VOCABULARY))
+        )
+        state |= dict(
+            git_commit=self.log.commit, code_sha256=self.log.code_sha256, val_loss=self.val_loss
+        )
         write_whole(path, lambda part: torch.save(state, part))
         self.log.say(f"Saved checkpoint to {path}")
 
@@ -1484,9 +1807,13 @@ class Run:
         self.epoch_tokens += tokens
         if self.epoch_steps and beat.step % self.epoch_steps == 0:
             loss, now = self.epoch_loss / self.epoch_tokens, time.perf_counter()
-            self.log.say(f"Epoch {beat.step // self.epoch_steps}/{-(-self.total // self.epoch_steps)}")
+            self.log.say(
+                f"Epoch {beat.step // self.epoch_steps}/{-(-self.total // self.epoch_steps)}"
+            )
             spent, self.epoch_t0 = now - self.epoch_t0, now
-            self.log.say(f"Train Loss: {loss:.4f} | Train Perplexity: {math.exp(loss):.2f} | Time: {spent:.2f}s")
+            self.log.say(
+                f"Train Loss: {loss:.4f} | Train Perplexity: {math.exp(loss):.2f} | Time: {spent:.2f}s"
+            )
             self.epoch_loss = self.epoch_tokens = 0.0
         return "preempted" if beat.signal else ""
 
@@ -1513,13 +1840,18 @@ class Run:
         self.val_loss, self.exact, self.eos = s["loss"], s["exact_match"], s["eos_after_gold"]
         self.validated_at = self.step
         own = {name: s[name] for name in ("exact_match", "eos_after_gold", "digit_accuracy")}
-        mark = "".join(f" {name}:{value:.4f}" for name, value in own.items()) + f" entropy_floor:{self.floor:.4f}"
+        mark = (
+            "".join(f" {name}:{value:.4f}" for name, value in own.items())
+            + f" entropy_floor:{self.floor:.4f}"
+        )
         self.log.validation(self.step, self.val_loss, self.clock, mark, **own)
         self.log.say(f"Val Loss: {s['loss']:.4f} | Val Perplexity: {s['perplexity']:.2f}")
         better = not self.val_loss >= self.best_loss  # also the first, when best is nan
         epoch = self.step // self.epoch_steps if self.epoch_steps else 0
         entry = dict(epoch=epoch, step=self.step, train_loss=self.train_loss, val_loss=s["loss"])
-        self.history.append(entry | {f"val_{key}": value for key, value in s.items() if key != "loss"})
+        self.history.append(
+            entry | {f"val_{key}": value for key, value in s.items() if key != "loss"}
+        )
         if better:
             self.best_loss, self.best_at = self.val_loss, epoch or self.step
             self.log.say("New best model!")
@@ -1529,10 +1861,16 @@ class Run:
     def write_metrics(self) -> None:
         if self.w.main:
             best = dict(best_val_loss=self.best_loss, best_val_epoch=self.best_at)
-            best |= dict(best_val_perplexity=math.exp(min(self.best_loss, 700)), entropy_floor=self.floor)
+            best |= dict(
+                best_val_perplexity=math.exp(min(self.best_loss, 700)), entropy_floor=self.floor
+            )
             best = {key: None if value != value else value for key, value in best.items()}
-            content = dict(config=dataclasses.asdict(self.k), seed=self.k.seed, metrics=self.history, **best)
-            write_json(self.log.folder / f"metrics/training_metrics_seed{self.k.seed}.json", content)
+            content = dict(
+                config=dataclasses.asdict(self.k), seed=self.k.seed, metrics=self.history, **best
+            )
+            write_json(
+                self.log.folder / f"metrics/training_metrics_seed{self.k.seed}.json", content
+            )
 
     def finish(self) -> None:
         """The test sets, the breakdown and the original's closing words."""
@@ -1551,7 +1889,10 @@ class Run:
                 f"most_frequent:{base['most_frequent']:.4f} always_end(legacy):1.0000"
             )
         if self.w.main:
-            write_json(self.log.folder / "evaluation.json", dict(step=self.step, most_frequent=common, sets=report))
+            write_json(
+                self.log.folder / "evaluation.json",
+                dict(step=self.step, most_frequent=common, sets=report),
+            )
         rule, unit = "=" * 50, "epoch" if self.epoch_steps else "step"
         say(f"{rule}\nTRAINING SUMMARY\n{rule}")
         if self.history:
@@ -1569,15 +1910,28 @@ class Run:
         k, w, log, clock = self.k, self.w, self.log, self.clock
         row = {name: getattr(k, name) for name in RESULTS if hasattr(k, name)}
         row |= dict(run_id=log.id, date=log.started, git_commit=log.commit, learning_rate=k.lr)
-        row |= dict(num_iterations=self.total, final_val_loss=self.val_loss, best_val_loss=self.best_loss)
+        row |= dict(
+            num_iterations=self.total, final_val_loss=self.val_loss, best_val_loss=self.best_loss
+        )
         row |= dict(exact_match=self.exact, eos_after_gold=self.eos, entropy_floor=self.floor)
-        row |= dict(train_time_ms=1000 * clock.train_s(self.step), ms_per_step=1000 * clock.step_avg_s)
+        row |= dict(
+            train_time_ms=1000 * clock.train_s(self.step), ms_per_step=1000 * clock.step_avg_s
+        )
         row |= dict(gpu_name=w.name(), n_gpus=w.size * (k.device == "cuda"))
-        row |= dict(notes=" ".join(plumbing.notes(k, PRESETS, [*FREE.split(), *IN_COLUMNS.split()])))
+        row |= dict(
+            notes=" ".join(plumbing.notes(k, PRESETS, [*FREE.split(), *IN_COLUMNS.split()]))
+        )
         row |= dict(stage=k.stage, status=status, steps_done=self.step, n_params=self.n_params)
-        row |= dict(tokens_seen=self.step * self.data.step_tokens, peak_memory_mib=w.peak_memory_mib())
+        row |= dict(
+            tokens_seen=self.step * self.data.step_tokens, peak_memory_mib=w.peak_memory_mib()
+        )
         row |= dict(epochs=round(self.step / self.epoch_steps, 4) if self.epoch_steps else 0)
-        row |= dict(torch=torch.__version__, world_size=w.size, code_sha256=log.code_sha256, dirty=int(log.dirty))
+        row |= dict(
+            torch=torch.__version__,
+            world_size=w.size,
+            code_sha256=log.code_sha256,
+            dirty=int(log.dirty),
+        )
         plumbing.append_result(Path(k.results_file), RESULTS, row, w)
         log.close(status, self.step)
 
@@ -1589,16 +1943,29 @@ class Run:
 def learn(run: Run, batch: tuple[Tensor, Tensor, Tensor], pulse: Pulse) -> None:
     """One optimizer step. The gradient is that of the mean over all ranks' labels."""
     k, w, (x, y, n) = run.k, run.w, batch
-    if k.dropout:  # masks are a function of seed and step, so that a resume needs no generator's state
-        torch.manual_seed(int(np.random.SeedSequence([k.seed, run.step]).generate_state(1, np.uint32)[0]))
+    if (
+        k.dropout
+    ):  # masks are a function of seed and step, so that a resume needs no generator's state
+        torch.manual_seed(
+            int(np.random.SeedSequence([k.seed, run.step]).generate_state(1, np.uint32)[0])
+        )
     rate = lr_scale(run.updates, k, run.total)
     run.rates.append(k.lr * rate)
     for optimizer in run.optimizers:
-        optimizer.param_groups[0]["lr"] = rate * (k.muon_lr if isinstance(optimizer, Muon) else k.lr)
+        optimizer.param_groups[0]["lr"] = rate * (
+            k.muon_lr if isinstance(optimizer, Muon) else k.lr
+        )
     with autocast(k, w):
         logits = run.forward(x, None, (w.rank * len(x), k.batch_size))
-    exact = (((logits.detach().argmax(-1) == y) | (y == IGNORE)).all(1) & (y != IGNORE).any(1)).sum() / k.batch_size
-    loss = F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), ignore_index=IGNORE, reduction="sum") / n
+    exact = (
+        ((logits.detach().argmax(-1) == y) | (y == IGNORE)).all(1) & (y != IGNORE).any(1)
+    ).sum() / k.batch_size
+    loss = (
+        F.cross_entropy(
+            logits.float().flatten(0, 1), y.flatten(), ignore_index=IGNORE, reduction="sum"
+        )
+        / n
+    )
     run.scaler.scale(loss).backward()
     w.sum(run.grads)
     for optimizer in run.optimizers:
@@ -1608,7 +1975,9 @@ def learn(run: Run, batch: tuple[Tensor, Tensor, Tensor], pulse: Pulse) -> None:
     if k.fp16:  # an overflow is the scaler's to skip and no reason to stop; a bad loss is
         norms = norms.nan_to_num(0.0, 0.0, 0.0)
     ok = pulse.send(
-        run.step + 1, torch.cat([torch.stack([loss.detach(), n, exact]), norms]), run.clock.train_s(run.step)
+        run.step + 1,
+        torch.cat([torch.stack([loss.detach(), n, exact]), norms]),
+        run.clock.train_s(run.step),
     )
     run.updates += apply_update(run.optimizers, run.scaler, ok)
     run.grads.zero_()
@@ -1642,7 +2011,9 @@ def train(run: Run, k: Knobs, w: World) -> str:
         # -------- one optimizer step --------
         learn(run, batches.get(run.step), pulse)
         run.clock.tick()
-        for beat in pulse.read():  # of the step before: the host never waits for the one just queued
+        for (
+            beat
+        ) in pulse.read():  # of the step before: the host never waits for the one just queued
             status = run.hear(beat) or status
 
 

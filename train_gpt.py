@@ -30,7 +30,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import plumbing
-from plumbing import HERE, Clock, Prefetch, Pulse, RunLog, TokenShards, UserError, World, knob, knobs_json, launch
+from plumbing import (
+    HERE,
+    Clock,
+    Prefetch,
+    Pulse,
+    RunLog,
+    TokenShards,
+    UserError,
+    World,
+    knob,
+    knobs_json,
+    launch,
+)
 
 # ----------------------------------------------------------------------------
 # Knobs
@@ -40,20 +52,39 @@ FINEWEB = HERE / "data/fineweb10B/fineweb"
 PRESETS = {
     "speedrun": {},
     # bytes of Python's own documentation: trains to below 2 nats a byte within a minute on two cores
-    "demo": dict(device="cpu", compile=False, input_bin="embedded", input_val_bin="embedded", vocab_size=256)
-    | dict(n_layer=3, n_head=2, n_embd=128, sequence_length=128, batch_size=32, device_batch_size=16)
-    | dict(num_iterations=400, warmdown_iters=200, val_every=50, val_tokens=65536, save_every=50, lr=0.01),
+    "demo": dict(
+        device="cpu", compile=False, input_bin="embedded", input_val_bin="embedded", vocab_size=256
+    )
+    | dict(
+        n_layer=3, n_head=2, n_embd=128, sequence_length=128, batch_size=32, device_batch_size=16
+    )
+    | dict(
+        num_iterations=400,
+        warmdown_iters=200,
+        val_every=50,
+        val_tokens=65536,
+        save_every=50,
+        lr=0.01,
+    ),
     # GPT-2 tokens on a CPU, at the record's width: one layer, short sequences, small batches
-    "tiny": dict(device="cpu", compile=False, n_layer=1, sequence_length=128, batch_size=16, device_batch_size=8)
+    "tiny": dict(
+        device="cpu",
+        compile=False,
+        n_layer=1,
+        sequence_length=128,
+        batch_size=16,
+        device_batch_size=8,
+    )
     | dict(num_iterations=200, warmup_iters=10, warmdown_iters=150, lr=0.003, data_order="stream")
     | dict(val_every=25, val_tokens=16384, save_every=50),
 }
 # What may differ when a run is resumed: nothing here moves the loss curve.
-FREE = (
-    "preset device_batch_size epochs_ok val_every early_stop_patience early_stop_min_delta target_loss save_every keep "
-)
+FREE = "preset device_batch_size epochs_ok val_every early_stop_patience early_stop_min_delta target_loss save_every keep "
 FREE += "device compile run_id stage runpod_instance_type logs_folder results_file dry_run"
-GATES, POSITIONS = ("none", "headwise", "elementwise", "const"), ("sdpa", "value", "key", "query", "output")
+GATES, POSITIONS = (
+    ("none", "headwise", "elementwise", "const"),
+    ("sdpa", "value", "key", "query", "output"),
+)
 ACTIVATIONS, OPTIMIZERS = ("sigmoid", "ns_sigmoid", "silu", "identity"), ("muon", "adam")
 
 
@@ -69,46 +100,74 @@ class Knobs:
     gatepos: str = knob("sdpa", "what the gate multiplies", choices=POSITIONS)
     gateact: str = knob("sigmoid", "the gate's activation", choices=ACTIVATIONS)
     gateopt: str = knob("muon", "optimizer of the gate's weights", choices=OPTIMIZERS)
-    mlp_match: bool = knob(False, "shrink the MLP until the gated model has the ungated parameter count")
+    mlp_match: bool = knob(
+        False, "shrink the MLP until the gated model has the ungated parameter count"
+    )
     # batch, in sequences
     batch_size: int = knob(512, "sequences per step, over all ranks", low=1)
-    device_batch_size: int | None = knob(64, "sequences per micro-batch of a rank", low=1, none="auto")
+    device_batch_size: int | None = knob(
+        64, "sequences per micro-batch of a rank", low=1, none="auto"
+    )
     sequence_length: int = knob(1024, "tokens per sequence", low=1)
     # schedule, in optimizer steps
     num_iterations: int = knob(5100, "optimizer steps", low=0, alias=("num_iter",))
     warmup_iters: int = knob(0, "steps of linear warm-up", low=0)
     warmdown_iters: int = knob(1450, "steps of linear decay to zero at the end", low=0)
-    time_budget_s: float | None = knob(None, "training seconds; the schedule runs on time", above=0, none="off")
+    time_budget_s: float | None = knob(
+        None, "training seconds; the schedule runs on time", above=0, none="off"
+    )
     # optimizers
-    lr: float = knob(0.0036, "peak rate of AdamW; Muon's is 0.1 of it", low=0, alias=("learning_rate",))
+    lr: float = knob(
+        0.0036, "peak rate of AdamW; Muon's is 0.1 of it", low=0, alias=("learning_rate",)
+    )
     seed: int = knob(1337, "initial weights", low=0)
     # data
     input_bin: str = knob(f"{FINEWEB}_train_*.bin", "training shards, or 'embedded'")
     input_val_bin: str = knob(f"{FINEWEB}_val_*.bin", "validation shards, or 'embedded'")
-    data_order: str = knob("record", "tokens as the 8-GPU record, or one clean pass", choices=("record", "stream"))
-    data_seed: int | None = knob(None, "shuffles the order of the steps' batches", low=0, none="off")
+    data_order: str = knob(
+        "record", "tokens as the 8-GPU record, or one clean pass", choices=("record", "stream")
+    )
+    data_seed: int | None = knob(
+        None, "shuffles the order of the steps' batches", low=0, none="off"
+    )
     epochs_ok: bool = knob(False, "start over when the shards run out")
     # evaluation, stopping, saving
-    val_every: int = knob(125, "steps between validations, also at step 0 and the last; 0: the last only", low=0)
-    val_tokens: int = knob(10485760, "tokens of a validation, from the first of the shards on", low=1)
-    early_stop_patience: int = knob(0, "validations without improvement until it stops; 0: never", low=0)
-    early_stop_min_delta: float = knob(0.0, "nats by which a validation must improve to count", low=0)
-    target_loss: float | None = knob(None, "log when validation first reaches this, in nats", none="off")
+    val_every: int = knob(
+        125, "steps between validations, also at step 0 and the last; 0: the last only", low=0
+    )
+    val_tokens: int = knob(
+        10485760, "tokens of a validation, from the first of the shards on", low=1
+    )
+    early_stop_patience: int = knob(
+        0, "validations without improvement until it stops; 0: never", low=0
+    )
+    early_stop_min_delta: float = knob(
+        0.0, "nats by which a validation must improve to count", low=0
+    )
+    target_loss: float | None = knob(
+        None, "log when validation first reaches this, in nats", none="off"
+    )
     save_every: int = knob(500, "steps between checkpoints, also at the end; 0: only there", low=0)
     keep: int = knob(2, "checkpoints kept", low=1)
     # the run
-    device: str = knob("cuda", "where to train; nothing falls back by itself", choices=("cuda", "cpu"))
+    device: str = knob(
+        "cuda", "where to train; nothing falls back by itself", choices=("cuda", "cpu")
+    )
     compile: bool = knob(True, "torch.compile")
     run_id: str = knob("", "an unfinished run's id resumes it; empty: made once per launch")
     stage: str = knob("", "stage of a study, copied into the results row")
     runpod_instance_type: str = knob("unknown", "copied into the results row")
     logs_folder: str = knob(str(HERE / "logs"), "folder of the run's log, metrics and checkpoints")
-    results_file: str = knob(str(HERE / "experiments/results.csv"), "file that gets one row per run")
+    results_file: str = knob(
+        str(HERE / "experiments/results.csv"), "file that gets one row per run"
+    )
     dry_run: bool = knob(False, "show knobs, sizes and data, and stop")
 
     def __post_init__(self):
         if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
-            raise ValueError(f"N_EMBD={self.n_embd} must be N_HEAD={self.n_head} times an even head width (rotary)")
+            raise ValueError(
+                f"N_EMBD={self.n_embd} must be N_HEAD={self.n_head} times an even head width (rotary)"
+            )
         if self.warmup_iters + self.warmdown_iters > self.num_iterations > 0:
             raise ValueError(
                 f"WARMUP_ITERS={self.warmup_iters} + WARMDOWN_ITERS={self.warmdown_iters} do not fit into "
@@ -124,7 +183,9 @@ class Knobs:
                 f"VAL_TOKENS={self.val_tokens} must be a multiple of SEQUENCE_LENGTH={self.sequence_length}"
             )
         if (self.input_bin == "embedded") != (self.input_val_bin == "embedded"):
-            raise ValueError("INPUT_BIN=embedded and INPUT_VAL_BIN=embedded go together; set both or neither")
+            raise ValueError(
+                "INPUT_BIN=embedded and INPUT_VAL_BIN=embedded go together; set both or neither"
+            )
 
     @property
     def gate_rows(self) -> int:
@@ -208,12 +269,22 @@ class Attention(nn.Module):
         q, k = rms_norm(rotate(q, cos, sin)), rms_norm(rotate(k, cos, sin))
         at = self.k.gatepos if self.k.attngate != "none" else ""
         gate = self.gate_BTHD(x_BTC, z_BTR).type_as(v) if at else None
-        q, k, v = (t * gate if at == name else t for t, name in ((q, "query"), (k, "key"), (v, "value")))
-        if cache is not None:  # generation: keys and values of the tokens before, and then one token at a time
+        q, k, v = (
+            t * gate if at == name else t for t, name in ((q, "query"), (k, "key"), (v, "value"))
+        )
+        if (
+            cache is not None
+        ):  # generation: keys and values of the tokens before, and then one token at a time
             assert not cache or T == 1, "several tokens behind a cache would need a mask"
-            k, v = (torch.cat([past, new], 1) for past, new in zip(cache, (k, v), strict=True)) if cache else (k, v)
+            k, v = (
+                (torch.cat([past, new], 1) for past, new in zip(cache, (k, v), strict=True))
+                if cache
+                else (k, v)
+            )
             cache[:] = k, v
-        y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=T == k.size(1))
+        y = F.scaled_dot_product_attention(
+            *(t.transpose(1, 2) for t in (q, k, v)), is_causal=T == k.size(1)
+        )
         y = y.transpose(1, 2)
         y = F.linear((y * gate if at == "sdpa" else y).reshape(B, T, C), self.proj)
         return (y.view(heads) * gate.type_as(y)).view(B, T, C) if at == "output" else y
@@ -250,7 +321,9 @@ class GPT(nn.Module):
         """nn.Linear's default bounds, zeros for the output projections and the constant gate. Each matrix has its own
         generator, made of seed and name: a gate, or another MLP width, moves no other tensor."""
         for name, p in self.named_parameters():
-            if name.endswith(("proj", "down")) or (self.k.attngate == "const" and name.endswith("gate")):
+            if name.endswith(("proj", "down")) or (
+                self.k.attngate == "const" and name.endswith("gate")
+            ):
                 p.zero_()
                 continue
             names = [name.replace("qkvg", part) for part in ("q", "k", "v", "gate")]
@@ -314,8 +387,12 @@ class MicroStep:
         self.model, self.w, self.dtype = model, w, dtype
         wrap = partial(torch.compile, dynamic=False) if k.compile else lambda f: f
         self.trunk, self.add_to = wrap(model), wrap(add_to)
-        self.softmax_rows = wrap(softmax_rows) if k.compile or k.device == "cuda" else softmax_blocks
-        self.rows = max(LOSS_ROWS[w.device.type], k.n_embd)  # of logits, so that their buffer also holds a chunk's dW
+        self.softmax_rows = (
+            wrap(softmax_rows) if k.compile or k.device == "cuda" else softmax_blocks
+        )
+        self.rows = max(
+            LOSS_ROWS[w.device.type], k.n_embd
+        )  # of logits, so that their buffer also holds a chunk's dW
         self.wte = torch.empty_like(model.wte, dtype=self.dtype)
         self.buffers = torch.empty(2, self.rows, k.vocab_size, dtype=self.dtype, device=w.device)
         self.refresh()
@@ -327,7 +404,9 @@ class MicroStep:
 
     def hidden(self, x_BT: Tensor) -> tuple[Tensor, Tensor]:
         x_BTC = F.embedding(x_BT, self.model.wte.detach()).requires_grad_(torch.is_grad_enabled())
-        with torch.autocast(self.w.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+        with torch.autocast(
+            self.w.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16
+        ):
             return x_BTC, self.trunk(x_BTC).flatten(0, 1).to(self.dtype)
 
     def chunks(self, h_NC: Tensor, y_N: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -347,7 +426,9 @@ class MicroStep:
             e[torch.arange(len(e), device=e.device), y_N[part]] = d_target[:, 0].to(e.dtype)
             scale = share / (s * len(h))
             torch.mul(e @ self.wte, scale, out=dh[part])
-            dw = self.buffers[0].flatten()[: self.wte.numel()].view_as(self.wte)  # this chunk's logits are done with
+            dw = (
+                self.buffers[0].flatten()[: self.wte.numel()].view_as(self.wte)
+            )  # this chunk's logits are done with
             self.add_to(self.model.wte.grad, torch.mm(e.T, (h[part] * scale).to(e.dtype), out=dw))
             losses.append(loss)
         h_NC.backward(dh)
@@ -396,7 +477,9 @@ class Muon:
             rank = loads.index(min(loads))
             loads[rank] += self.cost(name)
             self.places[name] = (rank, ends[rank])
-            ends[rank] += -(-params[name].numel() // 64) * 64  # every parameter starts on its own cache line
+            ends[rank] += (
+                -(-params[name].numel() // 64) * 64
+            )  # every parameter starts on its own cache line
         self.grads = torch.zeros(w.size, max(ends), device=w.device)
         self.updates = torch.zeros(w.size, max(ends), device=w.device, dtype=torch.bfloat16)
         self.buffer = torch.zeros(max(ends), device=w.device)
@@ -429,13 +512,17 @@ class Muon:
         nesterov = grad.add_(self.buffer, alpha=self.momentum)
         by_shape: dict[tuple, list] = {}
         for name in self.own:
-            ins, outs = (matrices(name, self.cut(t, name), self.k) for t in (nesterov, self.updates))
+            ins, outs = (
+                matrices(name, self.cut(t, name), self.k) for t in (nesterov, self.updates)
+            )
             for d, out in zip(ins, outs, strict=True):
                 if d.size(0) > d.size(1):  # tall ones join their wide siblings' batch
                     d, out = d.mT, out.mT
                 by_shape.setdefault(tuple(d.shape), []).append((d, out))
         for pairs in by_shape.values():
-            found = newton_schulz(torch.stack([d.bfloat16() for d, _ in pairs])).masked_fill_(~ok, 0)
+            found = newton_schulz(torch.stack([d.bfloat16() for d, _ in pairs])).masked_fill_(
+                ~ok, 0
+            )
             torch._foreach_copy_([out for _, out in pairs], list(found.unbind()))
         self.w.all_rows(self.updates)
         for name, p in self.params.items():
@@ -465,13 +552,18 @@ class AdamW:
             p.grad = self.views(self.grads)[name]
         self.mine = nn.Parameter(self.data[w.rank])
         self.mine.grad = self.grads[w.rank]
-        self.adam = torch.optim.AdamW([self.mine], lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        self.adam = torch.optim.AdamW(
+            [self.mine], lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+        )
 
     def views(self, table: Tensor) -> dict[str, Tensor]:
         """The parameters' places in a (W, part) table, in their shapes."""
         sizes = [p.numel() for p in self.params.values()]
         parts = table.view(-1)[: sum(sizes)].split(sizes)
-        return {name: part.view_as(p) for part, (name, p) in zip(parts, self.params.items(), strict=True)}
+        return {
+            name: part.view_as(p)
+            for part, (name, p) in zip(parts, self.params.items(), strict=True)
+        }
 
     def reduce(self) -> dict[str, Tensor]:
         """Mean over ranks of this rank's part of the gradients; returns its norm under the first name."""
@@ -490,7 +582,9 @@ class AdamW:
         """Moments of all parameters, by name, and the number of updates."""
         state, out = self.adam.state.get(self.mine, {}), {}
         for key in ("exp_avg", "exp_avg_sq"):
-            rows = self.w.all_rows(state.get(key, torch.zeros_like(self.mine)).detach().repeat(self.w.size, 1))
+            rows = self.w.all_rows(
+                state.get(key, torch.zeros_like(self.mine)).detach().repeat(self.w.size, 1)
+            )
             out[key] = {name: view.cpu().clone() for name, view in self.views(rows).items()}
         return out | dict(step=float(state.get("step", 0.0)))
 
@@ -508,7 +602,9 @@ def make_optimizers(model: GPT, k: Knobs, w: World) -> tuple[AdamW, Muon]:
     """AdamW for the tied matrix (and the gate, with GATEOPT=adam), Muon for every other matrix of the blocks."""
     params = dict(model.named_parameters())
     adam = [n for n in params if n == "wte" or (k.gateopt == "adam" and n.endswith("gate"))]
-    return AdamW({n: params[n] for n in adam}, w), Muon({n: p for n, p in params.items() if n not in adam}, k, w)
+    return AdamW({n: params[n] for n in adam}, w), Muon(
+        {n: p for n, p in params.items() if n not in adam}, k, w
+    )
 
 
 # ----------------------------------------------------------------------------
@@ -545,7 +641,10 @@ class Batches:
             self.epoch_steps = (shards.total - 1) // tokens
         else:
             span = tokens // VIRTUAL_RANKS
-            short = next((p for p, n in zip(shards.paths, shards.lengths, strict=True) if n < tokens + 1), None)
+            short = next(
+                (p for p, n in zip(shards.paths, shards.lengths, strict=True) if n < tokens + 1),
+                None,
+            )
             if short:
                 raise UserError(
                     f"{short}: {min(shards.lengths):,} tokens, a batch in record order takes {tokens + 1:,}; "
@@ -576,7 +675,11 @@ class Batches:
         for v, ends in enumerate(self.counts):
             own = i % int(ends[-1])
             shard = int(np.searchsorted(ends, own, "right")) - 1
-            found.append(self.shards.starts[shard] + (own - int(ends[shard])) * tokens + v * tokens // VIRTUAL_RANKS)
+            found.append(
+                self.shards.starts[shard]
+                + (own - int(ends[shard])) * tokens
+                + v * tokens // VIRTUAL_RANKS
+            )
         return found
 
     def make(self, step: int) -> tuple[Tensor, Tensor]:
@@ -635,7 +738,9 @@ def flops_per_token(model: GPT, k: Knobs) -> int:
     """Model FLOPs of forward and backward, for MFU: 6 per weight of a matrix product (the tied matrix counts once, as
     the head), and attention counted causal: 6 * n_layer * T * C."""
     weights = sum(
-        p.numel() for name, p in model.named_parameters() if not (k.attngate == "const" and name.endswith("gate"))
+        p.numel()
+        for name, p in model.named_parameters()
+        if not (k.attngate == "const" and name.endswith("gate"))
     )
     return 6 * weights + 6 * k.n_layer * k.sequence_length * k.n_embd
 
@@ -652,7 +757,9 @@ def micro_batch(step: MicroStep, k: Knobs, w: World) -> int:
     step fits; it changes memory and speed, not the training. Raises UserError when the batch does not divide."""
     local = k.batch_size // w.size
     if k.batch_size % w.size:
-        raise UserError(f"BATCH_SIZE={k.batch_size} does not divide among {w.size} ranks; change one of the two")
+        raise UserError(
+            f"BATCH_SIZE={k.batch_size} does not divide among {w.size} ranks; change one of the two"
+        )
     if k.device_batch_size is not None:
         micro = min(k.device_batch_size, local)
         if local % micro:
@@ -667,7 +774,9 @@ def micro_batch(step: MicroStep, k: Knobs, w: World) -> int:
         step.backward(tokens, tokens, 1.0)
 
     n_params = sum(p.numel() for p in step.model.parameters())
-    return plumbing.largest_that_fits(local, attempt, lambda micro: memory_mib(n_params, micro, k), w)
+    return plumbing.largest_that_fits(
+        local, attempt, lambda micro: memory_mib(n_params, micro, k), w
+    )
 
 
 def open_data(k: Knobs) -> tuple[TokenShards, TokenShards, str]:
@@ -675,7 +784,9 @@ def open_data(k: Knobs) -> tuple[TokenShards, TokenShards, str]:
     train, val, sha = k.input_bin, k.input_val_bin, ""
     if k.input_bin == "embedded":
         if k.vocab_size < 256:
-            raise UserError(f"INPUT_BIN=embedded is made of bytes; VOCAB_SIZE={k.vocab_size} must be at least 256")
+            raise UserError(
+                f"INPUT_BIN=embedded is made of bytes; VOCAB_SIZE={k.vocab_size} must be at least 256"
+            )
         train, val, sha = plumbing.embedded_corpus(HERE / "data")
     found = TokenShards(train), TokenShards(val)
     if found[1].total < k.val_tokens + 1:
@@ -703,15 +814,21 @@ def show_plan(k: Knobs) -> int:
     micro = min(k.device_batch_size or 1, k.batch_size // ranks)
     print(knobs_json(k))
     print(f"parameters:      {n_params:,}")
-    print(f"tokens per step: {tokens:,} ({ranks} rank(s), micro-batch {k.device_batch_size or 'auto'})")
+    print(
+        f"tokens per step: {tokens:,} ({ranks} rank(s), micro-batch {k.device_batch_size or 'auto'})"
+    )
     print(f"training tokens: {tokens * k.num_iterations:,} in {k.num_iterations} steps")
     print(f"compute:         {flops_per_token(model, k) * tokens * k.num_iterations:.3g} FLOPs")
-    print(f"memory:          about {memory_mib(n_params, micro, k):,} MiB per rank at micro-batch {micro}")
+    print(
+        f"memory:          about {memory_mib(n_params, micro, k):,} MiB per rank at micro-batch {micro}"
+    )
     try:
         train, _, sha = open_data(k)
         batches = Batches(train, k, World(0, ranks, torch.device("cpu")))
         epochs = k.num_iterations / max(batches.epoch_steps, 1)
-        print(f"data:            {train.total:,} tokens in {len(train.paths)} shard(s) feed {batches.steps} steps")
+        print(
+            f"data:            {train.total:,} tokens in {len(train.paths)} shard(s) feed {batches.steps} steps"
+        )
         print(f"epochs:          {epochs:.2f}")
         print(f"data_sha256:     {sha}" if sha else f"shard gaps:      {train.gaps() or 'none'}")
         check_steps(batches, k)
@@ -730,7 +847,9 @@ class Run:
         self.batches = Batches(self.train, k, w)
         check_steps(self.batches, k)
         plumbing.check_results(Path(k.results_file), RESULTS, w)
-        self.log = RunLog(Path(k.logs_folder), k.run_id or plumbing.new_run_id(w), w, k.num_iterations)
+        self.log = RunLog(
+            Path(k.logs_folder), k.run_id or plumbing.new_run_id(w), w, k.num_iterations
+        )
         self.train.check_ids(k.vocab_size, w, self.batches.last_token(k.num_iterations))
         self.val.check_ids(k.vocab_size, w, k.val_tokens + 1)
 
@@ -772,7 +891,11 @@ class Run:
                 if k.attngate == "none" and set_but_unused
                 else {}
             ),
-            **({"shard_gaps": f"missing from the numbering: {gaps}"} if (gaps := self.train.gaps()) else {}),
+            **(
+                {"shard_gaps": f"missing from the numbering: {gaps}"}
+                if (gaps := self.train.gaps())
+                else {}
+            ),
         )
 
     def zero_grad(self) -> None:
@@ -820,7 +943,11 @@ class Run:
                 f"step:{beat.step} not finite: {beat.culprit(['loss', *self.names])}; its update was not applied"
             )
             return "nan"
-        self.train_loss, self.spent_s, self.signal = float(beat.values[:, 0].mean()), beat.clock, beat.signal
+        self.train_loss, self.spent_s, self.signal = (
+            float(beat.values[:, 0].mean()),
+            beat.clock,
+            beat.signal,
+        )
         norm = math.sqrt(np.square(beat.values[:, 1:].astype(np.float64)).sum())
         self.log.step(beat.step, self.train_loss, self.lrs.pop(0), norm, self.clock)
         return "preempted" if beat.signal else ""
@@ -829,36 +956,86 @@ class Run:
         """Evaluate and record; returns 'early_stop' when patience has run out, or ''. Every rank decides alike,
         because the loss is the same all-reduced number on each."""
         k = self.k
-        self.val_loss, self.validated_at = evaluate(self.micro_step, self.val, self.micro, k, self.w), self.step
+        self.val_loss, self.validated_at = (
+            evaluate(self.micro_step, self.val, self.micro, k, self.w),
+            self.step,
+        )
         self.log.validation(
-            self.step, self.val_loss, self.clock, f" data_sha256:{self.data_sha[:12]}" * bool(self.data_sha)
+            self.step,
+            self.val_loss,
+            self.clock,
+            f" data_sha256:{self.data_sha[:12]}" * bool(self.data_sha),
         )
         if k.target_loss is not None and not self.reached and self.val_loss <= k.target_loss:
-            self.reached = f"reached_step={self.step} reached_ms={1000 * self.clock.train_s(self.step):.0f}"
+            self.reached = (
+                f"reached_step={self.step} reached_ms={1000 * self.clock.train_s(self.step):.0f}"
+            )
             self.log.say(f"target_loss:{k.target_loss} {self.reached}")
-        better = not self.val_loss >= self.best_loss - k.early_stop_min_delta  # also the first, when best is nan
-        self.best_loss, self.misses = (self.val_loss, 0) if better else (self.best_loss, self.misses + 1)
+        better = (
+            not self.val_loss >= self.best_loss - k.early_stop_min_delta
+        )  # also the first, when best is nan
+        self.best_loss, self.misses = (
+            (self.val_loss, 0) if better else (self.best_loss, self.misses + 1)
+        )
         return "early_stop" if 0 < k.early_stop_patience <= self.misses else ""
 
     def position(self, step: int) -> float:
         """Where update `step` stands in the schedule, in steps: itself, or the spent share of the time budget."""
-        return self.k.num_iterations * self.spent_s / self.k.time_budget_s if self.k.time_budget_s else step
+        return (
+            self.k.num_iterations * self.spent_s / self.k.time_budget_s
+            if self.k.time_budget_s
+            else step
+        )
 
     def close(self, status: str) -> None:
         """Write the status and the results row, whatever way the run ended."""
         k, w, log, clock = self.k, self.w, self.log, self.clock
-        notes = plumbing.notes(k, PRESETS, [*FREE.split(), *IN_COLUMNS.split()]) + [self.reached] * bool(self.reached)
+        notes = plumbing.notes(k, PRESETS, [*FREE.split(), *IN_COLUMNS.split()]) + [
+            self.reached
+        ] * bool(self.reached)
         notes += [f"data_sha256={self.data_sha[:12]}"] * bool(self.data_sha)
-        row = dict(run_id=log.id, date=log.started, git_commit=log.commit, seed=k.seed, attn_gate=k.attngate)
-        row |= dict(gate_pos=k.gatepos, gate_act=k.gateact, learning_rate=k.lr, batch_size=k.batch_size)
-        row |= dict(device_batch_size=self.micro, sequence_length=k.sequence_length, num_iterations=k.num_iterations)
-        row |= dict(warmdown_iters=k.warmdown_iters, final_val_loss=self.val_loss, best_val_loss=self.best_loss)
-        row |= dict(train_time_ms=1000 * clock.train_s(self.step), ms_per_step=1000 * clock.step_avg_s)
-        row |= dict(gpu_name=w.name(), n_gpus=w.size * (k.device == "cuda"), runpod_instance=k.runpod_instance_type)
+        row = dict(
+            run_id=log.id,
+            date=log.started,
+            git_commit=log.commit,
+            seed=k.seed,
+            attn_gate=k.attngate,
+        )
+        row |= dict(
+            gate_pos=k.gatepos, gate_act=k.gateact, learning_rate=k.lr, batch_size=k.batch_size
+        )
+        row |= dict(
+            device_batch_size=self.micro,
+            sequence_length=k.sequence_length,
+            num_iterations=k.num_iterations,
+        )
+        row |= dict(
+            warmdown_iters=k.warmdown_iters,
+            final_val_loss=self.val_loss,
+            best_val_loss=self.best_loss,
+        )
+        row |= dict(
+            train_time_ms=1000 * clock.train_s(self.step), ms_per_step=1000 * clock.step_avg_s
+        )
+        row |= dict(
+            gpu_name=w.name(),
+            n_gpus=w.size * (k.device == "cuda"),
+            runpod_instance=k.runpod_instance_type,
+        )
         row |= dict(notes=" ".join(notes), stage=k.stage, status=status, steps_done=self.step)
-        row |= dict(warmup_iters=k.warmup_iters, n_params=self.n_params, tokens_seen=self.step * self.tokens)
-        row |= dict(epochs=round(self.step / self.batches.epoch_steps, 4), peak_memory_mib=w.peak_memory_mib())
-        row |= dict(torch=torch.__version__, world_size=w.size, code_sha256=log.code_sha256, dirty=int(log.dirty))
+        row |= dict(
+            warmup_iters=k.warmup_iters, n_params=self.n_params, tokens_seen=self.step * self.tokens
+        )
+        row |= dict(
+            epochs=round(self.step / self.batches.epoch_steps, 4),
+            peak_memory_mib=w.peak_memory_mib(),
+        )
+        row |= dict(
+            torch=torch.__version__,
+            world_size=w.size,
+            code_sha256=log.code_sha256,
+            dirty=int(log.dirty),
+        )
         plumbing.append_result(Path(k.results_file), RESULTS, row, w)
         log.close(status, self.step)
 
@@ -875,12 +1052,16 @@ def train(run: Run, k: Knobs, w: World) -> str:
     while True:
         # -------- clock stopped: hear of the last step, evaluate, save, leave --------
         status = status or ("finished" if run.position(run.step) >= k.num_iterations else "")
-        if not status and run.step >= run.batches.steps and not k.epochs_ok:  # only TIME_BUDGET_S gets here
+        if (
+            not status and run.step >= run.batches.steps and not k.epochs_ok
+        ):  # only TIME_BUDGET_S gets here
             run.log.say(
                 f"step:{run.step} the shards are used up: get more, or set EPOCHS_OK=1, and start this run again"
             )
             status = "preempted"
-        validate, save = (status or (every and run.step % every == 0) for every in (k.val_every, k.save_every))
+        validate, save = (
+            status or (every and run.step % every == 0) for every in (k.val_every, k.save_every)
+        )
         validate = validate and run.validated_at != run.step and status in ("", "finished")
         save = save and run.saved_at != run.step
         if validate or save or status:
@@ -913,7 +1094,9 @@ def train(run: Run, k: Knobs, w: World) -> str:
         run.zero_grad()
         run.step += 1
         run.clock.tick()
-        for beat in pulse.read():  # of the step before: the host never waits for the one just queued
+        for (
+            beat
+        ) in pulse.read():  # of the step before: the host never waits for the one just queued
             status = run.hear(beat) or status
 
 
@@ -931,7 +1114,9 @@ def main() -> int:
             ) from None
         finally:
             run.close(status)
-    return {"finished": 0, "early_stop": 0, "nan": 1}.get(status, 128 + run.signal if run.signal else 1)
+    return {"finished": 0, "early_stop": 0, "nan": 1}.get(
+        status, 128 + run.signal if run.signal else 1
+    )
 
 
 if __name__ == "__main__":

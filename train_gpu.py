@@ -39,7 +39,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import plumbing
-from plumbing import HERE, Clock, Prefetch, Pulse, RunLog, TokenShards, UserError, World, knob, knobs_json, launch
+from plumbing import (
+    HERE,
+    Clock,
+    Prefetch,
+    Pulse,
+    RunLog,
+    TokenShards,
+    UserError,
+    World,
+    knob,
+    knobs_json,
+    launch,
+)
 
 # ----------------------------------------------------------------------------
 # Knobs
@@ -54,9 +66,24 @@ PRESETS = {
     "124m": dict(hidden_dim=768, hcm_dim=768, num_layers=12, num_slots=16, num_attention_heads=4),
     "200m": dict(hidden_dim=896, hcm_dim=2048, num_layers=12, num_slots=16, num_attention_heads=4),
     # bytes of Python's own documentation, on a CPU
-    "demo": dict(device="cpu", mixed_precision="none", hidden_dim=128, hcm_dim=128, num_layers=2, num_slots=16)
-    | dict(num_attention_heads=4, max_seq_length=128, batch_size=16, device_batch_size=16, num_iterations=400)
-    | dict(learning_rate=3e-3, dropout=0.0, val_every=50, save_every=100, max_val_samples=256, **BYTES),
+    "demo": dict(
+        device="cpu",
+        mixed_precision="none",
+        hidden_dim=128,
+        hcm_dim=128,
+        num_layers=2,
+        num_slots=16,
+    )
+    | dict(
+        num_attention_heads=4,
+        max_seq_length=128,
+        batch_size=16,
+        device_batch_size=16,
+        num_iterations=400,
+    )
+    | dict(
+        learning_rate=3e-3, dropout=0.0, val_every=50, save_every=100, max_val_samples=256, **BYTES
+    ),
 }
 # What may differ when a run is resumed: nothing here moves the loss curve.
 FREE = "preset device_batch_size chunk_length gradient_checkpointing val_every max_val_samples final_test num_workers "
@@ -73,95 +100,175 @@ VOCABULARY = {"gpt2": 50304, "bytes": 256}  # GPT-2's 50257 ids, padded to a mul
 class Knobs:
     preset: str = knob("seed", "named set of defaults", choices=tuple(PRESETS))
     # model
-    mixer: str = knob("hamt", "holographic memory, or the rotary transformer to compare with", choices=MIXERS)
+    mixer: str = knob(
+        "hamt", "holographic memory, or the rotary transformer to compare with", choices=MIXERS
+    )
     hidden_dim: int = knob(512, "model width, channels", low=2)
     hcm_dim: int = knob(2048, "memory width D, real numbers: D/2 complex bins", low=2)
     num_layers: int = knob(8, "blocks", low=1)
     num_slots: int = knob(16, "slots of a head's memory", low=1)
     num_attention_heads: int = knob(8, "heads, each with addresses and phases of its own", low=1)
-    intermediate_dim: int | None = knob(None, "FFN width; auto is 4 times the model width", low=1, none="auto")
-    match_params: bool = knob(True, "attention: widen the FFN to HAMT's parameter count at these knobs")
-    vocab_size: int | None = knob(None, "token ids; auto is the tokenizer's", low=2, high=65536, none="auto")
-    binding: str = knob("phasor", "keys: content and position phases, fixed +-1, fixed phases", choices=BINDINGS)
-    tie_keys: bool = knob(True, "one projection for write and read keys and addresses, convolved apart")
-    position_share: float = knob(0.5, "share of the bins whose phases also turn with position", low=0, high=1)
+    intermediate_dim: int | None = knob(
+        None, "FFN width; auto is 4 times the model width", low=1, none="auto"
+    )
+    match_params: bool = knob(
+        True, "attention: widen the FFN to HAMT's parameter count at these knobs"
+    )
+    vocab_size: int | None = knob(
+        None, "token ids; auto is the tokenizer's", low=2, high=65536, none="auto"
+    )
+    binding: str = knob(
+        "phasor", "keys: content and position phases, fixed +-1, fixed phases", choices=BINDINGS
+    )
+    tie_keys: bool = knob(
+        True, "one projection for write and read keys and addresses, convolved apart"
+    )
+    position_share: float = knob(
+        0.5, "share of the bins whose phases also turn with position", low=0, high=1
+    )
     decay: bool = knob(True, "forgetting, per slot, head and token, learned")
-    slowest_decay: float = knob(2**-7, "of the slots' initial rates per token; the fastest is 1/4", above=0, high=0.25)
+    slowest_decay: float = knob(
+        2**-7, "of the slots' initial rates per token; the fastest is 1/4", above=0, high=0.25
+    )
     delta_rule: bool = knob(False, "erase what the write address holds before writing")
     use_gating: bool = knob(True, "SiLU gate on the read")
     conv: bool = knob(True, "causal convolution of 4 tokens before items, keys and addresses")
-    memory: str = knob("on", "controls: local reads a token's own write only, off reads zero", choices=MEMORIES)
-    window_every: int = knob(0, "every n-th layer is sliding-window attention (a hybrid); 0: none", low=0)
+    memory: str = knob(
+        "on", "controls: local reads a token's own write only, off reads zero", choices=MEMORIES
+    )
+    window_every: int = knob(
+        0, "every n-th layer is sliding-window attention (a hybrid); 0: none", low=0
+    )
     attention_window: int = knob(256, "tokens that such a layer sees", low=1)
-    chunk_length: int = knob(64, "tokens of a chunk of the parallel form; changes speed only", low=1, high=128)
+    chunk_length: int = knob(
+        64, "tokens of a chunk of the parallel form; changes speed only", low=1, high=128
+    )
     dropout: float = knob(0.1, "of embeddings, mixer and FFN outputs", low=0, high=0.95)
-    use_auxiliary_loss: bool = knob(False, "also train recall of earlier items; never part of a reported loss")
+    use_auxiliary_loss: bool = knob(
+        False, "also train recall of earlier items; never part of a reported loss"
+    )
     aux_loss_weight: float = knob(0.1, "weight of the auxiliary loss", low=0)
     # data
-    dataset: str = knob("wikitext-2", "wikitext-2, wikitext-103, embedded (or bytes), or a text file or folder")
-    tokenizer: str = knob("auto", "auto: bytes for embedded, else gpt2", choices=("auto", *VOCABULARY))
+    dataset: str = knob(
+        "wikitext-2", "wikitext-2, wikitext-103, embedded (or bytes), or a text file or folder"
+    )
+    tokenizer: str = knob(
+        "auto", "auto: bytes for embedded, else gpt2", choices=("auto", *VOCABULARY)
+    )
     max_train_samples: int | None = knob(None, "sequences of an epoch at most", low=1, none="all")
     max_val_samples: int | None = knob(None, "sequences of a validation at most", low=1, none="all")
     num_workers: int = knob(4, "batches made ahead of use", low=1)
     # batch, in sequences
     max_seq_length: int = knob(1024, "tokens per sequence", low=1, alias=("sequence_length",))
     batch_size: int = knob(16, "sequences per step, over all ranks", low=1)
-    device_batch_size: int | None = knob(None, "sequences per micro-batch of a rank", low=1, none="auto")
-    carry_state: bool = knob(False, "a step goes on where the last one stopped, with its state (truncated BPTT)")
+    device_batch_size: int | None = knob(
+        None, "sequences per micro-batch of a rank", low=1, none="auto"
+    )
+    carry_state: bool = knob(
+        False, "a step goes on where the last one stopped, with its state (truncated BPTT)"
+    )
     # schedule
     num_epochs: int = knob(10, "passes over the data, where num_iterations is auto", low=1)
-    num_iterations: int | None = knob(None, "optimizer steps", low=0, none="auto", alias=("max_steps",))
-    max_seconds: float | None = knob(None, "training seconds; the schedule runs on time", above=0, none="off")
+    num_iterations: int | None = knob(
+        None, "optimizer steps", low=0, none="auto", alias=("max_steps",)
+    )
+    max_seconds: float | None = knob(
+        None, "training seconds; the schedule runs on time", above=0, none="off"
+    )
     use_scheduler: bool = knob(True, "cosine from the peak rate to a tenth of it")
-    warmup_iters: int | None = knob(None, "steps of linear warm-up; auto: 2%, at most 1000", low=0, none="auto")
+    warmup_iters: int | None = knob(
+        None, "steps of linear warm-up; auto: 2%, at most 1000", low=0, none="auto"
+    )
     # optimizer
     learning_rate: float = knob(3e-4, "peak rate of AdamW", low=0, alias=("lr",))
     weight_decay: float = knob(0.01, "of matrices only", low=0)
     grad_clip: float = knob(1.0, "largest norm of the gradient; 0: no clipping", low=0)
-    mixed_precision: str = knob("fp16", "of products; state, phases and decay stay fp32", choices=tuple(PRECISIONS))
-    gradient_checkpointing: bool = knob(False, "keep a block's input only, and compute the block again")
+    mixed_precision: str = knob(
+        "fp16", "of products; state, phases and decay stay fp32", choices=tuple(PRECISIONS)
+    )
+    gradient_checkpointing: bool = knob(
+        False, "keep a block's input only, and compute the block again"
+    )
     seed: int = knob(1337, "initial weights, order of the data, dropout", low=0)
     # evaluation, stopping, saving
-    val_every: int | None = knob(None, "steps between validations; 0: the last only", low=0, none="epoch")
+    val_every: int | None = knob(
+        None, "steps between validations; 0: the last only", low=0, none="epoch"
+    )
     final_test: bool = knob(True, "at the end: test split and streaming evaluation")
-    early_stop_patience: int = knob(0, "validations without improvement until it stops; 0: never", low=0)
-    early_stop_min_delta: float = knob(0.0, "nats by which a validation must improve to count", low=0)
-    target_loss: float | None = knob(None, "log when validation first reaches this, in nats", none="off")
-    save_every: int = knob(1000, "steps between checkpoints; 0: the end only", low=0, alias=("save_steps",))
+    early_stop_patience: int = knob(
+        0, "validations without improvement until it stops; 0: never", low=0
+    )
+    early_stop_min_delta: float = knob(
+        0.0, "nats by which a validation must improve to count", low=0
+    )
+    target_loss: float | None = knob(
+        None, "log when validation first reaches this, in nats", none="off"
+    )
+    save_every: int = knob(
+        1000, "steps between checkpoints; 0: the end only", low=0, alias=("save_steps",)
+    )
     save_epochs: bool = knob(True, "a checkpoint also at the end of each epoch")
     keep: int = knob(2, "checkpoints kept", low=1)
     # the run
-    device: str = knob("cuda", "where to train; nothing falls back by itself", choices=("cuda", "cpu"))
+    device: str = knob(
+        "cuda", "where to train; nothing falls back by itself", choices=("cuda", "cpu")
+    )
     compile: bool = knob(False, "torch.compile", alias=("compile_model",))
     use_wandb: bool = knob(False, "short for TRACKER=wandb")
-    tracker: str = knob("none", "also send steps and validations there", choices=("none", "wandb", "trackio"))
+    tracker: str = knob(
+        "none", "also send steps and validations there", choices=("none", "wandb", "trackio")
+    )
     wandb_project: str = knob("hamt-competitive-llm", "project name for the tracker")
-    run_id: str = knob("", "an unfinished run's id resumes it; empty: made once per launch", alias=("run_name",))
+    run_id: str = knob(
+        "", "an unfinished run's id resumes it; empty: made once per launch", alias=("run_name",)
+    )
     stage: str = knob("", "stage of a study, copied into the results row")
-    data_folder: str = knob(str(HERE / "data"), "folder of downloaded texts and of token shards made from texts")
-    logs_folder: str = knob(str(HERE / "logs"), "folder of log, metrics and checkpoints", alias=("output_dir",))
-    results_file: str = knob(str(HERE / "experiments/results_hamt.csv"), "file that gets one row per run")
+    data_folder: str = knob(
+        str(HERE / "data"), "folder of downloaded texts and of token shards made from texts"
+    )
+    logs_folder: str = knob(
+        str(HERE / "logs"), "folder of log, metrics and checkpoints", alias=("output_dir",)
+    )
+    results_file: str = knob(
+        str(HERE / "experiments/results_hamt.csv"), "file that gets one row per run"
+    )
     dry_run: bool = knob(False, "show knobs, sizes and data, and stop")
 
     def __post_init__(self):
         heads, C, D = self.num_attention_heads, self.hidden_dim, self.hcm_dim
         if D % (2 * heads):
-            raise ValueError(f"HCM_DIM={D} must be NUM_ATTENTION_HEADS={heads} times an even number (bins are pairs)")
+            raise ValueError(
+                f"HCM_DIM={D} must be NUM_ATTENTION_HEADS={heads} times an even number (bins are pairs)"
+            )
         if (self.mixer == "attention" or self.window_every) and C % (2 * heads):
-            raise ValueError(f"HIDDEN_DIM={C} must be NUM_ATTENTION_HEADS={heads} times an even width (rotary)")
-        if self.mixer == "attention" and (self.use_auxiliary_loss or self.memory != "on" or self.window_every):
+            raise ValueError(
+                f"HIDDEN_DIM={C} must be NUM_ATTENTION_HEADS={heads} times an even width (rotary)"
+            )
+        if self.mixer == "attention" and (
+            self.use_auxiliary_loss or self.memory != "on" or self.window_every
+        ):
             raise ValueError(
                 "MIXER=attention has no memory: USE_AUXILIARY_LOSS, MEMORY=local, MEMORY=off and WINDOW_EVERY are for "
                 "MIXER=hamt"
             )
         if self.mixer == "attention" and self.carry_state:
-            raise ValueError("CARRY_STATE=1 carries a constant state, which MIXER=attention does not have")
+            raise ValueError(
+                "CARRY_STATE=1 carries a constant state, which MIXER=attention does not have"
+            )
         if self.mixed_precision == "fp16" and self.device == "cpu":
-            raise ValueError("MIXED_PRECISION=fp16 needs a GPU; with DEVICE=cpu set it to none (or bf16)")
+            raise ValueError(
+                "MIXED_PRECISION=fp16 needs a GPU; with DEVICE=cpu set it to none (or bf16)"
+            )
         if self.use_wandb and self.tracker == "trackio":
             raise ValueError("USE_WANDB=1 and TRACKER=trackio: choose one tracker")
-        if self.dataset in WIKITEXT and self.tokenizer == "bytes" and self.vocab_size not in (None, 256):
-            raise ValueError(f"TOKENIZER=bytes has 256 ids, VOCAB_SIZE={self.vocab_size}; leave VOCAB_SIZE at auto")
+        if (
+            self.dataset in WIKITEXT
+            and self.tokenizer == "bytes"
+            and self.vocab_size not in (None, 256)
+        ):
+            raise ValueError(
+                f"TOKENIZER=bytes has 256 ids, VOCAB_SIZE={self.vocab_size}; leave VOCAB_SIZE at auto"
+            )
 
     @property
     def tokens(self) -> str:
@@ -268,7 +375,9 @@ class Memory(nn.Module):
         for name, shape in self.shapes(k).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
         K = self.D // 2 // self.H
-        if k.binding == "phasor":  # position is powers of a base phasor: what is read depends on distances only
+        if (
+            k.binding == "phasor"
+        ):  # position is powers of a base phasor: what is read depends on distances only
             turning = round(K * k.position_share)
             omega = 1e4 ** -(torch.arange(K, dtype=torch.float64) / max(turning, 1))
             omega[turning:] = 0
@@ -276,7 +385,9 @@ class Memory(nn.Module):
         else:
             phases = fixed_phases(self.D).view(KEY_PERIOD, self.H, K)
             table = torch.cat([phases.cos(), phases.sin()], dim=-1).float()
-            self.register_buffer("table", table.sign() if k.binding == "elementwise" else table, persistent=False)
+            self.register_buffer(
+                "table", table.sign() if k.binding == "elementwise" else table, persistent=False
+            )
 
     @staticmethod
     def widths(k: Knobs) -> dict[str, int]:
@@ -285,30 +396,44 @@ class Memory(nn.Module):
         D, HS = k.hcm_dim, k.num_attention_heads * k.num_slots
         phases, two = (D // 2 if k.binding == "phasor" else 0), 0 if k.tie_keys else 1
         widths = dict(item=D, key=phases, query=phases * two, write=HS, read=HS * two)
-        return widths | dict(decay=HS * k.decay, beta=k.num_attention_heads * k.delta_rule, gate=D * k.use_gating)
+        return widths | dict(
+            decay=HS * k.decay, beta=k.num_attention_heads * k.delta_rule, gate=D * k.use_gating
+        )
 
     @classmethod
     def taps_of(cls, k: Knobs) -> dict[str, int]:
         """Channels of the convolution: the keys and addresses of writing and of reading have taps of their own, so that
         a write may take its key from the token before and a read from its own."""
         rows = cls.widths(k)
-        return dict(item=rows["item"], key=rows["key"], query=rows["key"], write=rows["write"], read=rows["write"])
+        return dict(
+            item=rows["item"],
+            key=rows["key"],
+            query=rows["key"],
+            write=rows["write"],
+            read=rows["write"],
+        )
 
     @torch.no_grad()
     def init_parts(self) -> None:
         """What recall needs at the start (measured: docs/hamt.md). Phases of the tokens spread over the circle, and
         addresses differ; a write is addressed by the token before it (a shift), a read by its own token."""
-        for part, name in zip(self.inp.split(list(self.widths(self.k).values())), self.widths(self.k), strict=True):
+        for part, name in zip(
+            self.inp.split(list(self.widths(self.k).values())), self.widths(self.k), strict=True
+        ):
             if name in ("key", "query", "write", "read"):
                 part.mul_(2.0 / (INIT_STD * part.size(1) ** 0.5))
         if self.k.conv:
-            for part, name in zip(self.taps.split(list(self.taps_of(self.k).values()), 1), CONVOLVED, strict=True):
+            for part, name in zip(
+                self.taps.split(list(self.taps_of(self.k).values()), 1), CONVOLVED, strict=True
+            ):
                 part[-2 if name in ("key", "write") else -1] += 1.0
 
     @classmethod
     def shapes(cls, k: Knobs) -> dict[str, tuple[int, ...]]:
         rows = cls.widths(k)
-        shapes = dict(inp=(sum(rows.values()), k.hidden_dim), out=(k.hidden_dim, k.hcm_dim), norm=(k.hcm_dim,))
+        shapes = dict(
+            inp=(sum(rows.values()), k.hidden_dim), out=(k.hidden_dim, k.hcm_dim), norm=(k.hcm_dim,)
+        )
         if k.conv:
             shapes |= dict(taps=(TAPS, sum(cls.taps_of(k).values())))
         if k.decay:
@@ -320,7 +445,9 @@ class Memory(nn.Module):
         zeros = partial(torch.zeros, device=self.inp.device, dtype=self.inp.dtype)
         return zeros(B, self.H, self.S, self.D // self.H), zeros(B, TAPS - 1, rows)
 
-    def key(self, phase: Tensor | None, place: Tensor, local: Tensor, read: bool) -> tuple[Tensor, ...]:
+    def key(
+        self, phase: Tensor | None, place: Tensor, local: Tensor, read: bool
+    ) -> tuple[Tensor, ...]:
         """Keys of tokens with (..., H, K) content phases. Phasors turn by omega a token, counted as `local` (...).
         Fixed keys belong to a place (...) in the text; head h reads with the key of h + 1 tokens before."""
         if self.k.binding == "phasor":
@@ -329,18 +456,30 @@ class Memory(nn.Module):
         found = self.table[(place[..., None] - read * (heads + 1)) % KEY_PERIOD, heads]
         return (found,) if self.k.binding == "elementwise" else found.chunk(2, dim=-1)
 
-    def forward(self, x_BTC: Tensor, state: tuple[Tensor, Tensor], position: Tensor) -> tuple[Tensor, tuple, Tensor]:
+    def forward(
+        self, x_BTC: Tensor, state: tuple[Tensor, Tensor], position: Tensor
+    ) -> tuple[Tensor, tuple, Tensor]:
         """The read (B, T, C), the state behind the last token, and the auxiliary loss."""
         (M_BHSE, tail), rows, channels = state, self.widths(self.k), self.taps_of(self.k)
-        made = dict(zip(rows, F.linear(x_BTC, self.inp).split(list(rows.values()), dim=-1), strict=True))
+        made = dict(
+            zip(rows, F.linear(x_BTC, self.inp).split(list(rows.values()), dim=-1), strict=True)
+        )
         if self.k.tie_keys:
             made |= dict(query=made["key"], read=made["write"])
         if self.k.conv:
-            x, tail = convolve(torch.cat([made[name] for name in CONVOLVED], dim=-1), self.taps, tail)
+            x, tail = convolve(
+                torch.cat([made[name] for name in CONVOLVED], dim=-1), self.taps, tail
+            )
             made |= dict(zip(CONVOLVED, x.split(list(channels.values()), dim=-1), strict=True))
-        with torch.autocast(x_BTC.device.type, enabled=False):  # phases, decays and the state are fp32
+        with torch.autocast(
+            x_BTC.device.type, enabled=False
+        ):  # phases, decays and the state are fp32
             gate = made.pop("gate").to(M_BHSE.dtype)
-            parts = {n: p.to(M_BHSE.dtype).unflatten(-1, (self.H, -1)) for n, p in made.items() if p.size(-1)}
+            parts = {
+                n: p.to(M_BHSE.dtype).unflatten(-1, (self.H, -1))
+                for n, p in made.items()
+                if p.size(-1)
+            }
             parts |= dict(write=parts["write"].softmax(-1), read=parts["read"].softmax(-1))
             if self.k.delta_rule:  # a unit vector: it erases what it is about to write to
                 parts["write"] = F.normalize(parts["write"], dim=-1)
@@ -348,40 +487,62 @@ class Memory(nn.Module):
                 r, M_BHSE, aux = self.recall(parts, M_BHSE, position)
             else:
                 aux = M_BHSE.new_zeros(())
-                r = self.own(parts, position) if self.k.memory == "local" else torch.zeros_like(parts["item"])
+                r = (
+                    self.own(parts, position)
+                    if self.k.memory == "local"
+                    else torch.zeros_like(parts["item"])
+                )
             r = rms_norm(r).flatten(2) * self.norm
             if self.k.use_gating:
                 r = r * F.silu(gate)
         return F.linear(r.type_as(x_BTC), self.out), (M_BHSE, tail), aux
 
-    def recall(self, parts: dict[str, Tensor], M: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def recall(
+        self, parts: dict[str, Tensor], M: Tensor, position: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The chunk form: products within chunks of L tokens, the state from chunk to chunk. Exact for every L, and
         with one token the recurrent form. In each chunk phases count from 0, and the state turns back by omega * L, so
         that no phase grows with the text. Returns the reads (B, T, H, E), the state and the auxiliary loss."""
         k, T = self.k, parts["item"].size(1)
         L = min(k.chunk_length, T)
         N = -(-T // L)
-        split = lambda t: F.pad(t, (0, 0, 0, 0, 0, N * L - T)).unflatten(1, (N, L)).permute(0, 3, 1, 2, 4)
+        split = lambda t: (
+            F.pad(t, (0, 0, 0, 0, 0, N * L - T)).unflatten(1, (N, L)).permute(0, 3, 1, 2, 4)
+        )
         at = torch.arange(T, device=M.device)
-        b = split(turn(parts["item"], self.key(parts.get("key"), position + at, at % L, read=False)))
-        w, a = split(parts["write"]), split(parts["read"])  # (B, H, N, L, S); a padded token writes nothing
+        b = split(
+            turn(parts["item"], self.key(parts.get("key"), position + at, at % L, read=False))
+        )
+        w, a = (
+            split(parts["write"]),
+            split(parts["read"]),
+        )  # (B, H, N, L, S); a padded token writes nothing
         w_fall, w_rise, end, middle = w, w, w.new_ones(1, self.S), 1.0
         if k.decay:  # and forgets nothing
-            fall, rise, end, middle = decay_factors(split(-MAX_DECAY * (parts["decay"] + self.decay).sigmoid()))
+            fall, rise, end, middle = decay_factors(
+                split(-MAX_DECAY * (parts["decay"] + self.decay).sigmoid())
+            )
             w_fall, w_rise, a = w * fall, w * rise, a * fall
         keep, into = (end * middle).mT.expand(*M.shape[:2], N, -1, 1), (w_rise * end).mT
         if k.delta_rule:
             beta = split(parts["beta"].sigmoid())
             overlap = beta * (w_fall @ w_rise.mT).tril(-1)
             both = torch.linalg.solve_triangular(
-                overlap, beta * torch.cat([b, w_fall * middle], dim=-1), upper=False, unitriangular=True
+                overlap,
+                beta * torch.cat([b, w_fall * middle], dim=-1),
+                upper=False,
+                unitriangular=True,
             )
             b, seen = both.split([b.size(-1), self.S], dim=-1)
         added = into @ b
         states, back = [], self.key_shift(L)
         for n in range(N):
             states.append(M)
-            new = added[:, :, n] - into[:, :, n] @ (seen[:, :, n] @ M) if k.delta_rule else added[:, :, n]
+            new = (
+                added[:, :, n] - into[:, :, n] @ (seen[:, :, n] @ M)
+                if k.delta_rule
+                else added[:, :, n]
+            )
             M = turn(keep[:, :, n] * M + new, back)
         before = torch.stack(states, dim=2)
         if k.delta_rule:
@@ -403,9 +564,13 @@ class Memory(nn.Module):
 
     def key_shift(self, tokens: int) -> tuple[Tensor, ...]:
         """What takes a state to the frame of `tokens` later."""
-        return phasor(-tokens * self.omega) if self.k.binding == "phasor" else (self.norm.new_ones(1),)
+        return (
+            phasor(-tokens * self.omega) if self.k.binding == "phasor" else (self.norm.new_ones(1),)
+        )
 
-    def delayed_recall(self, parts: dict[str, Tensor], before: Tensor, position: Tensor, L: int) -> Tensor:
+    def delayed_recall(
+        self, parts: dict[str, Tensor], before: Tensor, position: Tensor, L: int
+    ) -> Tensor:
         """1 - cosine between an item and what its own key and write address still find of it in the state before a
         later chunk: the mean over one item drawn for each chunk and row. Blind to scale: shrinking gains nothing."""
         B, N = before.size(0), before.size(2)
@@ -417,7 +582,9 @@ class Memory(nn.Module):
         drawn = {name: take(parts[name]) for name in ("item", "key", "write") if name in parts}
         found = torch.einsum("bnhs,bhnse->bnhe", drawn["write"], before[:, :, 1:])
         key = self.key(drawn.get("key"), position + at, at - start, read=False)
-        return 1 - F.cosine_similarity(turn(found, conj(key)), drawn["item"].detach(), dim=-1).mean()
+        return (
+            1 - F.cosine_similarity(turn(found, conj(key)), drawn["item"].detach(), dim=-1).mean()
+        )
 
 
 class Attention(nn.Module):
@@ -436,12 +603,17 @@ class Attention(nn.Module):
         none = self.inp.new_zeros(B, 0, self.H, self.inp.size(1) // self.H)
         return none, none
 
-    def forward(self, x_BTC: Tensor, state: tuple[Tensor, Tensor], position: Tensor) -> tuple[Tensor, tuple, Tensor]:
+    def forward(
+        self, x_BTC: Tensor, state: tuple[Tensor, Tensor], position: Tensor
+    ) -> tuple[Tensor, tuple, Tensor]:
         B, T, C = x_BTC.shape
         q, k, v = (t.view(B, T, self.H, -1) for t in F.linear(x_BTC, self.inp).split(C, dim=-1))
         past = state[0].size(1)
         if past:
-            k, v = torch.cat([state[0].type_as(k), k], dim=1), torch.cat([state[1].type_as(v), v], dim=1)
+            k, v = (
+                torch.cat([state[0].type_as(k), k], dim=1),
+                torch.cat([state[1].type_as(v), v], dim=1),
+            )
         kept = past + T if self.window is None else min(past + T, self.window - 1)
         state = tuple(t[:, past + T - kept :].to(state[0].dtype) for t in (k, v))
         at = torch.arange(past + T, device=x_BTC.device)
@@ -453,8 +625,14 @@ class Attention(nn.Module):
             mask = at <= at[past:, None]
             if self.window is not None:
                 mask &= at > at[past:, None] - self.window
-        y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask, is_causal=full)
-        return F.linear(y.transpose(1, 2).reshape(B, T, C), self.out), state, x_BTC.new_zeros((), dtype=torch.float32)
+        y = F.scaled_dot_product_attention(
+            *(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask, is_causal=full
+        )
+        return (
+            F.linear(y.transpose(1, 2).reshape(B, T, C), self.out),
+            state,
+            x_BTC.new_zeros((), dtype=torch.float32),
+        )
 
 
 class Block(nn.Module):
@@ -466,9 +644,14 @@ class Block(nn.Module):
         window = k.attention_window if k.window_every else None
         self.mixer = Memory(k) if k.is_memory(layer) else Attention(k, window)
         self.norm1, self.norm2 = nn.Parameter(torch.ones(C)), nn.Parameter(torch.ones(C))
-        self.up, self.down = nn.Parameter(torch.empty(width, C)), nn.Parameter(torch.empty(C, width))
+        self.up, self.down = (
+            nn.Parameter(torch.empty(width, C)),
+            nn.Parameter(torch.empty(C, width)),
+        )
 
-    def forward(self, x_BTC: Tensor, state: tuple[Tensor, ...], position: Tensor) -> tuple[Tensor, tuple, Tensor]:
+    def forward(
+        self, x_BTC: Tensor, state: tuple[Tensor, ...], position: Tensor
+    ) -> tuple[Tensor, tuple, Tensor]:
         drop = partial(F.dropout, p=self.dropout, training=self.training)
         y, state, aux = self.mixer(rms_norm(x_BTC) * self.norm1, state, position)
         x_BTC = x_BTC + drop(y)
@@ -506,7 +689,9 @@ class Model(nn.Module):
                 rate = -torch.log1p(-(2.0**-spread)) / MAX_DECAY
                 p.copy_((rate / (1 - rate)).log().expand_as(p))
             else:
-                std = INIT_STD / (math.sqrt(2 * self.k.num_layers) if name.endswith(("out", "down")) else 1)
+                std = INIT_STD / (
+                    math.sqrt(2 * self.k.num_layers) if name.endswith(("out", "down")) else 1
+                )
                 p.copy_(torch.empty(p.shape).normal_(std=std, generator=generator))
         for block in self.blocks:
             if isinstance(block.mixer, Memory):
@@ -587,7 +772,9 @@ class MicroStep:
         self.model, self.k, self.w, self.dtype = model, k, w, PRECISIONS[k.mixed_precision]
         wrap = partial(torch.compile, dynamic=False) if k.compile else lambda f: f
         self.trunk, self.add_to = wrap(model), wrap(add_to)
-        self.softmax_rows = wrap(softmax_rows) if k.compile or k.device == "cuda" else softmax_blocks
+        self.softmax_rows = (
+            wrap(softmax_rows) if k.compile or k.device == "cuda" else softmax_blocks
+        )
         self.rows = max(
             LOSS_ROWS[w.device.type], k.hidden_dim
         )  # of logits, so that their buffer also holds a chunk's dW
@@ -602,8 +789,12 @@ class MicroStep:
 
     def hidden(self, x_BT: Tensor, state: State | None) -> tuple[Tensor, Tensor, Tensor, State]:
         x_BTC = F.embedding(x_BT, self.model.wte.detach()).requires_grad_(torch.is_grad_enabled())
-        with torch.autocast(self.w.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            h_BTC, aux, state = self.trunk(x_BTC, self.model.empty_state(x_BT.size(0)) if state is None else state)
+        with torch.autocast(
+            self.w.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32
+        ):
+            h_BTC, aux, state = self.trunk(
+                x_BTC, self.model.empty_state(x_BT.size(0)) if state is None else state
+            )
         return x_BTC, h_BTC.flatten(0, 1).to(self.dtype), aux, detach(state)
 
     def chunks(self, h_NC: Tensor, y_N: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -626,18 +817,24 @@ class MicroStep:
             e[torch.arange(len(e), device=e.device), y_N[part]] = d_target[:, 0].to(e.dtype)
             factor = share * scale / (s * len(h))
             torch.mul(e @ self.wte, factor, out=dh[part])
-            dw = self.buffers[0].flatten()[: self.wte.numel()].view_as(self.wte)  # this chunk's logits are done with
+            dw = (
+                self.buffers[0].flatten()[: self.wte.numel()].view_as(self.wte)
+            )  # this chunk's logits are done with
             self.add_to(self.model.wte.grad, torch.mm(e.T, (h[part] * factor).to(e.dtype), out=dw))
             losses.append(loss)
         if self.k.use_auxiliary_loss:
-            torch.autograd.backward([h_NC, aux], [dh, self.k.aux_loss_weight * share * scale.to(aux.dtype)])
+            torch.autograd.backward(
+                [h_NC, aux], [dh, self.k.aux_loss_weight * share * scale.to(aux.dtype)]
+            )
         else:
             h_NC.backward(dh)
         self.model.wte.grad.index_add_(0, x_BT.flatten(), x_BTC.grad.flatten(0, 1))
         return torch.cat(losses).mean(), aux.detach().float(), state
 
     @torch.no_grad()
-    def loss_sum(self, x_BT: Tensor, y_BT: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+    def loss_sum(
+        self, x_BT: Tensor, y_BT: Tensor, state: State | None = None
+    ) -> tuple[Tensor, State]:
         """Summed loss over the targets that are not -1, in nats, without dropout or gradients; and the state."""
         training = self.model.training
         self.model.eval()
@@ -659,8 +856,12 @@ class AdamW:
 
     def __init__(self, model: Model, k: Knobs, w: World):
         self.k, self.w, self.params = k, w, dict(model.named_parameters())
-        names = sorted(self.params, key=lambda n: self.params[n].dim() == 1 or n.endswith(("taps", "decay")))
-        sizes = [-(-self.params[n].numel() // 16) * 16 for n in names]  # each starts on its own cache line
+        names = sorted(
+            self.params, key=lambda n: self.params[n].dim() == 1 or n.endswith(("taps", "decay"))
+        )
+        sizes = [
+            -(-self.params[n].numel() // 16) * 16 for n in names
+        ]  # each starts on its own cache line
         matrices = sum(s for n, s in zip(names, sizes, strict=True) if self.decays(n))
         data, self.grads = (torch.zeros(sum(sizes), device=w.device) for _ in range(2))
         self.names, self.views, start = names, [], 0
@@ -671,9 +872,14 @@ class AdamW:
             self.views.append(p.grad)
             start += size
         self.flat = [nn.Parameter(part) for part in data.split([matrices, len(data) - matrices])]
-        for part, grad in zip(self.flat, self.grads.split([matrices, len(data) - matrices]), strict=True):
+        for part, grad in zip(
+            self.flat, self.grads.split([matrices, len(data) - matrices]), strict=True
+        ):
             part.grad = grad
-        groups = [dict(params=[p], weight_decay=d) for p, d in zip(self.flat, (k.weight_decay, 0.0), strict=True)]
+        groups = [
+            dict(params=[p], weight_decay=d)
+            for p, d in zip(self.flat, (k.weight_decay, 0.0), strict=True)
+        ]
         self.adam = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
 
     def decays(self, name: str) -> bool:
@@ -688,7 +894,9 @@ class AdamW:
     @torch.no_grad()
     def step(self, lr: float, norm: Tensor, scale: Tensor, ok: Tensor) -> None:
         """One update, clipped; nothing moves, nor does Adam's count of steps, when the device flag `ok` is down."""
-        clip = (norm / self.k.grad_clip).clamp(min=1.0) if self.k.grad_clip else torch.ones_like(norm)
+        clip = (
+            (norm / self.k.grad_clip).clamp(min=1.0) if self.k.grad_clip else torch.ones_like(norm)
+        )
         for group in self.adam.param_groups:
             group["lr"] = lr
         self.adam.grad_scale, self.adam.found_inf = clip * scale * self.w.size, (~ok).float()
@@ -704,7 +912,10 @@ class AdamW:
             if not state:
                 step = torch.zeros((), device=self.w.device)
                 state.update(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-        return {key: [self.adam.state[p][key] for p in self.flat] for key in ("step", "exp_avg", "exp_avg_sq")}
+        return {
+            key: [self.adam.state[p][key] for p in self.flat]
+            for key in ("step", "exp_avg", "exp_avg_sq")
+        }
 
     def load_state_dict(self, saved: dict) -> None:
         for key, parts in self.moments().items():
@@ -773,7 +984,9 @@ def read_text(path: str) -> str:
     try:
         import pyarrow.parquet
     except ImportError:
-        raise UserError(f"{path}: reading parquet needs the package pyarrow; pip install pyarrow") from None
+        raise UserError(
+            f"{path}: reading parquet needs the package pyarrow; pip install pyarrow"
+        ) from None
     rows = pyarrow.parquet.read_table(path, columns=["text"])["text"].to_pylist()
     return "".join(row or " \n" for row in rows)
 
@@ -783,7 +996,10 @@ def named_splits(folder: Path) -> dict[str, list[str]]:
     another folder."""
     for pattern in ("wiki.{}*.raw", "wiki.{}*.tokens", "{}*-*.parquet"):
         names = dict(train="train", val="valid", test="test")
-        found = {part: sorted(map(str, folder.glob(pattern.format(name)))) for part, name in names.items()}
+        found = {
+            part: sorted(map(str, folder.glob(pattern.format(name))))
+            for part, name in names.items()
+        }
         if all(found.values()):
             return found
     return {}
@@ -805,7 +1021,9 @@ def fetch_wikitext(name: str, data: Path, download: bool) -> dict[str, list[str]
             plumbing.hub_fetch(repo, file, aside / Path(file).name)
 
     if not (found := named_splits(plumbing.build_once(folder, fetch))):
-        raise UserError(f"{folder}: no files of train, valid and test among {sorted(os.listdir(folder))}; delete it")
+        raise UserError(
+            f"{folder}: no files of train, valid and test among {sorted(os.listdir(folder))}; delete it"
+        )
     return found
 
 
@@ -829,7 +1047,11 @@ def encoder(tokenizer: str) -> Callable[[str], np.ndarray]:
         import tiktoken
 
         encode = tiktoken.get_encoding("gpt2").encode_ordinary
-    except (ImportError, OSError, ValueError) as error:  # OSError: no network; ValueError: a broken file
+    except (
+        ImportError,
+        OSError,
+        ValueError,
+    ) as error:  # OSError: no network; ValueError: a broken file
         raise UserError(
             f"the gpt2 tokenizer is not here ({type(error).__name__}: {' '.join(str(error).split())[:200]}); tiktoken "
             f"downloads its two files once, into the folder that TIKTOKEN_CACHE_DIR names; or set TOKENIZER=bytes"
@@ -857,39 +1079,60 @@ def open_text(k: Knobs, download: bool = True) -> dict[str, Split]:
         files = dict(train=TokenShards(train).paths, val=TokenShards(val).paths)
     elif k.dataset in WIKITEXT:
         files = fetch_wikitext(k.dataset, Path(k.data_folder), download)
-    elif not Path(k.dataset).exists() and "/" not in k.dataset and "*" not in k.dataset and "." not in k.dataset:
-        raise UserError(f"DATASET={k.dataset}: neither {', '.join(WIKITEXT)}, embedded nor bytes, nor a file or folder")
+    elif (
+        not Path(k.dataset).exists()
+        and "/" not in k.dataset
+        and "*" not in k.dataset
+        and "." not in k.dataset
+    ):
+        raise UserError(
+            f"DATASET={k.dataset}: neither {', '.join(WIKITEXT)}, embedded nor bytes, nor a file or folder"
+        )
     else:
         files = named_splits(Path(k.dataset)) or dict(all=plumbing.text_files(k.dataset))
-    facts = [[p, os.path.getsize(p), os.stat(p).st_mtime_ns] for paths in files.values() for p in paths]
+    facts = [
+        [p, os.path.getsize(p), os.stat(p).st_mtime_ns] for paths in files.values() for p in paths
+    ]
     key = hashlib.sha256(json.dumps(["recipe 1", k.tokens, facts]).encode()).hexdigest()[:12]
 
     def make(aside: Path) -> None:
         encode, counts = encoder(k.tokens), {}
         for name, text in read_splits(files, k).items():
             tokens = encode(text)
-            counts[name] = dict(words=len(text.split()) + text.count("\n"), bytes=len(text.encode()))
+            counts[name] = dict(
+                words=len(text.split()) + text.count("\n"), bytes=len(text.encode())
+            )
             plumbing.write_shard(aside / f"{name}_000000.bin", tokens)
         (aside / "counts.json").write_text(json.dumps(counts))
 
     folder = plumbing.build_once(Path(k.data_folder) / f"text-{k.tokens}-{key}", make)
     counts = json.loads((folder / "counts.json").read_text())
-    return {name: Split(TokenShards([str(folder / f"{name}_000000.bin")]), **c) for name, c in counts.items()}
+    return {
+        name: Split(TokenShards([str(folder / f"{name}_000000.bin")]), **c)
+        for name, c in counts.items()
+    }
 
 
 def read_splits(files: dict[str, list[str]], k: Knobs) -> dict[str, str]:
     """Texts of train, val and test. Raises UserError where one is empty."""
     if k.embedded:
         text = {part: TokenShards(paths) for part, paths in files.items()}
-        text = {part: bytes(t.read(0, t.total).astype(np.uint8)).decode("utf-8", "replace") for part, t in text.items()}
-        middle = text["val"].index("\0", len(text["val"]) // 2)  # the corpus has two parts: half of one is the test
+        text = {
+            part: bytes(t.read(0, t.total).astype(np.uint8)).decode("utf-8", "replace")
+            for part, t in text.items()
+        }
+        middle = text["val"].index(
+            "\0", len(text["val"]) // 2
+        )  # the corpus has two parts: half of one is the test
         texts = dict(text, val=text["val"][:middle], test=text["val"][middle:])
     elif "all" in files:
         texts = by_paragraph([read_text(p) for p in files["all"]])
     else:
         texts = {part: "".join(read_text(p) for p in paths) for part, paths in files.items()}
     if short := [part for part, text in texts.items() if len(text) < 2]:
-        raise UserError(f"DATASET={k.dataset}: nothing is left for {', '.join(short)}; use a longer text")
+        raise UserError(
+            f"DATASET={k.dataset}: nothing is left for {', '.join(short)}; use a longer text"
+        )
     return texts
 
 
@@ -904,7 +1147,9 @@ class Batches:
 
     def __init__(self, shards: TokenShards, k: Knobs, w: World):
         self.shards, self.k, self.w = shards, k, w
-        self.sequences = min((shards.total - 1) // k.max_seq_length, k.max_train_samples or shards.total)
+        self.sequences = min(
+            (shards.total - 1) // k.max_seq_length, k.max_train_samples or shards.total
+        )
         self.epoch_steps = self.sequences // k.batch_size
         if self.epoch_steps < 1:
             raise UserError(
@@ -928,7 +1173,9 @@ class Batches:
     def make(self, step: int) -> tuple[Tensor, Tensor]:
         """This rank's inputs and targets of the step, (B_local, T) int32."""
         T = self.k.max_seq_length
-        tokens = np.stack([self.shards.read(start, T + 1) for start in self.starts(step)]).astype(np.int32)
+        tokens = np.stack([self.shards.read(start, T + 1) for start in self.starts(step)]).astype(
+            np.int32
+        )
         return torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(tokens[:, 1:].copy())
 
 
@@ -981,7 +1228,13 @@ def windows(total: int, window: int, stride: int) -> list[tuple[int, int, int]]:
 
 
 def perplexity(
-    step: MicroStep, split: Split, micro: int, w: World, window: int, stride: int, limit: int | None = None
+    step: MicroStep,
+    split: Split,
+    micro: int,
+    w: World,
+    window: int,
+    stride: int,
+    limit: int | None = None,
 ) -> Score:
     """Loss over the whole packed split, or its first `limit` windows: the same for every world size and micro-batch.
     Short windows are filled up behind with targets of -1, which do not count, so that the model meets one shape."""
@@ -994,17 +1247,25 @@ def perplexity(
             tokens = split.shards.read(start, inputs + 1)
             x[row, :inputs] = tokens[:-1]
             y[row, inputs - scored : inputs] = tokens[inputs - scored + 1 :]
-        total += step.loss_sum(torch.from_numpy(x).to(w.device), torch.from_numpy(y).to(w.device))[0]
+        total += step.loss_sum(torch.from_numpy(x).to(w.device), torch.from_numpy(y).to(w.device))[
+            0
+        ]
     return score(split, w.sum(total).item(), sum(scored for *_, scored in plan))
 
 
 def streaming(step: MicroStep, split: Split, w: World, chunk: int) -> Score:
     """Loss over the whole split read once from front to back, the state carried from `chunk` to `chunk` tokens: every
     token is predicted from all before it, in memory that does not grow. Rank 0 reads; everybody hears."""
-    total, n, state = torch.zeros((), device=w.device, dtype=torch.float64), split.shards.total - 1, None
+    total, n, state = (
+        torch.zeros((), device=w.device, dtype=torch.float64),
+        split.shards.total - 1,
+        None,
+    )
     for at in range(0, n if w.main else 0, chunk):
         take = min(chunk, n - at)
-        tokens = torch.from_numpy(split.shards.read(at, take + 1).astype(np.int64)).to(w.device)[None]
+        tokens = torch.from_numpy(split.shards.read(at, take + 1).astype(np.int64)).to(w.device)[
+            None
+        ]
         pad = lambda t, fill: F.pad(t, (0, chunk - take), value=fill)  # noqa: B023
         nats, state = step.loss_sum(pad(tokens[:, :-1], 0), pad(tokens[:, 1:], -1), state)
         total += nats
@@ -1027,19 +1288,33 @@ AS_KNOBS = (
     "seed hidden_dim hcm_dim num_layers num_slots num_attention_heads binding memory dataset learning_rate batch_size"
 ).split()
 AS_SWITCHES = "decay delta_rule tie_keys conv use_auxiliary_loss".split()
-IN_COLUMNS = [*AS_KNOBS, *AS_SWITCHES, "mixer", "tokenizer", "max_seq_length", "num_iterations", "warmup_iters"]
+IN_COLUMNS = [
+    *AS_KNOBS,
+    *AS_SWITCHES,
+    "mixer",
+    "tokenizer",
+    "max_seq_length",
+    "num_iterations",
+    "warmup_iters",
+]
 
 
 def flops_per_token(model: Model, k: Knobs) -> int:
     """Model FLOPs of forward and backward, for MFU: 6 per weight of a matrix product (the tied matrix counts once, as
     the head), attention counted causal, and a memory's reads, writes and products within its chunks."""
-    flops = 6 * sum(p.numel() for name, p in model.named_parameters() if p.dim() > 1 and not name.endswith("taps"))
+    flops = 6 * sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if p.dim() > 1 and not name.endswith("taps")
+    )
     for layer in range(k.num_layers):
         if k.is_memory(layer):
             L, HS = min(k.chunk_length, k.max_seq_length), k.num_attention_heads * k.num_slots
             flops += 6 * (L * HS + L * k.hcm_dim + 2 * k.num_slots * k.hcm_dim) * (k.memory == "on")
         else:
-            window = min(k.max_seq_length, 2 * k.attention_window if k.window_every else k.max_seq_length)
+            window = min(
+                k.max_seq_length, 2 * k.attention_window if k.window_every else k.max_seq_length
+            )
             flops += 6 * window * k.hidden_dim
     return flops
 
@@ -1047,12 +1322,19 @@ def flops_per_token(model: Model, k: Knobs) -> int:
 def memory_mib(n_params: int, sequences: int, k: Knobs) -> int:
     """Rough peak of a rank: weights, gradients, moments, activations of a micro-batch, chunks of logits."""
     size = PRECISIONS[k.mixed_precision].itemsize
-    fixed = n_params * 16 + k.vocabulary * (k.hidden_dim * size + 2 * max(LOSS_ROWS[k.device], k.hidden_dim) * size)
+    fixed = n_params * 16 + k.vocabulary * (
+        k.hidden_dim * size + 2 * max(LOSS_ROWS[k.device], k.hidden_dim) * size
+    )
     C, D, tokens = k.hidden_dim, k.hcm_dim, sequences * k.max_seq_length
     wide = sum(Memory.widths(k).values())
-    mixer = 2 * wide * (size + 4) + 24 * D * 4 + 6 * k.num_slots * D * 4 // min(k.chunk_length, k.max_seq_length)
+    mixer = (
+        2 * wide * (size + 4)
+        + 24 * D * 4
+        + 6 * k.num_slots * D * 4 // min(k.chunk_length, k.max_seq_length)
+    )
     blocks = [
-        (mixer if k.is_memory(i) else 8 * C * size) + 5 * C * 4 + 3 * k.ffn_width(i) * size for i in range(k.num_layers)
+        (mixer if k.is_memory(i) else 8 * C * size) + 5 * C * 4 + 3 * k.ffn_width(i) * size
+        for i in range(k.num_layers)
     ]
     saved = k.num_layers * C * 4 + max(blocks) if k.gradient_checkpointing else sum(blocks)
     return (fixed + tokens * (saved + 4 * C * 4)) // 2**20
@@ -1063,7 +1345,9 @@ def micro_batch(step: MicroStep, k: Knobs, w: World) -> int:
     fits. Raises UserError when the batch does not divide."""
     local = k.batch_size // w.size
     if k.batch_size % w.size:
-        raise UserError(f"BATCH_SIZE={k.batch_size} does not divide among {w.size} ranks; change one of the two")
+        raise UserError(
+            f"BATCH_SIZE={k.batch_size} does not divide among {w.size} ranks; change one of the two"
+        )
     if k.device_batch_size is not None:
         micro = min(k.device_batch_size, local)
         if local % micro:
@@ -1078,7 +1362,9 @@ def micro_batch(step: MicroStep, k: Knobs, w: World) -> int:
         step.backward(tokens, tokens, 1.0, torch.ones((), device=w.device))
 
     n_params = sum(p.numel() for p in step.model.parameters())
-    return plumbing.largest_that_fits(local, attempt, lambda micro: memory_mib(n_params, micro, k), w)
+    return plumbing.largest_that_fits(
+        local, attempt, lambda micro: memory_mib(n_params, micro, k), w
+    )
 
 
 def total_steps(k: Knobs, batches: Batches) -> int:
@@ -1091,27 +1377,44 @@ def show_plan(k: Knobs) -> int:
     with torch.device("meta"):
         model = Model(k)
     n_params, tokens = sum(p.numel() for p in model.parameters()), k.batch_size * k.max_seq_length
-    micro, steps, problem, batches = min(k.device_batch_size or 1, k.batch_size // ranks), k.num_iterations, "", None
+    micro, steps, problem, batches = (
+        min(k.device_batch_size or 1, k.batch_size // ranks),
+        k.num_iterations,
+        "",
+        None,
+    )
     try:
-        batches = Batches(open_text(k, download=False)["train"].shards, k, World(0, ranks, torch.device("cpu")))
+        batches = Batches(
+            open_text(k, download=False)["train"].shards, k, World(0, ranks, torch.device("cpu"))
+        )
         steps = total_steps(k, batches)
     except UserError as error:
-        problem = f"{'data:           ' if isinstance(error, NotFetched) else 'problem:        '} {error}"
+        problem = (
+            f"{'data:           ' if isinstance(error, NotFetched) else 'problem:        '} {error}"
+        )
     flops = flops_per_token(model, k) * tokens
     print(knobs_json(k))
-    print(f"mixer:           {k.label}, vocabulary {k.vocabulary:,} ({k.tokens}), FFN width {k.ffn_width(0)}")
+    print(
+        f"mixer:           {k.label}, vocabulary {k.vocabulary:,} ({k.tokens}), FFN width {k.ffn_width(0)}"
+    )
     print(f"parameters:      {n_params:,}")
     print(f"embedding:       {model.wte.numel():,} of them")
-    print(f"tokens per step: {tokens:,} ({ranks} rank(s), micro-batch {k.device_batch_size or 'auto'})")
+    print(
+        f"tokens per step: {tokens:,} ({ranks} rank(s), micro-batch {k.device_batch_size or 'auto'})"
+    )
     if steps is None:
         print(f"training tokens: not known before the data are there (NUM_EPOCHS={k.num_epochs})")
         print(f"compute:         {flops:.3g} FLOPs per step")
     else:
         print(f"training tokens: {tokens * steps:,} in {steps} steps")
         print(f"compute:         {flops * steps:.3g} FLOPs")
-    print(f"memory:          about {memory_mib(n_params, micro, k):,} MiB per rank at micro-batch {micro}")
+    print(
+        f"memory:          about {memory_mib(n_params, micro, k):,} MiB per rank at micro-batch {micro}"
+    )
     if batches:
-        print(f"data:            {batches.shards.total:,} tokens, {batches.epoch_steps} steps an epoch")
+        print(
+            f"data:            {batches.shards.total:,} tokens, {batches.epoch_steps} steps an epoch"
+        )
         print(f"epochs:          {steps / batches.epoch_steps:.2f}")
     else:
         print(problem)
@@ -1129,7 +1432,11 @@ class Run:
         self.total = total_steps(k, self.batches)
         plumbing.check_results(Path(k.results_file), RESULTS, w)
         self.log = RunLog(
-            Path(k.logs_folder), k.run_id or plumbing.new_run_id(w), w, self.total, ("aux_loss", "val_bits_per_byte")
+            Path(k.logs_folder),
+            k.run_id or plumbing.new_run_id(w),
+            w,
+            self.total,
+            ("aux_loss", "val_bits_per_byte"),
         )
         for split in self.splits.values():
             split.shards.check_ids(k.vocabulary, w)
@@ -1165,9 +1472,13 @@ class Run:
         facts = dict(run_id=self.log.id, mixer=f"{k.label}, FFN width {k.ffn_width(0)}")
         facts |= dict(parameters=f"{self.n_params:,}")
         facts |= dict(tokens_per_step=f"{self.tokens:,} = {split}")
-        facts |= dict(state=f"{state_bytes(self.model.empty_state(1)):,} bytes per sequence, before any token")
+        facts |= dict(
+            state=f"{state_bytes(self.model.empty_state(1)):,} bytes per sequence, before any token"
+        )
         epochs = f"{self.total / self.batches.epoch_steps:.2f} epochs of {self.batches.epoch_steps} steps"
-        counts = f"{text.shards.total:,} {k.tokens} tokens, {text.words:,} words, {text.bytes:,} bytes"
+        counts = (
+            f"{text.shards.total:,} {k.tokens} tokens, {text.words:,} words, {text.bytes:,} bytes"
+        )
         return facts | dict(data=f"{k.dataset}: {counts}, {epochs}")
 
     # Restored and saved as they are; with model, optimizer, states and clock all that the next step depends on.
@@ -1185,8 +1496,13 @@ class Run:
             position, *layers = ([t.to(self.w.device) for t in layer] for layer in state["rows"])
             local = self.k.batch_size // self.w.size
             for i in range(len(self.states)):
-                rows = slice(self.w.rank * local + i * self.micro, self.w.rank * local + (i + 1) * self.micro)
-                self.states[i] = [position[0], *(tuple(t[rows].clone() for t in layer) for layer in layers)]
+                rows = slice(
+                    self.w.rank * local + i * self.micro, self.w.rank * local + (i + 1) * self.micro
+                )
+                self.states[i] = [
+                    position[0],
+                    *(tuple(t[rows].clone() for t in layer) for layer in layers),
+                ]
         self.micro_step.refresh()
         self.clock = Clock(self.w, *state["clock"])
         for name in self.KEPT:
@@ -1226,7 +1542,9 @@ class Run:
         k, log = self.k, self.log
         if not beat.finite:
             names = ["loss", "aux_loss", "skipped", *self.adam.names]
-            log.say(f"step:{beat.step} not finite: {beat.culprit(names)}; its update was not applied")
+            log.say(
+                f"step:{beat.step} not finite: {beat.culprit(names)}; its update was not applied"
+            )
             return "nan"
         loss, aux, skipped = (float(x) for x in beat.values[:, :3].mean(0))
         self.train_loss, self.spent_s, self.signal = loss, beat.clock, beat.signal
@@ -1252,15 +1570,25 @@ class Run:
         """Evaluate and record; returns 'early_stop' when patience has run out, or ''. Every rank decides alike, because
         the loss is the same all-reduced number on each."""
         k, T = self.k, self.k.max_seq_length
-        found = perplexity(self.micro_step, self.splits["val"], self.micro, self.w, T, T, k.max_val_samples)
+        found = perplexity(
+            self.micro_step, self.splits["val"], self.micro, self.w, T, T, k.max_val_samples
+        )
         self.val_loss, self.validated_at, self.val_score = found.loss, self.step, found
         mark = f" ppl:{found.ppl:.2f} bits_per_byte:{found.bits_per_byte:.4f} window:{T} stride:{T}"
-        self.log.validation(self.step, self.val_loss, self.clock, mark, val_bits_per_byte=found.bits_per_byte)
+        self.log.validation(
+            self.step, self.val_loss, self.clock, mark, val_bits_per_byte=found.bits_per_byte
+        )
         if k.target_loss is not None and not self.reached and self.val_loss <= k.target_loss:
-            self.reached = f"reached_step={self.step} reached_ms={1000 * self.clock.train_s(self.step):.0f}"
+            self.reached = (
+                f"reached_step={self.step} reached_ms={1000 * self.clock.train_s(self.step):.0f}"
+            )
             self.log.say(f"target_loss:{k.target_loss} {self.reached}")
-        better = not self.val_loss >= self.best_loss - k.early_stop_min_delta  # also the first, when best is nan
-        self.best_loss, self.misses = (self.val_loss, 0) if better else (self.best_loss, self.misses + 1)
+        better = (
+            not self.val_loss >= self.best_loss - k.early_stop_min_delta
+        )  # also the first, when best is nan
+        self.best_loss, self.misses = (
+            (self.val_loss, 0) if better else (self.best_loss, self.misses + 1)
+        )
         return "early_stop" if 0 < k.early_stop_patience <= self.misses else ""
 
     def report(self) -> None:
@@ -1268,7 +1596,10 @@ class Run:
         T, say = self.k.max_seq_length, self.log.say
         ways = [("test", "", lambda s: perplexity(self.micro_step, s, self.micro, self.w, T, T))]
         if self.k.mixer == "hamt":
-            ways += [(part, "_stream", lambda s: streaming(self.micro_step, s, self.w, T)) for part in ("val", "test")]
+            ways += [
+                (part, "_stream", lambda s: streaming(self.micro_step, s, self.w, T))
+                for part in ("val", "test")
+            ]
         for part, way, measure in ways:
             found = measure(self.splits[part])
             self.found[f"{part}{way}"] = found
@@ -1285,22 +1616,57 @@ class Run:
     def close(self, status: str) -> None:
         """Write the status and the results row, whatever way the run ended."""
         k, w, log, clock = self.k, self.w, self.log, self.clock
-        notes = plumbing.notes(k, PRESETS, [*FREE.split(), *IN_COLUMNS]) + [self.reached] * bool(self.reached)
-        row = dict(run_id=log.id, date=log.started, git_commit=log.commit, mixer=k.label, tokenizer=k.tokens)
-        row |= {name: getattr(k, name) for name in AS_KNOBS} | {name: int(getattr(k, name)) for name in AS_SWITCHES}
-        row |= dict(device_batch_size=self.micro, sequence_length=k.max_seq_length, num_iterations=self.total)
+        notes = plumbing.notes(k, PRESETS, [*FREE.split(), *IN_COLUMNS]) + [self.reached] * bool(
+            self.reached
+        )
+        row = dict(
+            run_id=log.id,
+            date=log.started,
+            git_commit=log.commit,
+            mixer=k.label,
+            tokenizer=k.tokens,
+        )
+        row |= {name: getattr(k, name) for name in AS_KNOBS} | {
+            name: int(getattr(k, name)) for name in AS_SWITCHES
+        }
+        row |= dict(
+            device_batch_size=self.micro,
+            sequence_length=k.max_seq_length,
+            num_iterations=self.total,
+        )
         row |= dict(final_val_loss=self.val_loss, best_val_loss=self.best_loss)
         if found := self.val_score:
             row |= dict(val_ppl=found.ppl, val_bits_per_byte=found.bits_per_byte)
         if found := self.found.get("test"):
             row |= dict(test_loss=found.loss, test_ppl=found.ppl, test_word_ppl=found.word_ppl)
             row |= dict(test_bits_per_byte=found.bits_per_byte)
-        row |= {f"{name}_loss": found.loss for name, found in self.found.items() if name.endswith("stream")}
-        row |= dict(train_time_ms=1000 * clock.train_s(self.step), ms_per_step=1000 * clock.step_avg_s)
-        row |= dict(gpu_name=w.name(), n_gpus=w.size * (k.device == "cuda"), notes=" ".join(notes), stage=k.stage)
-        row |= dict(status=status, steps_done=self.step, n_params=self.n_params, tokens_seen=self.step * self.tokens)
-        row |= dict(warmup_iters=min(1000, self.total // 50) if k.warmup_iters is None else k.warmup_iters)
-        row |= dict(epochs=round(self.step / self.batches.epoch_steps, 4), tokens_per_s=self.tokens / clock.step_avg_s)
+        row |= {
+            f"{name}_loss": found.loss
+            for name, found in self.found.items()
+            if name.endswith("stream")
+        }
+        row |= dict(
+            train_time_ms=1000 * clock.train_s(self.step), ms_per_step=1000 * clock.step_avg_s
+        )
+        row |= dict(
+            gpu_name=w.name(),
+            n_gpus=w.size * (k.device == "cuda"),
+            notes=" ".join(notes),
+            stage=k.stage,
+        )
+        row |= dict(
+            status=status,
+            steps_done=self.step,
+            n_params=self.n_params,
+            tokens_seen=self.step * self.tokens,
+        )
+        row |= dict(
+            warmup_iters=min(1000, self.total // 50) if k.warmup_iters is None else k.warmup_iters
+        )
+        row |= dict(
+            epochs=round(self.step / self.batches.epoch_steps, 4),
+            tokens_per_s=self.tokens / clock.step_avg_s,
+        )
         row |= dict(peak_memory_mib=w.peak_memory_mib(), torch=torch.__version__, world_size=w.size)
         row |= dict(code_sha256=log.code_sha256, dirty=int(log.dirty))
         plumbing.append_result(Path(k.results_file), RESULTS, row, w)
@@ -1315,7 +1681,9 @@ def gradients(run: Run, x_BT: Tensor, y_BT: Tensor, k: Knobs) -> tuple[Tensor, T
     """Loss and auxiliary loss of this rank's part of the batch; adds up their gradients, micro-batch by micro-batch.
     What is drawn at random (dropout, recalled items) is a function of seed, step and row."""
     if run.step % run.batches.epoch_steps == 0:
-        run.states = [None] * len(run.states)  # the rows start over, at the front of their parts of the text
+        run.states = [None] * len(
+            run.states
+        )  # the rows start over, at the front of their parts of the text
     loss, aux, first = *torch.zeros(2, device=run.w.device).unbind(), run.w.rank * len(x_BT)
     for i, (x, y) in enumerate(zip(x_BT.split(run.micro), y_BT.split(run.micro), strict=True)):
         if k.dropout or k.use_auxiliary_loss:
@@ -1330,7 +1698,11 @@ def gradients(run: Run, x_BT: Tensor, y_BT: Tensor, k: Knobs) -> tuple[Tensor, T
 
 def train(run: Run, k: Knobs, w: World) -> str:
     """The loop. Returns finished, early_stop, nan or preempted."""
-    batches, pulse, status = Prefetch(run.batches.make, run.step, w.device, k.num_workers), Pulse(w), ""
+    batches, pulse, status = (
+        Prefetch(run.batches.make, run.step, w.device, k.num_workers),
+        Pulse(w),
+        "",
+    )
     epoch = run.batches.epoch_steps
     run.model.train()
     run.clock.start()
@@ -1361,7 +1733,9 @@ def train(run: Run, k: Knobs, w: World) -> str:
         scale = run.scale.scale
         norms = run.adam.reduce(scale)
         finite = norms.isfinite().all()
-        if run.scale.on:  # an overflow of fp16 is no fault: the step is skipped and the loss scale halved
+        if (
+            run.scale.on
+        ):  # an overflow of fp16 is no fault: the step is skipped and the loss scale halved
             norms = torch.where(finite, norms, 0.0)
         beat = torch.cat([torch.stack([loss, aux, (~finite).float()]), norms])
         ok = pulse.send(run.step + 1, beat, run.clock.train_s(run.step)) & finite
@@ -1373,7 +1747,9 @@ def train(run: Run, k: Knobs, w: World) -> str:
         run.adam.grads.zero_()
         run.step += 1
         run.clock.tick()
-        for beat in pulse.read():  # of the step before: the host never waits for the one just queued
+        for (
+            beat
+        ) in pulse.read():  # of the step before: the host never waits for the one just queued
             status = run.hear(beat) or status
 
 
@@ -1402,7 +1778,9 @@ def main() -> int:
         finally:
             if run:
                 run.close(status)
-    return {"finished": 0, "early_stop": 0, "nan": 1}.get(status, 128 + run.signal if run.signal else 1)
+    return {"finished": 0, "early_stop": 0, "nan": 1}.get(
+        status, 128 + run.signal if run.signal else 1
+    )
 
 
 if __name__ == "__main__":

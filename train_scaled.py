@@ -38,26 +38,63 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import plumbing
-from plumbing import HERE, Clock, Prefetch, Pulse, RunLog, TokenShards, UserError, World, knob, knobs_json, launch
+from plumbing import (
+    HERE,
+    Clock,
+    Prefetch,
+    Pulse,
+    RunLog,
+    TokenShards,
+    UserError,
+    World,
+    knob,
+    knobs_json,
+    launch,
+)
 
 # ----------------------------------------------------------------------------
 # Knobs
 
 PATCH, BYTES = 4, 256  # bytes of a patch; values of a byte
-GRAMS, GRAM_WIDTH = (3, 4, 5, 6), 64  # bytes of the n-grams that NGRAM_ROWS makes tables for; width of their rows
+GRAMS, GRAM_WIDTH = (
+    (3, 4, 5, 6),
+    64,
+)  # bytes of the n-grams that NGRAM_ROWS makes tables for; width of their rows
 PAST = 2 * PATCH  # bytes that the decoder may look at, from the predicted one back
 HISTORIES = 3, 5, 8, 12, 24  # bytes of the histories that MEM_ROWS makes tables for
 FURTHEST = max(HISTORIES) - PATCH  # bytes before its first patch that a window needs
 HISTORY_HALF_LIVES = 128.0, 131072.0  # bytes; what the shortest and the longest history begin with
 CHUNK, GROUP = 64, 16  # patches of a memory chunk; chunks whose states are made in one product
-HALF_LIVES = 32.0, 65536.0  # patches; of the first and the last head with MEM_INIT=log, the others between them
-STAGES = (0.0, 0.10), (0.15, 0.50), (0.40, 0.99)  # CURRICULUM: share of the steps at which a plasticity begins
+HALF_LIVES = (
+    32.0,
+    65536.0,
+)  # patches; of the first and the last head with MEM_INIT=log, the others between them
+STAGES = (
+    (0.0, 0.10),
+    (0.15, 0.50),
+    (0.40, 0.99),
+)  # CURRICULUM: share of the steps at which a plasticity begins
 
-SEED_BLOCK = dict(rope="input", norm="layernorm", fusion="sum", dropout=0.1, decoder_reads=0, ngram_rows=0, mem_rows=0)
-SEED_BLOCK |= dict(
-    mem_conv=False, mem_align=False, mem_feature="elu", mem_norm="denominator", mem_gate=False, mem_decay="static"
+SEED_BLOCK = dict(
+    rope="input",
+    norm="layernorm",
+    fusion="sum",
+    dropout=0.1,
+    decoder_reads=0,
+    ngram_rows=0,
+    mem_rows=0,
 )
-SEED_BLOCK |= dict(delta_rule=False, carry_state=False, batch_size=8, device_batch_size=2, sequence_length=1024)
+SEED_BLOCK |= dict(
+    mem_conv=False,
+    mem_align=False,
+    mem_feature="elu",
+    mem_norm="denominator",
+    mem_gate=False,
+    mem_decay="static",
+)
+SEED_BLOCK |= dict(
+    delta_rule=False, carry_state=False, batch_size=8, device_batch_size=2, sequence_length=1024
+)
 SEED_BLOCK |= dict(schedule="constant", lr=2e-4, beta2=0.999, weight_decay=0.01, decay_on="all")
 PRESETS = {
     "scaled": {},
@@ -66,14 +103,16 @@ PRESETS = {
     | dict(d_model=512, n_layer=6, n_head=8, window=128, mem_range=0.99, mem_init=0.0)
     | dict(num_iterations=20000, warmup_iters=100, lr=3e-4, batch_size=4, device_batch_size=4),
     # Python's own documentation on a CPU, about a minute
-    "demo": dict(device="cpu", compile=False, d_model=128, n_layer=2, n_head=2, window=16, thinking_steps=1)
-    | dict(mem_rows=8192, sequence_length=512, batch_size=8, device_batch_size=8, num_iterations=300)
+    "demo": dict(
+        device="cpu", compile=False, d_model=128, n_layer=2, n_head=2, window=16, thinking_steps=1
+    )
+    | dict(
+        mem_rows=8192, sequence_length=512, batch_size=8, device_batch_size=8, num_iterations=300
+    )
     | dict(warmup_iters=20, lr=3e-3, val_every=100, val_bytes=65536, save_every=100),
 }
 # What may differ when a run is resumed: nothing here moves the loss curve.
-FREE = (
-    "preset device_batch_size val_every save_every keep log_every on_nan device compile fla recompute tracker run_id "
-)
+FREE = "preset device_batch_size val_every save_every keep log_every on_nan device compile fla recompute tracker run_id "
 FREE += "stage logs_folder results_file dry_run"
 MODEL = (
     "d_model n_layer n_head window rope norm fusion memory mem_conv mem_align mem_feature mem_norm mem_gate mem_decay "
@@ -89,25 +128,55 @@ class Knobs:
     d_model: int = knob(768, "model width, channels", low=8)
     n_layer: int = knob(12, "hybrid blocks", low=1)
     n_head: int = knob(12, "heads of attention and of memory", low=1)
-    window: int | None = knob(64, "patches a query sees, itself included; off: full attention", low=1, none="off")
-    rope: str = knob("window", "rotate the input once, or attention's q and k", choices=("input", "window"))
+    window: int | None = knob(
+        64, "patches a query sees, itself included; off: full attention", low=1, none="off"
+    )
+    rope: str = knob(
+        "window", "rotate the input once, or attention's q and k", choices=("input", "window")
+    )
     norm: str = knob("rmsnorm", "normalisation of the blocks", choices=("layernorm", "rmsnorm"))
-    fusion: str = knob("concat", "attention and memory: projected and summed, or one map", choices=("sum", "concat"))
-    memory: str = knob("on", "zero: its output is zero; off: it is not built", choices=("on", "zero", "off"))
-    mem_conv: bool = knob(True, "causal depthwise convolution over 4 patches, SiLU, on the memory's q, k, v")
+    fusion: str = knob(
+        "concat",
+        "attention and memory: projected and summed, or one map",
+        choices=("sum", "concat"),
+    )
+    memory: str = knob(
+        "on", "zero: its output is zero; off: it is not built", choices=("on", "zero", "off")
+    )
+    mem_conv: bool = knob(
+        True, "causal depthwise convolution over 4 patches, SiLU, on the memory's q, k, v"
+    )
     mem_feature: str = knob("l2", "q and k of length 1, or ELU + 1", choices=("elu", "l2"))
-    mem_norm: str = knob("rmsnorm", "of what is read: by a sum, or per head", choices=("denominator", "rmsnorm"))
-    mem_align: bool = knob(True, "with MEM_CONV: q and k start equal, and a key as that of the patch before")
+    mem_norm: str = knob(
+        "rmsnorm", "of what is read: by a sum, or per head", choices=("denominator", "rmsnorm")
+    )
+    mem_align: bool = knob(
+        True, "with MEM_CONV: q and k start equal, and a key as that of the patch before"
+    )
     mem_gate: bool = knob(True, "SiLU gate on what is read")
-    mem_decay: str = knob("data", "retention: of the head, or moved by the input", choices=("static", "data"))
-    mem_range: float = knob(0.0, "lowest retention; it is RANGE + (1 - RANGE) * sigmoid(logit)", low=0, high=0.9999)
-    mem_init: float | None = knob(None, "initial retention logit; log: half-lives of 32 to 65,536 patches", none="log")
-    mem_rows: int = knob(65536, "rows of each table of the memory by the last 3 to 24 bytes; 0: none", low=0)
-    mem_delay: bool = knob(False, "the blocks' memory is written only when a patch has left the window")
+    mem_decay: str = knob(
+        "data", "retention: of the head, or moved by the input", choices=("static", "data")
+    )
+    mem_range: float = knob(
+        0.0, "lowest retention; it is RANGE + (1 - RANGE) * sigmoid(logit)", low=0, high=0.9999
+    )
+    mem_init: float | None = knob(
+        None, "initial retention logit; log: half-lives of 32 to 65,536 patches", none="log"
+    )
+    mem_rows: int = knob(
+        65536, "rows of each table of the memory by the last 3 to 24 bytes; 0: none", low=0
+    )
+    mem_delay: bool = knob(
+        False, "the blocks' memory is written only when a patch has left the window"
+    )
     delta_rule: bool = knob(False, "a write replaces what its key held, by a learned share")
     thinking_steps: int = knob(3, "passes of the weight-tied MLP behind the blocks; 0: none", low=0)
-    decoder_reads: int = knob(4, "bytes before a patch that its decoder reads first; 0: none", low=0, high=PAST)
-    ngram_rows: int = knob(12288, "rows of each of the decoder's tables, of 3- to 6-grams; 0: no tables", low=0)
+    decoder_reads: int = knob(
+        4, "bytes before a patch that its decoder reads first; 0: none", low=0, high=PAST
+    )
+    ngram_rows: int = knob(
+        12288, "rows of each of the decoder's tables, of 3- to 6-grams; 0: no tables", low=0
+    )
     dropout: float = knob(0.0, "of input, memory and MLP", low=0, high=0.9)
     # batch
     batch_size: int = knob(2, "rows per step, over all ranks", low=1)
@@ -117,7 +186,9 @@ class Knobs:
     # schedule, in optimizer steps
     num_iterations: int = knob(50000, "optimizer steps", low=0, alias=("num_iter",))
     warmup_iters: int = knob(500, "steps of linear warm-up", low=0)
-    schedule: str = knob("linear", "of the rate; two of them end at zero", choices=("constant", "linear", "cosine"))
+    schedule: str = knob(
+        "linear", "of the rate; two of them end at zero", choices=("constant", "linear", "cosine")
+    )
     curriculum: bool = knob(False, "plasticity 0.10, from 15% of the steps 0.50, from 40% 0.99")
     # optimizer
     lr: float = knob(6e-4, "peak rate of AdamW", low=0, alias=("learning_rate",))
@@ -127,26 +198,42 @@ class Knobs:
     clip: float = knob(0.5, "largest norm of the gradient", above=0)
     seed: int = knob(1337, "initial weights, random windows, dropout", low=0)
     # data
-    data: str = knob("embedded", "a text file, folder or glob; wikipedia:tr (any language code); embedded")
+    data: str = knob(
+        "embedded", "a text file, folder or glob; wikipedia:tr (any language code); embedded"
+    )
     init_from: str = knob("", "weights (.pth) to start from; empty: new ones")
     # evaluation and saving
-    val_every: int = knob(2000, "steps between validations, also at the last; 0: the last only", low=0)
-    val_bytes: int | None = knob(None, "bytes of a validation, from the first on", low=8, none="all")
+    val_every: int = knob(
+        2000, "steps between validations, also at the last; 0: the last only", low=0
+    )
+    val_bytes: int | None = knob(
+        None, "bytes of a validation, from the first on", low=8, none="all"
+    )
     save_every: int = knob(2000, "steps between checkpoints, also at the end; 0: only there", low=0)
     keep: int = knob(2, "checkpoints kept", low=1)
     log_every: int = knob(10, "steps between log lines", low=1)
     on_nan: str = knob("stop", "rollback: once, at half the rate", choices=("stop", "rollback"))
     # the run
-    device: str = knob("cuda", "where to train; nothing falls back by itself", choices=("cuda", "cpu"))
-    precision: str = knob("auto", "of matrix products; auto asks the device", choices=("auto", "fp32", "bf16", "fp16"))
+    device: str = knob(
+        "cuda", "where to train; nothing falls back by itself", choices=("cuda", "cpu")
+    )
+    precision: str = knob(
+        "auto", "of matrix products; auto asks the device", choices=("auto", "fp32", "bf16", "fp16")
+    )
     compile: bool = knob(True, "torch.compile")
-    fla: bool = knob(False, "memory kernels of the package fla-core, on CUDA with compute capability 8 and up")
-    recompute: bool = knob(False, "keep only the blocks' inputs for the backward pass: less memory, more time")
+    fla: bool = knob(
+        False, "memory kernels of the package fla-core, on CUDA with compute capability 8 and up"
+    )
+    recompute: bool = knob(
+        False, "keep only the blocks' inputs for the backward pass: less memory, more time"
+    )
     tracker: str = knob("off", "also send metrics there", choices=("off", "wandb", "trackio"))
     run_id: str = knob("", "an unfinished run's id resumes it; empty: made once per launch")
     stage: str = knob("", "stage of a study, copied into the results row")
     logs_folder: str = knob(str(HERE / "logs"), "folder of the run's log, metrics and checkpoints")
-    results_file: str = knob(str(HERE / "experiments/results_scaled.csv"), "file that gets one row per run")
+    results_file: str = knob(
+        str(HERE / "experiments/results_scaled.csv"), "file that gets one row per run"
+    )
     dry_run: bool = knob(False, "show knobs, sizes and data, and stop")
 
     def __post_init__(self):
@@ -155,9 +242,11 @@ class Knobs:
             f"D_MODEL={self.d_model} must be N_HEAD={self.n_head} times an even head width (rotary)": (
                 self.d_model % self.n_head or self.d_model // self.n_head % 2
             ),
-            f"SEQUENCE_LENGTH={self.sequence_length} must be a multiple of {PATCH} bytes": self.sequence_length % PATCH,
+            f"SEQUENCE_LENGTH={self.sequence_length} must be a multiple of {PATCH} bytes": self.sequence_length
+            % PATCH,
             f"WINDOW={self.window} patches do not fit SEQUENCE_LENGTH={self.sequence_length} bytes = {patches} "
-            f"patches; lower it, or set WINDOW=off": self.window is not None and self.window > patches,
+            f"patches; lower it, or set WINDOW=off": self.window is not None
+            and self.window > patches,
             "WINDOW=off keeps every key: it goes with CARRY_STATE=0 and MEM_DELAY=0": (
                 self.window is None and (self.carry_state or self.mem_delay)
             ),
@@ -185,7 +274,9 @@ class Knobs:
 # ----------------------------------------------------------------------------
 # Model
 
-State = dict[str, Tensor | list[dict[str, Tensor]]]  # what the patches so far leave behind, rows first
+State = dict[
+    str, Tensor | list[dict[str, Tensor]]
+]  # what the patches so far leave behind, rows first
 
 
 def rotary_tables(first_B: Tensor, N: int, D: int) -> tuple[Tensor, Tensor]:
@@ -210,7 +301,9 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, w: int | None, mask: objec
     """
     N, P = q.size(2), k.size(2) - q.size(2)
     if mask is not None:
-        from torch.nn.attention.flex_attention import flex_attention  # imported where it is used: it costs a second
+        from torch.nn.attention.flex_attention import (
+            flex_attention,
+        )  # imported where it is used: it costs a second
 
         return flex_attention(q, k, v, block_mask=mask)
     if N == 1:
@@ -218,7 +311,9 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, w: int | None, mask: objec
     if P == 0 and (w is None or N <= w):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     if w is None:
-        return F.scaled_dot_product_attention(q, k, v, torch.ones(N, P + N, dtype=torch.bool, device=q.device).tril(P))
+        return F.scaled_dot_product_attention(
+            q, k, v, torch.ones(N, P + N, dtype=torch.bool, device=q.device).tril(P)
+        )
     blocks, i = -(-N // w), torch.arange(w, device=q.device)[:, None]
     front, j = w - P, torch.arange(2 * w, device=q.device)
     own = [F.pad(t, (0, 0, front, blocks * w - N)).unflatten(2, (blocks + 1, w)) for t in (k, v)]
@@ -244,7 +339,10 @@ def decays(a: Tensor, M: int, C: int) -> tuple[Tensor, ...]:
     if a.dim() == 1:
         i = torch.arange(max(M, C) + 1, device=a.device, dtype=a.dtype)
         far = (i[:, None] - i) * a[:, None, None]
-        since, left = (a[:, None, None] * i[1 : C + 1]).mT.exp(), (a[:, None, None] * i[:C].flip(0)).mT.exp()
+        since, left = (
+            (a[:, None, None] * i[1 : C + 1]).mT.exp(),
+            (a[:, None, None] * i[:C].flip(0)).mT.exp(),
+        )
         return (
             lower_exp(far[:, :C, :C])[:, None],
             since[:, None],
@@ -256,30 +354,40 @@ def decays(a: Tensor, M: int, C: int) -> tuple[Tensor, ...]:
     return lower_exp(g - g.mT), g.exp(), (g[..., -1:, :] - g).exp(), lower_exp(edges - edges.mT)
 
 
-def memory_group(q: Tensor, k: Tensor, v: Tensor, a: Tensor, S: Tensor, delta: bool, M: int) -> tuple[Tensor, Tensor]:
+def memory_group(
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, S: Tensor, delta: bool, M: int
+) -> tuple[Tensor, Tensor]:
     """`memory` over M equal chunks: what is read, (B, H, M * C, F), and the state behind them."""
     q, k, v = (t.unflatten(2, (M, -1)) for t in (q, k, v))
     within, since, left, across = decays(a, M, q.size(3))
     kept = (k * left).mT
     if not delta:
         # Row n: the state before chunk n, from the carried one and the chunks between; the last row leaves the group.
-        states = (across @ torch.cat([S[:, :, None], kept @ v], 2).flatten(3)).unflatten(3, S.shape[2:])
+        states = (across @ torch.cat([S[:, :, None], kept @ v], 2).flatten(3)).unflatten(
+            3, S.shape[2:]
+        )
     else:  # the WY form: writes u = fresh - read S of a chunk, solved for all of its patches at once
         # Reads what lies below the diagonal, and takes the diagonal to be 1.
         right = torch.cat([v, since * k], -1)
-        solved = torch.linalg.solve_triangular(within * (k @ k.mT), right, upper=False, unitriangular=True)
+        solved = torch.linalg.solve_triangular(
+            within * (k @ k.mT), right, upper=False, unitriangular=True
+        )
         fresh, read = solved.split([v.size(-1), k.size(-1)], -1)
         added, gone, states = kept @ fresh, kept @ read, [S]
         through = since[..., -1:, :].expand(*S.shape[:2], M, 1, 1)
         for n in range(M):
-            states.append(through[:, :, n] * states[-1] - gone[:, :, n] @ states[-1] + added[:, :, n])
+            states.append(
+                through[:, :, n] * states[-1] - gone[:, :, n] @ states[-1] + added[:, :, n]
+            )
         states = torch.stack(states, 2)
         v = fresh - read @ states[:, :, :-1]
     o = (q @ k.mT * within) @ v + (q * since) @ states[:, :, :-1]
     return o.flatten(2, 3), states[:, :, -1]
 
 
-def memory(q: Tensor, k: Tensor, v: Tensor, a: Tensor, S: Tensor, delta: bool = False) -> tuple[Tensor, Tensor]:
+def memory(
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, S: Tensor, delta: bool = False
+) -> tuple[Tensor, Tensor]:
     """S_t = e^a_t S_{t-1} + k_t u_t^T and o_t = S_t^T q_t over N patches, where u_t = v_t, or with the delta rule
     u_t = v_t - (e^a_t S_{t-1})^T k_t. Returns o (B, H, N, F) and the last state.
 
@@ -293,7 +401,9 @@ def memory(q: Tensor, k: Tensor, v: Tensor, a: Tensor, S: Tensor, delta: bool = 
         S = S + k.mT @ (v - k @ S if delta else v)
         return q @ S, S
     whole = N // CHUNK * CHUNK  # the last chunk may be short
-    sizes = [min(CHUNK * GROUP, whole - i) for i in range(0, whole, CHUNK * GROUP)] + [N - whole] * (N > whole)
+    sizes = [min(CHUNK * GROUP, whole - i) for i in range(0, whole, CHUNK * GROUP)] + [
+        N - whole
+    ] * (N > whole)
     # split, not slices: the gradient of a slice is as long as the whole, which would make the cost quadratic
     parts = [t.split(sizes, 2) for t in ((q, k, v) if a.dim() == 1 else (q, k, v, a))]
     for n, part in zip(sizes, zip(*parts, strict=True), strict=True):
@@ -302,7 +412,9 @@ def memory(q: Tensor, k: Tensor, v: Tensor, a: Tensor, S: Tensor, delta: bool = 
     return (out[0] if len(out) == 1 else torch.cat(out, 2)), S
 
 
-def memory_fla(q: Tensor, k: Tensor, v: Tensor, a: Tensor, S: Tensor, delta: bool = False) -> tuple[Tensor, Tensor]:
+def memory_fla(
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, S: Tensor, delta: bool = False
+) -> tuple[Tensor, Tensor]:
     """`memory` by the kernels of fla-core, which take (B, N, H, E) in bf16. Static decay goes in as per-patch `g`:
     their per-head `g_gamma` has no gradient."""
     g = a.expand(q.size(0), q.size(2), -1) if a.dim() == 1 else a.mT
@@ -353,16 +465,25 @@ class Memory(nn.Module):
     def reset_parameters(self) -> None:
         """Runs behind the submodules' own: retention as MEM_INIT says, the same for every input at first."""
         if self.k.mem_init is None:
-            half = torch.logspace(*(math.log10(h) for h in HALF_LIVES), self.k.n_head, dtype=torch.float64)
+            half = torch.logspace(
+                *(math.log10(h) for h in HALF_LIVES), self.k.n_head, dtype=torch.float64
+            )
             kept = 0.5 ** (1 / half)
-            self.retention.copy_(((kept - self.k.mem_range) / -torch.expm1(math.log(0.5) / half)).log())
+            self.retention.copy_(
+                ((kept - self.k.mem_range) / -torch.expm1(math.log(0.5) / half)).log()
+            )
         else:
             self.retention.fill_(self.k.mem_init)
         if self.decay is not None:
             self.decay.weight.zero_()
-        if self.conv is not None and self.k.mem_align:  # what follows a patch is found by that patch, from the start on
+        if (
+            self.conv is not None and self.k.mem_align
+        ):  # what follows a patch is found by that patch, from the start on
             D = self.k.d_model
-            self.qkv.weight[D : 2 * D], self.qkv.bias[D : 2 * D] = self.qkv.weight[:D], self.qkv.bias[:D]
+            self.qkv.weight[D : 2 * D], self.qkv.bias[D : 2 * D] = (
+                self.qkv.weight[:D],
+                self.qkv.bias[:D],
+            )
             self.conv.weight.zero_()
             self.conv.bias.zero_()
             self.conv.weight[D : 2 * D, 0, -2] += 1
@@ -394,7 +515,9 @@ class Memory(nn.Module):
         y = sum(seq[:, i : i + N] * taps[:, i] for i in range(4)) + self.conv.bias.type_as(qkv)
         return F.silu(y), seq[:, N:]
 
-    def forward(self, x_BND: Tensor, state: dict[str, Tensor], plasticity: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, x_BND: Tensor, state: dict[str, Tensor], plasticity: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """What is read, (B, N, D), and the state behind the N patches."""
         k, new, qkv = self.k, {}, self.qkv(x_BND)
         if self.conv is not None:
@@ -402,14 +525,18 @@ class Memory(nn.Module):
         z = self.retention if self.decay is None else self.retention[:, None] + self.decay(x_BND).mT
         with torch.autocast(x_BND.device.type, enabled=False):
             a = log_retention(z.float(), k.mem_range) + plasticity.log()
-            q, key, v = (t.unflatten(2, (k.n_head, -1)).transpose(1, 2).float() for t in qkv.chunk(3, -1))
+            q, key, v = (
+                t.unflatten(2, (k.n_head, -1)).transpose(1, 2).float() for t in qkv.chunk(3, -1)
+            )
             if k.mem_feature == "elu":
                 q, key = (F.elu(q) + 1) * q.size(-1) ** -0.5, F.elu(key) + 1
             else:
                 q, key = F.normalize(q, dim=-1), F.normalize(key, dim=-1)
             if k.mem_norm == "denominator":
                 v = F.pad(v, (0, 1), value=1.0)
-            if self.beta is not None:  # a share beta of the write: the root of it on the key, and on the value
+            if (
+                self.beta is not None
+            ):  # a share beta of the write: the root of it on the key, and on the value
                 root = (0.5 * F.logsigmoid(self.beta(x_BND).float())).exp().mT[..., None]
                 key, v = key * root, v * root
             if k.mem_delay:
@@ -447,8 +574,13 @@ class Block(nn.Module):
         """Window attention (B, N, D), and the keys and values that the next patches may still see. Keys are kept as
         they are before the rotation, so that positions start at 0 in every call."""
         w, N = self.k.window, h_BND.size(1)
-        q, key, v = (t.unflatten(2, (self.k.n_head, -1)).transpose(1, 2) for t in self.qkv(h_BND).chunk(3, -1))
-        key, v = (torch.cat([past.type_as(t), t], 2) for past, t in ((state["k"], key), (state["v"], v)))
+        q, key, v = (
+            t.unflatten(2, (self.k.n_head, -1)).transpose(1, 2)
+            for t in self.qkv(h_BND).chunk(3, -1)
+        )
+        key, v = (
+            torch.cat([past.type_as(t), t], 2) for past, t in ((state["k"], key), (state["v"], v))
+        )
         new = dict(k=key if w is None else key[:, :, max(key.size(2) - w + 1, 0) :])
         new["v"] = v if w is None else v[:, :, max(v.size(2) - w + 1, 0) :]
         if tables is not None:
@@ -475,7 +607,11 @@ class Thinking(nn.Module):
 
     def __init__(self, k: Knobs):
         super().__init__()
-        self.steps, self.norm, self.gate = k.thinking_steps, make_norm(k, k.d_model), nn.Linear(k.d_model, k.d_model)
+        self.steps, self.norm, self.gate = (
+            k.thinking_steps,
+            make_norm(k, k.d_model),
+            nn.Linear(k.d_model, k.d_model),
+        )
         self.mlp = make_mlp(k.d_model)
 
     def forward(self, z_BND: Tensor) -> Tensor:
@@ -493,7 +629,9 @@ class Hashes(nn.Module):
     def __init__(self, lengths: tuple[int, ...], P: int):
         super().__init__()
         self.lengths = lengths
-        powers = [pow(1_000_003, P - i, self.PRIME) for i in range(P)]  # sums of products stay below 2^45
+        powers = [
+            pow(1_000_003, P - i, self.PRIME) for i in range(P)
+        ]  # sums of products stay below 2^45
         self.register_buffer("powers", torch.tensor(powers), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -509,7 +647,10 @@ class NGrams(nn.Module):
     def __init__(self, rows: int):
         super().__init__()
         self.rows, self.table = rows, nn.Parameter(torch.empty(len(GRAMS) * rows, GRAM_WIDTH))
-        self.hash, self.out = Hashes(GRAMS, PAST), nn.Linear(len(GRAMS) * GRAM_WIDTH, BYTES, bias=False)
+        self.hash, self.out = (
+            Hashes(GRAMS, PAST),
+            nn.Linear(len(GRAMS) * GRAM_WIDTH, BYTES, bias=False),
+        )
         self.register_buffer("first", torch.arange(len(GRAMS)) * rows, persistent=False)
         self.reset_parameters()
 
@@ -536,7 +677,9 @@ class ByteMemory(nn.Module):
     def __init__(self, rows: int):
         super().__init__()
         self.rows, self.hash = rows, Hashes(HISTORIES, max(HISTORIES))
-        self.how = nn.Parameter(torch.empty(6 * len(HISTORIES)))  # a vector, which weight decay leaves alone
+        self.how = nn.Parameter(
+            torch.empty(6 * len(HISTORIES))
+        )  # a vector, which weight decay leaves alone
         self.doubt = nn.Linear(BYTES, len(HISTORIES))  # what the decoder's state adds to log d
         self.reset_parameters()
 
@@ -561,10 +704,14 @@ class ByteMemory(nn.Module):
         return dict(
             key=torch.zeros(shape, dtype=torch.long, device=device),
             byte=torch.zeros(*shape, 2, dtype=torch.uint8, device=device),
-            time=torch.full((*shape, 2), -1, device=device),  # of the byte, counted from the strip's first; -1: none
+            time=torch.full(
+                (*shape, 2), -1, device=device
+            ),  # of the byte, counted from the strip's first; -1: none
         )
 
-    def read(self, text: Tensor, first_B: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, Tensor, tuple]:
+    def read(
+        self, text: Tensor, first_B: Tensor, state: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, tuple]:
         """For each of the T bytes of text (B, 24 + T) behind the first 24, the first of them at `first` of its row: the
         bytes (B, T, O, 2) that followed its histories, newest first, and how long ago, -1 for none; and what to write.
 
@@ -573,11 +720,16 @@ class ByteMemory(nn.Module):
         P, T = max(HISTORIES), text.size(1) - max(HISTORIES)
         h = self.hash(text[:, :-1].unfold(1, P, 1)).mT  # (B, O, T)
         row, order = torch.sort(h % self.rows, stable=True)
-        i, of = torch.arange(T, device=text.device), lambda t_BT: t_BT[:, None].expand_as(h).gather(2, order)
+        i, of = (
+            torch.arange(T, device=text.device),
+            lambda t_BT: t_BT[:, None].expand_as(h).gather(2, order),
+        )
         h, byte, time = h.gather(2, order), of(text[:, P:]), of(first_B[:, None] + i)
         starts = lambda t: (t != t.roll(1, -1)) | (i == 0)
         row_start, run_start = (torch.where(starts(t), i, 0).cummax(-1).values for t in (row, h))
-        met = i - run_start  # how often the window has met this history since another one was in its row
+        met = (
+            i - run_start
+        )  # how often the window has met this history since another one was in its row
         known = (state["key"].gather(2, row) == h) & (run_start == row_start)
         at = row[..., None].expand(*row.shape, 2)
         old = state["byte"].gather(2, at).long() * known[..., None]
@@ -586,10 +738,15 @@ class ByteMemory(nn.Module):
         for new, (a, b) in zip((byte, time), (t.unbind(-1) for t in old), strict=True):
             last.append(torch.where(met > 0, new.roll(1, -1), a))
             before.append(torch.where(met > 1, new.roll(2, -1), torch.where(met > 0, a, b)))
-        place = torch.where((row != row.roll(-1, -1)) | (i == T - 1), row, self.rows)  # what comes last in a row stays
+        place = torch.where(
+            (row != row.roll(-1, -1)) | (i == T - 1), row, self.rows
+        )  # what comes last in a row stays
         writes = place, h, torch.stack([byte, last[0]], -1), torch.stack([time, last[1]], -1)
         back = order.argsort(-1)[..., None].expand(*h.shape, 2)
-        found, when = (torch.stack(pair, -1).gather(2, back).transpose(1, 2) for pair in zip(last, before, strict=True))
+        found, when = (
+            torch.stack(pair, -1).gather(2, back).transpose(1, 2)
+            for pair in zip(last, before, strict=True)
+        )
         age = (first_B[:, None] + i)[..., None, None] - when
         return found, age.masked_fill(when < 0, -1), writes
 
@@ -611,7 +768,9 @@ class ByteMemory(nn.Module):
         d = torch.where(some[..., 1], torch.where(byte[..., 0] == byte[..., 1], same, other), alone)
         d = (d + self.doubt(h).float()).exp()
         whole = w.sum(-1) + d
-        longer = F.pad((d / whole).flip(-1).cumprod(-1).flip(-1), (0, 1), value=1.0)  # what longer histories leave
+        longer = F.pad(
+            (d / whole).flip(-1).cumprod(-1).flip(-1), (0, 1), value=1.0
+        )  # what longer histories leave
         p = longer[..., :1] * logits.softmax(-1)
         w = w / whole[..., None] * longer[..., 1:, None]
         return p.scatter_add(-1, byte.flatten(-2), w.flatten(-2)).clamp(min=1e-30).log()
@@ -624,7 +783,11 @@ class ByteDecoder(nn.Module):
 
     def __init__(self, k: Knobs):
         super().__init__()
-        self.reads, self.latent, self.embed = k.decoder_reads, nn.Linear(k.d_model, BYTES), nn.Embedding(BYTES, BYTES)
+        self.reads, self.latent, self.embed = (
+            k.decoder_reads,
+            nn.Linear(k.d_model, BYTES),
+            nn.Embedding(BYTES, BYTES),
+        )
         self.gru, self.out = nn.GRU(2 * BYTES, BYTES, batch_first=True), nn.Linear(BYTES, BYTES)
         self.grams = NGrams(k.ngram_rows) if k.ngram_rows else None
 
@@ -632,12 +795,18 @@ class ByteDecoder(nn.Module):
         """nn.GRU's input product in two parts: of each byte value, (256, 3 * 256), and of the latents, (.., 3 * 256),
         which are the same for all bytes of a patch."""
         of_byte, of_latent = self.gru.weight_ih_l0.split(BYTES, dim=1)
-        return F.linear(self.embed.weight, of_byte), F.linear(self.latent(z), of_latent, self.gru.bias_ih_l0)
+        return F.linear(self.embed.weight, of_byte), F.linear(
+            self.latent(z), of_latent, self.gru.bias_ih_l0
+        )
 
     def step(self, h: Tensor | None, given: Tensor) -> Tensor:
         """nn.GRU's cell: the next hidden state from the last one (None: zero) and the input product."""
         r, z, n = given.chunk(3, -1)
-        of_h = self.gru.bias_hh_l0 if h is None else F.linear(h, self.gru.weight_hh_l0, self.gru.bias_hh_l0)
+        of_h = (
+            self.gru.bias_hh_l0
+            if h is None
+            else F.linear(h, self.gru.weight_hh_l0, self.gru.bias_hh_l0)
+        )
         hr, hz, hn = of_h.chunk(3, -1)
         z = torch.sigmoid(z + hz)
         new = (1 - z) * torch.tanh(n + torch.sigmoid(r + hr) * hn)
@@ -646,7 +815,9 @@ class ByteDecoder(nn.Module):
     def begin(self, x: Tensor, of_byte: Tensor, of_latent: Tensor) -> Tensor:
         """The hidden state (.., 256) that predicts a patch's first byte, from the 8 bytes before it, (.., 8)."""
         h = None
-        for byte in (x[..., PAST - self.reads :] if self.reads else torch.zeros_like(x[..., :1])).unbind(-1):
+        for byte in (
+            x[..., PAST - self.reads :] if self.reads else torch.zeros_like(x[..., :1])
+        ).unbind(-1):
             h = self.step(h, of_latent + F.embedding(byte, of_byte))
         return h
 
@@ -678,8 +849,12 @@ class ByteLM(nn.Module):
         self.thinking = Thinking(k) if k.thinking_steps else None
         self.decoder = ByteDecoder(k)
         self.byte_memory = ByteMemory(k.mem_rows) if k.mem_rows and k.memory != "off" else None
-        self.register_buffer("plasticity", torch.ones(()))  # multiplies every retention; saved, so applied as trained
-        self.masks: dict[tuple[int, int], object] = {}  # FlexAttention's block masks by (N, P); empty: chunked SDPA
+        self.register_buffer(
+            "plasticity", torch.ones(())
+        )  # multiplies every retention; saved, so applied as trained
+        self.masks: dict[
+            tuple[int, int], object
+        ] = {}  # FlexAttention's block masks by (N, P); empty: chunked SDPA
 
     def init_weights(self, seed: int) -> None:
         """PyTorch's default initialisation. Each module draws from a generator of its own, made of seed and name: a
@@ -691,23 +866,31 @@ class ByteLM(nn.Module):
                     torch.manual_seed(int.from_bytes(digest[:7], "big"))
                     module.reset_parameters()
         for memory in (*(block.memory for block in self.blocks), self.byte_memory):
-            if memory is not None:  # it comes before its own parts in the walk, which would undo what it sets
+            if (
+                memory is not None
+            ):  # it comes before its own parts in the walk, which would undo what it sets
                 memory.reset_parameters()
 
     def state(self, B: int) -> State:
         """The state of B rows before their first patch; constant in size from the first full window on."""
         k, device = self.k, self.plasticity.device
         keys = torch.zeros(B, k.n_head, 0, k.d_model // k.n_head, device=device)
-        layers = [dict(k=keys, v=keys) | (b.memory.state(B) if b.memory else {}) for b in self.blocks]
+        layers = [
+            dict(k=keys, v=keys) | (b.memory.state(B) if b.memory else {}) for b in self.blocks
+        ]
         whole = dict(dtype=torch.long, device=device)
-        state = dict(position=torch.zeros(B, **whole), bytes=torch.zeros(B, FURTHEST, **whole), layers=layers)
+        state = dict(
+            position=torch.zeros(B, **whole), bytes=torch.zeros(B, FURTHEST, **whole), layers=layers
+        )
         return state | (dict(histories=self.byte_memory.state(B)) if self.byte_memory else {})
 
     def trunk(self, x_BT: Tensor, state: State) -> tuple[Tensor, State]:
         """Latents (B, N, D) of the patches of x, which continue `state`, and the state behind them."""
         k, N = self.k, x_BT.size(1) // PATCH
         first, P = state["position"], state["layers"][0]["k"].size(2)
-        z = self.embed(x_BT).unflatten(1, (N, PATCH)).flatten(2)  # one product; conv1d would move channels to and fro
+        z = (
+            self.embed(x_BT).unflatten(1, (N, PATCH)).flatten(2)
+        )  # one product; conv1d would move channels to and fro
         z = F.linear(z, self.patch.weight.mT.flatten(1), self.patch.bias)
         tables = None
         if k.rope == "input":
@@ -716,7 +899,11 @@ class ByteLM(nn.Module):
             tables = rotary_tables(torch.zeros_like(first[:1]), P + N, k.d_model // k.n_head)
         z, layers = F.dropout(self.norm_in(z), k.dropout, self.training), []
         for block, old in zip(self.blocks, state["layers"], strict=True):
-            run = partial(checkpoint, block, use_reentrant=False) if k.recompute and self.training else block
+            run = (
+                partial(checkpoint, block, use_reentrant=False)
+                if k.recompute and self.training
+                else block
+            )
             z, new = run(z, old, tables, self.masks.get((N, P)), self.plasticity)
             layers.append(new)
         z = self.norm_out(z)
@@ -724,12 +911,16 @@ class ByteLM(nn.Module):
         state = state | dict(position=first + N, bytes=past, layers=layers)
         return (z if self.thinking is None else self.thinking(z)), state
 
-    def logits(self, x_BT: Tensor, y_BT: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+    def logits(
+        self, x_BT: Tensor, y_BT: Tensor, state: State | None = None
+    ) -> tuple[Tensor, State]:
         """Logits (B, T, 256), fp32, of the targets y, each given all bytes before it; and the state behind x."""
         old = self.state(len(x_BT)) if state is None else state
         z_BND, state = self.trunk(x_BT, old)
         x = torch.cat([old["bytes"][:, -PATCH:], x_BT], 1).unfold(1, PAST, PATCH)
-        logits, h = (t.flatten(1, 2) for t in self.decoder(z_BND, x, y_BT.unflatten(1, (-1, PATCH))))
+        logits, h = (
+            t.flatten(1, 2) for t in self.decoder(z_BND, x, y_BT.unflatten(1, (-1, PATCH)))
+        )
         if self.byte_memory is not None:
             byte, age, writes = self.read_histories(x_BT, y_BT, old)
             state["histories"] = each(Tensor.clone, state["histories"])
@@ -737,21 +928,31 @@ class ByteLM(nn.Module):
             logits = logits if self.k.memory == "zero" else self.byte_memory(logits, h, byte, age)
         return logits, state
 
-    def read_histories(self, x_BT: Tensor, y_BT: Tensor, state: State) -> tuple[Tensor, Tensor, tuple]:
+    def read_histories(
+        self, x_BT: Tensor, y_BT: Tensor, state: State
+    ) -> tuple[Tensor, Tensor, tuple]:
         """ByteMemory.read at each of the targets y."""
         text = torch.cat([state["bytes"], x_BT[:, :PATCH], y_BT], 1)
         return self.byte_memory.read(text, state["position"] * PATCH, state["histories"])
 
     def nll(self, x_BT: Tensor, y_BT: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """-log p of each target byte, (B, T), in nats; 0 where y is -1: what such a byte is, x says."""
-        logits, state = self.logits(x_BT, torch.where(y_BT < 0, F.pad(x_BT[:, PATCH:], (0, PATCH)), y_BT), state)
-        nll = F.cross_entropy(logits.flatten(0, 1), y_BT.flatten(), ignore_index=-1, reduction="none")
+        logits, state = self.logits(
+            x_BT, torch.where(y_BT < 0, F.pad(x_BT[:, PATCH:], (0, PATCH)), y_BT), state
+        )
+        nll = F.cross_entropy(
+            logits.flatten(0, 1), y_BT.flatten(), ignore_index=-1, reduction="none"
+        )
         return nll.view_as(y_BT), state
 
     def half_lives(self) -> Tensor | None:
         """(L, H) patches, of an input that does not move them; None without memory."""
         memories = [b.memory for b in self.blocks if b.memory is not None]
-        return torch.stack([m.half_lives(self.plasticity.item()) for m in memories]).cpu() if memories else None
+        return (
+            torch.stack([m.half_lives(self.plasticity.item()) for m in memories]).cpu()
+            if memories
+            else None
+        )
 
 
 class Stream:
@@ -759,10 +960,16 @@ class Stream:
     `logits` is what comes next. Exactly the full forward, whatever the cuts."""
 
     def __init__(self, model: ByteLM, B: int = 1, prefill: int = 4096):
-        self.model, self.state, self.prefill = model, model.state(B), prefill  # prefill: bytes a forward takes
+        self.model, self.state, self.prefill = (
+            model,
+            model.state(B),
+            prefill,
+        )  # prefill: bytes a forward takes
         device = model.plasticity.device
         self.held = torch.zeros(B, 0, dtype=torch.long, device=device)  # of the unfinished patch
-        self.past = torch.zeros(B, max(HISTORIES), dtype=torch.long, device=device)  # the last bytes of all
+        self.past = torch.zeros(
+            B, max(HISTORIES), dtype=torch.long, device=device
+        )  # the last bytes of all
         self.of_byte = self.of_latent = self.h = None
 
     def next_byte(self) -> Tensor:
@@ -790,7 +997,9 @@ class Stream:
         self.held, self.past = x_BT, seen[:, -max(HISTORIES) :]
         if self.h is not None:
             for byte_B in x_BT[:, done:].unbind(1):
-                self.h = self.model.decoder.step(self.h, self.of_latent + F.embedding(byte_B, self.of_byte))
+                self.h = self.model.decoder.step(
+                    self.h, self.of_latent + F.embedding(byte_B, self.of_byte)
+                )
 
     @torch.no_grad()
     def logits(self) -> Tensor:
@@ -835,12 +1044,18 @@ class LossScale:
 
     def skip(self, norm: Tensor) -> Tensor:
         """Whether this step overflowed, as a device bool. At a factor of 1 it is no overflow, but a real failure."""
-        return ~norm.isfinite() & (self.scale > 1) if self.on else torch.zeros_like(norm, dtype=torch.bool)
+        return (
+            ~norm.isfinite() & (self.scale > 1)
+            if self.on
+            else torch.zeros_like(norm, dtype=torch.bool)
+        )
 
     def update(self, skipped: Tensor) -> None:
         if self.on:
             grown = ~skipped & (self.good >= 1999)
-            self.scale = torch.where(skipped, self.scale / 2, torch.where(grown, self.scale * 2, self.scale))
+            self.scale = torch.where(
+                skipped, self.scale / 2, torch.where(grown, self.scale * 2, self.scale)
+            )
             self.good = torch.where(skipped | grown, 0.0, self.good + 1)
 
 
@@ -853,7 +1068,10 @@ class AdamW:
     def __init__(self, model: ByteLM, k: Knobs, w: World):
         named = dict(model.named_parameters())
         decayed = [n for n, p in named.items() if k.decay_on == "all" or p.dim() > 1]
-        self.params, self.w = {n: named[n] for n in [*decayed, *(n for n in named if n not in set(decayed))]}, w
+        self.params, self.w = (
+            {n: named[n] for n in [*decayed, *(n for n in named if n not in set(decayed))]},
+            w,
+        )
         part = -(-sum(p.numel() for p in named.values()) // w.size)
         self.data, self.grads = (torch.zeros(w.size, part, device=w.device) for _ in range(2))
         for name, p in self.params.items():
@@ -863,14 +1081,20 @@ class AdamW:
         self.mine = [nn.Parameter(piece) for piece in self.data[w.rank].split([cut, part - cut])]
         for piece, grad in zip(self.mine, self.grads[w.rank].split([cut, part - cut]), strict=True):
             piece.grad = grad
-        groups = [dict(params=[p], weight_decay=d) for p, d in zip(self.mine, (k.weight_decay, 0.0), strict=True)]
+        groups = [
+            dict(params=[p], weight_decay=d)
+            for p, d in zip(self.mine, (k.weight_decay, 0.0), strict=True)
+        ]
         self.adam = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, k.beta2), eps=1e-8, fused=True)
 
     def views(self, table: Tensor) -> dict[str, Tensor]:
         """The parameters' places in a (W, part) table, in their shapes."""
         sizes = [p.numel() for p in self.params.values()]
         parts = table.view(-1)[: sum(sizes)].split(sizes)
-        return {name: part.view_as(p) for part, (name, p) in zip(parts, self.params.items(), strict=True)}
+        return {
+            name: part.view_as(p)
+            for part, (name, p) in zip(parts, self.params.items(), strict=True)
+        }
 
     def norms(self) -> Tensor:
         """Of each parameter's gradient on this rank, before the ranks' are averaged."""
@@ -896,7 +1120,12 @@ class AdamW:
         """Moments of all parameters, by name, and the number of updates."""
         states, out = [self.adam.state.get(p, {}) for p in self.mine], {}
         for key in ("exp_avg", "exp_avg_sq"):
-            row = torch.cat([s.get(key, torch.zeros_like(p)).detach() for s, p in zip(states, self.mine, strict=True)])
+            row = torch.cat(
+                [
+                    s.get(key, torch.zeros_like(p)).detach()
+                    for s, p in zip(states, self.mine, strict=True)
+                ]
+            )
             rows = self.w.all_rows(row.repeat(self.w.size, 1))
             out[key] = {name: view.cpu().clone() for name, view in self.views(rows).items()}
         return out | dict(step=float(states[0].get("step", 0.0)))
@@ -922,14 +1151,20 @@ def lr_scale(step: int, k: Knobs) -> float:
     if step < k.warmup_iters:
         return (step + 1) / k.warmup_iters
     left = 1 - (step - k.warmup_iters) / max(k.num_iterations - k.warmup_iters, 1)
-    return {"constant": 1.0, "linear": max(left, 0.0), "cosine": 0.5 - 0.5 * math.cos(math.pi * max(left, 0.0))}[
-        k.schedule
-    ]
+    return {
+        "constant": 1.0,
+        "linear": max(left, 0.0),
+        "cosine": 0.5 - 0.5 * math.cos(math.pi * max(left, 0.0)),
+    }[k.schedule]
 
 
 def plasticity(step: int, k: Knobs) -> float:
     """What multiplies every retention in update `step`: 1, or with CURRICULUM that of the stage it is in."""
-    return next(p for at, p in reversed(STAGES) if step >= at * k.num_iterations) if k.curriculum else 1.0
+    return (
+        next(p for at, p in reversed(STAGES) if step >= at * k.num_iterations)
+        if k.curriculum
+        else 1.0
+    )
 
 
 # ----------------------------------------------------------------------------
@@ -953,7 +1188,9 @@ class Batches:
                 f"{strips * T + PATCH:,}; use more text or shorter rows"
             )
         if k.batch_size % w.size:
-            raise UserError(f"BATCH_SIZE={k.batch_size} does not divide among {w.size} ranks; change one of the two")
+            raise UserError(
+                f"BATCH_SIZE={k.batch_size} does not divide among {w.size} ranks; change one of the two"
+            )
         self.local = k.batch_size // w.size
         self.windows = (shards.total - PATCH) // strips // T  # per strip
 
@@ -973,7 +1210,9 @@ class Batches:
     def make(self, step: int) -> tuple[Tensor, Tensor]:
         """This rank's inputs and targets of the step, (B_local, T) uint8; targets are the bytes 4 further on."""
         rows = self.starts(step)[self.w.rank * self.local : (self.w.rank + 1) * self.local]
-        text = [self.shards.read(at, self.k.sequence_length + PATCH).astype(np.uint8) for at in rows]
+        text = [
+            self.shards.read(at, self.k.sequence_length + PATCH).astype(np.uint8) for at in rows
+        ]
         text = torch.from_numpy(np.stack(text))
         return text[:, :-PATCH].contiguous(), text[:, PATCH:].contiguous()
 
@@ -993,14 +1232,18 @@ def clean_article(text: str) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def write_split(folder: Path, pieces: Iterator[bytes], shares: dict[str, float], separator: bytes) -> None:
+def write_split(
+    folder: Path, pieces: Iterator[bytes], shares: dict[str, float], separator: bytes
+) -> None:
     """Write each piece to the file of the share that its hash falls into: `train.txt`, `val.txt`, ..."""
     ends = np.cumsum(list(shares.values()))
     files = [open(folder / f"{name}.txt", "wb") for name in shares]
     try:
         for piece in pieces:
             at = int.from_bytes(hashlib.sha256(piece).digest()[:4], "big") / 2**32
-            files[min(int(np.searchsorted(ends, at, "right")), len(files) - 1)].write(piece + separator)
+            files[min(int(np.searchsorted(ends, at, "right")), len(files) - 1)].write(
+                piece + separator
+            )
     finally:
         for f in files:
             f.close()
@@ -1010,7 +1253,9 @@ def wikipedia(language: str) -> Path:
     """Folder with train.txt, val.txt and test.txt of the language's Wikipedia, split by article hash, made once. The
     dump's parquet files are downloaded (resumably), read and kept."""
     if not re.fullmatch(r"[a-z][a-z_-]{1,15}", language):
-        raise UserError(f"DATA=wikipedia:{language}: expected a language code, such as wikipedia:tr")
+        raise UserError(
+            f"DATA=wikipedia:{language}: expected a language code, such as wikipedia:tr"
+        )
     if (home := HERE / f"data/wikipedia-{DUMP}.{language}").exists():
         return home
     if importlib.util.find_spec("pyarrow") is None:
@@ -1065,12 +1310,18 @@ def split_files(data: str) -> tuple[list[str], list[str]]:
     files = plumbing.text_files(data)
     if empty := next((p for p in files if os.path.getsize(p) == 0), None):
         raise UserError(f"{empty}: an empty file; expected text")
-    beside = plumbing.text_files(Path(files[0]).parent) if len(files) == 1 and named(files[0], "train") else files
+    beside = (
+        plumbing.text_files(Path(files[0]).parent)
+        if len(files) == 1 and named(files[0], "train")
+        else files
+    )
     val = [p for p in beside if named(p, "val|valid|validation|dev")]
     train = [p for p in files if not named(p, "val|valid|validation|dev|test")]
     if val and train:
         return train, val
-    content = json.dumps([[os.path.abspath(p), os.path.getsize(p), os.stat(p).st_mtime_ns] for p in files])
+    content = json.dumps(
+        [[os.path.abspath(p), os.path.getsize(p), os.stat(p).st_mtime_ns] for p in files]
+    )
     home = HERE / f"data/split-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
     make = lambda folder: write_split(folder, paragraphs(files), dict(train=0.95, val=0.05), b"")
     plumbing.build_once(home, make)
@@ -1082,7 +1333,9 @@ def open_data(k: Knobs) -> tuple[TokenShards, TokenShards, str]:
     if k.data == "embedded":
         train, val, sha = plumbing.embedded_corpus(HERE / "data")
         return TokenShards(train), TokenShards(val), sha
-    train, val = split_files(str(wikipedia(k.data[10:])) if k.data.startswith("wikipedia:") else k.data)
+    train, val = split_files(
+        str(wikipedia(k.data[10:])) if k.data.startswith("wikipedia:") else k.data
+    )
     if os.path.getsize(val[0]) <= PATCH:
         raise UserError(
             f"{k.data}: its validation part has {os.path.getsize(val[0])} bytes; use more text, or put a file val.txt "
@@ -1098,7 +1351,9 @@ def open_data(k: Knobs) -> tuple[TokenShards, TokenShards, str]:
 STRIPS = 8  # parts of the validation text that are read side by side, whatever the number of ranks
 
 
-def evaluate(step: "MicroStep", val: TokenShards, micro: int, k: Knobs, w: World) -> tuple[float, float]:
+def evaluate(
+    step: "MicroStep", val: TokenShards, micro: int, k: Knobs, w: World
+) -> tuple[float, float]:
     """Mean loss per byte, nats, and characters per byte of the whole validation text (VAL_BYTES of it), in windows that
     do not overlap; each byte behind the first 4 counts once. With CARRY_STATE a strip's windows carry their state. The
     same windows for every world size and micro-batch, whose rows are filled up with targets of -1."""
@@ -1115,7 +1370,9 @@ def evaluate(step: "MicroStep", val: TokenShards, micro: int, k: Knobs, w: World
                 if (n := min(T, strip - at, total - start)) > 0:
                     text, whole = val.read(start, n + PATCH), -(-n // PATCH) * PATCH
                     x[i, :whole], y[i, :n] = text[:whole], text[PATCH:]
-            loss, new = step.loss_sum(torch.from_numpy(x).to(w.device), torch.from_numpy(y).to(w.device), state)
+            loss, new = step.loss_sum(
+                torch.from_numpy(x).to(w.device), torch.from_numpy(y).to(w.device), state
+            )
             state, sums[0] = new if k.carry_state else None, sums[0] + loss
             sums[1] += int(((y >= 0) & (y & 0xC0 != 0x80)).sum())  # bytes that begin a character
     sums = w.sum(sums)
@@ -1132,19 +1389,27 @@ RESULTS = (
     "final_val_bpc val_bits_per_char train_time_ms ms_per_step gpu_name n_gpus notes stage status steps_done n_params "
     "tokens_seen epochs peak_memory_mib torch world_size code_sha256 dirty"
 ).split()
-IN_COLUMNS = "seed d_model n_layer n_head window memory mem_decay delta_rule carry_state data lr batch_size "
+IN_COLUMNS = (
+    "seed d_model n_layer n_head window memory mem_decay delta_rule carry_state data lr batch_size "
+)
 IN_COLUMNS += "device_batch_size sequence_length num_iterations"
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 
 
-def choose_precision(wanted: str, device: str, capability: tuple[int, int] | None) -> tuple[str, str]:
+def choose_precision(
+    wanted: str, device: str, capability: tuple[int, int] | None
+) -> tuple[str, str]:
     """fp32, bf16 or fp16, and why. auto: fp32 on a CPU, bf16 from compute capability 8 on, fp16 below (there bf16 would
     be emulated, which torch.cuda.is_bf16_supported() calls support)."""
     where = "CPU" if device == "cpu" else "compute capability {}.{}".format(*capability)
     if wanted == "auto":
-        return ("fp32" if device == "cpu" else "bf16" if capability >= (8, 0) else "fp16"), f"auto, {where}"
+        return (
+            "fp32" if device == "cpu" else "bf16" if capability >= (8, 0) else "fp16"
+        ), f"auto, {where}"
     if wanted == "bf16" and device == "cuda" and capability < (8, 0):
-        raise UserError(f"PRECISION=bf16: this GPU has {where} and would emulate it; use PRECISION=fp16 or auto")
+        raise UserError(
+            f"PRECISION=bf16: this GPU has {where} and would emulate it; use PRECISION=fp16 or auto"
+        )
     return wanted, f"as asked, {where}"
 
 
@@ -1152,8 +1417,15 @@ def flops_per_byte(model: ByteLM, k: Knobs) -> float:
     """Model FLOPs of forward and backward, for MFU: 6 per weight of a matrix product each time it is used, attention
     counted causal within its window, and the memory's chunkwise products."""
     uses = dict(embed=0, thinking=k.thinking_steps)
-    used, steps = 0, PATCH - 2 + max(k.decoder_reads, 1)  # of the GRU that multiply a state; the first has none
-    per_byte = {"decoder.gru.weight_hh_l0": steps, "decoder.out.weight": PATCH, "decoder.grams.out.weight": PATCH}
+    used, steps = (
+        0,
+        PATCH - 2 + max(k.decoder_reads, 1),
+    )  # of the GRU that multiply a state; the first has none
+    per_byte = {
+        "decoder.gru.weight_hh_l0": steps,
+        "decoder.out.weight": PATCH,
+        "decoder.grams.out.weight": PATCH,
+    }
     per_byte |= {"decoder.grams.table": 0, "byte_memory.doubt.weight": PATCH}
     for name, p in model.named_parameters():
         often = per_byte.get(name, uses.get(name.split(".")[0], 1))
@@ -1187,7 +1459,10 @@ def disk_need(n_params: int, k: Knobs) -> int:
 def check_disk(folder: Path, n_params: int, k: Knobs, w: World) -> None:
     problem = None
     if w.main:
-        free, there = shutil.disk_usage(folder).free, sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+        free, there = (
+            shutil.disk_usage(folder).free,
+            sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()),
+        )
         if free + there < disk_need(n_params, k):
             problem = (
                 f"{folder}: {free / 2**20:,.0f} MiB free, KEEP={k.keep} checkpoints need "
@@ -1202,12 +1477,18 @@ def read_weights(path: str | Path) -> dict:
         found = torch.load(path, map_location="cpu", weights_only=True)
         found["model"], found["knobs"]["d_model"]
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; a run's weights are logs/RUN_ID/best_model_scaled.pth") from None
+        raise UserError(
+            f"{path}: no such file; a run's weights are logs/RUN_ID/best_model_scaled.pth"
+        ) from None
     except Exception as error:  # torch.load has many ways to fail
-        raise UserError(f"{path}: not weights of train_scaled.py ({type(error).__name__})") from None
+        raise UserError(
+            f"{path}: not weights of train_scaled.py ({type(error).__name__})"
+        ) from None
     if missing := [name.upper() for name in MODEL.split() if name not in found["knobs"]]:
         names = ", ".join(missing)
-        raise UserError(f"{path}: weights of another version of train_scaled.py, without {names}; train new ones")
+        raise UserError(
+            f"{path}: weights of another version of train_scaled.py, without {names}; train new ones"
+        )
     return found
 
 
@@ -1227,16 +1508,22 @@ def check_weights(path: str, k: Knobs) -> dict:
     other = [n for n in MODEL.split() if found["knobs"].get(n) != getattr(k, n)]
     if other:
         show = lambda name, v: f"{name.upper()}={plumbing.show(fields[name], v)}"
-        words = ", ".join(f"{show(n, found['knobs'].get(n))}, not {show(n, getattr(k, n))}" for n in other)
+        words = ", ".join(
+            f"{show(n, found['knobs'].get(n))}, not {show(n, getattr(k, n))}" for n in other
+        )
         preset = found["knobs"].get("preset")
-        raise UserError(f"{path}: weights of another model (PRESET={preset}: {words}); set these knobs as they were")
+        raise UserError(
+            f"{path}: weights of another model (PRESET={preset}: {words}); set these knobs as they were"
+        )
     return found["model"]
 
 
 class MicroStep:
     """Loss and gradients of a micro-batch, compiled if COMPILE says so and the compiler can."""
 
-    def __init__(self, model: ByteLM, k: Knobs, w: World, dtype: torch.dtype, say: Callable[[str], None]):
+    def __init__(
+        self, model: ByteLM, k: Knobs, w: World, dtype: torch.dtype, say: Callable[[str], None]
+    ):
         self.model, self.k, self.w, self.dtype, self.nll = model, k, w, dtype, model.nll
         if k.compile:
             self.compile(say)
@@ -1245,14 +1532,26 @@ class MicroStep:
         """Compile, and train one micro-batch of zeros to see that it works; if not, one line, and on without."""
         problem, N = None, self.k.sequence_length // PATCH
         try:
-            if self.w.device.type == "cuda" and torch.cuda.get_device_capability(self.w.device) >= (8, 0):
+            if self.w.device.type == "cuda" and torch.cuda.get_device_capability(self.w.device) >= (
+                8,
+                0,
+            ):
                 self.plan_flex(N)
             self.nll = torch.compile(self.model.nll, dynamic=False)
-            zeros = torch.zeros(min(self.k.device_batch_size, self.k.batch_size), N * PATCH, dtype=torch.long)
-            self.backward(zeros.to(self.w.device), zeros.to(self.w.device), None, torch.ones((), device=self.w.device))
+            zeros = torch.zeros(
+                min(self.k.device_batch_size, self.k.batch_size), N * PATCH, dtype=torch.long
+            )
+            self.backward(
+                zeros.to(self.w.device),
+                zeros.to(self.w.device),
+                None,
+                torch.ones((), device=self.w.device),
+            )
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # a compiler fails in any way it likes; training does not depend on it
+        except (
+            Exception
+        ) as error:  # a compiler fails in any way it likes; training does not depend on it
             problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         if problems := [p for p in self.w.gather(problem) if p]:
             self.nll, self.model.masks = self.model.nll, {}
@@ -1265,13 +1564,21 @@ class MicroStep:
         w = self.k.window
         for P in {0, w - 1 if self.k.carry_state else 0} if w and w < N else ():
             seen = lambda b, h, i, j, P=P: (j <= i + P) & (j > i + P - w)
-            self.model.masks[N, P] = create_block_mask(seen, None, None, N, P + N, device=self.w.device)
+            self.model.masks[N, P] = create_block_mask(
+                seen, None, None, N, P + N, device=self.w.device
+            )
 
     def run(self, x_BT: Tensor, y_BT: Tensor, state: State | None) -> tuple[Tensor, State]:
-        with torch.autocast(self.w.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            return self.nll(x_BT.long(), y_BT.long(), self.model.state(len(x_BT)) if state is None else state)
+        with torch.autocast(
+            self.w.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32
+        ):
+            return self.nll(
+                x_BT.long(), y_BT.long(), self.model.state(len(x_BT)) if state is None else state
+            )
 
-    def backward(self, x_BT: Tensor, y_BT: Tensor, state: State | None, factor: Tensor) -> tuple[Tensor, State]:
+    def backward(
+        self, x_BT: Tensor, y_BT: Tensor, state: State | None, factor: Tensor
+    ) -> tuple[Tensor, State]:
         """Mean loss in nats; adds `factor` times its gradient to every parameter's. The state carries no gradient."""
         nll_BT, state = self.run(x_BT, y_BT, state)
         loss = nll_BT.mean()
@@ -1294,22 +1601,37 @@ def show_plan(k: Knobs) -> int:
     micro = min(k.device_batch_size, max(k.batch_size // ranks, 1))
     print(knobs_json(k))
     print(f"parameters:      {n_params:,}")
-    print(f"tokens per step: {size:,} bytes ({ranks} rank(s), micro-batch {micro} x {k.sequence_length})")
+    print(
+        f"tokens per step: {size:,} bytes ({ranks} rank(s), micro-batch {micro} x {k.sequence_length})"
+    )
     print(f"training tokens: {size * k.num_iterations:,} in {k.num_iterations} steps")
     print(f"compute:         {flops_per_byte(model, k) * size * k.num_iterations:.3g} FLOPs")
-    print(f"memory:          about {memory_mib(n_params, micro, k):,} MiB per rank at micro-batch {micro}")
-    print(f"disk:            up to {disk_need(n_params, k) / 2**20:,.0f} MiB of checkpoints at KEEP={k.keep}")
+    print(
+        f"memory:          about {memory_mib(n_params, micro, k):,} MiB per rank at micro-batch {micro}"
+    )
+    print(
+        f"disk:            up to {disk_need(n_params, k) / 2**20:,.0f} MiB of checkpoints at KEEP={k.keep}"
+    )
     reach = "all patches" if k.window is None else f"{k.n_layer * (k.window - 1) * PATCH:,} bytes"
     print(f"window reach:    {reach} through {k.n_layer} blocks; a row has {k.sequence_length:,}")
-    if k.data.startswith("wikipedia:") and not (HERE / f"data/wikipedia-{DUMP}.{k.data[10:]}").exists():
+    if (
+        k.data.startswith("wikipedia:")
+        and not (HERE / f"data/wikipedia-{DUMP}.{k.data[10:]}").exists()
+    ):
         print(f"data:            {k.data} is not here yet; a run downloads it")
         return 0
     try:
         train, val, sha = open_data(k)
         batches = Batches(train, k, World(0, ranks, torch.device("cpu")))
-        print(f"data:            {train.total:,} bytes, {val.total:,} to validate; {batches.windows} windows per strip")
+        print(
+            f"data:            {train.total:,} bytes, {val.total:,} to validate; {batches.windows} windows per strip"
+        )
         print(f"epochs:          {size * k.num_iterations / train.total:.2f}")
-        print(f"data_sha256:     {sha}" if sha else f"files:           {train.pattern} | {val.pattern}")
+        print(
+            f"data_sha256:     {sha}"
+            if sha
+            else f"files:           {train.pattern} | {val.pattern}"
+        )
     except UserError as error:
         print(f"problem:         {error}")
     return 0
@@ -1336,14 +1658,18 @@ class Run:
         initial = check_weights(k.init_from, k) if k.init_from else None
         plumbing.check_results(Path(k.results_file), RESULTS, w)
         run_id = k.run_id or plumbing.new_run_id(w)
-        self.log = RunLog(Path(k.logs_folder), run_id, w, k.num_iterations, extra=self.EXTRA, unit="bytes")
+        self.log = RunLog(
+            Path(k.logs_folder), run_id, w, k.num_iterations, extra=self.EXTRA, unit="bytes"
+        )
         self.build(capability, initial)
         self.step, self.clock, self.lrs, self.rate_s = 0, Clock(w), [], math.nan
         self.val_loss = self.best_loss = self.train_loss = self.val_bits_per_char = math.nan
         self.validated_at, self.signal, self.rolled_back, self.skipped, self.told = -1, 0, 0, 0, 0.0
         self.interval = [0.0, 0]  # summed loss and number of steps since the last log line
         self.metrics = {key: [] for key in ("train_bpc", "val_bpc", "steps", "lr", "val_steps")}
-        self.states: list[State | None] = [None] * (self.batches.local // self.micro)  # of each micro-batch's rows
+        self.states: list[State | None] = [None] * (
+            self.batches.local // self.micro
+        )  # of each micro-batch's rows
         self.log.header(k, (__file__, plumbing.__file__), self.facts())
         self.log.rates(self.bytes, flops_per_byte(self.model, k))
         self.log.track("" if k.tracker == "off" else k.tracker, "train_scaled", run_id, k)
@@ -1373,7 +1699,9 @@ class Run:
                 block.memory.operator = memory_fla
             self.operator = "fla-core, bf16 products"
         if k.device == "cuda" and self.precision != "fp32":
-            torch.set_float32_matmul_precision("high")  # the memory's fp32 products on TF32 cores; its sums stay fp32
+            torch.set_float32_matmul_precision(
+                "high"
+            )  # the memory's fp32 products on TF32 cores; its sums stay fp32
         self.adam = AdamW(self.model, k, w)
         self.scaler = LossScale(self.precision == "fp16", w.device)
         self.names = ["loss", *self.adam.params, "gradient norm", "skipped"]
@@ -1399,7 +1727,9 @@ class Run:
         if found is None:
             return "half_life_patches: no memory", {}
         low, middle, high = found.min().item(), found.median().item(), found.max().item()
-        line = f"half_life_patches: min:{low:.4g} median:{middle:.4g} max:{high:.4g} median_by_layer:"
+        line = (
+            f"half_life_patches: min:{low:.4g} median:{middle:.4g} max:{high:.4g} median_by_layer:"
+        )
         values = dict(half_life_min=low, half_life_median=middle, half_life_max=high)
         line += ",".join(f"{h:.4g}" for h in found.median(1).values.tolist())
         if (byte_memory := self.model.byte_memory) is not None:
@@ -1421,9 +1751,12 @@ class Run:
         self.scaler.scale, self.scaler.good = (t.to(self.w.device) for t in state["scaler"])
         if state["states"] is not None:
             local = self.batches.local
-            mine = each(lambda t: t[self.w.rank * local :][:local].to(self.w.device), state["states"])
+            mine = each(
+                lambda t: t[self.w.rank * local :][:local].to(self.w.device), state["states"]
+            )
             self.states = [
-                each(lambda t, at=at: t[at : at + self.micro].clone(), mine) for at in range(0, local, self.micro)
+                each(lambda t, at=at: t[at : at + self.micro].clone(), mine)
+                for at in range(0, local, self.micro)
             ]
         self.clock = Clock(self.w, *state["clock"])
         for name in self.KEPT:
@@ -1460,7 +1793,9 @@ class Run:
         self.write_weights(name, ("last_model_scaled.pth",))
         if self.w.main:
             number = lambda p: int(p.stem.rsplit("_", 1)[1])
-            for old in sorted(self.log.folder.glob("checkpoint_step_*.pth"), key=number)[: -self.k.keep]:
+            for old in sorted(self.log.folder.glob("checkpoint_step_*.pth"), key=number)[
+                : -self.k.keep
+            ]:
                 old.unlink()
         self.saved_at = self.step
 
@@ -1472,7 +1807,9 @@ class Run:
             try:
                 knobs = dataclasses.asdict(self.k)
                 weights = {n: p.detach().cpu() for n, p in self.model.state_dict().items()}
-                torch.save(dict(model=weights, knobs=knobs, step=self.step, val_loss=self.val_loss), aside)
+                torch.save(
+                    dict(model=weights, knobs=knobs, step=self.step, val_loss=self.val_loss), aside
+                )
                 os.replace(aside, folder / name)
                 for link in links:
                     aside.unlink(missing_ok=True)
@@ -1481,7 +1818,10 @@ class Run:
                     except OSError:  # a file system without hard links
                         shutil.copyfile(folder / name, aside)
                     os.replace(aside, folder / link)
-            except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+            except (
+                OSError,
+                RuntimeError,
+            ) as error:  # torch.save turns a full disk into a RuntimeError
                 aside.unlink(missing_ok=True)
                 problem = f"{folder / name} could not be written ({error}); free space and resume"
         self.w.agree(problem)
@@ -1503,21 +1843,29 @@ class Run:
             return False
         self.rolled_back, self.saved_at = 1, -1
         self.adam.grads.zero_()
-        self.log.say(f"rolled back to step:{self.step}; the rate is half of the schedule's from here on")
+        self.log.say(
+            f"rolled back to step:{self.step}; the rate is half of the schedule's from here on"
+        )
         self.save()  # so that a resume from here on knows of it
         return True
 
     def hear(self, beat: plumbing.Beat) -> str:
         """Record one finished step; returns the status with which to stop, or ''."""
         if not beat.finite:
-            self.log.say(f"step:{beat.step} not finite: {beat.culprit(self.names)}; its update was not applied")
+            self.log.say(
+                f"step:{beat.step} not finite: {beat.culprit(self.names)}; its update was not applied"
+            )
             return "nan"
         k, step, lr = self.k, beat.step, self.lrs.pop(0)
         self.train_loss, self.signal = float(beat.values[:, 0].mean()), beat.signal
         norm, skipped = (float(v) for v in beat.values[0, -2:])
         self.skipped += int(skipped)
         self.interval = [self.interval[0] + self.train_loss, self.interval[1] + 1]
-        self.rate_s = self.clock.step_s if math.isnan(self.rate_s) else 0.95 * self.rate_s + 0.05 * self.clock.step_s
+        self.rate_s = (
+            self.clock.step_s
+            if math.isnan(self.rate_s)
+            else 0.95 * self.rate_s + 0.05 * self.clock.step_s
+        )
         line = ""
         if step % k.log_every == 0 or step == k.num_iterations:
             loss, self.interval = self.interval[0] / self.interval[1], [0.0, 0]
@@ -1559,17 +1907,44 @@ class Run:
         k, w, log, clock = self.k, self.w, self.log, self.clock
         self.write_metrics()
         notes = plumbing.notes(k, PRESETS, [*FREE.split(), *IN_COLUMNS.split()])
-        notes += [f"data_sha256={self.data_sha[:12]}"] * bool(self.data_sha) + ["rolled_back=1"] * self.rolled_back
+        notes += [f"data_sha256={self.data_sha[:12]}"] * bool(self.data_sha) + [
+            "rolled_back=1"
+        ] * self.rolled_back
         row = {name: getattr(k, name) for name in RESULTS if hasattr(k, name)}
-        row |= dict(run_id=log.id, date=log.started, git_commit=log.commit, window=k.window or "off")
+        row |= dict(
+            run_id=log.id, date=log.started, git_commit=log.commit, window=k.window or "off"
+        )
         row |= dict(learning_rate=k.lr, device_batch_size=self.micro, delta_rule=int(k.delta_rule))
-        row |= dict(carry_state=int(k.carry_state), final_val_loss=self.val_loss, best_val_loss=self.best_loss)
-        row |= dict(final_val_bpc=self.val_loss / math.log(2), val_bits_per_char=self.val_bits_per_char)
-        row |= dict(train_time_ms=1000 * clock.train_s(self.step), ms_per_step=1000 * clock.step_avg_s)
-        row |= dict(gpu_name=w.name(), n_gpus=w.size * (k.device == "cuda"), notes=" ".join(notes), status=status)
-        row |= dict(steps_done=self.step, n_params=self.n_params, tokens_seen=self.step * self.bytes)
-        row |= dict(epochs=round(self.step * self.bytes / self.train.total, 4), peak_memory_mib=w.peak_memory_mib())
-        row |= dict(torch=torch.__version__, world_size=w.size, code_sha256=log.code_sha256, dirty=int(log.dirty))
+        row |= dict(
+            carry_state=int(k.carry_state),
+            final_val_loss=self.val_loss,
+            best_val_loss=self.best_loss,
+        )
+        row |= dict(
+            final_val_bpc=self.val_loss / math.log(2), val_bits_per_char=self.val_bits_per_char
+        )
+        row |= dict(
+            train_time_ms=1000 * clock.train_s(self.step), ms_per_step=1000 * clock.step_avg_s
+        )
+        row |= dict(
+            gpu_name=w.name(),
+            n_gpus=w.size * (k.device == "cuda"),
+            notes=" ".join(notes),
+            status=status,
+        )
+        row |= dict(
+            steps_done=self.step, n_params=self.n_params, tokens_seen=self.step * self.bytes
+        )
+        row |= dict(
+            epochs=round(self.step * self.bytes / self.train.total, 4),
+            peak_memory_mib=w.peak_memory_mib(),
+        )
+        row |= dict(
+            torch=torch.__version__,
+            world_size=w.size,
+            code_sha256=log.code_sha256,
+            dirty=int(log.dirty),
+        )
         plumbing.append_result(Path(k.results_file), RESULTS, row, w)
         log.close(status, self.step)
 
@@ -1586,15 +1961,24 @@ def update(run: Run, x: Tensor, y: Tensor, pulse: Pulse) -> None:
     run.model.plasticity.fill_(plasticity(run.step, k))
     loss, factor = torch.zeros((), device=w.device), run.scaler.scale / micros
     for i, (x_BT, y_BT) in enumerate(zip(x.split(run.micro), y.split(run.micro), strict=True)):
-        if k.dropout:  # of the step, the rank and the micro-batch alone: a resume needs no generator's state
+        if (
+            k.dropout
+        ):  # of the step, the rank and the micro-batch alone: a resume needs no generator's state
             seeds = np.random.SeedSequence([k.seed, run.step, w.rank, i])
             torch.manual_seed(int(seeds.generate_state(1, np.uint32)[0]))
         part, state = run.micro_step.backward(x_BT, y_BT, run.states[i], factor)
         loss, run.states[i] = loss + part / micros, state if k.carry_state else None
     norms, norm = adam.norms() / run.scaler.scale, adam.reduce() / run.scaler.scale
     skipped = run.scaler.skip(norm)
-    norms, known = norms.masked_fill(skipped, 0), norm.masked_fill(skipped, 0)  # an overflow is no failure
-    ok = pulse.send(run.step + 1, torch.stack([loss, *norms, known, skipped.float()]), run.clock.train_s(run.step))
+    norms, known = (
+        norms.masked_fill(skipped, 0),
+        norm.masked_fill(skipped, 0),
+    )  # an overflow is no failure
+    ok = pulse.send(
+        run.step + 1,
+        torch.stack([loss, *norms, known, skipped.float()]),
+        run.clock.train_s(run.step),
+    )
     rate = k.lr * lr_scale(run.step, k) * (0.5 if run.rolled_back else 1.0)
     run.lrs.append(rate)
     adam.step(rate, (k.clip / norm).clamp(max=1.0) / run.scaler.scale, ok & ~skipped)
@@ -1608,7 +1992,9 @@ def train(run: Run, k: Knobs, w: World) -> str:
     while True:
         # -------- clock stopped: hear of the last step, evaluate, save, leave --------
         status = status or ("finished" if run.step >= k.num_iterations else "")
-        due = (every and run.step and run.step % every == 0 for every in (k.val_every, k.save_every))
+        due = (
+            every and run.step and run.step % every == 0 for every in (k.val_every, k.save_every)
+        )
         validate, save = (bool(status or d) for d in due)
         validate = validate and run.validated_at != run.step and status in ("", "finished")
         save = save and run.saved_at != run.step
@@ -1618,7 +2004,11 @@ def train(run: Run, k: Knobs, w: World) -> str:
                 status = run.hear(beat) or status
             if status == "nan" and run.roll_back():
                 batches.close()
-                batches, pulse, status = Prefetch(run.batches.make, run.step, w.device), Pulse(w), ""
+                batches, pulse, status = (
+                    Prefetch(run.batches.make, run.step, w.device),
+                    Pulse(w),
+                    "",
+                )
                 run.clock.start()
                 continue
             if validate and status != "nan":
@@ -1634,7 +2024,9 @@ def train(run: Run, k: Knobs, w: World) -> str:
         update(run, *batches.get(run.step), pulse)
         run.step += 1
         run.clock.tick()
-        for beat in pulse.read():  # of the step before: the host never waits for the one just queued
+        for (
+            beat
+        ) in pulse.read():  # of the step before: the host never waits for the one just queued
             status = run.hear(beat) or status
 
 

@@ -57,7 +57,9 @@ from plumbing import UserError, World, knob  # noqa: E402
 
 PARTS = ("step", "gates", "loader", "compile", "scaling", "levers", "sdpa")
 SIZES = {  # of --device
-    "cpu": dict(n_layer=4, n_head=2, n_embd=256, sequence_length=256, device_batch_size=4, batch_size=8)
+    "cpu": dict(
+        n_layer=4, n_head=2, n_embd=256, sequence_length=256, device_batch_size=4, batch_size=8
+    )
     | dict(steps=20, warmup=3),
     "cuda": {},
 }
@@ -66,11 +68,15 @@ LR = 0.0036
 
 @dataclass(frozen=True)
 class Bench:
-    device: str = knob("cpu", "where; the sizes below default to small ones on cpu", choices=("cpu", "cuda"))
+    device: str = knob(
+        "cpu", "where; the sizes below default to small ones on cpu", choices=("cpu", "cuda")
+    )
     compile: bool = knob(True, "torch.compile, on both sides")
     only: str = knob("", f"parts to run, with commas: {', '.join(PARTS)}")
     out: str = knob("", "folder that gets one JSON file per part")
-    input_bin: str = knob("", "token shards; default: tokens drawn from a skewed distribution, seed 0")
+    input_bin: str = knob(
+        "", "token shards; default: tokens drawn from a skewed distribution, seed 0"
+    )
     steps: int = knob(50, "measured steps per side", low=1)
     warmup: int = knob(10, "steps before those", low=1)
     threads: int = knob(1, "of torch, on a CPU", low=1)
@@ -81,11 +87,15 @@ class Bench:
     sequence_length: int = knob(1024, "tokens per sequence", low=1)
     device_batch_size: int = knob(64, "sequences per micro-batch", low=1)
     batch_size: int = knob(512, "sequences per step", low=1)
-    child: str = knob("", "internal: time this side alone and print JSON", choices=("", "plain", "ours"))
+    child: str = knob(
+        "", "internal: time this side alone and print JSON", choices=("", "plain", "ours")
+    )
 
     def __post_init__(self):
         if unknown := set(self.parts) - set(PARTS):
-            raise ValueError(f"--only={self.only}: no part {sorted(unknown)[0]!r}; there are {', '.join(PARTS)}")
+            raise ValueError(
+                f"--only={self.only}: no part {sorted(unknown)[0]!r}; there are {', '.join(PARTS)}"
+            )
 
     @property
     def parts(self) -> list[str]:
@@ -100,7 +110,9 @@ class Bench:
 def knobs(b: Bench, folder: Path, **changes: object) -> train_gpt.Knobs:
     """Knobs of a run of ours that is never at its end: no validation, no checkpoint, the peak rate throughout."""
     names = "device compile n_layer n_head n_embd vocab_size sequence_length device_batch_size batch_size input_bin"
-    values = {name: getattr(b, name) for name in names.split()} | dict(input_val_bin=b.input_bin, epochs_ok=True)
+    values = {name: getattr(b, name) for name in names.split()} | dict(
+        input_val_bin=b.input_bin, epochs_ok=True
+    )
     values |= dict(val_tokens=b.sequence_length, val_every=0, save_every=0, warmdown_iters=0, lr=LR)
     values |= dict(num_iterations=b.warmup + b.steps + 100, logs_folder=str(folder / "logs"))
     values |= dict(results_file=str(folder / "results.csv")) | changes
@@ -153,7 +165,11 @@ def peak_bytes(w: World, found: list[int]) -> Iterator[None]:
         return
     with torch.profiler.profile(profile_memory=True) as p:
         yield
-    events = sorted((e.start_ns(), e.nbytes()) for e in p.profiler.kineto_results.events() if e.name() == "[memory]")
+    events = sorted(
+        (e.start_ns(), e.nbytes())
+        for e in p.profiler.kineto_results.events()
+        if e.name() == "[memory]"
+    )
     found.append(int(max(np.cumsum([n for _, n in events]), default=0)))
 
 
@@ -162,7 +178,11 @@ def live_bytes(w: World) -> int:
     gc.collect()
     if w.device.type == "cuda":
         return torch.cuda.memory_allocated()
-    tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter) and o.device == w.device]
+    tensors = [
+        o
+        for o in gc.get_objects()
+        if type(o) in (torch.Tensor, torch.nn.Parameter) and o.device == w.device
+    ]
     storages = [t.untyped_storage() for t in tensors if t.layout == torch.strided]
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
@@ -256,7 +276,9 @@ def prefetch(make: Callable, *args: object) -> plumbing.Prefetch:
 def plain(k: train_gpt.Knobs, w: World, side: Side) -> None:
     """The plain implementation, compiled if ours is, from our weights on our batches; making them is not timed."""
     if k.compile and k.device == "cuda":
-        torch._inductor.config.coordinate_descent_tuning = True  # as ours; the setting is a thread's own
+        torch._inductor.config.coordinate_descent_tuning = (
+            True  # as ours; the setting is a thread's own
+        )
     model = train_gpt.GPT(k)
     model.init_weights(k.seed)
     gpt = plain_gpt.PlainGPT(k.vocab_size, k.n_layer, k.n_head, k.n_embd)
@@ -275,7 +297,9 @@ def plain(k: train_gpt.Knobs, w: World, side: Side) -> None:
         side.losses.append(float(loss))
 
 
-def take_turns(turns: dict[str, Callable[[Watch], None]], n: int, w: World) -> dict[str, list[float]]:
+def take_turns(
+    turns: dict[str, Callable[[Watch], None]], n: int, w: World
+) -> dict[str, list[float]]:
     """n rounds, A B A B; ms of each side."""
     watches = {name: Watch(w) for name in turns}
     for i in range(n):
@@ -340,8 +364,13 @@ def part_step(b: Bench, w: World, folder: Path) -> dict:
     ms = take_turns({name: side.step for name, side in sides.items()}, b.steps, w)
     run, tokens = sides["ours"].run, b.batch_size * b.sequence_length
     adam = sum(p.numel() for p in run.adam.params.values())
-    state = 4 * (3 * adam + 2 * (run.n_params - adam))  # weights, AdamW's two moments, Muon's momentum
-    muon = {name: [m / t for m, t in zip(side.muon.ms(), ms[name], strict=True)] for name, side in sides.items()}
+    state = 4 * (
+        3 * adam + 2 * (run.n_params - adam)
+    )  # weights, AdamW's two moments, Muon's momentum
+    muon = {
+        name: [m / t for m, t in zip(side.muon.ms(), ms[name], strict=True)]
+        for name, side in sides.items()
+    }
     losses = {name: side.losses[:20] for name, side in sides.items()}
     n = min(map(len, losses.values()))
     rms = math.sqrt(np.mean(np.subtract(losses["plain"][:n], losses["ours"][:n]) ** 2))
@@ -351,17 +380,46 @@ def part_step(b: Bench, w: World, folder: Path) -> dict:
 
     p, o = ms["plain"], ms["ours"]
     row(f"step, ms, n={b.steps}", spread(p), spread(o), ratio(p, o))
-    row("tokens/s", *(f"{1000 * tokens / np.median(t):,.0f}" for t in (p, o)), f"{np.median(p) / np.median(o):.3f}")
-    mfu = {name: 1000 * tokens * flops / (np.median(t) * peak) if peak else None for name, t in ms.items()}
-    row("MFU (dense bf16, causal attention)", *(f"{v:.1%}" if peak else "n/a" for v in mfu.values()), "")
+    row(
+        "tokens/s",
+        *(f"{1000 * tokens / np.median(t):,.0f}" for t in (p, o)),
+        f"{np.median(p) / np.median(o):.3f}",
+    )
+    mfu = {
+        name: 1000 * tokens * flops / (np.median(t) * peak) if peak else None
+        for name, t in ms.items()
+    }
+    row(
+        "MFU (dense bf16, causal attention)",
+        *(f"{v:.1%}" if peak else "n/a" for v in mfu.values()),
+        "",
+    )
     row("Muon's share of the step", *(f"{np.median(v):.1%}" for v in muon.values()), "")
-    above = {name: m["alive_at_step_start"] - state + m["peak_in_step"] for name, m in memory.items()}
+    above = {
+        name: m["alive_at_step_start"] - state + m["peak_in_step"] for name, m in memory.items()
+    }
     cells = [f"{v / 1e6:.1f}" for v in above.values()]
     row("memory above the model, MB", *cells, f"{above['ours'] / above['plain']:.3f}")
-    row("  of it kept between steps, MB", *(f"{(m['alive_at_step_start'] - state) / 1e6:.1f}" for m in memory.values()))
+    row(
+        "  of it kept between steps, MB",
+        *(f"{(m['alive_at_step_start'] - state) / 1e6:.1f}" for m in memory.values()),
+    )
     row(f"loss after {n} steps; RMS", *(f"{v[n - 1]:.4f}" for v in losses.values()), f"{rms:.1e}")
-    facts = dict(ms=ms, muon_share=muon, memory_bytes=memory, state_bytes=state, memory_above_model_bytes=above)
-    return facts | dict(tokens_per_step=tokens, flops_per_token=flops, mfu=mfu, losses=losses, loss_rms=rms, loss_n=n)
+    facts = dict(
+        ms=ms,
+        muon_share=muon,
+        memory_bytes=memory,
+        state_bytes=state,
+        memory_above_model_bytes=above,
+    )
+    return facts | dict(
+        tokens_per_step=tokens,
+        flops_per_token=flops,
+        mfu=mfu,
+        losses=losses,
+        loss_rms=rms,
+        loss_n=n,
+    )
 
 
 def part_gates(b: Bench, w: World, folder: Path) -> dict:
@@ -371,7 +429,12 @@ def part_gates(b: Bench, w: World, folder: Path) -> dict:
     ms = take_turns({g: side.step for g, side in sides.items()}, b.steps, w)
     for g, side in sides.items():
         side.close()
-        row(f"gate {g}, ms, n={b.steps}", spread(ms["none"]), spread(ms[g]), ratio(ms["none"], ms[g]))
+        row(
+            f"gate {g}, ms, n={b.steps}",
+            spread(ms["none"]),
+            spread(ms[g]),
+            ratio(ms["none"], ms[g]),
+        )
     return dict(ms=ms)
 
 
@@ -393,9 +456,18 @@ def part_loader(b: Bench, w: World, folder: Path) -> dict:
 
 def child(b: Bench, side: str, cache: str, nproc: int = 1, **changes: object) -> dict:
     """This program in processes of its own: one side alone."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []
+    torchrun = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
+        if nproc > 1
+        else []
+    )
     environment = os.environ | dict(TORCHINDUCTOR_CACHE_DIR=cache, OMP_NUM_THREADS=str(b.threads))
-    command = [sys.executable, *torchrun, __file__, *b.flags(child=side, only="", out="", **changes)]
+    command = [
+        sys.executable,
+        *torchrun,
+        __file__,
+        *b.flags(child=side, only="", out="", **changes),
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{shlex.join(command)} failed:\n{done.stderr[-3000:]}")
@@ -420,9 +492,15 @@ def part_compile(b: Bench, w: World, folder: Path) -> dict:
     found = {}
     for cache in ("cold", "warm"):
         for side in ("plain", "ours"):
-            found[f"{side}_{cache}"] = child(b, side, str(folder / f"cache_{side}"), steps=1, warmup=1)
+            found[f"{side}_{cache}"] = child(
+                b, side, str(folder / f"cache_{side}"), steps=1, warmup=1
+            )
         first = [found[f"{side}_{cache}"]["first_step_s"] for side in ("plain", "ours")]
-        row(f"first step, {cache} cache, wall s, n=1", *(f"{s:.1f}" for s in first), f"{first[1] / first[0]:.3f}")
+        row(
+            f"first step, {cache} cache, wall s, n=1",
+            *(f"{s:.1f}" for s in first),
+            f"{first[1] / first[0]:.3f}",
+        )
     return found
 
 
@@ -435,7 +513,12 @@ def part_scaling(b: Bench, w: World, folder: Path) -> dict:
         found[nproc].append(child(b, "ours", str(folder / "cache_ours"), nproc)["ms"])
     one, two = (np.array(found[n]).swapaxes(0, 1).reshape(n, -1).mean(0) for n in (1, 2))
     name = f"1 -> 2 processes, ms, n={len(one)}"
-    row(name, spread(list(one)), spread(list(two)), f"T1/(2 T2) = {np.median(one) / np.median(two) / 2:.3f}")
+    row(
+        name,
+        spread(list(one)),
+        spread(list(two)),
+        f"T1/(2 T2) = {np.median(one) / np.median(two) / 2:.3f}",
+    )
     return dict(ms={str(n): runs for n, runs in found.items()})
 
 
@@ -455,10 +538,17 @@ def part_levers(b: Bench, w: World, folder: Path) -> dict:
         loss.backward()
 
     heads = compare(dict(plain=run_plain_head, ours=lambda: head.backward(x, x, 1.0)), b, w)
-    row(f"head of a micro-batch, ms, n={b.steps}", *map(spread, heads.values()), ratio(*heads.values()))
+    row(
+        f"head of a micro-batch, ms, n={b.steps}",
+        *map(spread, heads.values()),
+        ratio(*heads.values()),
+    )
 
     c, gram, loop = b.n_embd, train_gpt.newton_schulz, wrap(plain_gpt.newton_schulz)
-    stacks = [torch.randn(b.n_layer * n, *shape, device=w.device) for n, shape in ((4, (c, c)), (2, (c, 4 * c)))]
+    stacks = [
+        torch.randn(b.n_layer * n, *shape, device=w.device)
+        for n, shape in ((4, (c, c)), (2, (c, 4 * c)))
+    ]
     turns = dict(plain=lambda: [loop(m) for stack in stacks for m in stack])
     turns |= dict(gram=lambda: [gram(m[None]) for stack in stacks for m in stack])
     ns = compare(turns | dict(batched=lambda: [gram(stack) for stack in stacks]), b, w)
@@ -481,7 +571,12 @@ def part_levers(b: Bench, w: World, folder: Path) -> dict:
 def part_sdpa(b: Bench, w: World, folder: Path) -> dict:
     shape = (b.device_batch_size, b.sequence_length, 3, b.n_head, b.n_embd // b.n_head)
     qkv = torch.randn(shape, device=w.device, dtype=torch.bfloat16, requires_grad=True)
-    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    order = [
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH,
+    ]
 
     def attend(context: Callable[[], AbstractContextManager]) -> None:
         q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
@@ -490,7 +585,9 @@ def part_sdpa(b: Bench, w: World, folder: Path) -> dict:
         torch.autograd.grad(y, qkv, y.detach())
 
     cudnn = partial(sdpa_kernel, order, set_priority=True)
-    ms = compare({"torch's order": partial(attend, nullcontext), "cuDNN first": partial(attend, cudnn)}, b, w)
+    ms = compare(
+        {"torch's order": partial(attend, nullcontext), "cuDNN first": partial(attend, cudnn)}, b, w
+    )
     row(f"attention, cuDNN first, ms, n={b.steps}", *map(spread, ms.values()), ratio(*ms.values()))
     return dict(ms=ms)
 
@@ -507,21 +604,32 @@ def draw_tokens(b: Bench, folder: Path) -> str:
 
 
 def git(*args: str) -> str:
-    return subprocess.run(["git", "-C", str(REPO), *args], capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        ["git", "-C", str(REPO), *args], capture_output=True, text=True
+    ).stdout.strip()
 
 
 def cpu_name() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")
+    name = next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU"
+    )
     return f"{name}, {os.cpu_count()} cores"
 
 
 def facts(b: Bench, w: World, data: str) -> dict:
     """What every JSON file begins with."""
-    found = dict(command=shlex.join(sys.orig_argv), git_commit=git("rev-parse", "HEAD") or "unknown")
-    found |= dict(dirty=bool(git("status", "--porcelain")), date=f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S}")
+    found = dict(
+        command=shlex.join(sys.orig_argv), git_commit=git("rev-parse", "HEAD") or "unknown"
+    )
+    found |= dict(
+        dirty=bool(git("status", "--porcelain")),
+        date=f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S}",
+    )
     found |= dict(device=w.name() if b.device == "cuda" else cpu_name(), torch=torch.__version__)
-    found |= dict(cuda=torch.version.cuda, load=os.getloadavg(), python=sys.version.split()[0], data=data)
+    found |= dict(
+        cuda=torch.version.cuda, load=os.getloadavg(), python=sys.version.split()[0], data=data
+    )
     clock = "CUDA events" if b.device == "cuda" else "process CPU time"
     return found | dict(clock=clock, flags=dataclasses.asdict(b), n=b.steps)
 
@@ -535,7 +643,9 @@ def report(b: Bench, w: World, folder: Path, data: str) -> None:
             show(json.dumps(found))
         return
     start = facts(b, w, data)
-    show(f"{start['device']}, torch {start['torch']}, {start['clock']}, compile={int(b.compile)}, data: {data}")
+    show(
+        f"{start['device']}, torch {start['torch']}, {start['clock']}, compile={int(b.compile)}, data: {data}"
+    )
     row("", "plain", "ours", "ratio")
     for part in b.parts:
         t0 = time.perf_counter()
@@ -546,20 +656,29 @@ def report(b: Bench, w: World, folder: Path, data: str) -> None:
         if b.out:
             Path(b.out).mkdir(parents=True, exist_ok=True)
             found |= dict(wall_s=time.perf_counter() - t0)
-            lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in found.items())
+            lines = ",\n".join(
+                f"{json.dumps(key)}: {json.dumps(value)}" for key, value in found.items()
+            )
             (Path(b.out) / f"{part}_{b.device}.json").write_text(f"{{\n{lines}\n}}\n")
 
 
 def main() -> int:
     read = partial(plumbing.read_knobs, Bench, env={}, doc=__doc__)
     b = read({"": SIZES[read().device]})
-    with plumbing.world(b.device, "use --device cpu") as w, tempfile.TemporaryDirectory() as temporary:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # nothing here is worth saving first
+    with (
+        plumbing.world(b.device, "use --device cpu") as w,
+        tempfile.TemporaryDirectory() as temporary,
+    ):
+        signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        )  # nothing here is worth saving first
         plumbing.check_compiler(b.compile, b.device)
         folder = Path(temporary)
         torch.set_num_threads(b.threads)
         if b.compile and b.device == "cuda":
-            torch._inductor.config.coordinate_descent_tuning = True  # as train_gpt; per thread, and this is one more
+            torch._inductor.config.coordinate_descent_tuning = (
+                True  # as train_gpt; per thread, and this is one more
+            )
         knobs(b, folder)  # refuses sizes that do not fit together
         data = b.input_bin or "drawn, seed 0"
         with torch.profiler.profile():  # its first use has to be on this thread

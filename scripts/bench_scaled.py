@@ -43,13 +43,31 @@ from plumbing import UserError, World  # noqa: E402
 from train_scaled import PATCH, ByteLM, Knobs, MicroStep  # noqa: E402
 
 PARTS = ("memory", "window", "step", "blocks", "length")
-STEP = dict(preset="phase8", d_model=256, n_layer=4, n_head=4, window=64, dropout=0.0, sequence_length=1024)
-LENGTH = dict(d_model=256, n_layer=4, n_head=4, window=64, thinking_steps=1)  # on a CPU; a GPU runs the default size
-STUDY = dict(d_model=128, n_layer=4, n_head=4, thinking_steps=1, dropout=0.0, sequence_length=1024, batch_size=2)
+STEP = dict(
+    preset="phase8", d_model=256, n_layer=4, n_head=4, window=64, dropout=0.0, sequence_length=1024
+)
+LENGTH = dict(
+    d_model=256, n_layer=4, n_head=4, window=64, thinking_steps=1
+)  # on a CPU; a GPU runs the default size
+STUDY = dict(
+    d_model=128,
+    n_layer=4,
+    n_head=4,
+    thinking_steps=1,
+    dropout=0.0,
+    sequence_length=1024,
+    batch_size=2,
+)
 DECODER = dict(preset="phase8", decoder_reads=4, ngram_rows=12288)
-BLOCKS = {"phase 8, 5 layers": dict(preset="phase8", n_layer=5), "phase 8's blocks, scaled's decoder": DECODER}
+BLOCKS = {
+    "phase 8, 5 layers": dict(preset="phase8", n_layer=5),
+    "phase 8's blocks, scaled's decoder": DECODER,
+}
 BLOCKS |= {"the same, 5 layers": DECODER | dict(n_layer=5)}
-BLOCKS |= {"scaled without its memory by bytes": dict(window=32, mem_rows=0), "scaled": dict(window=32)}
+BLOCKS |= {
+    "scaled without its memory by bytes": dict(window=32, mem_rows=0),
+    "scaled": dict(window=32),
+}
 LENGTHS = [2**n for n in range(10, 17)]
 
 
@@ -63,7 +81,9 @@ def seconds(f: Callable[[], object], w: World) -> float:
     return clock() - t0
 
 
-def by_turns(sides: dict[str, Callable[[], object]], repeats: int, w: World) -> dict[str, list[float]]:
+def by_turns(
+    sides: dict[str, Callable[[], object]], repeats: int, w: World
+) -> dict[str, list[float]]:
     """Seconds of each side, A B A B; the first call of each is not counted."""
     for f in sides.values():
         f()
@@ -80,7 +100,9 @@ def compared(found: dict[str, list[float]]) -> dict:
     ratios = [b / a for a, b in zip(ours, other, strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
     ms = {f"{name}_ms": 1000 * statistics.median(times) for name, times in found.items()}
-    return ms | dict(ratio=statistics.median(other) / statistics.median(ours), low=low, high=high, n=len(ours))
+    return ms | dict(
+        ratio=statistics.median(other) / statistics.median(ours), low=low, high=high, n=len(ours)
+    )
 
 
 def operands(N: int, w: World) -> list[torch.Tensor]:
@@ -91,7 +113,10 @@ def operands(N: int, w: World) -> list[torch.Tensor]:
 
 def memory_at(N: int, a: argparse.Namespace, w: World) -> dict:
     q, k, v = operands(N, w)
-    log_decay, state = torch.full((4,), -0.001, device=w.device), torch.zeros(2, 4, 64, 64, device=w.device)
+    log_decay, state = (
+        torch.full((4,), -0.001, device=w.device),
+        torch.zeros(2, 4, 64, 64, device=w.device),
+    )
     features = lambda: (F.elu(q) + 1, F.elu(k) + 1, v, log_decay)  # the original's
     ours = lambda: train_scaled.memory(*features(), state)[0].sum().backward()
     other = lambda: plain.cumsum_memory(*features()).sum().backward()
@@ -114,11 +139,17 @@ def part_window(a: argparse.Namespace, w: World) -> list[dict]:
 
 
 def knobs(w: World, **more: object) -> Knobs:
-    return Knobs(**dict(device=w.device.type, compile=w.device.type == "cuda") | train_scaled.PRESETS["scaled"] | more)
+    return Knobs(
+        **dict(device=w.device.type, compile=w.device.type == "cuda")
+        | train_scaled.PRESETS["scaled"]
+        | more
+    )
 
 
 def text(T: int, rows: int, w: World) -> tuple[torch.Tensor, torch.Tensor]:
-    x = torch.randint(0, 256, (rows, T + PATCH), generator=torch.Generator().manual_seed(T)).to(w.device)
+    x = torch.randint(0, 256, (rows, T + PATCH), generator=torch.Generator().manual_seed(T)).to(
+        w.device
+    )
     return x[:, :-PATCH], x[:, PATCH:]
 
 
@@ -139,10 +170,16 @@ def training_step(model: ByteLM, k: Knobs, w: World) -> Callable[[], None]:
 
 def part_step(a: argparse.Namespace, w: World) -> list[dict]:
     """Two rows of 1,024 bytes; nothing is compiled on either side."""
-    k = Knobs(**train_scaled.PRESETS["phase8"] | STEP | dict(device=w.device.type, compile=False, device_batch_size=2))
+    k = Knobs(
+        **train_scaled.PRESETS["phase8"]
+        | STEP
+        | dict(device=w.device.type, compile=False, device_batch_size=2)
+    )
     model = ByteLM(k)
     model.init_weights(k.seed)
-    other = plain.PlainPhase8(k.d_model, k.n_layer, k.n_head, k.window, 0.995, k.thinking_steps, form="cumsum")
+    other = plain.PlainPhase8(
+        k.d_model, k.n_layer, k.n_head, k.window, 0.995, k.thinking_steps, form="cumsum"
+    )
     plain.copy_phase8(model, other)
     model.to(w.device), other.to(w.device)
     x, y = text(k.sequence_length, 2, w)
@@ -154,7 +191,9 @@ def part_step(a: argparse.Namespace, w: World) -> list[dict]:
         adam.zero_grad()
 
     found = compared(by_turns(dict(ours=training_step(model, k, w), plain=theirs), a.repeats, w))
-    rate = {f"{name}_bytes_per_s": x.numel() / found[f"{name}_ms"] * 1000 for name in ("ours", "plain")}
+    rate = {
+        f"{name}_bytes_per_s": x.numel() / found[f"{name}_ms"] * 1000 for name in ("ours", "plain")
+    }
     return [dict(bytes=x.numel()) | found | rate]
 
 
@@ -170,7 +209,10 @@ def part_blocks(a: argparse.Namespace, w: World) -> list[dict]:
     found, rows = by_turns(sides, a.repeats, w), []
     for name, times in found.items():
         both = compared(dict(ours=found["scaled"], plain=times))
-        rows.append(dict(model=name, ms=both["plain_ms"]) | {key: both[key] for key in ("ratio", "low", "high", "n")})
+        rows.append(
+            dict(model=name, ms=both["plain_ms"])
+            | {key: both[key] for key in ("ratio", "low", "high", "n")}
+        )
     return rows
 
 
@@ -184,8 +226,16 @@ def length_at(T: int, a: argparse.Namespace, w: World) -> dict:
     (x, y), one = text(T, 1, w), torch.ones((), device=w.device)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    ms = [1000 * t for t in by_turns(dict(ours=lambda: micro.backward(x, y, None, one)), a.repeats, w)["ours"]]
-    return dict(bytes=T, us_per_byte=1000 * statistics.median(ms) / T, n=len(ms), peak_mib=w.peak_memory_mib())
+    ms = [
+        1000 * t
+        for t in by_turns(dict(ours=lambda: micro.backward(x, y, None, one)), a.repeats, w)["ours"]
+    ]
+    return dict(
+        bytes=T,
+        us_per_byte=1000 * statistics.median(ms) / T,
+        n=len(ms),
+        peak_mib=w.peak_memory_mib(),
+    )
 
 
 def part_length(a: argparse.Namespace, w: World) -> list[dict]:
@@ -195,18 +245,38 @@ def part_length(a: argparse.Namespace, w: World) -> list[dict]:
 
 
 def facts(w: World) -> dict:
-    git = lambda *words: subprocess.run(["git", *words], cwd=REPO, capture_output=True, text=True).stdout.strip()
-    found = dict(command=shlex.join(sys.orig_argv), git_commit=git("rev-parse", "HEAD") or "unknown")
-    found |= dict(dirty=bool(git("status", "--porcelain")), date=f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S}")
-    return found | dict(device=w.name(), torch=torch.__version__, threads=torch.get_num_threads(), load=os.getloadavg())
+    git = lambda *words: subprocess.run(
+        ["git", *words], cwd=REPO, capture_output=True, text=True
+    ).stdout.strip()
+    found = dict(
+        command=shlex.join(sys.orig_argv), git_commit=git("rev-parse", "HEAD") or "unknown"
+    )
+    found |= dict(
+        dirty=bool(git("status", "--porcelain")),
+        date=f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S}",
+    )
+    return found | dict(
+        device=w.name(),
+        torch=torch.__version__,
+        threads=torch.get_num_threads(),
+        load=os.getloadavg(),
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--parts", default=",".join(PARTS), metavar="X,...", help=f"default {','.join(PARTS)}")
-    p.add_argument("--repeats", type=int, default=5, metavar="N", help="calls of each side; default 5")
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--parts", default=",".join(PARTS), metavar="X,...", help=f"default {','.join(PARTS)}"
+    )
+    p.add_argument(
+        "--repeats", type=int, default=5, metavar="N", help="calls of each side; default 5"
+    )
     p.add_argument("--threads", type=int, default=1, metavar="N", help="of a CPU; default 1")
-    p.add_argument("--malloc", default="kept", choices=("kept", "glibc"), help="freed memory on a CPU (kept)")
+    p.add_argument(
+        "--malloc", default="kept", choices=("kept", "glibc"), help="freed memory on a CPU (kept)"
+    )
     p.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default cpu")
     p.add_argument("--out", type=Path, metavar="DIR", help="folder of JSON files")
     a = p.parse_args(argv)
@@ -215,14 +285,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--parts {a.parts}: no part {wrong[0]!r}; there are {', '.join(PARTS)}")
     if min(a.repeats, a.threads) < 1:
         raise UserError("--repeats and --threads: expected 1 or more")
-    alone = contextlib.nullcontext(World(0, 1, torch.device("cpu"))) if a.malloc == "glibc" else None
+    alone = (
+        contextlib.nullcontext(World(0, 1, torch.device("cpu"))) if a.malloc == "glibc" else None
+    )
     if alone and a.device == "cuda":
         raise UserError("--malloc glibc is about CPU memory; leave out --device cuda")
     with alone or plumbing.world(a.device, "use --device cpu") as w:
         torch.set_num_threads(a.threads)
         start = facts(w)
         print(
-            f"{start['device']}, torch {start['torch']}, {a.threads} thread(s), n={a.repeats} calls a side", flush=True
+            f"{start['device']}, torch {start['torch']}, {a.threads} thread(s), n={a.repeats} calls a side",
+            flush=True,
         )
         for part in parts:
             rows = globals()[f"part_{part}"](a, w)
@@ -233,7 +306,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if a.out:
                 a.out.mkdir(parents=True, exist_ok=True)
                 path = a.out / f"scaled_{part}_{a.device}{'_glibc' if alone else ''}.json"
-                path.write_text(json.dumps(dict(part=part) | start | dict(rows=rows), indent=1) + "\n")
+                path.write_text(
+                    json.dumps(dict(part=part) | start | dict(rows=rows), indent=1) + "\n"
+                )
     return 0
 
 

@@ -33,13 +33,17 @@ def value_of(row: Row, name: str) -> str:
     """A column of the row, or a knob in its notes; '' where there is neither."""
     if name in row.values:
         return lib.canon(row[name])
-    return next((lib.canon(w.split("=", 1)[1]) for w in row["notes"].split() if w.split("=")[0] == name), "")
+    return next(
+        (lib.canon(w.split("=", 1)[1]) for w in row["notes"].split() if w.split("=")[0] == name), ""
+    )
 
 
 def names_in(rows: Sequence[Row]) -> list[str]:
     """Every name that a condition may use."""
     columns = {name for row in rows for name in row.columns}
-    return sorted(columns | {w.split("=")[0] for row in rows for w in row["notes"].split() if "=" in w})
+    return sorted(
+        columns | {w.split("=")[0] for row in rows for w in row["notes"].split() if "=" in w}
+    )
 
 
 def select(rows: Sequence[Row], text: str, arm: str) -> list[Row]:
@@ -51,7 +55,9 @@ def select(rows: Sequence[Row], text: str, arm: str) -> list[Row]:
     if conditions and len(conditions) < len(parts):
         raise UserError(f"{arm}={text}: run ids and COLUMN=VALUE in one; give one kind")
     if conditions:
-        return _meeting(rows, [(name.strip(), lib.canon(value)) for name, value in conditions], f"{arm}: {text}")
+        return _meeting(
+            rows, [(name.strip(), lib.canon(value)) for name, value in conditions], f"{arm}: {text}"
+        )
     found: dict[int, Row] = {}
     for part in parts:
         if not (own := [row for row in rows if row["run_id"] == part]):
@@ -60,7 +66,8 @@ def select(rows: Sequence[Row], text: str, arm: str) -> list[Row]:
         if not own:
             near = get_close_matches(part, {row["run_id"] for row in rows}, n=3, cutoff=0.5)
             raise UserError(
-                f"{arm}: no run id is or begins with {part!r}" + (f"; near: {', '.join(near)}" if near else "")
+                f"{arm}: no run id is or begins with {part!r}"
+                + (f"; near: {', '.join(near)}" if near else "")
             )
         found |= {id(row): row for row in own}
     return list(found.values())
@@ -74,7 +81,11 @@ def _meeting(rows: Sequence[Row], conditions: Sequence[tuple[str, str]], where: 
             near = get_close_matches(name, known, n=1) if name not in known else []
             hint = f"; did you mean {near[0]}?" if near else ""
             there = sorted({value_of(row, name) or "''" for row in rows})
-            told = f"its values here: {lib.listing(there)}" if name in known else f"no column or note {name}{hint}"
+            told = (
+                f"its values here: {lib.listing(there)}"
+                if name in known
+                else f"no column or note {name}{hint}"
+            )
             raise UserError(f"{where} matches no run at {name}={value}; {told}")
         rows = kept
     return list(rows)
@@ -82,15 +93,28 @@ def _meeting(rows: Sequence[Row], conditions: Sequence[tuple[str, str]], where: 
 
 def arm_of(rows: Sequence[Row], arm: str, text: str) -> Cell:
     """The one configuration of these rows. Raises UserError when none is finished, or when there are several."""
-    counted = [r for r in rows if r.status == "finished" and math.isfinite(r.number("final_val_loss"))]
+    counted = [
+        r for r in rows if r.status == "finished" and math.isfinite(r.number("final_val_loss"))
+    ]
     if not counted:
         how = lib.listing(sorted({f"{row['run_id']} ({row.status})" for row in rows}))
-        raise UserError(f"{arm}: {text} matches {lib.count(len(rows), 'run')}, none finished with a loss: {how}")
+        raise UserError(
+            f"{arm}: {text} matches {lib.count(len(rows), 'run')}, none finished with a loss: {how}"
+        )
     cells = lib.make_cells(counted, Stage(arm))
     if len(cells) > 1:
-        varied = {k: sorted({c.key[k] for c in cells}) for k in cells[0].key if len({c.key[k] for c in cells}) > 1}
-        told = "; ".join(f"{k}: {lib.listing([v or chr(39) * 2 for v in values])}" for k, values in varied.items())
-        raise UserError(f"{arm}: {text} matches {len(cells)} configurations, which differ in {told}; name one")
+        varied = {
+            k: sorted({c.key[k] for c in cells})
+            for k in cells[0].key
+            if len({c.key[k] for c in cells}) > 1
+        }
+        told = "; ".join(
+            f"{k}: {lib.listing([v or chr(39) * 2 for v in values])}"
+            for k, values in varied.items()
+        )
+        raise UserError(
+            f"{arm}: {text} matches {len(cells)} configurations, which differ in {told}; name one"
+        )
     return cells[0]
 
 
@@ -101,8 +125,15 @@ def differing(a: Cell, b: Cell) -> list[str]:
         values = [lib.key_value(c.rows[0], key) for c in (a, b)]
         if key == "notes":
             words = [value.split() for value in values]
-            out += [f"{w} only in {arm}" for arm, i in (("A", 0), ("B", 1)) for w in words[i] if w not in words[1 - i]]
-        elif values[0] != values[1] and "-" not in values:  # a gate's knob, where one of them has no gate
+            out += [
+                f"{w} only in {arm}"
+                for arm, i in (("A", 0), ("B", 1))
+                for w in words[i]
+                if w not in words[1 - i]
+            ]
+        elif (
+            values[0] != values[1] and "-" not in values
+        ):  # a gate's knob, where one of them has no gate
             out.append(f"{key}: {values[0] or '?'} -> {values[1] or '?'}")
     return out
 
@@ -121,10 +152,20 @@ def report(a: Cell, b: Cell, table: lib.Table) -> list[str]:
     c, n = line.comparison, [base.numbers, line.numbers]
     rows: list[dict[str, str]] = []
 
-    def show(name: str, form: str, key: str, diff: str = "-", interval: tuple = (), p: float = math.nan, by="") -> None:
+    def show(
+        name: str,
+        form: str,
+        key: str,
+        diff: str = "-",
+        interval: tuple = (),
+        p: float = math.nan,
+        by="",
+    ) -> None:
         values = [lib.rounded(x, key, form) if key else "-" for x in n]
         if key == "sd":
-            values = ["n=1" if x["seeds"] == 1 else value for x, value in zip(n, values, strict=True)]
+            values = [
+                "n=1" if x["seeds"] == 1 else value for x, value in zip(n, values, strict=True)
+            ]
         row = {"": name, "A": values[0], "B": values[1], "B - A": diff}
         finite = interval and all(map(math.isfinite, interval))
         form = "{:+.1f}%" if diff.endswith("%") else "{:+.4f}"
@@ -143,7 +184,12 @@ def report(a: Cell, b: Cell, table: lib.Table) -> list[str]:
         if any(x[key] != "" for x in n):
             diff = "-" if math.isnan(found.pct) else f"{found.pct:+.1f}%"
             show(
-                name, form, key, diff, (found.lo, found.hi), by="Welch on logarithms" if math.isfinite(found.lo) else ""
+                name,
+                form,
+                key,
+                diff,
+                (found.lo, found.hi),
+                by="Welch on logarithms" if math.isfinite(found.lo) else "",
             )
 
     show("seeds (n)", "{}", "seeds")
@@ -160,7 +206,12 @@ def report(a: Cell, b: Cell, table: lib.Table) -> list[str]:
         shares(f"steps {target}", "{:.0f}", "steps_to_target", c.steps_to)
         shares(f"seconds {target}", "{:.1f}", "seconds_to_target", c.seconds_to)
     if math.isfinite(c.memory_mib):
-        show("peak memory of a rank, MiB", "{:.0f}", "peak_memory_mib", f"{c.memory_mib:+.0f} ({c.memory_pct:+.1f}%)")
+        show(
+            "peak memory of a rank, MiB",
+            "{:.0f}",
+            "peak_memory_mib",
+            f"{c.memory_mib:+.0f} ({c.memory_pct:+.1f}%)",
+        )
     out = lib.grid(rows, [k for k in rows[0] if any(row[k] != "-" for row in rows)], 28)
     if max(map(len, out)) > WIDTH:
         out = lib.grid(rows, list(rows[0]), 20, numbers=True)
@@ -175,11 +226,17 @@ def conclusions(a: Cell, b: Cell, table: lib.Table) -> list[str]:
         word = "below" if c.diff < 0 else "above"
         sure = "distinguishable" if c.chosen.p < stats.ALPHA else "not distinguishable"
         out.append(f"final loss: {sure} at 5%; B is {word} A by {abs(c.diff):.4f} nats per token")
-        out.append(f"smallest difference that this n and spread show 4 times in 5: {c.least:.4f} nats ({c.test} t)")
+        out.append(
+            f"smallest difference that this n and spread show 4 times in 5: {c.least:.4f} nats ({c.test} t)"
+        )
     elif c.test == "n=1":
-        out.append("n=1 in an arm: no interval and no test; a difference of one run may be its seed")
+        out.append(
+            "n=1 in an arm: no interval and no test; a difference of one run may be its seed"
+        )
     else:
-        out.append("no spread between the runs: they are repeats of one computation, there is nothing to test")
+        out.append(
+            "no spread between the runs: they are repeats of one computation, there is nothing to test"
+        )
     if c.equal_time.how.startswith("interpolated"):
         out.append(
             "equal time: the slower arm's curve where the faster arm ends, its rate not yet down; "
@@ -189,7 +246,9 @@ def conclusions(a: Cell, b: Cell, table: lib.Table) -> list[str]:
         for arm, cell in (("A", a), ("B", b)):
             p = stats.p_below(list(cell.values("final_val_loss").values()), line.target)
             if math.isfinite(p):
-                out.append(f"mean final loss of {arm} is below {line.target:g}: one-sided t, p={p:.2g}")
+                out.append(
+                    f"mean final loss of {arm} is below {line.target:g}: one-sided t, p={p:.2g}"
+                )
     return out + list(table.remarks)
 
 
@@ -207,15 +266,33 @@ def stage_rows(rows: Sequence[Row], a: argparse.Namespace) -> tuple[list[Row], S
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("a", metavar="A", help="the reference: run ids, or COLUMN=VALUE,...")
     p.add_argument("b", metavar="B", help="what is compared with it")
     p.add_argument("--stage", help="only rows of this stage")
     p.add_argument("--stages", type=Path, metavar="TOML", help="as of split_results.py")
-    p.add_argument("--source", nargs="+", type=Path, metavar="CSV", default=[lib.REPO / "experiments/results.csv"])
-    p.add_argument("--logs", type=Path, default=lib.REPO / "logs", metavar="DIR", help="run folders, for curves")
-    p.add_argument("--curves", nargs="+", type=Path, default=[], metavar="CSV", help="validations of many runs")
-    p.add_argument("--target", type=float, metavar="NATS", help="report steps and seconds to this loss")
+    p.add_argument(
+        "--source",
+        nargs="+",
+        type=Path,
+        metavar="CSV",
+        default=[lib.REPO / "experiments/results.csv"],
+    )
+    p.add_argument(
+        "--logs",
+        type=Path,
+        default=lib.REPO / "logs",
+        metavar="DIR",
+        help="run folders, for curves",
+    )
+    p.add_argument(
+        "--curves", nargs="+", type=Path, default=[], metavar="CSV", help="validations of many runs"
+    )
+    p.add_argument(
+        "--target", type=float, metavar="NATS", help="report steps and seconds to this loss"
+    )
     o = p.parse_args(argv)
     if o.target is not None and not o.target > 0:
         raise UserError(f"--target {o.target}: expected a loss above 0, in nats per token")
@@ -224,9 +301,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     for source in o.source:
         rows, torn = lib.read_results(source)
         problems += torn
-        every |= {(row.columns, row.line): row for row in rows}  # a row that two sources have is one
+        every |= {
+            (row.columns, row.line): row for row in rows
+        }  # a row that two sources have is one
     if not every:
-        raise UserError(f"{', '.join(map(str, o.source))}: no rows yet; a trainer appends one when a run ends")
+        raise UserError(
+            f"{', '.join(map(str, o.source))}: no rows yet; a trainer appends one when a run ends"
+        )
     rows, stage = stage_rows(list(every.values()), o)
     found = {arm: select(rows, text, arm) for arm, text in (("A", o.a), ("B", o.b))}
     if both := sorted({r["run_id"] for r in found["A"]} & {r["run_id"] for r in found["B"]}):
@@ -236,15 +317,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     a, b = (arm_of(found[arm], arm, text) for arm, text in (("A", o.a), ("B", o.b)))
     matched = [*found["A"], *found["B"]]
     whole = lib.make_cells(
-        [r for r in rows if r.status == "finished" and math.isfinite(r.number("final_val_loss"))], stage
+        [r for r in rows if r.status == "finished" and math.isfinite(r.number("final_val_loss"))],
+        stage,
     )
-    table = lib.table_of(matched, [(a, None), (b, a)], whole, stage, lib.Curves(o.logs, o.curves), o.target)
+    table = lib.table_of(
+        matched, [(a, None), (b, a)], whole, stage, lib.Curves(o.logs, o.curves), o.target
+    )
     out = described(a, "A", o.a, len(found["A"])) + described(b, "B", o.b, len(found["B"]))
     differ = differing(a, b)
     out += textwrap.wrap(f"they differ in {'; '.join(differ) or 'nothing that is recorded'}", WIDTH)
     out += ["", *report(a, b, table), ""]
     for note in [*conclusions(a, b, table), *problems]:
-        out += textwrap.wrap(note, WIDTH, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
+        out += textwrap.wrap(
+            note, WIDTH, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False
+        )
     print("\n".join(out))
 
 

@@ -123,18 +123,28 @@ class Published:
         try:
             import transformers
         except ImportError:
-            raise UserError("the package transformers is not installed; pip install transformers") from None
+            raise UserError(
+                "the package transformers is not installed; pip install transformers"
+            ) from None
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         name, self.device = hub_name(spec["name"]), device
         for local in (True,) if spec["offline"] else (True, False):
             try:
-                self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local)
-                self.model = transformers.AutoModelForCausalLM.from_pretrained(name, local_files_only=local)
+                self.tokenizer = transformers.AutoTokenizer.from_pretrained(
+                    name, local_files_only=local
+                )
+                self.model = transformers.AutoModelForCausalLM.from_pretrained(
+                    name, local_files_only=local
+                )
                 break
-            except Exception as error:  # many kinds in many versions: no network, no such name, a broken file
+            except (
+                Exception
+            ) as error:  # many kinds in many versions: no network, no such name, a broken file
                 why = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         else:
-            where = "on this machine" if spec["offline"] else "neither on this machine nor from the hub"
+            where = (
+                "on this machine" if spec["offline"] else "neither on this machine nor from the hub"
+            )
             raise UserError(f"no weights of {name} {where} ({why})") from None
         self.model = self.model.float().eval().to(device)
         self.mixer, self.streams = "attention", False
@@ -144,7 +154,9 @@ class Published:
         self.last_only = dict(logits_to_keep=1) if "logits_to_keep" in known else {}
 
     def encode(self, text: str) -> np.ndarray:
-        return np.array(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64)
+        return np.array(
+            self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64
+        )
 
     def logits(self, x_BT: Tensor) -> Tensor:
         return self.model(input_ids=x_BT, use_cache=False).logits
@@ -178,7 +190,9 @@ def n_params(subject: Subject) -> int:
 def raw_text(k: train_gpu.Knobs, split: str, max_samples: int | None) -> tuple[str, int]:
     """The text of a split, as every tokenizer gets it, and its words, counted as WikiText's tables do (with line ends).
     At most so many lines that are not empty, so that all models still read the same text."""
-    shards = train_gpu.open_text(dataclasses.replace(k, tokenizer="bytes", vocab_size=None))[split].shards
+    shards = train_gpu.open_text(dataclasses.replace(k, tokenizer="bytes", vocab_size=None))[
+        split
+    ].shards
     text = shards.read(0, shards.total).astype(np.uint8).tobytes().decode("utf-8", "replace")
     if max_samples is not None:
         lines, left = text.splitlines(keepends=True), max_samples
@@ -191,12 +205,19 @@ def raw_text(k: train_gpu.Knobs, split: str, max_samples: int | None) -> tuple[s
 
 
 def autocast(subject: Subject, precision: str) -> contextlib.AbstractContextManager:
-    return torch.autocast(subject.device.type, dtype=PRECISIONS[precision], enabled=precision != "none")
+    return torch.autocast(
+        subject.device.type, dtype=PRECISIONS[precision], enabled=precision != "none"
+    )
 
 
 @torch.inference_mode()
 def window_nats(
-    subject: Subject, tokens: np.ndarray, window: int, stride: int, micro: int, precision: str = "none"
+    subject: Subject,
+    tokens: np.ndarray,
+    window: int,
+    stride: int,
+    micro: int,
+    precision: str = "none",
 ) -> float:
     """Summed loss of all tokens but the first, in train_gpu.py's own windows; short ones are filled up behind, where a
     causal model cannot look and nothing is scored."""
@@ -206,11 +227,15 @@ def window_nats(
         x, y = np.zeros((len(rows), window), np.int64), np.full((len(rows), window), -1, np.int64)
         for row, (start, inputs, scored) in enumerate(rows):
             x[row, :inputs] = tokens[start : start + inputs]
-            y[row, inputs - scored : inputs] = tokens[start + inputs - scored + 1 : start + inputs + 1]
+            y[row, inputs - scored : inputs] = tokens[
+                start + inputs - scored + 1 : start + inputs + 1
+            ]
         x_BT, y_BT = (torch.from_numpy(t).to(subject.device) for t in (x, y))
         with autocast(subject, precision):
             logits = subject.logits(x_BT)
-        nats = F.cross_entropy(logits.flatten(0, 1).float(), y_BT.flatten(), ignore_index=-1, reduction="none")
+        nats = F.cross_entropy(
+            logits.flatten(0, 1).float(), y_BT.flatten(), ignore_index=-1, reduction="none"
+        )
         total += nats.double().sum().item()
     return total
 
@@ -224,7 +249,9 @@ def stream_nats(ours: Ours, tokens: np.ndarray, precision: str = "none") -> floa
         part = part[: min(FEED, len(tokens) - 1 - at) + 1]
         with autocast(ours, precision):
             logits, state = ours.model.stream(part[None, :-1], state)
-        total += F.cross_entropy(logits[0].float(), part[1:], reduction="none").double().sum().item()
+        total += (
+            F.cross_entropy(logits[0].float(), part[1:], reduction="none").double().sum().item()
+        )
     return total
 
 
@@ -234,20 +261,34 @@ def scored(nats: float, tokens: int, words: int, n_bytes: int) -> train_gpu.Scor
     return train_gpu.Score(nats, tokens - 1, words * share, n_bytes * share)
 
 
-def quality(subject: Subject, text: str, words: int, a: argparse.Namespace, window: int, stride: int) -> dict:
+def quality(
+    subject: Subject, text: str, words: int, a: argparse.Namespace, window: int, stride: int
+) -> dict:
     """A row of quality.csv."""
     tokens, n_bytes = subject.encode(text), len(text.encode())
     if len(tokens) < 2:
-        raise UserError(f"--dataset {a.dataset}: {len(tokens)} token(s) of text; 2 are needed to score one")
+        raise UserError(
+            f"--dataset {a.dataset}: {len(tokens)} token(s) of text; 2 are needed to score one"
+        )
     if tokens.max() >= subject.vocabulary:
-        raise UserError(f"token {tokens.max()} of the text is outside a vocabulary of {subject.vocabulary}")
+        raise UserError(
+            f"token {tokens.max()} of the text is outside a vocabulary of {subject.vocabulary}"
+        )
     nats = window_nats(subject, tokens, window, stride, a.batch_size, a.precision)
     found = scored(nats, len(tokens), words, n_bytes)
-    row = dict(window=window, stride=stride, nats=nats, tokens=found.tokens, words=words, bytes=n_bytes)
-    row |= dict(loss=found.loss, ppl=found.ppl, word_ppl=found.word_ppl, bits_per_byte=found.bits_per_byte)
+    row = dict(
+        window=window, stride=stride, nats=nats, tokens=found.tokens, words=words, bytes=n_bytes
+    )
+    row |= dict(
+        loss=found.loss, ppl=found.ppl, word_ppl=found.word_ppl, bits_per_byte=found.bits_per_byte
+    )
     if subject.streams:
         found = scored(stream_nats(subject, tokens, a.precision), len(tokens), words, n_bytes)
-        row |= dict(stream_ppl=found.ppl, stream_word_ppl=found.word_ppl, stream_bits_per_byte=found.bits_per_byte)
+        row |= dict(
+            stream_ppl=found.ppl,
+            stream_word_ppl=found.word_ppl,
+            stream_bits_per_byte=found.bits_per_byte,
+        )
     return row
 
 
@@ -269,7 +310,9 @@ def status_mib(name: str) -> float | None:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) / 2**10 for line in lines if line.startswith(f"{name}:")), None)
+    return next(
+        (int(line.split()[1]) / 2**10 for line in lines if line.startswith(f"{name}:")), None
+    )
 
 
 class Peak:
@@ -291,7 +334,11 @@ class Peak:
             peak = torch.cuda.max_memory_allocated(self.device) / 2**20
         else:
             peak = status_mib("VmHWM") or World(0, 1, self.device).peak_memory_mib()
-        return dict(peak_mib=peak, base_mib=self.base, above_mib=None if self.base is None else peak - self.base)
+        return dict(
+            peak_mib=peak,
+            base_mib=self.base,
+            above_mib=None if self.base is None else peak - self.base,
+        )
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -307,9 +354,13 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 def child_inference(spec: Mapping[str, object], device: torch.device) -> dict:
     """A context of T tokens, alone in this process: prefill of all but the last `decode`, then those, one by one."""
     subject, T, n = open_subject(spec["subject"], device), spec["context"], spec["decode"]
-    x_BT = torch.from_numpy(np.random.default_rng(0).integers(0, min(subject.vocabulary, 50257), (1, T))).to(device)
+    x_BT = torch.from_numpy(
+        np.random.default_rng(0).integers(0, min(subject.vocabulary, 50257), (1, T))
+    ).to(device)
     with autocast(subject, spec["precision"]):
-        subject.decode(x_BT[:, -1:], subject.prefill(x_BT[:, : min(T - n, 32)])[1])  # first uses of kernels
+        subject.decode(
+            x_BT[:, -1:], subject.prefill(x_BT[:, : min(T - n, 32)])[1]
+        )  # first uses of kernels
         peak, prefills, decodes = Peak(device), [], []
         for _ in range(spec["repeats"]):
             state, t0 = None, now(device)
@@ -320,9 +371,20 @@ def child_inference(spec: Mapping[str, object], device: torch.device) -> dict:
                 _, state = subject.decode(x_BT[:, i : i + 1], state)
                 decodes.append(now(device) - t0)
     low, middle, high = quartiles(decodes)
-    row = dict(context=T, prefill_tokens=T - n, prefill_tokens_per_s=(T - n) / float(np.median(prefills)))
-    row |= dict(decode_ms=1000 * middle, decode_ms_low=1000 * low, decode_ms_high=1000 * high, n=len(decodes))
-    return row | dict(decode_tokens_per_s=1 / middle, state_bytes=subject.state_bytes(state)) | peak.row()
+    row = dict(
+        context=T, prefill_tokens=T - n, prefill_tokens_per_s=(T - n) / float(np.median(prefills))
+    )
+    row |= dict(
+        decode_ms=1000 * middle,
+        decode_ms_low=1000 * low,
+        decode_ms_high=1000 * high,
+        n=len(decodes),
+    )
+    return (
+        row
+        | dict(decode_tokens_per_s=1 / middle, state_bytes=subject.state_bytes(state))
+        | peak.row()
+    )
 
 
 def grown(ours: Ours, state: train_gpu.State, T: int) -> train_gpu.State:
@@ -333,7 +395,9 @@ def grown(ours: Ours, state: train_gpu.State, T: int) -> train_gpu.State:
         if isinstance(block.mixer, train_gpu.Attention):
             window = block.mixer.window
             kept = T if window is None else min(T, window - 1)
-            layer = tuple(torch.randn(1, kept, *t.shape[2:], device=t.device, dtype=t.dtype) for t in layer)
+            layer = tuple(
+                torch.randn(1, kept, *t.shape[2:], device=t.device, dtype=t.dtype) for t in layer
+            )
         out.append(layer)
     return out
 
@@ -345,7 +409,9 @@ def child_decoding(spec: Mapping[str, object], device: torch.device) -> list[dic
     ours, rows, at = open_subject(spec["subject"], device), [], 0
     full = any(getattr(block.mixer, "window", 0) is None for block in ours.model.blocks)
     state, rng = ours.model.empty_state(1), np.random.default_rng(0)
-    draw = lambda n: torch.from_numpy(rng.integers(0, min(ours.vocabulary, 50257), (1, n))).to(device)
+    draw = lambda n: torch.from_numpy(rng.integers(0, min(ours.vocabulary, 50257), (1, n))).to(
+        device
+    )
     with autocast(ours, spec["precision"]):
         for T in sorted(spec["contexts"]):
             fed = not (full and T > spec["fed"])
@@ -359,8 +425,12 @@ def child_decoding(spec: Mapping[str, object], device: torch.device) -> list[dic
                 _, here = ours.decode(x_BT, here)
                 times += [now(device) - t0] * (i >= 5)
             low, middle, high = (1000 * t for t in quartiles(times))
-            row = dict(context=T, read="fed" if fed else "drawn", decode_ms=middle, decode_ms_low=low)
-            rows.append(row | dict(decode_ms_high=high, n=len(times), state_bytes=size) | peak.row())
+            row = dict(
+                context=T, read="fed" if fed else "drawn", decode_ms=middle, decode_ms_low=low
+            )
+            rows.append(
+                row | dict(decode_ms_high=high, n=len(times), state_bytes=size) | peak.row()
+            )
     return rows
 
 
@@ -373,17 +443,24 @@ class Trainer:
         self.model.init_weights(k.seed)
         self.adam = train_gpu.AdamW(self.model.to(device), k, self.w)
         self.adam.moments()  # there from the start, as in every step but the first
-        self.micro_step, self.rng = train_gpu.MicroStep(self.model, k, self.w), np.random.default_rng(0)
+        self.micro_step, self.rng = (
+            train_gpu.MicroStep(self.model, k, self.w),
+            np.random.default_rng(0),
+        )
 
     def step(self, B: int, T: int) -> float:
         """Seconds of a step on (B, T) tokens."""
         tokens = self.rng.integers(0, min(self.k.vocabulary, 50257), (B, T + 1))
-        x_BT, y_BT = (torch.from_numpy(t.copy()).to(self.w.device) for t in (tokens[:, :-1], tokens[:, 1:]))
+        x_BT, y_BT = (
+            torch.from_numpy(t.copy()).to(self.w.device) for t in (tokens[:, :-1], tokens[:, 1:])
+        )
         self.model.train()
         t0 = now(self.w.device)
         self.micro_step.backward(x_BT, y_BT, 1.0, self.one)
         norms = self.adam.reduce(self.one)
-        self.adam.step(self.k.learning_rate, norms.square().sum().sqrt(), self.one, norms.isfinite().all())
+        self.adam.step(
+            self.k.learning_rate, norms.square().sum().sqrt(), self.one, norms.isfinite().all()
+        )
         self.micro_step.refresh()
         self.adam.grads.zero_()
         return now(self.w.device) - t0
@@ -392,24 +469,38 @@ class Trainer:
 def child_training_memory(spec: Mapping[str, object], device: torch.device) -> dict:
     """Peak of one training step on (B, T); weights, gradients and moments are there before it."""
     trainer = Trainer(train_gpu.Knobs(**spec["knobs"]), device)
-    trainer.step(1, min(16, spec["context"]))  # what libraries allocate at first use is not the step's
+    trainer.step(
+        1, min(16, spec["context"])
+    )  # what libraries allocate at first use is not the step's
     peak = Peak(device)
     trainer.step(spec["batch"], spec["context"])
     return dict(context=spec["context"], batch=spec["batch"]) | peak.row()
 
 
-CHILDREN = dict(inference=child_inference, decoding=child_decoding, training_memory=child_training_memory)
+CHILDREN = dict(
+    inference=child_inference, decoding=child_decoding, training_memory=child_training_memory
+)
 
 
 def measure_apart(what: str, spec: Mapping[str, object], device: str) -> object | None:
     """What CHILDREN[what] finds in a process of its own; None, and a line, where it does not get through."""
     if device == "cuda":
         torch.cuda.empty_cache()  # what quality needed here, the child may need
-    command = [sys.executable, str(Path(__file__).resolve()), "--device", device, "--child", json.dumps([what, spec])]
+    command = [
+        sys.executable,
+        str(Path(__file__).resolve()),
+        "--device",
+        device,
+        "--child",
+        json.dumps([what, spec]),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
-    last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), f"exit code {done.returncode}")
+    last = next(
+        (line for line in reversed(done.stderr.splitlines()) if line.strip()),
+        f"exit code {done.returncode}",
+    )
     why = "out of memory" if done.returncode == -9 or "emory" in last else last[:200]
     where = {name: value for name, value in spec.items() if name in ("context", "batch")}
     show(f"  {what} {where or ''}: left out, {why}")
@@ -435,30 +526,48 @@ def cell(value: object) -> str:
 
 def markdown(rows: Sequence[dict], columns: Mapping[str, str]) -> str:
     """A table of these columns, headed as the mapping says; numbers to the right. Columns that no row has are out."""
-    columns = {name: head for name, head in columns.items() if any(row.get(name) is not None for row in rows)}
+    columns = {
+        name: head
+        for name, head in columns.items()
+        if any(row.get(name) is not None for row in rows)
+    }
     numeric = {name for name in columns if not any(isinstance(row.get(name), str) for row in rows)}
     lines = ["| " + " | ".join(columns.values()) + " |"]
     lines.append("|" + "|".join("---:" if name in numeric else "---" for name in columns) + "|")
-    return "\n".join(lines + ["| " + " | ".join(cell(row.get(name)) for name in columns) + " |" for row in rows]) + "\n"
+    return (
+        "\n".join(
+            lines
+            + ["| " + " | ".join(cell(row.get(name)) for name in columns) + " |" for row in rows]
+        )
+        + "\n"
+    )
 
 
 def csv_of(rows: Sequence[dict]) -> str:
     """CSV with the columns of all rows, in the order in which they first occur."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, list(dict.fromkeys(n for row in rows for n in row)), restval="", lineterminator="\n")
+    writer = csv.DictWriter(
+        out, list(dict.fromkeys(n for row in rows for n in row)), restval="", lineterminator="\n"
+    )
     writer.writeheader()
-    writer.writerows({name: "" if value is None else value for name, value in row.items()} for row in rows)
+    writer.writerows(
+        {name: "" if value is None else value for name, value in row.items()} for row in rows
+    )
     return out.getvalue()
 
 
-def lines_figure(rows: Sequence[dict], panels: Mapping[str, str], x: str, label: str, title: str, caption: str):
+def lines_figure(
+    rows: Sequence[dict], panels: Mapping[str, str], x: str, label: str, title: str, caption: str
+):
     """A panel per column, one above the other, over a shared logarithmic x: a line for each model."""
     figure, all_axes = plots.new_figure(0.9 + 2.1 * len(panels), len(panels), sharex=True)
     names = list(dict.fromkeys(row["model"] for row in rows))
     for axes, (column, text) in zip(all_axes, panels.items(), strict=True):
         for i, name in enumerate(names):
             points = sorted(
-                (row[x], row[column]) for row in rows if row["model"] == name and row.get(column) is not None
+                (row[x], row[column])
+                for row in rows
+                if row["model"] == name and row.get(column) is not None
             )
             if points:
                 axes.plot(*zip(*points, strict=True), label=plots.plain(name), **plots.style_of(i))
@@ -466,7 +575,9 @@ def lines_figure(rows: Sequence[dict], panels: Mapping[str, str], x: str, label:
         axes.set_ylim(bottom=0)
     ticks = sorted({row[x] for row in rows})
     all_axes[-1].set_xscale("log", base=2)
-    all_axes[-1].set_xticks(ticks, [f"{t // 1024}k" if t % 1024 == 0 and t > 1024 else str(t) for t in ticks])
+    all_axes[-1].set_xticks(
+        ticks, [f"{t // 1024}k" if t % 1024 == 0 and t > 1024 else str(t) for t in ticks]
+    )
     all_axes[-1].minorticks_off()
     all_axes[-1].set_xlabel(label, fontsize=10)
     plots.finish(figure, all_axes, title, caption)
@@ -481,7 +592,10 @@ def quality_figure(rows: Sequence[dict], title: str):
         axes.plot(row["bits_per_byte"], i, **plots.style_of(i) | dict(linestyle="", markersize=7))
         axes.annotate(f"{row['bits_per_byte']:.3f}", (row["bits_per_byte"], i), (0, 7), textcoords="offset points",
                       ha="center", fontsize=8)  # fmt: skip
-    names = [f"{plots.plain(row['model'])}\n{row['parameters'] / 1e6:.1f} million parameters" for row in rows]
+    names = [
+        f"{plots.plain(row['model'])}\n{row['parameters'] / 1e6:.1f} million parameters"
+        for row in rows
+    ]
     axes.set_yticks(range(len(rows)), names)
     axes.set_ylim(len(rows) - 0.5, -0.7)
     axes.margins(x=0.1)
@@ -499,10 +613,18 @@ def save_figure(out: Path, name: str, figure) -> None:
 def facts(a: argparse.Namespace) -> dict:
     """With what, where and when."""
     device = torch.cuda.get_device_name() if a.device == "cuda" else f"CPU ({os.cpu_count()} cores)"
-    commit = subprocess.run(["git", "-C", str(lib.REPO), "rev-parse", "HEAD"], capture_output=True, text=True)
+    commit = subprocess.run(
+        ["git", "-C", str(lib.REPO), "rev-parse", "HEAD"], capture_output=True, text=True
+    )
     found = dict(command=shlex.join(sys.orig_argv), git_commit=commit.stdout.strip() or "unknown")
-    found |= dict(date=f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S}", device=device, torch=torch.__version__)
-    return found | dict(threads=torch.get_num_threads(), load=os.getloadavg()[0], precision=a.precision)
+    found |= dict(
+        date=f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S}",
+        device=device,
+        torch=torch.__version__,
+    )
+    return found | dict(
+        threads=torch.get_num_threads(), load=os.getloadavg()[0], precision=a.precision
+    )
 
 
 def machine_line(found: Mapping[str, object]) -> str:
@@ -525,7 +647,10 @@ def find_path(name: str, logs: Path) -> Path:
 
 def specs_of(a: argparse.Namespace) -> list[dict]:
     """All models asked for, ours first. An untrained attention model stands beside ours where none is given."""
-    paths = [find_path(name, Path(a.logs_folder)) for name in [*(a.run or []), *(a.hamt_checkpoint or [])]]
+    paths = [
+        find_path(name, Path(a.logs_folder))
+        for name in [*(a.run or []), *(a.hamt_checkpoint or [])]
+    ]
     specs = [dict(path=str(path)) for path in dict.fromkeys(paths)]
     knobs = [Ours(spec, torch.device("cpu")).k for spec in specs]
     for spec, k in zip(specs, knobs, strict=True):
@@ -533,15 +658,24 @@ def specs_of(a: argparse.Namespace) -> list[dict]:
     if knobs and not any(k.mixer == "attention" for k in knobs):
         try:
             k = attention_beside(knobs[0])
-            specs.append(dict(knobs=dataclasses.asdict(k), label="attention of the same size (untrained: speed only)"))
+            specs.append(
+                dict(
+                    knobs=dataclasses.asdict(k),
+                    label="attention of the same size (untrained: speed only)",
+                )
+            )
         except ValueError as error:
             show(f"attention of the same size: left out, {error}")
     names = [name for name in dict.fromkeys(a.baselines) if name != "none"]
-    return specs + [dict(name=name, offline=a.offline, label=f"{name} (zero-shot)") for name in names]
+    return specs + [
+        dict(name=name, offline=a.offline, label=f"{name} (zero-shot)") for name in names
+    ]
 
 
 def attention_beside(k: train_gpu.Knobs) -> train_gpu.Knobs:
-    return dataclasses.replace(k, mixer="attention", memory="on", use_auxiliary_loss=False, window_every=0)
+    return dataclasses.replace(
+        k, mixer="attention", memory="on", use_auxiliary_loss=False, window_every=0
+    )
 
 
 def opened(specs: Sequence[dict], device: torch.device) -> Iterator[tuple[dict, Subject]]:
@@ -567,16 +701,22 @@ def window_of(a: argparse.Namespace, subjects: Sequence[tuple[dict, dict]]) -> t
         )
     for spec, found in subjects:
         if found["limit"] and window > found["limit"]:
-            raise UserError(f"--window {window}: {spec['label']} takes {found['limit']} tokens at most")
+            raise UserError(
+                f"--window {window}: {spec['label']} takes {found['limit']} tokens at most"
+            )
     return window, stride
 
 
-QUALITY = dict(model="model", mixer="mixer", parameters="parameters", tokens="tokens", nats="summed loss, nats")
+QUALITY = dict(
+    model="model", mixer="mixer", parameters="parameters", tokens="tokens", nats="summed loss, nats"
+)
 QUALITY |= dict(ppl="ppl per token", word_ppl="ppl per word", bits_per_byte="bits per byte")
 QUALITY |= dict(stream_ppl="streamed: ppl per token", stream_word_ppl="ppl per word")
 QUALITY |= dict(stream_bits_per_byte="bits per byte")
 INFERENCE = dict(model="model", context="context, tokens", prefill_tokens_per_s="prefill, tokens/s")
-INFERENCE |= dict(decode_ms="decode, ms per token", state_bytes="state, bytes", peak_mib="peak, MiB")
+INFERENCE |= dict(
+    decode_ms="decode, ms per token", state_bytes="state, bytes", peak_mib="peak, MiB"
+)
 INFERENCE |= dict(base_mib="before it, with weights, MiB", above_mib="above that, MiB")
 
 
@@ -584,17 +724,26 @@ def compare(a: argparse.Namespace, out: Path) -> None:
     device, specs = torch.device(a.device), specs_of(a)
     found = []  # what can be had, and its size
     for spec, s in opened(specs, device):
-        found.append((spec, dict(limit=s.limit, context=s.context, mixer=s.mixer, parameters=n_params(s))))
+        found.append(
+            (spec, dict(limit=s.limit, context=s.context, mixer=s.mixer, parameters=n_params(s)))
+        )
         del s
     trained = [(spec, f) for spec, f in found if "knobs" not in spec]
     if not trained:
-        raise UserError("no model to compare: give --run ID, or --baselines whose weights are at hand")
+        raise UserError(
+            "no model to compare: give --run ID, or --baselines whose weights are at hand"
+        )
     window, stride = window_of(a, trained)
-    k = next((Ours(s, torch.device("cpu")).k for s in specs if "path" in s), train_gpu.Knobs(dataset="wikitext-2"))
+    k = next(
+        (Ours(s, torch.device("cpu")).k for s in specs if "path" in s),
+        train_gpu.Knobs(dataset="wikitext-2"),
+    )
     changes = {name: getattr(a, name) for name in ("dataset", "data_folder") if getattr(a, name)}
     a.dataset = changes.get("dataset", k.dataset)
     text, words = raw_text(dataclasses.replace(k, **changes), a.split, a.max_samples)
-    show(f"{a.dataset}, {a.split}: {words:,} words, {len(text.encode()):,} bytes; window {window}, stride {stride}")
+    show(
+        f"{a.dataset}, {a.split}: {words:,} words, {len(text.encode()):,} bytes; window {window}, stride {stride}"
+    )
 
     rows, speeds = [], []
     for spec, f in found:
@@ -606,9 +755,13 @@ def compare(a: argparse.Namespace, out: Path) -> None:
         rows.append(row)
         for T in a.contexts if not a.quality_only else []:
             if f["limit"] and f["limit"] < T:
-                show(f"  {spec['label']}: context {T} left out, it takes {f['limit']} tokens at most")
+                show(
+                    f"  {spec['label']}: context {T} left out, it takes {f['limit']} tokens at most"
+                )
                 continue
-            more = dict(subject=spec, context=T, decode=a.decode, repeats=a.repeats, precision=a.precision)
+            more = dict(
+                subject=spec, context=T, decode=a.decode, repeats=a.repeats, precision=a.precision
+            )
             if speed := measure_apart("inference", more, a.device):
                 speeds.append(dict(model=spec["label"]) | speed)
     write_comparison(a, out, rows, speeds, words, len(text.encode()))
@@ -630,13 +783,19 @@ def write_comparison(
     lib_results.write_whole(out / "quality.csv", csv_of(rows))
     everything = start | dict(text=text, quality=rows, inference=speeds, note=NOTE)
     lib_results.write_whole(out / "comparison.json", json.dumps(everything, indent=1) + "\n")
-    save_figure(out, "quality", quality_figure(scored_rows, f"{Path(a.dataset).name}, {a.split} split"))
+    save_figure(
+        out, "quality", quality_figure(scored_rows, f"{Path(a.dataset).name}, {a.split} split")
+    )
     if speeds:
         lib_results.write_whole(out / "inference.csv", csv_of(speeds))
-        panels = dict(prefill_tokens_per_s="prefill\n(tokens/s)", decode_ms="decode\n(ms per token)")
+        panels = dict(
+            prefill_tokens_per_s="prefill\n(tokens/s)", decode_ms="decode\n(ms per token)"
+        )
         panels |= dict(peak_mib="peak memory\n(MiB)", state_mib="decode state\n(MiB)")
         drawn = [row | dict(state_mib=row["state_bytes"] / 2**20) for row in speeds]
-        figure = lines_figure(drawn, panels, "context", "context (tokens)", "one sequence", machine_line(start))
+        figure = lines_figure(
+            drawn, panels, "context", "context (tokens)", "one sequence", machine_line(start)
+        )
         save_figure(out, "inference", figure)
 
 
@@ -655,7 +814,9 @@ def preset_knobs(a: argparse.Namespace, mixer: str, T: int) -> train_gpu.Knobs:
     return plumbing.read_knobs(train_gpu.Knobs, train_gpu.PRESETS, argv, {})
 
 
-def training_speed(a: argparse.Namespace, mixers: Sequence[str], device: torch.device) -> list[dict]:
+def training_speed(
+    a: argparse.Namespace, mixers: Sequence[str], device: torch.device
+) -> list[dict]:
     """Training tokens/s at each length with the same tokens per step, the mixers taking turns: A B A B, then B A B A.
     With two, the ratio of the first to the second, and its 95% interval over the paired turns."""
     longest = max(a.lengths)
@@ -670,12 +831,22 @@ def training_speed(a: argparse.Namespace, mixers: Sequence[str], device: torch.d
         for mixer in mixers:
             low, middle, high = quartiles([B * T / t for t in times[mixer]])
             row = dict(
-                model=trainers[mixer].k.label, length=T, batch=B, tokens_per_s=middle, low=low, high=high, n=a.repeats
+                model=trainers[mixer].k.label,
+                length=T,
+                batch=B,
+                tokens_per_s=middle,
+                low=low,
+                high=high,
+                n=a.repeats,
             )
             if len(mixers) == 2 and mixer == mixers[0]:
                 row |= ratio_of(times[mixers[1]], times[mixer])
             rows.append(row)
-            ratio = "{ratio:.3f} ({ratio_low:.3f} to {ratio_high:.3f}) of the other" if "ratio" in row else ""
+            ratio = (
+                "{ratio:.3f} ({ratio_low:.3f} to {ratio_high:.3f}) of the other"
+                if "ratio" in row
+                else ""
+            )
             show(f"{row['model']}, T={T}, B={B}: {middle:,.0f} tokens/s  {ratio.format(**row)}")
     for row in rows:  # time per token against the shortest length's
         first = next(r for r in rows if r["model"] == row["model"])
@@ -702,7 +873,9 @@ def training_memory(a: argparse.Namespace, mixers: Sequence[str]) -> list[dict]:
                 if found := measure_apart("training_memory", spec, a.device):
                     rows.append(dict(model=name, mixer=mixer, checkpointing=int(kept)) | found)
                     above = cell(found["above_mib"])
-                    show(f"{name}, T={T}: peak {found['peak_mib']:,.0f} MiB, {above} above weights and moments")
+                    show(
+                        f"{name}, T={T}: peak {found['peak_mib']:,.0f} MiB, {above} above weights and moments"
+                    )
     return rows
 
 
@@ -711,7 +884,13 @@ def decoding(a: argparse.Namespace, mixers: Sequence[str]) -> list[dict]:
     for mixer in mixers:
         k = preset_knobs(a, mixer, FEED)
         subject = dict(knobs=dataclasses.asdict(k), label=k.label)
-        spec = dict(subject=subject, contexts=a.decode_contexts, decode=a.decode, fed=a.fed, precision=a.precision)
+        spec = dict(
+            subject=subject,
+            contexts=a.decode_contexts,
+            decode=a.decode,
+            fed=a.fed,
+            precision=a.precision,
+        )
         for row in measure_apart("decoding", spec, a.device) or []:
             rows.append(dict(model=k.label) | row)
             show(f"{k.label}, {row['context']} tokens ({row['read']}): {row['decode_ms']:.2f} ms per token, state "
@@ -719,15 +898,27 @@ def decoding(a: argparse.Namespace, mixers: Sequence[str]) -> list[dict]:
     return rows
 
 
-TRAINING = dict(model="mixer", length="length, tokens", batch="sequences", tokens_per_s="training, tokens/s")
-TRAINING |= dict(low="quartile", high="quartile", n="n", ratio="ratio", ratio_low="95% from", ratio_high="to")
+TRAINING = dict(
+    model="mixer", length="length, tokens", batch="sequences", tokens_per_s="training, tokens/s"
+)
+TRAINING |= dict(
+    low="quartile", high="quartile", n="n", ratio="ratio", ratio_low="95% from", ratio_high="to"
+)
 TRAINING |= dict(time_per_token="time per token, shortest = 1")
 MEMORY = dict(
-    model="mixer", context="length, tokens", batch="sequences", peak_mib="peak, MiB", base_mib="before it, MiB"
+    model="mixer",
+    context="length, tokens",
+    batch="sequences",
+    peak_mib="peak, MiB",
+    base_mib="before it, MiB",
 )
 MEMORY |= dict(above_mib="above that, MiB")
-DECODING = dict(model="mixer", context="context, tokens", read="context is", decode_ms="decode, ms per token")
-DECODING |= dict(decode_ms_low="quartile", decode_ms_high="quartile", n="n", state_bytes="state, bytes")
+DECODING = dict(
+    model="mixer", context="context, tokens", read="context is", decode_ms="decode, ms per token"
+)
+DECODING |= dict(
+    decode_ms_low="quartile", decode_ms_high="quartile", n="n", state_bytes="state, bytes"
+)
 DECODING |= dict(peak_mib="peak, MiB")
 # By part: the table's columns, the figure's x and its label, the figure's panels.
 LENGTH = "sequence length (tokens)"
@@ -744,14 +935,17 @@ def speed_only(a: argparse.Namespace, out: Path) -> None:
     sizes = {}
     for mixer in mixers:
         with torch.device("meta"):
-            sizes[mixer] = sum(p.numel() for p in train_gpu.Model(preset_knobs(a, mixer, FEED)).parameters())
+            sizes[mixer] = sum(
+                p.numel() for p in train_gpu.Model(preset_knobs(a, mixer, FEED)).parameters()
+            )
     name = f"{a.preset or 'default'} {a.knobs}".strip()
     title = f"{name}: " + ", ".join(f"{mixer} {n:,} parameters" for mixer, n in sizes.items())
     show(f"{title}\n{machine_line(start)}")
     found: dict[str, list[dict]] = {}
     page = f"{title}, untrained. {machine_line(start)}.\n"
     measure = dict(
-        training=lambda: training_speed(a, mixers, device), training_memory=lambda: training_memory(a, mixers)
+        training=lambda: training_speed(a, mixers, device),
+        training_memory=lambda: training_memory(a, mixers),
     )
     measure |= dict(decoding=lambda: decoding(a, mixers))
     for part in parts:
@@ -761,11 +955,16 @@ def speed_only(a: argparse.Namespace, out: Path) -> None:
             continue
         page += f"\n{markdown(rows, columns)}"
         lib_results.write_whole(out / f"{part}.csv", csv_of(rows))
-        drawn = [r | (dict(state_mib=r["state_bytes"] / 2**20) if part == "decoding" else {}) for r in rows]
+        drawn = [
+            r | (dict(state_mib=r["state_bytes"] / 2**20) if part == "decoding" else {})
+            for r in rows
+        ]
         save_figure(out, part, lines_figure(drawn, panels, x, label, title, machine_line(start)))
     show(f"\n{page}")
     lib_results.write_whole(out / "speed.md", page)
-    lib_results.write_whole(out / "speed.json", json.dumps(start | dict(sizes=sizes) | found, indent=1) + "\n")
+    lib_results.write_whole(
+        out / "speed.json", json.dumps(start | dict(sizes=sizes) | found, indent=1) + "\n"
+    )
 
 
 # ----------------------------------------------------------------------------
@@ -798,25 +997,67 @@ def some_parts(text: str) -> list[str]:
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     both = lambda name: dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
     add = lambda name, **more: p.add_argument(*both(name), **more)
     add("run", nargs="+", metavar="ID", help="runs of train_gpu.py, HAMT and attention alike")
-    add("hamt_checkpoint", nargs="+", metavar="PATH", help="the same by the folder of a run or of a checkpoint")
+    add(
+        "hamt_checkpoint",
+        nargs="+",
+        metavar="PATH",
+        help="the same by the folder of a run or of a checkpoint",
+    )
     add("baselines", nargs="+", default=["distilgpt2", "gpt2"], metavar="NAME",
         help="gpt2, gpt2-medium, distilgpt2, pythia-160m, ..., a folder with weights, or none")  # fmt: skip
     add("offline", action="store_true", help="published models from this machine only")
-    add("dataset", metavar="X", help="as of train_gpu.py; default: that of the first run, else wikitext-2")
-    add("data_folder", metavar="DIR", help="downloaded texts and token shards; default: that of the first run")
+    add(
+        "dataset",
+        metavar="X",
+        help="as of train_gpu.py; default: that of the first run, else wikitext-2",
+    )
+    add(
+        "data_folder",
+        metavar="DIR",
+        help="downloaded texts and token shards; default: that of the first run",
+    )
     add("split", choices=("val", "test"), default="test")
-    add("max_samples", type=one_number, metavar="N", help="lines of text at most that are not empty (all)")
-    add("window", type=one_number, metavar="T", help="tokens of a window; default: the shortest context")
-    add("stride", type=one_number, metavar="T", help="tokens that a later window scores; default: the window")
+    add(
+        "max_samples",
+        type=one_number,
+        metavar="N",
+        help="lines of text at most that are not empty (all)",
+    )
+    add(
+        "window",
+        type=one_number,
+        metavar="T",
+        help="tokens of a window; default: the shortest context",
+    )
+    add(
+        "stride",
+        type=one_number,
+        metavar="T",
+        help="tokens that a later window scores; default: the window",
+    )
     add("batch_size", type=one_number, default=1, metavar="N", help="windows at a time (1)")
     add("precision", choices=tuple(PRECISIONS), default="none", help="autocast; none is fp32")
     add("device", choices=("cpu", "cuda"), default="cpu")
-    add("contexts", type=numbers, default=[256, 512, 1024], metavar="T,...", help="for speed and memory (256,512,1024)")
-    add("decode", type=one_number, default=16, metavar="N", help="tokens decoded at each context (16)")
+    add(
+        "contexts",
+        type=numbers,
+        default=[256, 512, 1024],
+        metavar="T,...",
+        help="for speed and memory (256,512,1024)",
+    )
+    add(
+        "decode",
+        type=one_number,
+        default=16,
+        metavar="N",
+        help="tokens decoded at each context (16)",
+    )
     add("repeats", type=one_number, default=5, metavar="N", help="measurements of each time (5)")
     add("quality_only", action="store_true", help="no speed, no memory")
     add("logs_folder", default=str(lib.REPO / "logs"), metavar="DIR")
@@ -825,12 +1066,48 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("preset", choices=tuple(train_gpu.PRESETS), default="33m", help="of train_gpu.py (33m)")
     add("mixer", choices=("both", *train_gpu.MIXERS), default="both")
     add("knobs", default="", metavar='"NAME=VALUE ..."', help="more of train_gpu.py's knobs")
-    add("parts", type=some_parts, default=list(PARTS), metavar="X,...", help=f"some of {', '.join(PARTS)}")
-    add("lengths", type=numbers, default=[128, 256, 512, 1024, 2048, 4096], metavar="T,...", help="of training")
-    add("tokens_per_step", type=one_number, default=4096, metavar="N", help="the same at every length (4096)")
-    add("memory_batch", type=one_number, default=1, metavar="N", help="sequences where memory is measured (1)")
-    add("decode_contexts", type=numbers, default=[2**i * 1024 for i in range(7)], metavar="T,...", help="1k to 64k")
-    add("fed", type=one_number, default=4096, metavar="T", help="longer caches of full attention are drawn (4096)")
+    add(
+        "parts",
+        type=some_parts,
+        default=list(PARTS),
+        metavar="X,...",
+        help=f"some of {', '.join(PARTS)}",
+    )
+    add(
+        "lengths",
+        type=numbers,
+        default=[128, 256, 512, 1024, 2048, 4096],
+        metavar="T,...",
+        help="of training",
+    )
+    add(
+        "tokens_per_step",
+        type=one_number,
+        default=4096,
+        metavar="N",
+        help="the same at every length (4096)",
+    )
+    add(
+        "memory_batch",
+        type=one_number,
+        default=1,
+        metavar="N",
+        help="sequences where memory is measured (1)",
+    )
+    add(
+        "decode_contexts",
+        type=numbers,
+        default=[2**i * 1024 for i in range(7)],
+        metavar="T,...",
+        help="1k to 64k",
+    )
+    add(
+        "fed",
+        type=one_number,
+        default=4096,
+        metavar="T",
+        help="longer caches of full attention are drawn (4096)",
+    )
     add("child", help=argparse.SUPPRESS)
     return p.parse_args(argv)
 
@@ -838,7 +1115,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     a = arguments(argv)
     if a.device == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device cuda, but torch {torch.__version__} sees no CUDA GPU; leave it out to use the CPU")
+        raise UserError(
+            f"--device cuda, but torch {torch.__version__} sees no CUDA GPU; leave it out to use the CPU"
+        )
     if a.child:
         what, spec = json.loads(a.child)
         print(json.dumps(CHILDREN[what](spec, torch.device(a.device))))

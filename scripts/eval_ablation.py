@@ -44,25 +44,38 @@ class Result:
         return self.base_NM - self.ablated[kind, place]
 
 
-def ablate(s: Subject, t: TestSet, kinds: Sequence[str], mlps: bool, allow: bool, seed: int) -> Result:
+def ablate(
+    s: Subject, t: TestSet, kinds: Sequence[str], mlps: bool, allow: bool, seed: int
+) -> Result:
     """Score the model as it is and, where it passes the gate, with every place replaced in every way."""
     t0, items = time.process_time(), heads.measure(s, t.problems)
     base = heads.units(items, t.pairs)
     if odd := int((heads.greedy_exact(s, t.problems) != items[:, 0]).sum()):
-        print(f"{s.name} {t.name}: {odd} items where generating and scoring the gold text differ: near ties")
+        print(
+            f"{s.name} {t.name}: {odd} items where generating and scoring the gold text differ: near ties"
+        )
     if met := heads.could_have_trained_on(s, t.exprs):
-        print(f"{s.name} {t.name}: {met} of {len(t.exprs)} expressions are not held out from its training data")
+        print(
+            f"{s.name} {t.name}: {met} of {len(t.exprs)} expressions are not held out from its training data"
+        )
     exact = float(items[:, 0].mean())
     fit = heads.competent(exact, allow, s, t.name)
     ablated, bank = {}, heads.Bank(s, t.problems, seed)
     if fit or allow:
-        for place in sorted(heads.places(s), key=lambda p: p.layer):  # the bank holds one layer at a time
+        for place in sorted(
+            heads.places(s), key=lambda p: p.layer
+        ):  # the bank holds one layer at a time
             for kind in kinds if mlps or place.head is not None else ():
                 table = heads.measure(s, t.problems, bank.hooks(place, kind))
                 ablated[kind, place] = heads.units(table, t.pairs)
     spent = time.process_time() - t0
-    means = " ".join(f"{name}:{value:.4f}" for name, value in zip(METRICS, base.mean(0), strict=True))
-    print(f"{s.name} {t.name}: units:{t.n} {means} | {len(ablated)} ablations, {spent:.0f} s CPU", flush=True)
+    means = " ".join(
+        f"{name}:{value:.4f}" for name, value in zip(METRICS, base.mean(0), strict=True)
+    )
+    print(
+        f"{s.name} {t.name}: units:{t.n} {means} | {len(ablated)} ablations, {spent:.0f} s CPU",
+        flush=True,
+    )
     return Result(s, t, base, ablated, fit)
 
 
@@ -75,13 +88,26 @@ def rows_of(r: Result, kinds: Sequence[str]) -> list[dict]:
     rows = []
     for kind in kinds:
         for is_head in (True, False):
-            family = [p for p in heads.places(r.s) if (p.head is not None) == is_head and (kind, p) in r.ablated]
+            family = [
+                p
+                for p in heads.places(r.s)
+                if (p.head is not None) == is_head and (kind, p) in r.ablated
+            ]
             tests = [heads.mcnemar(r.base_NM[:, 0], r.ablated[kind, p][:, 0]) for p in family]
             adjusted = holm([p for _, _, p in tests])
             for place, (lost, gained, p), p_holm in zip(family, tests, adjusted, strict=True):
-                row = dict(model=r.s.name, seed=r.s.k.seed, set=r.set.name, units=r.set.n, kind=kind, place=str(place))
+                row = dict(
+                    model=r.s.name,
+                    seed=r.s.k.seed,
+                    set=r.set.name,
+                    units=r.set.n,
+                    kind=kind,
+                    place=str(place),
+                )
                 row |= dict(layer=place.layer, head="MLP" if place.head is None else place.head)
-                row |= dict(competent=int(r.competent), lost=lost, gained=gained, mcnemar_p=p, holm_p=p_holm)
+                row |= dict(
+                    competent=int(r.competent), lost=lost, gained=gained, mcnemar_p=p, holm_p=p_holm
+                )
                 drop = r.drops(kind, place)
                 low, high = heads.intervals(drop)
                 for m, name in enumerate(METRICS):
@@ -103,10 +129,19 @@ def impact_rows(found: Sequence[Result], kinds: Sequence[str]) -> list[dict]:
             drops = [r.drops(kind, place) for r in (paren, flat)]
             boot = [heads.resamplings(len(d), seed) @ d for seed, d in enumerate(drops)]
             low, high = np.quantile(boot[0] - boot[1], [0.025, 0.975], axis=0)
-            row = dict(model=s.name, kind=kind, place=str(place), competent=int(paren.competent and flat.competent))
+            row = dict(
+                model=s.name,
+                kind=kind,
+                place=str(place),
+                competent=int(paren.competent and flat.competent),
+            )
             for m, name in enumerate(METRICS):
                 impact = drops[0][:, m].mean() - drops[1][:, m].mean()
-                row |= {f"{name}_impact": float(impact), f"{name}_low": float(low[m]), f"{name}_high": float(high[m])}
+                row |= {
+                    f"{name}_impact": float(impact),
+                    f"{name}_low": float(low[m]),
+                    f"{name}_high": float(high[m]),
+                }
             rows.append(row)
     return rows
 
@@ -114,7 +149,17 @@ def impact_rows(found: Sequence[Result], kinds: Sequence[str]) -> list[dict]:
 def named(rows: Sequence[dict]) -> list[dict]:
     """Heads that are claimed to matter: exact match falls, its interval excludes 0, and so does Holm's test at 5%."""
     keep = [r for r in rows if r["head"] != "MLP" and r["exact_low"] > 0 and r["holm_p"] < 0.05]
-    keys = ("model", "set", "kind", "place", "competent", "exact_drop", "exact_low", "exact_high", "holm_p")
+    keys = (
+        "model",
+        "set",
+        "kind",
+        "place",
+        "competent",
+        "exact_drop",
+        "exact_low",
+        "exact_high",
+        "holm_p",
+    )
     return [{key: r[key] for key in keys} for r in sorted(keep, key=lambda r: -r["exact_drop"])]
 
 
@@ -145,8 +190,13 @@ def shuffled_p(ranks_SLH: np.ndarray, within: bool, draws: int = 2000) -> float:
     """The chance of a W as large when a head's number means nothing: shuffled over the model, or within layers."""
     S, L, H = ranks_SLH.shape
     groups = ranks_SLH if within else ranks_SLH.reshape(S, 1, L * H)
-    many = np.random.default_rng(0).permuted(np.broadcast_to(groups, (draws, *groups.shape)), axis=-1)
-    hits = concordance(many.reshape(draws, S, L * H)) >= concordance(ranks_SLH.reshape(S, L * H)) - 1e-12
+    many = np.random.default_rng(0).permuted(
+        np.broadcast_to(groups, (draws, *groups.shape)), axis=-1
+    )
+    hits = (
+        concordance(many.reshape(draws, S, L * H))
+        >= concordance(ranks_SLH.reshape(S, L * H)) - 1e-12
+    )
     return float((1 + hits.sum()) / (1 + draws))
 
 
@@ -162,16 +212,31 @@ def agreement(found: Sequence[Result], kinds: Sequence[str]) -> list[dict]:
         for kind in kinds if len(here) > 1 else ():
             for m, metric in enumerate(METRICS):
                 mean = lambda r, p: float(r.drops(kind, p)[:, m].mean())  # noqa: B023  used at once
-                (L, H), mine = here[0].s.shape, [p for p in heads.places(here[0].s) if p.head is not None]
+                (L, H), mine = (
+                    here[0].s.shape,
+                    [p for p in heads.places(here[0].s) if p.head is not None],
+                )
                 x = np.array([[mean(r, p) for p in mine] for r in here])
-                both = [(a, b) for i, a in enumerate(x) for b in x[i + 1 :] if np.ptp(a) > 0 and np.ptp(b) > 0]
+                both = [
+                    (a, b)
+                    for i, a in enumerate(x)
+                    for b in x[i + 1 :]
+                    if np.ptp(a) > 0 and np.ptp(b) > 0
+                ]
                 row = dict(set=name, kind=kind, metric=metric, seeds=len(here), pairs=len(both))
                 row |= dict(competent=int(all(r.competent for r in here)))
                 for label, f in (("kendall_tau", kendalltau), ("spearman_rho", spearmanr)):
-                    row[label] = float(np.mean([f(a, b).statistic for a, b in both])) if both else None
+                    row[label] = (
+                        float(np.mean([f(a, b).statistic for a, b in both])) if both else None
+                    )
                 ranks = ranked(x.reshape(len(here), L, H))
-                row["kendall_w"] = None if math.isnan(w := float(concordance(ranks.reshape(len(here), -1)))) else w
-                row["p_over_model"], row["p_within_layers"] = shuffled_p(ranks, False), shuffled_p(ranks, True)
+                row["kendall_w"] = (
+                    None if math.isnan(w := float(concordance(ranks.reshape(len(here), -1)))) else w
+                )
+                row["p_over_model"], row["p_within_layers"] = (
+                    shuffled_p(ranks, False),
+                    shuffled_p(ranks, True),
+                )
                 row["top_head"] = " ".join(str(mine[int(i)]) for i in x.argmax(1))
                 out.append(row)
     return out
@@ -190,11 +255,15 @@ def seed_rows(found: Sequence[Result], kinds: Sequence[str], mlps: bool) -> list
                 for m, metric in enumerate(METRICS):
                     of = lambda r, h: float(r.drops(kind, Place(layer, h))[:, m].mean())  # noqa: B023
                     each = [[of(r, h) for h in range(r.s.k.num_heads)] for r in here]
-                    columns = dict(top_head=[max(x) for x in each], mean_head=[float(np.mean(x)) for x in each])
+                    columns = dict(
+                        top_head=[max(x) for x in each], mean_head=[float(np.mean(x)) for x in each]
+                    )
                     columns |= dict(mlp=[of(r, None) for r in here]) if mlps else {}
                     for label, values in columns.items():
                         row[f"{metric}_{label}"] = float(np.mean(values))
-                        row[f"{metric}_{label}_sd"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
+                        row[f"{metric}_{label}_sd"] = (
+                            float(np.std(values, ddof=1)) if len(values) > 1 else None
+                        )
                 out.append(row)
     return out
 
@@ -203,7 +272,14 @@ def seed_rows(found: Sequence[Result], kinds: Sequence[str], mlps: bool) -> list
 # Figure
 
 
-def figure_of(s: Subject, found: Sequence[Result], rows: Sequence[dict], kinds: Sequence[str], metric: str, mlps: bool):
+def figure_of(
+    s: Subject,
+    found: Sequence[Result],
+    rows: Sequence[dict],
+    kinds: Sequence[str],
+    metric: str,
+    mlps: bool,
+):
     """Head by layer, a panel per kind and set; MLPs in a column of their own."""
     (L, H), sets = s.shape, [r for r in found if r.s is s and r.ablated]
     W = H + mlps
@@ -222,8 +298,13 @@ def figure_of(s: Subject, found: Sequence[Result], rows: Sequence[dict], kinds: 
             image = heads.heat(axes[i, j], values, limit, marked_YX=marked)
             axes[i, j].set_xticks(range(W), [*(f"H{h}" for h in range(H)), *["MLP"] * mlps])
             axes[i, j].set_yticks(range(L), [f"L{l}" for l in range(L)])
-            base, below = r.base_NM[:, METRICS.index(metric)].mean(), "" if r.competent else "\nBELOW THE GATE"
-            axes[i, j].set_title(f"{r.set.name}, {kind}: {base:.2f} before (n={r.set.n}){below}", fontsize=7)
+            base, below = (
+                r.base_NM[:, METRICS.index(metric)].mean(),
+                "" if r.competent else "\nBELOW THE GATE",
+            )
+            axes[i, j].set_title(
+                f"{r.set.name}, {kind}: {base:.2f} before (n={r.set.n}){below}", fontsize=7
+            )
     figure.colorbar(image, ax=axes, shrink=0.6).set_label(f"drop of {LABELS[metric]}", fontsize=8)
     figure.suptitle(f"{s.name}: one place ablated", fontsize=11)
     words = "framed, bold: the 95% paired bootstrap\ninterval excludes 0; colours end at the strongest head"
@@ -236,12 +317,24 @@ def figure_of(s: Subject, found: Sequence[Result], rows: Sequence[dict], kinds: 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p = heads.parser(__doc__, several=True)
-    p.add_argument("--sets", nargs="+", default=SETS, metavar="NAME", help=f"default {' '.join(SETS)}")
+    p.add_argument(
+        "--sets", nargs="+", default=SETS, metavar="NAME", help=f"default {' '.join(SETS)}"
+    )
     p.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS, help="default: all")
     p.add_argument("--no-mlps", action="store_true", help="heads only")
-    p.add_argument("--limit", type=int, default=0, metavar="N", help="the first N units of each set; default: all")
-    p.add_argument("--seed", type=int, default=0, metavar="N", help="of the items to resample from; default 0")
-    p.add_argument("--allow-incompetent", action="store_true", help="ablate below the competence gate too")
+    p.add_argument(
+        "--limit",
+        type=int,
+        default=0,
+        metavar="N",
+        help="the first N units of each set; default: all",
+    )
+    p.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the items to resample from; default 0"
+    )
+    p.add_argument(
+        "--allow-incompetent", action="store_true", help="ablate below the competence gate too"
+    )
     return p.parse_args(argv)
 
 
@@ -249,8 +342,14 @@ def tell(found: Sequence[Result], rows: Sequence[dict], kinds: Sequence[str]) ->
     """The strongest heads of each model and set, on the console."""
     for r in found:
         for kind in kinds if r.ablated else ():
-            mine = [x for x in rows if x["model"] == r.s.name and x["set"] == r.set.name and x["kind"] == kind]
-            mine = sorted((x for x in mine if x["head"] != "MLP"), key=lambda x: -x["exact_drop"])[:3]
+            mine = [
+                x
+                for x in rows
+                if x["model"] == r.s.name and x["set"] == r.set.name and x["kind"] == kind
+            ]
+            mine = sorted((x for x in mine if x["head"] != "MLP"), key=lambda x: -x["exact_drop"])[
+                :3
+            ]
             words = [f"{x['place']} {x['exact_drop']:+.3f} [{x['exact_low']:+.3f}, {x['exact_high']:+.3f}] Holm "
                      f"p={x['holm_p']:.2g}" for x in mine]  # fmt: skip
             mark = "" if r.competent else " BELOW THE COMPETENCE GATE:"
@@ -261,23 +360,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     a = arguments(argv)
     heads.need("scipy", "matplotlib")
     subjects = heads.load_all(a.checkpoint, a.device)
-    sets = {(s, name): heads.read_set(s, a.data, name, a.limit) for s in subjects for name in dict.fromkeys(a.sets)}
+    sets = {
+        (s, name): heads.read_set(s, a.data, name, a.limit)
+        for s in subjects
+        for name in dict.fromkeys(a.sets)
+    }
     mlps, kinds = not a.no_mlps, [kind for kind in KINDS if kind in a.kinds]
     found = [ablate(s, t, kinds, mlps, a.allow_incompetent, a.seed) for (s, _), t in sets.items()]
     rows = [row for r in found for row in rows_of(r, kinds)]
     out = heads.out_folder(a, "ablation", subjects)
     content = heads.provenance(subjects, [t.path for t in sets.values()])
-    content |= dict(gate=heads.GATE, allow_incompetent=a.allow_incompetent, baselines=[], named=named(rows))
+    content |= dict(
+        gate=heads.GATE, allow_incompetent=a.allow_incompetent, baselines=[], named=named(rows)
+    )
     for r in found:
-        base = dict(model=r.s.name, set=r.set.name, units=r.set.n, competent=r.competent, ablated=bool(r.ablated))
-        content["baselines"].append(base | dict(zip(METRICS, r.base_NM.mean(0).tolist(), strict=True)))
+        base = dict(
+            model=r.s.name,
+            set=r.set.name,
+            units=r.set.n,
+            competent=r.competent,
+            ablated=bool(r.ablated),
+        )
+        content["baselines"].append(
+            base | dict(zip(METRICS, r.base_NM.mean(0).tolist(), strict=True))
+        )
     content["agreement"] = agreement(found, kinds)
     heads.write_json(out / "ablation.json", content)
     if not rows:
-        print(f"{out}/ablation.json: baselines only; no model passes the gate on any set, so no head is named")
+        print(
+            f"{out}/ablation.json: baselines only; no model passes the gate on any set, so no head is named"
+        )
         return 1
     heads.write_csv(out / "ablation.csv", rows)
-    for name, table in dict(impact=impact_rows(found, kinds), seeds=seed_rows(found, kinds, mlps)).items():
+    for name, table in dict(
+        impact=impact_rows(found, kinds), seeds=seed_rows(found, kinds, mlps)
+    ).items():
         if table:
             heads.write_csv(out / f"{name}.csv", table)
     tell(found, rows, kinds)

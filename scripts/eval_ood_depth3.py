@@ -28,10 +28,23 @@ from train_arith import evaluate_expr
 
 def without_a_model(s: Subject, t: TestSet, common: int) -> dict[str, dict[str, float | None]]:
     """The scores of three answers that need no model. Only the first has a legacy score, which asks for no answer."""
-    values, blind = t.problems.values_N, [evaluate_expr(re.sub(r"[()]", "", expr)) for expr in t.exprs]
-    right = dict(always_end=np.zeros(len(values)), paren_blind=blind == values, most_frequent=values == common)
-    exact = {n: heads.units(np.stack([x] * 3, 1).astype(float), t.pairs)[:, 0].mean() for n, x in right.items()}
-    return {name: dict(exact=float(x), eos=1.0 if name == "always_end" else None) for name, x in exact.items()}
+    values, blind = (
+        t.problems.values_N,
+        [evaluate_expr(re.sub(r"[()]", "", expr)) for expr in t.exprs],
+    )
+    right = dict(
+        always_end=np.zeros(len(values)),
+        paren_blind=blind == values,
+        most_frequent=values == common,
+    )
+    exact = {
+        n: heads.units(np.stack([x] * 3, 1).astype(float), t.pairs)[:, 0].mean()
+        for n, x in right.items()
+    }
+    return {
+        name: dict(exact=float(x), eos=1.0 if name == "always_end" else None)
+        for name, x in exact.items()
+    }
 
 
 def rows_of(s: Subject, t: TestSet, place: Place, seed: int) -> list[dict]:
@@ -43,13 +56,23 @@ def rows_of(s: Subject, t: TestSet, place: Place, seed: int) -> list[dict]:
         after = heads.units(heads.measure(s, t.problems, bank.hooks(place, kind)), t.pairs)
         low, high = heads.intervals(base - after)
         for m, metric in enumerate(METRICS):
-            row = dict(model=s.name, set=t.name, units=t.n, place=str(place), kind=kind, metric=metric)
-            row |= dict(competent=int(fit), baseline=float(base[:, m].mean()), ablated=float(after[:, m].mean()))
-            row |= dict(drop=float((base - after)[:, m].mean()), low=float(low[m]), high=float(high[m]))
+            row = dict(
+                model=s.name, set=t.name, units=t.n, place=str(place), kind=kind, metric=metric
+            )
+            row |= dict(
+                competent=int(fit),
+                baseline=float(base[:, m].mean()),
+                ablated=float(after[:, m].mean()),
+            )
+            row |= dict(
+                drop=float((base - after)[:, m].mean()), low=float(low[m]), high=float(high[m])
+            )
             if metric != "logprob":
                 lost, gained, p = heads.mcnemar(base[:, m], after[:, m])
                 ends = heads.wilson(base[:, m].sum(), len(base))
-                row |= dict(base_low=ends[0], base_high=ends[1], lost=lost, gained=gained, mcnemar_p=p)
+                row |= dict(
+                    base_low=ends[0], base_high=ends[1], lost=lost, gained=gained, mcnemar_p=p
+                )
             rows.append(row)
     return rows
 
@@ -58,7 +81,9 @@ def tell(t: TestSet, rows: Sequence[dict], known: dict[str, dict], place: Place)
     """The original's table in its own numbers, then the honest one."""
     one = {row["metric"]: row for row in rows if row["kind"] == "zero"}
     eos = one["eos"]
-    print(f"\n{t.name}: {t.n} {'minimal pairs' if t.pairs else 'items'}\n{'':32}baseline  {place} zeroed    drop")
+    print(
+        f"\n{t.name}: {t.n} {'minimal pairs' if t.pairs else 'items'}\n{'':32}baseline  {place} zeroed    drop"
+    )
     print(f"{'eos_after_gold (legacy), %':30}{100 * eos['baseline']:10.1f}{100 * eos['ablated']:14.1f}"
           f"{100 * eos['drop']:8.1f}   McNemar p={eos['mcnemar_p']:.2g}")  # fmt: skip
     print(f"{'  always end (no model), %':30}{100.0:10.1f}")
@@ -77,28 +102,48 @@ def tell(t: TestSet, rows: Sequence[dict], known: dict[str, dict], place: Place)
         print(f"{f'log-prob per token, {kind}':30}{log['baseline']:10.3f}{log['ablated']:14.3f}{log['drop']:8.3f}   "
               f"[{log['low']:.3f}, {log['high']:.3f}]")  # fmt: skip
     if not exact["competent"]:
-        print(f"  below the competence gate ({heads.GATE:.0%} exact match): a drop here shows nothing about arithmetic")
+        print(
+            f"  below the competence gate ({heads.GATE:.0%} exact match): a drop here shows nothing about arithmetic"
+        )
 
 
-def figure_of(s: Subject, place: Place, sets: Sequence[TestSet], rows: Sequence[dict], known: dict[str, dict]):
+def figure_of(
+    s: Subject, place: Place, sets: Sequence[TestSet], rows: Sequence[dict], known: dict[str, dict]
+):
     """Baseline and zeroed side by side per set, with the answers that need no model as lines."""
     figure, axes = heads.new_figure(7.2, 3.4, 1, 2, sharey=True)
     lines = dict(
-        always_end=("always end", ":"), paren_blind=("brackets ignored", "--"), most_frequent=("most frequent", "-.")
+        always_end=("always end", ":"),
+        paren_blind=("brackets ignored", "--"),
+        most_frequent=("most frequent", "-."),
     )
     for panel, metric in zip(axes[0], ("eos", "exact"), strict=True):
         for i, t in enumerate(sets):
-            row = next(r for r in rows if (r["set"], r["metric"], r["kind"]) == (t.name, metric, "zero"))
+            row = next(
+                r for r in rows if (r["set"], r["metric"], r["kind"]) == (t.name, metric, "zero")
+            )
             for j, key in enumerate(("baseline", "ablated")):
                 value = row[key]
                 ends = heads.wilson(value * t.n, t.n)
                 error = [[max(0.0, value - ends[0])], [max(0.0, ends[1] - value)]]
                 label = ("as trained", f"{place} zeroed")[j] if i == 0 else None
-                panel.bar(i + 0.38 * j - 0.19, value, 0.36, yerr=error, capsize=3, color=COLOURS[j], label=label)
+                panel.bar(
+                    i + 0.38 * j - 0.19,
+                    value,
+                    0.36,
+                    yerr=error,
+                    capsize=3,
+                    color=COLOURS[j],
+                    label=label,
+                )
             for name, (label, dash) in lines.items():
                 if (y := known[t.name][name][metric]) is not None:
                     panel.plot(
-                        [i - 0.42, i + 0.42], [y, y], dash, color="black", label=None if i else f"{label}: no model"
+                        [i - 0.42, i + 0.42],
+                        [y, y],
+                        dash,
+                        color="black",
+                        label=None if i else f"{label}: no model",
                     )
         panel.set_xticks(range(len(sets)), [f"{t.name}\nn={t.n}" for t in sets], fontsize=8)
         panel.set_title(LABELS[metric], fontsize=9)
@@ -107,18 +152,35 @@ def figure_of(s: Subject, place: Place, sets: Sequence[TestSet], rows: Sequence[
     figure.legend(*legend, fontsize=7, frameon=False, loc="outside lower center", ncols=5)
     axes[0, 0].set_ylim(0, 1.05)
     axes[0, 0].set_ylabel("fraction, 95% Wilson interval", fontsize=9)
-    below = [r["set"] for r in rows if r["metric"] == "exact" and r["kind"] == "zero" and not r["competent"]]
-    figure.suptitle(f"{s.name}" + (f"; below the competence gate: {', '.join(below)}" if below else ""), fontsize=10)
+    below = [
+        r["set"]
+        for r in rows
+        if r["metric"] == "exact" and r["kind"] == "zero" and not r["competent"]
+    ]
+    figure.suptitle(
+        f"{s.name}" + (f"; below the competence gate: {', '.join(below)}" if below else ""),
+        fontsize=10,
+    )
     return figure
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p = heads.parser(__doc__)
     p.add_argument("--sets", nargs="+", default=["depth3"], metavar="NAME", help="default depth3")
-    p.add_argument("--layer", type=int, default=2, metavar="N", help="of the head; default 2, the original's")
+    p.add_argument(
+        "--layer", type=int, default=2, metavar="N", help="of the head; default 2, the original's"
+    )
     p.add_argument("--head", type=int, default=2, metavar="N", help="default 2, the original's")
-    p.add_argument("--limit", type=int, default=0, metavar="N", help="the first N units of each set; default: all")
-    p.add_argument("--seed", type=int, default=0, metavar="N", help="of the items to resample from; default 0")
+    p.add_argument(
+        "--limit",
+        type=int,
+        default=0,
+        metavar="N",
+        help="the first N units of each set; default: all",
+    )
+    p.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the items to resample from; default 0"
+    )
     return p.parse_args(argv)
 
 
@@ -138,7 +200,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         tell(t, mine, known[t.name], place)
     out = heads.out_folder(a, "ood", [s])
     heads.write_csv(out / "ood.csv", rows)
-    content = heads.provenance([s], [t.path for t in sets]) | dict(gate=heads.GATE, most_frequent_answer=common)
+    content = heads.provenance([s], [t.path for t in sets]) | dict(
+        gate=heads.GATE, most_frequent_answer=common
+    )
     heads.write_json(out / "ood.json", content | dict(without_a_model=known, rows=rows))
     heads.write_figure(out / "ood.png", figure_of(s, place, sets, rows, known))
     return 0

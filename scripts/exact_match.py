@@ -66,41 +66,82 @@ def generated(s: Subject, operands: Sequence[int], digits: Sequence[int], items:
                 yield "cells", f"{n} operands, depth {depth}", *drawn(s, items, **shape)
 
 
-def row_of(s: Subject, sweep: str, cell: str, problems: Problems, left_out: int, common: int) -> dict:
+def row_of(
+    s: Subject, sweep: str, cell: str, problems: Problems, left_out: int, common: int
+) -> dict:
     if not len(problems):
-        raise UserError(f"{sweep} {cell}: {s.name} writes {s.digits} digits, too few for any; leave it out")
+        raise UserError(
+            f"{sweep} {cell}: {s.name} writes {s.digits} digits, too few for any; leave it out"
+        )
     table = arith.score(s.model, problems, s.k, s.w)
     mean, n = arith.summary(table), len(problems)
     low, high = heads.wilson(table[:, arith.SCORES.index("exact")].sum(), n)
-    without = [arith.evaluate_expr(re.sub(r"[()]", "", e)) for e in problems.exprs(s.k)] == problems.values_N
+    without = [
+        arith.evaluate_expr(re.sub(r"[()]", "", e)) for e in problems.exprs(s.k)
+    ] == problems.values_N
     row = dict(model=s.name, seed=s.k.seed, sweep=sweep, cell=cell, items=n, left_out=left_out)
-    row |= dict(exact=mean["exact_match"], low=low, high=high, digits_right=mean["digit_accuracy"], ended=mean["ended"])
-    return row | dict(paren_blind=float(without.mean()), most_frequent=float((problems.values_N == common).mean()))
+    row |= dict(
+        exact=mean["exact_match"],
+        low=low,
+        high=high,
+        digits_right=mean["digit_accuracy"],
+        ended=mean["ended"],
+    )
+    return row | dict(
+        paren_blind=float(without.mean()), most_frequent=float((problems.values_N == common).mean())
+    )
 
 
 def figure_of(rows: Sequence[dict], trained: dict[str, Sequence[str]]):
     """A panel per sweep but `cells`: points are models, the line is their mean; grey is what was trained on."""
-    sweeps = [name for name in ("operands", "digits", "sets") if any(r["sweep"] == name for r in rows)]
-    widths = [max(2.2, 0.62 * len({r["cell"] for r in rows if r["sweep"] == name})) for name in sweeps]
-    figure, axes = heads.new_figure(1.0 + sum(widths), 3.6, 1, len(sweeps), sharey=True, width_ratios=widths)
+    sweeps = [
+        name for name in ("operands", "digits", "sets") if any(r["sweep"] == name for r in rows)
+    ]
+    widths = [
+        max(2.2, 0.62 * len({r["cell"] for r in rows if r["sweep"] == name})) for name in sweeps
+    ]
+    figure, axes = heads.new_figure(
+        1.0 + sum(widths), 3.6, 1, len(sweeps), sharey=True, width_ratios=widths
+    )
     for panel, sweep in zip(axes[0], sweeps, strict=True):
         cells = list(dict.fromkeys(r["cell"] for r in rows if r["sweep"] == sweep))
-        values = [[r["exact"] for r in rows if (r["sweep"], r["cell"]) == (sweep, c)] for c in cells]
+        values = [
+            [r["exact"] for r in rows if (r["sweep"], r["cell"]) == (sweep, c)] for c in cells
+        ]
         blind = [
-            float(np.mean([r["paren_blind"] for r in rows if (r["sweep"], r["cell"]) == (sweep, c)])) for c in cells
+            float(
+                np.mean([r["paren_blind"] for r in rows if (r["sweep"], r["cell"]) == (sweep, c)])
+            )
+            for c in cells
         ]
         for i, cell in enumerate(cells):
             if cell in trained[sweep]:
                 panel.axvspan(i - 0.5, i + 0.5, color="0.93", zorder=0, linewidth=0)
-            panel.plot([i] * len(values[i]), values[i], "o", color=COLOURS[0], markersize=4, alpha=0.6, clip_on=False)
+            panel.plot(
+                [i] * len(values[i]),
+                values[i],
+                "o",
+                color=COLOURS[0],
+                markersize=4,
+                alpha=0.6,
+                clip_on=False,
+            )
         n, joined = len(values[0]), sweep != "sets"
         panel.plot(range(len(cells)), [float(np.mean(v)) for v in values], "-" if joined else "_", color=COLOURS[0],
                    markersize=14, label=f"mean of {n} model{'s' * (n > 1)}")  # fmt: skip
         panel.plot(
-            range(len(cells)), blind, ":" if joined else "_", color="0.3", markersize=14, label="brackets ignored"
+            range(len(cells)),
+            blind,
+            ":" if joined else "_",
+            color="0.3",
+            markersize=14,
+            label="brackets ignored",
         )
         panel.set_xticks(range(len(cells)), [c.replace("_", "\n") for c in cells], fontsize=8)
-        panel.set_xlabel(dict(operands="operands", digits="digits of each operand", sets="test set")[sweep], fontsize=9)
+        panel.set_xlabel(
+            dict(operands="operands", digits="digits of each operand", sets="test set")[sweep],
+            fontsize=9,
+        )
         panel.set_ylim(0, 1.03)
         panel.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("exact match", fontsize=9)
@@ -111,10 +152,23 @@ def figure_of(rows: Sequence[dict], trained: dict[str, Sequence[str]]):
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p = heads.parser(__doc__, several=True)
-    p.add_argument("--sets", nargs="*", default=SETS, metavar="NAME", help=f"default {' '.join(SETS)}")
-    p.add_argument("--operands", nargs="*", type=int, default=[2, 3, 4, 5, 6], metavar="N", help="default 2 to 6")
-    p.add_argument("--digits", nargs="*", type=int, default=[1, 2, 3], metavar="N", help="default 1 to 3")
-    p.add_argument("--items", type=int, default=500, metavar="N", help="of each generated cell; default 500")
+    p.add_argument(
+        "--sets", nargs="*", default=SETS, metavar="NAME", help=f"default {' '.join(SETS)}"
+    )
+    p.add_argument(
+        "--operands",
+        nargs="*",
+        type=int,
+        default=[2, 3, 4, 5, 6],
+        metavar="N",
+        help="default 2 to 6",
+    )
+    p.add_argument(
+        "--digits", nargs="*", type=int, default=[1, 2, 3], metavar="N", help="default 1 to 3"
+    )
+    p.add_argument(
+        "--items", type=int, default=500, metavar="N", help="of each generated cell; default 500"
+    )
     return p.parse_args(argv)
 
 
@@ -124,7 +178,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("--items, --operands and --digits: expected at least 1, 2 and 1")
     heads.need("scipy", "matplotlib")
     subjects, rows, files = heads.load_all(a.checkpoint, a.device), [], {}
-    sets = {(s, name): heads.read_set(s, a.data, name) for s in subjects for name in dict.fromkeys(a.sets)}
+    sets = {
+        (s, name): heads.read_set(s, a.data, name)
+        for s in subjects
+        for name in dict.fromkeys(a.sets)
+    }
     for s in subjects:
         common, mine = heads.most_frequent(s), len(rows)
         for name in dict.fromkeys(a.sets):
@@ -139,8 +197,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                   + (f", {r['left_out']} left out" if r["left_out"] else ""), flush=True)  # fmt: skip
     out, k = heads.out_folder(a, "exact_match", subjects), subjects[0].k
     heads.write_csv(out / "exact_match.csv", rows)
-    heads.write_json(out / "exact_match.json", heads.provenance(subjects, list(files)) | dict(rows=rows))
-    trained = dict(operands=[str(n) for n in range(k.operands_min, k.operands_max + 1)], sets=["flat", "paren"])
+    heads.write_json(
+        out / "exact_match.json", heads.provenance(subjects, list(files)) | dict(rows=rows)
+    )
+    trained = dict(
+        operands=[str(n) for n in range(k.operands_min, k.operands_max + 1)], sets=["flat", "paren"]
+    )
     trained["digits"] = [str(d) for d in range(len(str(k.operand_min)), k.operand_width + 1)]
     heads.write_figure(out / "exact_match.png", figure_of(rows, trained))
     return 0

@@ -37,7 +37,9 @@ class Deep(lib.Draws):
             if record:
                 cells[n] += 1
                 found.append(record)
-        raise UserError(f"only {len(found)} of {size} records of depth 3 were found; widen the ranges, or drop --dedup")
+        raise UserError(
+            f"only {len(found)} of {size} records of depth 3 were found; widen the ranges, or drop --dedup"
+        )
 
     def controlled(self, depth: int, size: int) -> tuple[list[dict], list[dict]]:
         """`size` records of exactly this depth, and their controls."""
@@ -45,7 +47,9 @@ class Deep(lib.Draws):
         while not deep:
             n += 1
             if n > MOST:
-                raise UserError(f"--depths {depth}: no control of at most {MOST} operands; with --controls go up to 5")
+                raise UserError(
+                    f"--depths {depth}: no control of at most {MOST} operands; with --controls go up to 5"
+                )
             flat = lib.same_length(n, range(3), "redundant")
             deep = [t for t in lib.templates(n, depth, "redundant") if t.count("(") in flat]
         found: list[dict] = []
@@ -54,20 +58,31 @@ class Deep(lib.Draws):
                 return found, controls
             template = self.rng.choice(deep)
             other = self.rng.choice(flat[template.count("(")])
-            numbers, ops = [self.number() for _ in range(n)], [self.operator() for _ in range(n - 1)]
+            numbers, ops = (
+                [self.number() for _ in range(n)],
+                [self.operator() for _ in range(n - 1)],
+            )
             one = self.record(lib.fill(template, numbers, ops), "test")
             two = self.record(lib.fill(other, numbers, ops), "test") if one else None
             if one and two:
                 found.append(one)
                 controls.append(two)
-        raise UserError(f"only {len(found)} of {size} records of depth {depth} were found; widen the ranges")
+        raise UserError(
+            f"only {len(found)} of {size} records of depth {depth} were found; widen the ranges"
+        )
 
 
 def arguments() -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--size", type=int, default=100, metavar="N", help="records of each depth; default 100")
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--size", type=int, default=100, metavar="N", help="records of each depth; default 100"
+    )
     p.add_argument("--depths", type=int, nargs="+", default=[3], metavar="D", help="default 3")
-    p.add_argument("--controls", action="store_true", help="all nestings, each with a control at most 2 deep")
+    p.add_argument(
+        "--controls", action="store_true", help="all nestings, each with a control at most 2 deep"
+    )
     lib.add_arguments(p)
     a = p.parse_args()
     lib.check_arguments(a)
@@ -76,7 +91,9 @@ def arguments() -> argparse.Namespace:
             f"--depths {bad[0]}: 3 and deeper are made here; scripts/generate_pilot_dataset.py makes 0 to 2"
         )
     if not a.controls and a.depths != [3]:
-        raise UserError("--depths: the original's templates end at 3; add --controls for other depths")
+        raise UserError(
+            "--depths: the original's templates end at 3; add --controls for other depths"
+        )
     if a.size < 1:
         raise UserError(f"--size {a.size}: expected at least 1")
     return a
@@ -86,11 +103,15 @@ def main() -> int:
     a = arguments()
     draws = Deep(a)
     for depth in a.depths:
-        records, controls = draws.controlled(depth, a.size) if a.controls else (draws.original(a.size), [])
+        records, controls = (
+            draws.controlled(depth, a.size) if a.controls else (draws.original(a.size), [])
+        )
         assert all(max(depth_labels(r["expr"])) == depth for r in records)
         lib.write_records(a.output_dir / f"{a.prefix}_test_depth{depth}.jsonl", records)
         if controls:
-            lib.write_records(a.output_dir / f"{a.prefix}_test_depth{depth}_control.jsonl", controls)
+            lib.write_records(
+                a.output_dir / f"{a.prefix}_test_depth{depth}_control.jsonl", controls
+            )
     print(f"rejected: {draws.rejected}")
     return 0
 

@@ -29,13 +29,18 @@ class Splits(lib.Draws):
         cell = templates(n, depth, a.grammar)
         return (self.expression(cell, n, depth == 0) if cell else ""), (depth, n)
 
-    def split(self, name: str, size: int, parens: bool = True, only_parens: bool = False) -> list[dict]:
+    def split(
+        self, name: str, size: int, parens: bool = True, only_parens: bool = False
+    ) -> list[dict]:
         """`size` records. Raises UserError when the flags do not leave that many."""
         a, found, cells = self.a, [], Counter()
         depths = range(a.min_depth, a.max_depth + 1) if parens else [0]
         least = 3 if only_parens and a.sensitive else 2  # brackets around two operands never matter
         filled = [
-            (d, n) for d in depths for n in range(least, 5) if templates(n, d, a.grammar) and (d or not only_parens)
+            (d, n)
+            for d in depths
+            for n in range(least, 5)
+            if templates(n, d, a.grammar) and (d or not only_parens)
         ]
         share = -(-size // len(filled)) if a.balance and filled else size
         for _ in range(3000 * size):
@@ -44,12 +49,16 @@ class Splits(lib.Draws):
             expr, cell = self.drawn(parens)
             wanted = expr and ("(" in expr or not only_parens) and cells[cell] < share
             if wanted and only_parens and a.sensitive:
-                wanted = evaluate_expr(expr) != evaluate_expr(expr.replace("(", "").replace(")", ""))
+                wanted = evaluate_expr(expr) != evaluate_expr(
+                    expr.replace("(", "").replace(")", "")
+                )
             if wanted and (record := self.record(expr, name)):
                 cells[cell] += 1
                 found.append(record)
         if len(found) < size:
-            raise UserError(f"only {len(found)} of {size} {name} records were found; widen a range, or drop --dedup")
+            raise UserError(
+                f"only {len(found)} of {size} {name} records were found; widen a range, or drop --dedup"
+            )
         return found
 
     def pairs(self, count: int) -> list[dict]:
@@ -59,11 +68,18 @@ class Splits(lib.Draws):
             if len(found) == 2 * count:
                 break
             n, depth = self.rng.randint(3, 4), self.rng.randint(max(1, a.min_depth), a.max_depth)
-            groups = [g for g in lib.same_length(n, range(depth, depth + 1), a.grammar).values() if len(g) > 1]
+            groups = [
+                g
+                for g in lib.same_length(n, range(depth, depth + 1), a.grammar).values()
+                if len(g) > 1
+            ]
             if not groups:
                 continue
             both = self.rng.sample(self.rng.choice(groups), 2)
-            numbers, ops = [self.number() for _ in range(n)], [self.operator() for _ in range(n - 1)]
+            numbers, ops = (
+                [self.number() for _ in range(n)],
+                [self.operator() for _ in range(n - 1)],
+            )
             one, two = (lib.fill(template, numbers, ops) for template in both)
             if evaluate_expr(one) == evaluate_expr(two):
                 continue
@@ -72,20 +88,43 @@ class Splits(lib.Draws):
             if first and second:
                 found += [record | dict(pair=len(found) // 2) for record in (first, second)]
         if len(found) < 2 * count:
-            raise UserError(f"only {len(found) // 2} of {count} minimal pairs were found; widen the ranges")
+            raise UserError(
+                f"only {len(found) // 2} of {count} minimal pairs were found; widen the ranges"
+            )
         return found
 
 
 def arguments() -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, size in (("train", 2000), ("val", 200), ("test", 100)):
         text = f"records of {'each of the two test files' if name == 'test' else name}; default {size}; 0: no file"
         p.add_argument(f"--num-{name}", type=int, default=size, metavar="N", help=text)
-    p.add_argument("--minimal-pairs", type=int, default=0, metavar="N", help="also N pairs, PREFIX_test_pairs.jsonl")
-    p.add_argument("--min-depth", type=int, default=0, choices=range(3), help="nesting, from; default 0")
-    p.add_argument("--max-depth", type=int, default=2, choices=range(3), help="nesting, to; default 2")
-    p.add_argument("--grammar", default="pilot", choices=("pilot", "redundant", "trees"), help="as in train_arith.py")
-    p.add_argument("--sensitive", action="store_true", help="test_paren: only where the brackets change the value")
+    p.add_argument(
+        "--minimal-pairs",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also N pairs, PREFIX_test_pairs.jsonl",
+    )
+    p.add_argument(
+        "--min-depth", type=int, default=0, choices=range(3), help="nesting, from; default 0"
+    )
+    p.add_argument(
+        "--max-depth", type=int, default=2, choices=range(3), help="nesting, to; default 2"
+    )
+    p.add_argument(
+        "--grammar",
+        default="pilot",
+        choices=("pilot", "redundant", "trees"),
+        help="as in train_arith.py",
+    )
+    p.add_argument(
+        "--sensitive",
+        action="store_true",
+        help="test_paren: only where the brackets change the value",
+    )
     lib.add_arguments(p)
     a = p.parse_args()
     lib.check_arguments(a)

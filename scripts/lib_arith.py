@@ -25,11 +25,15 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--operand-max", type=int, default=99, metavar="N", help="default 99")
     p.add_argument("--seed", type=int, default=42, metavar="N", help="default 42")
     p.add_argument("--dedup", action="store_true", help="every expression once, over all files")
-    p.add_argument("--balance", action="store_true", help="all (depth, operand count) cells equally large")
+    p.add_argument(
+        "--balance", action="store_true", help="all (depth, operand count) cells equally large"
+    )
     held = "tests (and val) from the expressions that train_arith.py with TRAIN_PATH=generate never draws"
     p.add_argument("--held-out", action="store_true", help=held)
     p.add_argument("--prefix", default="pilot", help="what file names start with; default pilot")
-    p.add_argument("--output-dir", type=Path, default=HERE / "data", metavar="DIR", help="default data/")
+    p.add_argument(
+        "--output-dir", type=Path, default=HERE / "data", metavar="DIR", help="default data/"
+    )
 
 
 def check_arguments(a: argparse.Namespace) -> None:
@@ -37,7 +41,9 @@ def check_arguments(a: argparse.Namespace) -> None:
     if not a.operators or set(a.operators) - set(OPERATORS):
         raise UserError(f"--operators {a.operators!r}: expected some of + - *, such as +-")
     if not 0 <= a.operand_min <= a.operand_max:
-        raise UserError(f"--operand-min {a.operand_min} --operand-max {a.operand_max}: expected 0 <= min <= max")
+        raise UserError(
+            f"--operand-min {a.operand_min} --operand-max {a.operand_max}: expected 0 <= min <= max"
+        )
 
 
 def fill(template: str, numbers: Sequence[str], ops: Sequence[str]) -> str:

@@ -37,7 +37,9 @@ from train_scaled import PAST, PATCH, ByteLM, Knobs  # noqa: E402
 TURKISH = REPO.parent / "shared/data/turkish"
 # A small model on a CPU; --knobs changes it. Tables of n-grams are for prose, and the memory by bytes would look the
 # answer up: what is to be shown is what the blocks' memory holds.
-BASE = dict(device="cpu", compile=False, n_layer=2, n_head=2, window=8, thinking_steps=0, carry_state=False)
+BASE = dict(
+    device="cpu", compile=False, n_layer=2, n_head=2, window=8, thinking_steps=0, carry_state=False
+)
 BASE |= dict(schedule="linear", beta2=0.95, weight_decay=0.1, clip=1.0, ngram_rows=0, mem_rows=0)
 
 
@@ -81,9 +83,13 @@ def read_model_knobs(given: Sequence[str], base: Mapping[str, object] = BASE) ->
 
 def check_device(device: str) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device cuda, but torch {torch.__version__} sees no CUDA GPU; leave it out to use the CPU")
+        raise UserError(
+            f"--device cuda, but torch {torch.__version__} sees no CUDA GPU; leave it out to use the CPU"
+        )
     if device == "cpu":
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # small products: more threads only wait
+        torch.set_num_threads(
+            int(os.environ.get("OMP_NUM_THREADS", 1))
+        )  # small products: more threads only wait
     return torch.device(device)
 
 
@@ -117,17 +123,24 @@ def answer_logits(model: ByteLM, x_BT: Tensor, at_BA: Tensor, y_BAP: Tensor) -> 
     """Logits (B, A, 4, 256) of the bytes y of the patches `at`, each given all bytes before it. The same numbers as
     model.logits' at these places, without decoding all others."""
     state, at = model.state(len(x_BT)), (at_BA - 1)[..., None]
-    places, y_BT = (at * PATCH + torch.arange(PATCH, device=at.device)).flatten(1), F.pad(x_BT[:, PATCH:], (0, PATCH))
+    places, y_BT = (
+        (at * PATCH + torch.arange(PATCH, device=at.device)).flatten(1),
+        F.pad(x_BT[:, PATCH:], (0, PATCH)),
+    )
     y_BAP = torch.where(y_BAP < 0, y_BT.gather(1, places).view_as(y_BAP), y_BAP)
     z_BND, _ = model.trunk(x_BT, state)
-    before = F.pad(x_BT, (PAST - PATCH, 0)).unfold(1, PAST, PATCH)  # (B, N, 8), a patch and the one before
+    before = F.pad(x_BT, (PAST - PATCH, 0)).unfold(
+        1, PAST, PATCH
+    )  # (B, N, 8), a patch and the one before
     z_BAD, x_BAP = (t.gather(1, at.expand(-1, -1, t.size(-1))) for t in (z_BND, before))
     logits, h = model.decoder(z_BAD, x_BAP, y_BAP)
     if model.byte_memory is None or model.k.memory == "zero":
         return logits
     read = model.read_histories(x_BT, y_BT.scatter(1, places, y_BAP.flatten(1)), state)[:2]
     byte, age = (t.gather(1, places[..., None, None].expand(-1, -1, *t.shape[2:])) for t in read)
-    return model.byte_memory(logits, h, byte.unflatten(1, (-1, PATCH)), age.unflatten(1, (-1, PATCH)))
+    return model.byte_memory(
+        logits, h, byte.unflatten(1, (-1, PATCH)), age.unflatten(1, (-1, PATCH))
+    )
 
 
 def answer_nll(model: ByteLM, x_BT: Tensor, at_BA: Tensor, y_BAP: Tensor) -> Tensor:
@@ -172,12 +185,16 @@ def train_on_answers(
         loss = answer_nll(model, x_BT, at_BA, y_BAP).sum() / (y_BAP >= 0).sum()
         loss.backward()
         norm = adam.reduce()
-        adam.step(k.lr * train_scaled.lr_scale(step, k), (k.clip / norm).clamp(max=1.0), norm.isfinite())
+        adam.step(
+            k.lr * train_scaled.lr_scale(step, k), (k.clip / norm).clamp(max=1.0), norm.isfinite()
+        )
         recent.append(loss.item())
         since.append(recent[-1])
         if (step + 1) % 100 == 0 or step + 1 == k.num_iterations:
             mean = sum(since) / len(since)
-            say(f"step:{step + 1}/{k.num_iterations} stage:{stage} loss:{mean:.4f} seconds:{clock(device) - t0:.0f}")
+            say(
+                f"step:{step + 1}/{k.num_iterations} stage:{stage} loss:{mean:.4f} seconds:{clock(device) - t0:.0f}"
+            )
             since = []
         if len(recent) >= 20 and sum(recent[-20:]) < 20 * LEARNED and stage + 1 < num_stages:
             stage, recent = stage + 1, []
@@ -207,7 +224,9 @@ def read_text(source: str | None, part: str = "test") -> tuple[bytes, str]:
         return text, source
     train, val, _ = plumbing.embedded_corpus(plumbing.HERE / "data")
     shards = plumbing.TokenShards(train if part == "train" else val)
-    return shards.read(0, shards.total).astype(np.uint8).tobytes(), f"the embedded corpus' {part} part"
+    return shards.read(0, shards.total).astype(
+        np.uint8
+    ).tobytes(), f"the embedded corpus' {part} part"
 
 
 def whole_characters(text: bytes) -> bytes:
@@ -241,15 +260,24 @@ def share(hits: int, n: int) -> str:
 
 def facts(a: argparse.Namespace, **more: object) -> dict[str, object]:
     """What every JSON file begins with."""
-    git = lambda *args: subprocess.run(["git", "-C", str(REPO), *args], capture_output=True, text=True).stdout.strip()
-    found = dict(command=shlex.join(sys.orig_argv), git_commit=git("rev-parse", "HEAD") or "unknown")
-    found |= dict(dirty=bool(git("status", "--porcelain")), date=f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S}")
+    git = lambda *args: subprocess.run(
+        ["git", "-C", str(REPO), *args], capture_output=True, text=True
+    ).stdout.strip()
+    found = dict(
+        command=shlex.join(sys.orig_argv), git_commit=git("rev-parse", "HEAD") or "unknown"
+    )
+    found |= dict(
+        dirty=bool(git("status", "--porcelain")),
+        date=f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S}",
+    )
     found |= dict(torch=torch.__version__, cores=os.cpu_count(), machine=platform.machine())
     options = {name: str(v) if isinstance(v, Path) else v for name, v in vars(a).items()}
     return found | dict(options=options) | more
 
 
-def write_results(stem: Path, rows: Sequence[Mapping[str, object]], about: Mapping[str, object]) -> None:
+def write_results(
+    stem: Path, rows: Sequence[Mapping[str, object]], about: Mapping[str, object]
+) -> None:
     """stem.csv, a line per row, and stem.json, the facts and the rows."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     columns = list(dict.fromkeys(name for row in rows for name in row))
@@ -257,27 +285,48 @@ def write_results(stem: Path, rows: Sequence[Mapping[str, object]], about: Mappi
         out = csv.DictWriter(f, columns, lineterminator="\n", restval="")
         out.writeheader()
         out.writerows(rows)
-    stem.with_suffix(".json").write_text(json.dumps(dict(about) | dict(rows=list(rows)), indent=1, default=str) + "\n")
+    stem.with_suffix(".json").write_text(
+        json.dumps(dict(about) | dict(rows=list(rows)), indent=1, default=str) + "\n"
+    )
 
 
 def add_model_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--run", metavar="ID", help="a run of train_scaled.py: its best_model_scaled.pth")
+    p.add_argument(
+        "--run", metavar="ID", help="a run of train_scaled.py: its best_model_scaled.pth"
+    )
     p.add_argument("--weights", metavar="FILE", help="or a .pth itself")
     p.add_argument("--window_run", metavar="ID", help="the window-only control (MEMORY=off), a run")
     p.add_argument("--window_weights", metavar="FILE", help="or a .pth itself")
-    p.add_argument("--logs_folder", "--logs-folder", type=Path, default=REPO / "logs", metavar="DIR")
+    p.add_argument(
+        "--logs_folder", "--logs-folder", type=Path, default=REPO / "logs", metavar="DIR"
+    )
 
 
-def finish_options(p: argparse.ArgumentParser, argv: Sequence[str] | None, name: str) -> argparse.Namespace:
+def finish_options(
+    p: argparse.ArgumentParser, argv: Sequence[str] | None, name: str
+) -> argparse.Namespace:
     """Adds what all programs have, and reads the command line."""
     p.add_argument("--seed", type=int, default=0, metavar="N")
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    p.add_argument("--out", type=Path, default=REPO / "experiments/scaled" / name, metavar="STEM", help="of the files")
+    p.add_argument(
+        "--out",
+        type=Path,
+        default=REPO / "experiments/scaled" / name,
+        metavar="STEM",
+        help="of the files",
+    )
     a = p.parse_args(argv)
     for one, other in (("run", "weights"), ("window_run", "window_weights")):
         if getattr(a, one, None) and getattr(a, other, None):
             raise UserError(f"--{one} and --{other} both name a model; give one of them")
-    if bad := next((n for n in ("seed", "n", "batch_size", "train_length") if getattr(a, n, 1) < (n != "seed")), None):
+    if bad := next(
+        (
+            n
+            for n in ("seed", "n", "batch_size", "train_length")
+            if getattr(a, n, 1) < (n != "seed")
+        ),
+        None,
+    ):
         raise UserError(f"--{bad} {getattr(a, bad)}: expected {int(bad != 'seed')} or more")
     return a
 
@@ -288,7 +337,9 @@ def numbers(kind: type, text: str, flag: str, low: float, high: float) -> list:
     except ValueError:
         found = []  # refused below
     if not found or not all(low <= v <= high for v in found):
-        raise UserError(f"{flag} {text}: expected numbers from {low:g} to {high:g} with commas between")
+        raise UserError(
+            f"{flag} {text}: expected numbers from {low:g} to {high:g} with commas between"
+        )
     return found
 
 
@@ -297,4 +348,7 @@ def show_table(rows: Iterable[Sequence[object]]) -> None:
     rows = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), flush=True)
+        print(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(),
+            flush=True,
+        )

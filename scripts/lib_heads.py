@@ -41,7 +41,11 @@ from train_arith import CompactTransformer, Knobs, Problems
 GATE = 0.5  # exact match below which no head is named: what fails the task has no part that does it
 METRICS = ("exact", "logprob", "eos")
 KINDS = ("zero", "mean", "resample")
-LABELS = dict(exact="exact match", logprob="answer log-probability (nats per token)", eos="eos_after_gold (legacy)")
+LABELS = dict(
+    exact="exact match",
+    logprob="answer log-probability (nats per token)",
+    eos="eos_after_gold (legacy)",
+)
 OUT = HERE / "experiments/arith"
 
 
@@ -70,11 +74,24 @@ def need(*modules: str) -> None:
 
 def parser(doc: str, several: bool = False, data: bool = True) -> argparse.ArgumentParser:
     """The flags that the programs share. With `several`, --checkpoint takes one model per seed."""
-    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = "a checkpoint_best.pt, or the folder of a run" + ("; several: one per seed" if several else "")
-    p.add_argument("--checkpoint", required=True, nargs="+" if several else None, metavar="PATH", help=what)
-    p.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cuda falls back, with a line; default cpu")
-    p.add_argument("--out", type=Path, metavar="DIR", help="default experiments/arith/<program>/<model>")
+    p = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = "a checkpoint_best.pt, or the folder of a run" + (
+        "; several: one per seed" if several else ""
+    )
+    p.add_argument(
+        "--checkpoint", required=True, nargs="+" if several else None, metavar="PATH", help=what
+    )
+    p.add_argument(
+        "--device",
+        default="cpu",
+        choices=("cpu", "cuda"),
+        help="cuda falls back, with a line; default cpu",
+    )
+    p.add_argument(
+        "--out", type=Path, metavar="DIR", help="default experiments/arith/<program>/<model>"
+    )
     if data:
         what = "data sets are PREFIX_test_NAME.jsonl; default data/study"
         p.add_argument("--data", type=Path, default=Path("data/study"), metavar="PREFIX", help=what)
@@ -111,7 +128,9 @@ def load(path: str, device: str) -> Subject:
     model, k, state = arith.load_model(found, device)
     folder, stem = found.resolve().parent.name, found.stem.removeprefix("checkpoint_")
     name = folder if stem == "best" else f"{folder}_{stem}"
-    return Subject(name, found, model, k, int(state["answer_digits"]), World(0, 1, torch.device(device)))
+    return Subject(
+        name, found, model, k, int(state["answer_digits"]), World(0, 1, torch.device(device))
+    )
 
 
 def load_all(paths: Sequence[str], device: str) -> list[Subject]:
@@ -119,7 +138,9 @@ def load_all(paths: Sequence[str], device: str) -> list[Subject]:
     found = [load(path, device) for path in paths]
     names = [s.name for s in found]
     if len(set(names)) < len(names):
-        raise UserError(f"--checkpoint: two models are called {max(names, key=names.count)}; pass each run once")
+        raise UserError(
+            f"--checkpoint: two models are called {max(names, key=names.count)}; pass each run once"
+        )
     if len({s.shape for s in found}) > 1:
         raise UserError(
             f"--checkpoint: layers and heads differ, {[s.shape for s in found]}; compare models of one shape"
@@ -136,12 +157,16 @@ def untrained(k: Knobs, seed: int, device: torch.device) -> CompactTransformer:
 
 def how_to_make(prefix: Path, name: str, k: Knobs) -> str:
     """The command that writes PREFIX_test_NAME.jsonl."""
-    where = f" --output-dir {shlex.quote(str(prefix.parent))}" if prefix.parent != Path("data") else ""
+    where = (
+        f" --output-dir {shlex.quote(str(prefix.parent))}" if prefix.parent != Path("data") else ""
+    )
     deep = re.fullmatch(r"depth(\d+)(_control)?", name)
     program = "scripts/generate_depth3_dataset.py" if deep else "scripts/generate_pilot_dataset.py"
     if prefix.name == "pilot" and name in ("train", "val", "flat", "paren", "depth3"):
         return f"python {program}{where}"
-    flags = f" --prefix {prefix.name}{where} --operators='{k.operators}' --operand-max {k.operand_max}"
+    flags = (
+        f" --prefix {prefix.name}{where} --operators='{k.operators}' --operand-max {k.operand_max}"
+    )
     flags += " --held-out --dedup"
     if deep:
         depths = " ".join(dict.fromkeys(["3", "4", "5", deep[1]]))
@@ -183,10 +208,14 @@ def read_set(s: Subject, prefix: Path, name: str, limit: int = 0) -> TestSet:
     if pairs:
         fits = fits.reshape(-1, 2).all(1).repeat(2)
     if left_out := int((~fits).sum()):
-        print(f"{path}: {left_out} of {len(fits)} records left out: {s.name} writes {s.digits} digits")
+        print(
+            f"{path}: {left_out} of {len(fits)} records left out: {s.name} writes {s.digits} digits"
+        )
     keep = np.flatnonzero(fits)[: limit * (2 if pairs else 1) or None]
     if not len(keep):
-        raise UserError(f"{path}: {s.name} writes {s.digits} digits, too few for all of it; use other records")
+        raise UserError(
+            f"{path}: {s.name} writes {s.digits} digits, too few for all of it; use other records"
+        )
     exprs, values = [exprs[i] for i in keep], [values[i] for i in keep]
     return TestSet(name, path, exprs, as_read(s, exprs, values, str(path)), pairs, left_out)
 
@@ -202,11 +231,15 @@ def as_read(s: Subject, exprs: Sequence[str], values: Sequence[int], where: str)
     """Raises UserError where the model's answers have too few digits, or its positions end too early."""
     if not writable(s, np.array(values)).all():
         top = max(map(abs, values))
-        raise UserError(f"{where}: answers up to {top:,}, but {s.name} writes {s.digits} digits; use other records")
+        raise UserError(
+            f"{where}: answers up to {top:,}, but {s.name} writes {s.digits} digits; use other records"
+        )
     problems = arith.problems_of(exprs, values, s.k, s.digits)
     room = len(s.model.cos) if s.model.position is None else s.k.sequence_length
     if (longest := int(problems.lengths_N.max())) > room:
-        raise UserError(f"{where}: up to {longest} tokens, but {s.name} has {room} positions; use shorter expressions")
+        raise UserError(
+            f"{where}: up to {longest} tokens, but {s.name} has {room} positions; use shorter expressions"
+        )
     return problems
 
 
@@ -222,7 +255,9 @@ def most_frequent(s: Subject) -> int:
     """The training data's most frequent value: what to answer when one knows nothing."""
     if s.k.train_path == arith.GENERATE:
         rng, none = np.random.default_rng([s.k.seed, 4]), np.empty(0, np.uint64)
-        values = arith.draw_split(s.k, rng, 4096, "train", s.k.operands_max, s.digits, none).values_N
+        values = arith.draw_split(
+            s.k, rng, 4096, "train", s.k.operands_max, s.digits, none
+        ).values_N
     else:
         values = arith.read_records(s.k.train_path)[1]
     found, counts = np.unique(np.array(values), return_counts=True)
@@ -238,7 +273,9 @@ def nothing(rows: np.ndarray, T: int) -> list:
     return [("hook_embed", lambda x, hook: None)]
 
 
-def measure(s: Subject, problems: Problems, hooks: Callable = nothing, batch: int = 256) -> np.ndarray:
+def measure(
+    s: Subject, problems: Problems, hooks: Callable = nothing, batch: int = 256
+) -> np.ndarray:
     """(N, METRICS) float64, from one pass over the gold text; hooks(rows, T) are the hook functions of a batch.
     exact is that of greedy decoding: an answer is right when each of its tokens and its end is the likeliest one after
     the gold tokens before it; the first that is not ends it either way. eos is the original's "accuracy"."""
@@ -247,7 +284,9 @@ def measure(s: Subject, problems: Problems, hooks: Callable = nothing, batch: in
         rows = np.arange(at, min(at + batch, len(problems)))
         part = problems.rows(rows)
         with s.model.hooks(hooks(rows, int(part.lengths_N.max()) - 1)):
-            t = dict(zip(arith.SCORES, arith.teacher_forced(s.model, part, s.k, s.w).T, strict=False))
+            t = dict(
+                zip(arith.SCORES, arith.teacher_forced(s.model, part, s.k, s.w).T, strict=False)
+            )
         right = (t["digits_ok"] == t["answer_tokens"]) & (t["end_ok"] == 1)
         out[rows] = np.stack([right, -t["answer_loss"] / t["answer_tokens"], t["end_ok"]], 1)
     return out
@@ -270,8 +309,12 @@ def competent(exact: float, allow: bool, s: Subject, what: str) -> bool:
     """Whether heads may be named; prints why not."""
     if exact >= GATE:
         return True
-    words = f"{s.name}: exact match {exact:.1%} on {what} is below the competence gate of {GATE:.0%}"
-    print(f"{words}: {'heads are named all the same (--allow-incompetent)' if allow else 'no head is named'}")
+    words = (
+        f"{s.name}: exact match {exact:.1%} on {what} is below the competence gate of {GATE:.0%}"
+    )
+    print(
+        f"{words}: {'heads are named all the same (--allow-incompetent)' if allow else 'no head is named'}"
+    )
     return False
 
 
@@ -303,7 +346,9 @@ def draw_donors(starts_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     length. Raises UserError for a single item."""
     N = len(starts_N)
     if N < 2:
-        raise UserError("resample ablation takes from other items, but there is one item only; give more")
+        raise UserError(
+            "resample ablation takes from other items, but there is one item only; give more"
+        )
     order = rng.permutation(N)
     order = order[np.argsort(starts_N[order], kind="stable")]
     donor = np.empty(N, int)
@@ -330,7 +375,11 @@ class Bank:
         parts = []
         for rows in ids.split(self.batch):
             with arith.autocast(self.s.k, self.s.w):
-                parts.append(self.s.model.run_with_cache(rows.to(self.s.w.device), lambda name: name in names)[1])
+                parts.append(
+                    self.s.model.run_with_cache(
+                        rows.to(self.s.w.device), lambda name: name in names
+                    )[1]
+                )
         return {name: torch.cat([part[name] for part in parts]) for name in names}
 
     def _means(self, place: Place) -> tuple[Tensor, int]:
@@ -341,7 +390,9 @@ class Bank:
         real = (torch.arange(x.size(1)) < torch.from_numpy(p.lengths_N)[:, None] - 1).to(x.device)
         at, real_x = at.to(x.device)[real], x[real].double()
         size = int(at.max()) + 1
-        total = torch.zeros(size, x.size(-1), dtype=torch.float64, device=x.device).index_add_(0, at, real_x)
+        total = torch.zeros(size, x.size(-1), dtype=torch.float64, device=x.device).index_add_(
+            0, at, real_x
+        )
         count = torch.bincount(at, minlength=size).clamp(min=1)[:, None]
         return (total / count).to(x.dtype), offset
 
@@ -382,7 +433,10 @@ class Bank:
 
 def mcnemar(before_N: np.ndarray, after_N: np.ndarray) -> tuple[int, int, float]:
     """Units lost (right before, wrong after) and gained, and the exact two-sided p that both are equally likely."""
-    lost, gained = int(((before_N == 1) & (after_N == 0)).sum()), int(((before_N == 0) & (after_N == 1)).sum())
+    lost, gained = (
+        int(((before_N == 1) & (after_N == 0)).sum()),
+        int(((before_N == 0) & (after_N == 1)).sum()),
+    )
     below = stats.special().bdtr(min(lost, gained), lost + gained, 0.5)
     return lost, gained, min(1.0, 2 * float(below))
 
@@ -404,7 +458,9 @@ def wilson(right: float, n: int) -> tuple[float, float]:
     """95% interval of a fraction, `right` of n."""
     z, p = 1.959964, right / n
     middle, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, float((middle - half) / (1 + z * z / n))), min(1.0, float((middle + half) / (1 + z * z / n)))
+    return max(0.0, float((middle - half) / (1 + z * z / n))), min(
+        1.0, float((middle + half) / (1 + z * z / n))
+    )
 
 
 # ----------------------------------------------------------------------------
@@ -421,7 +477,9 @@ def provenance(subjects: Sequence[Subject], files: Sequence[Path]) -> dict:
     def digest(path: Path) -> str:
         return hashlib.sha256((path if path.exists() else HERE / path).read_bytes()).hexdigest()
 
-    models = {s.name: dict(path=str(s.path), sha256=digest(s.path), seed=s.k.seed) for s in subjects}
+    models = {
+        s.name: dict(path=str(s.path), sha256=digest(s.path), seed=s.k.seed) for s in subjects
+    }
     data = {str(path): digest(path) for path in files}
     return dict(command=shlex.join(sys.argv), models=models, data=data, torch=torch.__version__)
 
@@ -429,7 +487,9 @@ def provenance(subjects: Sequence[Subject], files: Sequence[Path]) -> dict:
 def write_csv(path: Path, rows: Sequence[dict]) -> None:
     """A column for every key, in the order of their first appearance; floats to 6 significant digits."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer = csv.DictWriter(
+        text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n"
+    )
     writer.writeheader()
     show = lambda v: f"{v:.6g}" if isinstance(v, float) else "" if v is None else v
     writer.writerows({key: show(value) for key, value in row.items()} for row in rows)
@@ -455,7 +515,13 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **o
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def heat(axes, values_YX: np.ndarray, limit: float, text: str | None = "{:.2f}", marked_YX: np.ndarray | None = None):
+def heat(
+    axes,
+    values_YX: np.ndarray,
+    limit: float,
+    text: str | None = "{:.2f}",
+    marked_YX: np.ndarray | None = None,
+):
     """A map with 0 white; beyond +-limit the colour stays. Marked cells have a frame and bold text. The image."""
     from matplotlib.patches import Rectangle
 
@@ -466,7 +532,9 @@ def heat(axes, values_YX: np.ndarray, limit: float, text: str | None = "{:.2f}",
             colour = "white" if abs(value) > 0.6 * limit else "0.1"
             words = text.format(value).replace("-0.00", "0.00")
             weight = "bold" if bold else "normal"
-            axes.text(x, y, words, ha="center", va="center", fontsize=7, color=colour, weight=weight)
+            axes.text(
+                x, y, words, ha="center", va="center", fontsize=7, color=colour, weight=weight
+            )
         if bold:
             frame = dict(fill=False, edgecolor="black", linewidth=1.4)
             axes.add_patch(Rectangle((x - 0.46, y - 0.46), 0.92, 0.92, **frame))

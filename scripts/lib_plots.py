@@ -42,7 +42,9 @@ class RunLog:
     seed: str
     val: Points  # step, seconds, loss of the validations, finite ones only
     tokens: list[float]  # at the validations; nan where the log does not say
-    trace: Mapping[str, list[float]] = field(default_factory=dict)  # step, seconds, tokens and TRACES; nan: unknown
+    trace: Mapping[str, list[float]] = field(
+        default_factory=dict
+    )  # step, seconds, tokens and TRACES; nan: unknown
     problems: tuple[str, ...] = ()
 
     def x(self, axis: str) -> list[float]:
@@ -94,7 +96,9 @@ def read_log(path: Path, run_id: str, seed: str = "", most: int = 200) -> RunLog
     for step, f in rows.items():
         if f[i_loss].strip():
             loss = _float(f[i_loss])
-            seconds = _float(f[i_time]) if step else 0.0  # at step 0 there is no time yet, and none is written
+            seconds = (
+                _float(f[i_time]) if step else 0.0
+            )  # at step 0 there is no time yet, and none is written
             if not math.isfinite(loss + seconds):
                 num_nan += 1
                 continue
@@ -103,12 +107,16 @@ def read_log(path: Path, run_id: str, seed: str = "", most: int = 200) -> RunLog
             val.loss.append(loss)
             tokens.append(_float(f[i_tokens]) if i_tokens is not None else math.nan)
     if num_nan:
-        problems.append(f"{lib.count(num_nan, 'validation')} without a finite loss and time, left out")
+        problems.append(
+            f"{lib.count(num_nan, 'validation')} without a finite loss and time, left out"
+        )
     if not val.step:
         problems.append("no validation yet")
     trace, nan_at = _trace(list(rows.items()), at, most)
     if nan_at:
-        problems.append(f"train_loss is not finite at {lib.count(len(nan_at), 'step')}, first at {nan_at[0]}")
+        problems.append(
+            f"train_loss is not finite at {lib.count(len(nan_at), 'step')}, first at {nan_at[0]}"
+        )
     return RunLog(run_id, seed, val, tokens, trace, tuple(problems))
 
 
@@ -137,7 +145,11 @@ def _trace(
         out["seconds"].append((numbers(chunk[-1:], "train_time_s") or [math.nan])[0])
         out["tokens"].append((numbers(chunk[-1:], "tokens") or [math.nan])[0])
         out["lr"].append((numbers(chunk[-1:], "lr") or [math.nan])[0])
-        for name, middle in (("train_loss", lib.mean), ("grad_norm", lib.mean), ("tokens_per_s", statistics.median)):
+        for name, middle in (
+            ("train_loss", lib.mean),
+            ("grad_norm", lib.mean),
+            ("tokens_per_s", statistics.median),
+        ):
             values = numbers(chunk, name)
             out[name].append(middle(values) if values else math.nan)
     return out, nan_at
@@ -174,7 +186,11 @@ def label_of(cell: Cell, shared: set[str]) -> str:
 
 def labels_of(cells: Sequence[Cell]) -> list[str]:
     """The cells' labels, without the notes that all share."""
-    shared = set.intersection(*(set(c.key.get("notes", "").split()) for c in cells)) if len(cells) > 1 else set()
+    shared = (
+        set.intersection(*(set(c.key.get("notes", "").split()) for c in cells))
+        if len(cells) > 1
+        else set()
+    )
     return [label_of(cell, shared) or f"cell {i}" for i, cell in enumerate(cells, start=1)]
 
 
@@ -183,7 +199,9 @@ def make_groups(table: Table, logs: Mapping[str, RunLog]) -> list[Group]:
     labels = labels_of([line.cell for line in table.lines])
     groups: dict[int, Group] = {}  # by cell; baselines exist first
     for i, line in sorted(enumerate(table.lines), key=lambda pair: not pair[1].is_baseline):
-        runs = {row["run_id"]: logs[row["run_id"]] for row in line.cell.rows if row["run_id"] in logs}
+        runs = {
+            row["run_id"]: logs[row["run_id"]] for row in line.cell.rows if row["run_id"] in logs
+        }
         drawn = tuple(r for r in runs.values() if r.val.step)
         base = groups.get(id(line.baseline))
         groups[id(line.cell)] = Group(labels[i], i, drawn, base if base and base.runs else None)
@@ -241,9 +259,17 @@ def difference_line(group: Group, axis: str) -> Mean:
         value = y - interpolate(x, theirs.x, theirs.y)
         if not x > 0 or not math.isfinite(value):
             continue
-        each = [interpolate(x, a.x(axis), a.val.loss) - interpolate(x, b.x(axis), b.val.loss) for a, b in pairs]
+        each = [
+            interpolate(x, a.x(axis), a.val.loss) - interpolate(x, b.x(axis), b.val.loss)
+            for a, b in pairs
+        ]
         each = [d for d in each if math.isfinite(d)] or [value]
-        for values, v in ((out.x, x), (out.y, value), (out.low, min(*each, value)), (out.high, max(*each, value))):
+        for values, v in (
+            (out.x, x),
+            (out.y, value),
+            (out.low, min(*each, value)),
+            (out.high, max(*each, value)),
+        ):
             values.append(v)
     return out
 
@@ -261,7 +287,13 @@ def choose(groups: Sequence[Group], most: int = MOST_LINES) -> tuple[list[Group]
 
 
 def style_of(i: int) -> dict[str, object]:
-    return dict(color=lib.COLOURS[i % 7], linestyle=DASHES[i % 4], marker=MARKERS[i % 6], markersize=4.5, linewidth=1.5)
+    return dict(
+        color=lib.COLOURS[i % 7],
+        linestyle=DASHES[i % 4],
+        marker=MARKERS[i % 6],
+        markersize=4.5,
+        linewidth=1.5,
+    )
 
 
 def restyle(figure) -> None:
@@ -271,7 +303,9 @@ def restyle(figure) -> None:
             places = _every(i, len(line.get_xdata()))
             line.set(linestyle=DASHES[i % 4], marker=MARKERS[i % 6], markersize=4, markevery=places)
         if legend := axes.get_legend():
-            axes.legend(frameon=False, fontsize=legend.get_texts()[0].get_fontsize(), loc="upper right")
+            axes.legend(
+                frameon=False, fontsize=legend.get_texts()[0].get_fontsize(), loc="upper right"
+            )
 
 
 def _every(i: int, n: int) -> tuple[int, int]:
@@ -287,7 +321,9 @@ def plain(text: str) -> str:
 
 def new_figure(height: float, rows: int = 1, **options):
     """A figure without pyplot: it needs no display and keeps no list of open windows. And its axes."""
-    figure = lib.need("matplotlib.figure", "a figure").Figure(figsize=(WIDTH, height), layout="constrained")
+    figure = lib.need("matplotlib.figure", "a figure").Figure(
+        figsize=(WIDTH, height), layout="constrained"
+    )
     return figure, figure.subplots(rows, 1, squeeze=False, **options)[:, 0]
 
 
@@ -319,7 +355,10 @@ def axis_of(axis: str, largest: float) -> tuple[str, float]:
     if axis == "steps":
         return "optimizer steps", 1
     if axis == "tokens":
-        unit, by = next(((u, s) for u, s in (("billions", 1e9), ("millions", 1e6)) if largest >= s), ("count", 1))
+        unit, by = next(
+            ((u, s) for u, s in (("billions", 1e9), ("millions", 1e6)) if largest >= s),
+            ("count", 1),
+        )
         return f"training tokens ({unit}, all ranks)", by
     unit, by = next(((u, s) for u, s in (("h", 3600), ("min", 60)) if largest > 5 * s), ("s", 1))
     return f"training time ({unit}; validation and saving not counted)", by
@@ -331,7 +370,11 @@ def n_words(ns: Sequence[int]) -> str:
     if found == [1]:
         return "n=1: each line is one run, no spread is known"
     n = f"n={found[0]} seeds" if len(found) == 1 else "n seeds as labelled"
-    return f"mean over {n}" + (", n=1 without a band" if found[0] == 1 else "") + "; band: smallest to largest"
+    return (
+        f"mean over {n}"
+        + (", n=1 without a band" if found[0] == 1 else "")
+        + "; band: smallest to largest"
+    )
 
 
 def loss_figure(groups: Sequence[Group], axis: str, title: str):
@@ -342,19 +385,25 @@ def loss_figure(groups: Sequence[Group], axis: str, title: str):
         return None
     compared = [g for g in groups if g.baseline and difference_line(g, axis).x]
     ratios = dict(height_ratios=[3, 2]) if compared else {}
-    figure, panels = new_figure(5.6 if compared else 4.2, 2 if compared else 1, sharex=True, gridspec_kw=ratios)
+    figure, panels = new_figure(
+        5.6 if compared else 4.2, 2 if compared else 1, sharex=True, gridspec_kw=ratios
+    )
     label, by = axis_of(axis, max(mean_line(g.runs, axis).x[-1] for g in groups))
 
     def draw(axes, group: Group, line: Mean) -> None:
         x = [v / by for v in line.x]
         style = style_of(group.style)
-        axes.plot(x, line.y, label=plain(group.title), markevery=_every(group.style, len(x)), **style)
+        axes.plot(
+            x, line.y, label=plain(group.title), markevery=_every(group.style, len(x)), **style
+        )
         if len(group.runs) > 1:
             axes.fill_between(x, line.low, line.high, color=style["color"], alpha=0.18, linewidth=0)
 
     for g in groups:
         draw(panels[0], g, mean_line(g.runs, axis))
-    if limits := lib.loss_limits([lib.make_curve(g.label, [r.val for r in g.runs]) for g in groups]):
+    if limits := lib.loss_limits(
+        [lib.make_curve(g.label, [r.val for r in g.runs]) for g in groups]
+    ):
         panels[0].set_ylim(*limits)
     panels[0].set_ylabel("validation loss\n(nats per token)", fontsize=10)
     if compared:
@@ -375,7 +424,9 @@ def loss_figure(groups: Sequence[Group], axis: str, title: str):
     if compared:
         words.append("lower panel: below 0 is better than the baseline" + _interpolated(axis))
     if left_out:
-        words.append(f"{lib.count(left_out, 'more cell')} not drawn (baselines and lowest losses are)")
+        words.append(
+            f"{lib.count(left_out, 'more cell')} not drawn (baselines and lowest losses are)"
+        )
     finish(figure, panels, title, "; ".join(words))
     add_legend(panels[0], panels[-1], len(groups))
     return figure
@@ -399,13 +450,19 @@ def spread_of(cell: Cell) -> Spread:
     n = len(values)
     half = math.nan
     if n > 1:
-        half = float(lib.need("scipy.stats", "a confidence interval").t.ppf(0.975, n - 1)) * lib.sd(values) / n**0.5
+        half = (
+            float(lib.need("scipy.stats", "a confidence interval").t.ppf(0.975, n - 1))
+            * lib.sd(values)
+            / n**0.5
+        )
     return Spread(values, lib.mean(values), half)
 
 
 def _ladder(table: Table, lines: Sequence[Line], words: Callable[[Line], str]):
     """A figure with a line of text per cell, from top to bottom."""
-    labels = dict(zip(map(id, table.lines), labels_of([line.cell for line in table.lines]), strict=True))
+    labels = dict(
+        zip(map(id, table.lines), labels_of([line.cell for line in table.lines]), strict=True)
+    )
     texts = [f"{textwrap.fill(labels[id(line)], 40)}\n{words(line)}" for line in lines]
     figure, (axes,) = new_figure(1.5 + sum(0.14 + 0.16 * (1 + t.count("\n")) for t in texts))
     axes.set_yticks(range(len(lines)), [plain(t) for t in texts])
@@ -416,7 +473,9 @@ def _ladder(table: Table, lines: Sequence[Line], words: Callable[[Line], str]):
 
 def _cut(lines: Sequence[Line]) -> tuple[list[Line], str]:
     more = len(lines) - MOST_CELLS
-    return list(lines[:MOST_CELLS]), f"; {lib.count(more, 'more cell')} not drawn" if more > 0 else ""
+    return list(
+        lines[:MOST_CELLS]
+    ), f"; {lib.count(more, 'more cell')} not drawn" if more > 0 else ""
 
 
 def final_figure(table: Table, title: str):
@@ -426,20 +485,37 @@ def final_figure(table: Table, title: str):
         return None
     spreads = [spread_of(line.cell) for line in lines]
     count = dict(zip(map(id, lines), (len(s.values) for s in spreads), strict=True))
-    figure, axes = _ladder(table, lines, lambda line: f"n={count[id(line)]}" + ", baseline" * line.is_baseline)
+    figure, axes = _ladder(
+        table, lines, lambda line: f"n={count[id(line)]}" + ", baseline" * line.is_baseline
+    )
     for i, s in enumerate(spreads):
         style = style_of(i)
         if math.isfinite(s.half):
-            axes.errorbar(s.mean, i, xerr=s.half, color=style["color"], capsize=4, elinewidth=1.8, zorder=2)
-        filled = dict(color=style["color"]) if len(s.values) > 1 else dict(facecolor="white", color=style["color"])
+            axes.errorbar(
+                s.mean, i, xerr=s.half, color=style["color"], capsize=4, elinewidth=1.8, zorder=2
+            )
+        filled = (
+            dict(color=style["color"])
+            if len(s.values) > 1
+            else dict(facecolor="white", color=style["color"])
+        )
         axes.scatter([s.mean], [i], marker=style["marker"], s=60, zorder=3, **filled)
         if len(s.values) > 1:
             places = [i + 0.22] * len(s.values)
-            axes.scatter(s.values, places, marker="o", s=14, facecolor="white", edgecolor="0.15", zorder=4)
+            axes.scatter(
+                s.values, places, marker="o", s=14, facecolor="white", edgecolor="0.15", zorder=4
+            )
     axes.margins(x=0.08)
-    axes.set_xlabel("final validation loss (nats per token); the axis does not start at zero", fontsize=10)
+    axes.set_xlabel(
+        "final validation loss (nats per token); the axis does not start at zero", fontsize=10
+    )
     one = "; n=1 (open marker): no interval" if 1 in count.values() else ""
-    finish(figure, [axes], title, f"large: mean over n seeds, bar: its 95% interval (t); small dots: seeds{one}{more}")
+    finish(
+        figure,
+        [axes],
+        title,
+        f"large: mean over n seeds, bar: its 95% interval (t); small dots: seeds{one}{more}",
+    )
     return figure
 
 
@@ -450,22 +526,43 @@ def forest_figure(table: Table, title: str):
         return None
 
     def words(line: Line) -> str:
-        c, n = line.comparison, [len(x.values("final_val_loss")) for x in (line.cell, line.baseline)]
+        c, n = (
+            line.comparison,
+            [len(x.values("final_val_loss")) for x in (line.cell, line.baseline)],
+        )
         ns = f"n={n[0]}" if n[0] == n[1] else f"n={n[0]} against {n[1]}"
-        return f"{ns}, {c.test}, Holm p={c.p_holm:.2g}" if c.chosen else f"{ns}: {c.test}, no interval"
+        return (
+            f"{ns}, {c.test}, Holm p={c.p_holm:.2g}" if c.chosen else f"{ns}: {c.test}, no interval"
+        )
 
     figure, axes = _ladder(table, lines, words)
     places = {id(line): i for i, line in enumerate(table.lines)}
     for i, line in enumerate(lines):
         c, style = line.comparison, style_of(places[id(line)])
         if c.chosen:
-            axes.plot([c.chosen.lo, c.chosen.hi], [i, i], color=style["color"], linewidth=1.8, marker="|", zorder=2)
-        filled = dict(color=style["color"]) if c.chosen else dict(facecolor="white", color=style["color"])
+            axes.plot(
+                [c.chosen.lo, c.chosen.hi],
+                [i, i],
+                color=style["color"],
+                linewidth=1.8,
+                marker="|",
+                zorder=2,
+            )
+        filled = (
+            dict(color=style["color"])
+            if c.chosen
+            else dict(facecolor="white", color=style["color"])
+        )
         axes.scatter([c.diff], [i], marker=style["marker"], s=50, zorder=3, **filled)
     axes.axvline(0, color="0.4", linewidth=1)
     axes.margins(x=0.08)
     axes.set_xlabel("difference to the baseline (nats per token); left of 0 is better", fontsize=10)
-    finish(figure, [axes], title, f"bar: 95% confidence interval of one difference; p is adjusted for all (Holm){more}")
+    finish(
+        figure,
+        [axes],
+        title,
+        f"bar: 95% confidence interval of one difference; p is adjusted for all (Holm){more}",
+    )
     return figure
 
 
@@ -493,17 +590,29 @@ def rate_figure(table: Table, title: str):
         known = [(a, s) for a, s in zip(x, spreads, strict=True) if math.isfinite(s.half)]
         if known:
             a, y, half = zip(*((a, s.mean, s.half) for a, s in known), strict=True)
-            axes.errorbar(a, y, yerr=half, color=style["color"], linestyle="none", capsize=4, elinewidth=1)
+            axes.errorbar(
+                a, y, yerr=half, color=style["color"], linestyle="none", capsize=4, elinewidth=1
+            )
         for a, s in zip(x, spreads, strict=True):
             if len(s.values) > 1:
                 beside = a + 0.012 * (1 + i % 3) * (rates[-1] - rates[0])
-                axes.scatter([beside] * len(s.values), s.values, s=12, facecolor="white", edgecolor="0.15", zorder=4)
+                axes.scatter(
+                    [beside] * len(s.values),
+                    s.values,
+                    s=12,
+                    facecolor="white",
+                    edgecolor="0.15",
+                    zorder=4,
+                )
     if rates[-1] / rates[0] >= 4:
         axes.set_xscale("log")
     if len(rates) <= 8:
         axes.set_xticks(rates, [f"{r:g}" for r in rates])
         axes.set_xticks([], minor=True)
-    axes.set_xlabel("peak learning rate (AdamW" + ("; log scale)" if axes.get_xscale() == "log" else ")"), fontsize=10)
+    axes.set_xlabel(
+        "peak learning rate (AdamW" + ("; log scale)" if axes.get_xscale() == "log" else ")"),
+        fontsize=10,
+    )
     axes.set_ylabel("final validation loss\n(nats per token)", fontsize=10)
     add_legend(axes, axes, len(series))
     words = "line: mean over seeds; bar: its 95% interval (t); small dots beside: seeds; n in the legend"
@@ -513,7 +622,11 @@ def rate_figure(table: Table, title: str):
 
 def overhead_figure(table: Table, title: str):
     """What a change costs per step against what it gains."""
-    lines = [x for x in table.lines if x.comparison and math.isfinite(x.comparison.overhead_pct + x.comparison.diff)]
+    lines = [
+        x
+        for x in table.lines
+        if x.comparison and math.isfinite(x.comparison.overhead_pct + x.comparison.diff)
+    ]
     more = len(lines) - MOST_LINES
     lines = sorted(lines, key=lambda x: x.comparison.diff)[:MOST_LINES]
     if not lines:
@@ -529,9 +642,21 @@ def overhead_figure(table: Table, title: str):
         n = len(line.cell.values("final_val_loss"))
         axes.plot([c.overhead_pct], [c.diff], label=plain(f"{labels[i]} (n={n})"), **style)
         if c.chosen:
-            axes.plot([c.overhead_pct] * 2, [c.chosen.lo, c.chosen.hi], color=style["color"], linewidth=1.4, marker="_")
+            axes.plot(
+                [c.overhead_pct] * 2,
+                [c.chosen.lo, c.chosen.hi],
+                color=style["color"],
+                linewidth=1.4,
+                marker="_",
+            )
         if math.isfinite(c.step_time.lo + c.step_time.hi):
-            axes.plot([c.step_time.lo, c.step_time.hi], [c.diff] * 2, color=style["color"], linewidth=1.4, marker="|")
+            axes.plot(
+                [c.step_time.lo, c.step_time.hi],
+                [c.diff] * 2,
+                color=style["color"],
+                linewidth=1.4,
+                marker="|",
+            )
     for zero in (axes.axhline, axes.axvline):
         zero(0, color="0.4", linewidth=1)
     axes.margins(0.1)
@@ -546,8 +671,13 @@ def overhead_figure(table: Table, title: str):
 
 def trace_figure(groups: Sequence[Group], title: str):
     """Learning rate and throughput against steps. None where no log has them."""
-    names = (("lr", "learning rate\n(AdamW)"), ("tokens_per_s", "throughput\n(1000 tokens/s, all ranks)"))
-    has = lambda g, name: any(map(math.isfinite, (v for r in g.runs for v in r.trace.get(name, []))))
+    names = (
+        ("lr", "learning rate\n(AdamW)"),
+        ("tokens_per_s", "throughput\n(1000 tokens/s, all ranks)"),
+    )
+    has = lambda g, name: any(
+        map(math.isfinite, (v for r in g.runs for v in r.trace.get(name, [])))
+    )
     names = [(name, label) for name, label in names if any(has(g, name) for g in groups)]
     groups, left_out = choose([g for g in groups if any(has(g, name) for name, _ in names)])
     if not groups:
@@ -555,7 +685,11 @@ def trace_figure(groups: Sequence[Group], title: str):
     figure, panels = new_figure(2.4 * len(names) + 0.8, len(names), sharex=True)
     for axes, (name, label) in zip(panels, names, strict=True):
         for g in groups:
-            at = [dict(zip(r.trace["step"], r.trace[name], strict=True)) for r in g.runs if r.trace["step"]]
+            at = [
+                dict(zip(r.trace["step"], r.trace[name], strict=True))
+                for r in g.runs
+                if r.trace["step"]
+            ]
             steps = sorted(set.intersection(*map(set, at))) if at else []
             scale = 1e-3 if name == "tokens_per_s" else 1
             values = [[run[s] * scale for run in at if math.isfinite(run[s])] for s in steps]
@@ -574,7 +708,12 @@ def trace_figure(groups: Sequence[Group], title: str):
     panels[-1].set_xlim(left=0)
     rest = f"; {lib.count(left_out, 'more cell')} not drawn" if left_out else ""
     words = n_words([len(g.runs) for g in groups])
-    finish(figure, panels, title, f"{words}; throughput: median over neighbouring steps, axis not from zero{rest}")
+    finish(
+        figure,
+        panels,
+        title,
+        f"{words}; throughput: median over neighbouring steps, axis not from zero{rest}",
+    )
     add_legend(panels[0], panels[-1], 99)
     return figure
 
@@ -583,8 +722,12 @@ def figure_bytes(figure, kind: str) -> bytes:
     """The figure as PNG (300 dpi) or SVG; the same figure gives the same bytes."""
     out = io.BytesIO()
     figure.draw_without_rendering()  # the layout is made before ticks get their final words; once more, it fits
-    with lib.need("matplotlib", "a figure").rc_context({"svg.hashsalt": "flatrun", "svg.fonttype": "path"}):
-        figure.savefig(out, format=kind, dpi=300, metadata={"Date": None} if kind == "svg" else None)
+    with lib.need("matplotlib", "a figure").rc_context(
+        {"svg.hashsalt": "flatrun", "svg.fonttype": "path"}
+    ):
+        figure.savefig(
+            out, format=kind, dpi=300, metadata={"Date": None} if kind == "svg" else None
+        )
     return out.getvalue()
 
 
@@ -599,16 +742,23 @@ def from_curves(paths: Sequence[Path], rows: Sequence[Row]) -> tuple[dict[str, R
         for run_id, val in runs.items():
             row = by_id.get(run_id)
             batch = row.number("batch_size") * row.number("sequence_length") if row else math.nan
-            trace: dict[str, list[float]] = {name: [] for name in ("step", "seconds", "tokens", *TRACES)}
+            trace: dict[str, list[float]] = {
+                name: [] for name in ("step", "seconds", "tokens", *TRACES)
+            }
             seed = lib.canon(row["seed"]) if row else ""
             logs[run_id] = RunLog(run_id, seed, val, [s * batch for s in val.step], trace)
     return logs, problems
 
 
-def read_logs(rows: Sequence[Row], others: Sequence[str], folder: Path) -> tuple[dict[str, RunLog], list[str]]:
+def read_logs(
+    rows: Sequence[Row], others: Sequence[str], folder: Path
+) -> tuple[dict[str, RunLog], list[str]]:
     """The logs of these runs, and what was wrong, one line each."""
     logs, problems = {}, []
-    for run_id, seed in {**{r["run_id"]: lib.canon(r["seed"]) for r in rows}, **dict.fromkeys(others, "")}.items():
+    for run_id, seed in {
+        **{r["run_id"]: lib.canon(r["seed"]) for r in rows},
+        **dict.fromkeys(others, ""),
+    }.items():
         path = folder / run_id / "metrics.csv"
         try:
             log = read_log(path, run_id, seed)

@@ -42,7 +42,9 @@ class Alphabet:
     def draw_fillers(self, rng: np.random.Generator, *shape: int) -> np.ndarray:
         return self.keys + self.values + rng.integers(self.fillers, size=shape)
 
-    def draw_pairs(self, rng: np.random.Generator, B: int, pairs: int) -> tuple[np.ndarray, np.ndarray]:
+    def draw_pairs(
+        self, rng: np.random.Generator, B: int, pairs: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Keys (B, pairs), all different within a sequence, and values, which need not be."""
         if pairs > self.keys:
             raise ValueError(f"{pairs} pairs need as many keys, the alphabet has {self.keys}")
@@ -71,12 +73,16 @@ def ask(s: Sequences, query_BN: np.ndarray, answer_BN: np.ndarray, tokens_BN: np
     s.distance_BT[rows, query_BN] = query_BN - answer_BN
 
 
-def mqar(rng: np.random.Generator, B: int, T: int, a: Alphabet, pairs: int, density: float | None = None) -> Sequences:
+def mqar(
+    rng: np.random.Generator, B: int, T: int, a: Alphabet, pairs: int, density: float | None = None
+) -> Sequences:
     """k v k v ... and then, among filler, queries. `density` None asks each key once, at random places; else each later
     token is a query with that probability, for a key drawn anew. An answer is never shown after its pair."""
     start = 2 * pairs
     if T - start < pairs:
-        raise ValueError(f"{pairs} pairs and a query each need {3 * pairs} tokens, the sequence has {T}")
+        raise ValueError(
+            f"{pairs} pairs and a query each need {3 * pairs} tokens, the sequence has {T}"
+        )
     s = blank(a.draw_fillers(rng, B, T))
     keys, values = a.draw_pairs(rng, B, pairs)
     s.x_BT[:, 0:start:2], s.x_BT[:, 1:start:2] = keys, values
@@ -93,15 +99,27 @@ def mqar(rng: np.random.Generator, B: int, T: int, a: Alphabet, pairs: int, dens
     return s
 
 
-def copy(rng: np.random.Generator, B: int, T: int, a: Alphabet, symbols: int, distance: int | None = None) -> Sequences:
+def copy(
+    rng: np.random.Generator, B: int, T: int, a: Alphabet, symbols: int, distance: int | None = None
+) -> Sequences:
     """A text of `symbols` values somewhere in filler; the last tokens are the sign and the text again, each symbol
     asked for at the token before it. All distances of a sequence are equal: drawn, or `distance`."""
-    if symbols < 1 or T < 2 * symbols or (distance is not None and not symbols <= distance <= T - symbols):
-        what = "" if distance is None else f" at distance {distance} (from {symbols} to {T - symbols})"
+    if (
+        symbols < 1
+        or T < 2 * symbols
+        or (distance is not None and not symbols <= distance <= T - symbols)
+    ):
+        what = (
+            "" if distance is None else f" at distance {distance} (from {symbols} to {T - symbols})"
+        )
         raise ValueError(f"a copy of {symbols} symbols{what} does not fit into {T} tokens")
     s = blank(a.draw_fillers(rng, B, T))
     text, at = a.draw_values(rng, B, symbols), np.arange(symbols)
-    start = rng.integers(T - 2 * symbols + 1, size=(B, 1)) if distance is None else T - symbols - distance
+    start = (
+        rng.integers(T - 2 * symbols + 1, size=(B, 1))
+        if distance is None
+        else T - symbols - distance
+    )
     answers = np.broadcast_to(start + at, text.shape)
     s.x_BT[np.arange(B)[:, None], answers] = text
     shown = np.concatenate([np.full((B, 1), a.sign), text[:, :-1]], axis=1)
@@ -110,12 +128,19 @@ def copy(rng: np.random.Generator, B: int, T: int, a: Alphabet, symbols: int, di
 
 
 def needle(
-    rng: np.random.Generator, B: int, T: int, a: Alphabet, pairs: int = 1, distance: int | None = None
+    rng: np.random.Generator,
+    B: int,
+    T: int,
+    a: Alphabet,
+    pairs: int = 1,
+    distance: int | None = None,
 ) -> Sequences:
     """Pairs at random places in filler. All are asked for at the end, in random order; with a `distance` only one is,
     by the last token, and its value stands that many tokens before."""
     asked = pairs if distance is None else 1
-    odd = int(rng.integers(2)) if distance is None else (T - 2 - distance) % 2  # where the first key may stand
+    odd = (
+        int(rng.integers(2)) if distance is None else (T - 2 - distance) % 2
+    )  # where the first key may stand
     slots = (T - asked - odd) // 2
     if slots < pairs or (distance is not None and not 1 <= distance <= T - 2):
         what = "" if distance is None else f" at distance {distance}"
@@ -124,7 +149,9 @@ def needle(
     keys, values = a.draw_pairs(rng, B, pairs)
     order = rng.random((B, slots))
     if distance is not None:
-        order[:, (T - 2 - distance - odd) // 2] = -1  # argsort puts it first, which is the pair that is asked for
+        order[
+            :, (T - 2 - distance - odd) // 2
+        ] = -1  # argsort puts it first, which is the pair that is asked for
     places = odd + 2 * order.argsort(1)[:, :pairs]
     rows = np.arange(B)[:, None]
     s.x_BT[rows, places], s.x_BT[rows, places + 1] = keys, values
@@ -154,7 +181,9 @@ def wilson(right: float, n: float) -> tuple[float, float]:
         return 0.0, 1.0
     p, z2 = right / n, Z * Z
     middle, half = p + z2 / (2 * n), Z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return max(0.0, min(p, (middle - half) / (1 + z2 / n))), min(1.0, max(p, (middle + half) / (1 + z2 / n)))
+    return max(0.0, min(p, (middle - half) / (1 + z2 / n))), min(
+        1.0, max(p, (middle + half) / (1 + z2 / n))
+    )
 
 
 def accuracy(right_B: np.ndarray, asked_B: np.ndarray) -> dict[str, float]:
@@ -173,7 +202,9 @@ def accuracy(right_B: np.ndarray, asked_B: np.ndarray) -> dict[str, float]:
     return dict(accuracy=p, low=low, high=high, queries=int(n), sequences=B)
 
 
-def score(s: Sequences, answer_BT: np.ndarray, low: float = 0, high: float = math.inf) -> tuple[np.ndarray, np.ndarray]:
+def score(
+    s: Sequences, answer_BT: np.ndarray, low: float = 0, high: float = math.inf
+) -> tuple[np.ndarray, np.ndarray]:
     """Right answers and questions of each sequence, (B,) each, of questions with low <= distance < high."""
     asked = (s.y_BT >= 0) & (s.distance_BT >= low) & (s.distance_BT < high)
     return ((answer_BT == s.y_BT) & asked).sum(1), asked.sum(1)

@@ -35,12 +35,17 @@ def num(value: float, digits: int = 6) -> float | int | None:
     return int(short) if short.is_integer() and abs(short) < 1e15 else short
 
 
-def html_table(rows: Sequence[Mapping[str, object]], columns: Sequence[str], of: str, words: Sequence[str] = ()) -> str:
+def html_table(
+    rows: Sequence[Mapping[str, object]], columns: Sequence[str], of: str, words: Sequence[str] = ()
+) -> str:
     """A table in a box of its own that scrolls; `of` names it for a reader who does not see."""
     number = lambda c: c not in words and all(str(r[c])[:1] in "-+[0123456789n" for r in rows)
     side = {c: ' class="num"' if number(c) else "" for c in columns}
     head = "".join(f"<th scope=col{side[c]}>{esc(c)}</th>" for c in columns)
-    body = "".join("<tr>" + "".join(f"<td{side[c]}>{esc(r[c])}</td>" for c in columns) + "</tr>\n" for r in rows)
+    body = "".join(
+        "<tr>" + "".join(f"<td{side[c]}>{esc(r[c])}</td>" for c in columns) + "</tr>\n"
+        for r in rows
+    )
     box = f'<div class="box" tabindex="0" role="region" aria-label="{esc(of)}">'
     return f"{box}<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>"
 
@@ -55,13 +60,23 @@ def forest(rows: Sequence[tuple[str, str, float, float, float, str]]) -> str:
     wide = lambda a, b: f"{100 * (b - a) / (high - low):.2f}%"
     out = []
     for label, words, diff, lo, hi, kind in rows:
-        bar = f'<i class="bar" style="left:{at(lo)};width:{wide(lo, hi)}"></i>' if math.isfinite(lo + hi) else ""
+        bar = (
+            f'<i class="bar" style="left:{at(lo)};width:{wide(lo, hi)}"></i>'
+            if math.isfinite(lo + hi)
+            else ""
+        )
         point = f'<i class="point" style="left:{at(diff)}"></i>' if math.isfinite(diff) else ""
         zero = f'<i class="zero" style="left:{at(0)}"></i>'
         strip = f'<span class="strip {esc(kind)}" aria-hidden="true">{zero}{bar}{point}</span>'
-        out.append(f'<li><span class="who"><b>{esc(label)}</b> <small>{esc(words)}</small></span>{strip}</li>')
+        out.append(
+            f'<li><span class="who"><b>{esc(label)}</b> <small>{esc(words)}</small></span>{strip}</li>'
+        )
     ticks = sorted({v for v in (min(ends), 0.0, max(ends))})
-    marks = "".join(f'<i style="left:{at(v)}">{v:+.4f}</i>' for v in ticks if v == 0 or abs(v) > 0.15 * (high - low))
+    marks = "".join(
+        f'<i style="left:{at(v)}">{v:+.4f}</i>'
+        for v in ticks
+        if v == 0 or abs(v) > 0.15 * (high - low)
+    )
     axis = f'<li class="axis"><span class="who"></span><span class="strip">{marks.replace("+0.0000", "0")}</span></li>'
     return f'<ul class="forest">{"".join(out)}{axis}</ul>'
 
@@ -71,15 +86,22 @@ def library() -> str:
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
-        raise UserError("a report needs plotly: pip install plotly (or -r requirements-dev.txt)") from None
+        raise UserError(
+            "a report needs plotly: pip install plotly (or -r requirements-dev.txt)"
+        ) from None
     return get_plotlyjs().replace("</script", "<\\/script")
 
 
 def page(title: str, main: str, data: object, live: int = 0) -> str:
     """The whole page. `live`: seconds between two questions to the server, 0 for a file."""
     scripts = [library(), PROGRAM]
-    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts)
-    policy = f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; "
+    hashes = " ".join(
+        f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'"
+        for s in scripts
+    )
+    policy = (
+        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; "
+    )
     policy += f"connect-src {chr(39)}self{chr(39)}; " if live else ""
     policy += "base-uri 'none'; form-action 'none'"
     return f"""<!doctype html>

@@ -60,14 +60,20 @@ def write_whole(path: Path, data: str | bytes) -> None:
     except OSError as error:
         if path.parent.is_dir():
             part.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another folder") from None
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); choose another folder"
+        ) from None
 
 
 # ----------------------------------------------------------------------------
 # Reading
 
 
-NEEDED = ("run_id", "seed", "final_val_loss")  # what a row is useless without; all else may be missing
+NEEDED = (
+    "run_id",
+    "seed",
+    "final_val_loss",
+)  # what a row is useless without; all else may be missing
 HEADER = (  # the original's 21 columns, then ours
     "run_id date git_commit seed attn_gate gate_pos gate_act learning_rate batch_size device_batch_size "
     "sequence_length num_iterations warmdown_iters final_val_loss best_val_loss train_time_ms ms_per_step "
@@ -114,7 +120,9 @@ def read_results(path: Path) -> tuple[list[Row], list[str]]:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; a trainer writes it when a run ends, or name the file") from None
+        raise UserError(
+            f"{path}: {error.strerror}; a trainer writes it when a run ends, or name the file"
+        ) from None
     header: list[str] = []
     rows, problems = [], []
     for number, line in enumerate(data.decode("utf-8-sig", errors="replace").split("\n"), start=1):
@@ -128,7 +136,9 @@ def read_results(path: Path) -> tuple[list[Row], list[str]]:
             fields = []
         if not header or fields[:1] == ["run_id"]:
             if missing := [name for name in NEEDED if name not in fields]:
-                raise UserError(f"{path}: line {number} is not a header of results, it has no {', '.join(missing)}")
+                raise UserError(
+                    f"{path}: line {number} is not a header of results, it has no {', '.join(missing)}"
+                )
             if twice := [name for name, n in Counter(fields).items() if n > 1]:
                 raise UserError(f"{path}: line {number} names {', '.join(twice)} twice")
             header = fields
@@ -151,7 +161,9 @@ def results_text(rows: Sequence[Row]) -> str:
     if len({row.columns for row in rows}) <= 1:
         columns = list(rows[0].columns) if rows else columns
         return "".join(f"{line}\n" for line in [csv_line(columns), *(row.line for row in rows)])
-    return "".join(f"{csv_line(line)}\n" for line in [columns, *([row[c] for c in columns] for row in rows)])
+    return "".join(
+        f"{csv_line(line)}\n" for line in [columns, *([row[c] for c in columns] for row in rows)]
+    )
 
 
 def csv_line(fields: Iterable[object]) -> str:
@@ -167,7 +179,9 @@ class Points:
     step: list[int]
     seconds: list[float]
     loss: list[float]
-    bad: int = 0  # validations whose loss or time is no finite number; they are not among the points
+    bad: int = (
+        0  # validations whose loss or time is no finite number; they are not among the points
+    )
 
     def at_seconds(self, seconds: float) -> float:
         """The loss then, on straight lines between validations; nan outside of them."""
@@ -182,7 +196,9 @@ class Points:
             if loss <= target:
                 last = self.loss[i - 1] if i else loss
                 share = (last - target) / (last - loss) if last > loss else 1.0
-                there = lambda x, i=i, share=share: x[i - 1] + share * (x[i] - x[i - 1]) if i else float(x[0])
+                there = lambda x, i=i, share=share: (
+                    x[i - 1] + share * (x[i] - x[i - 1]) if i else float(x[0])
+                )
                 return there(self.step), there(self.seconds)
         return None
 
@@ -209,7 +225,9 @@ def read_curves(path: Path) -> tuple[dict[str, Points], int]:
     Raises UserError when the file is missing or has no such column."""
     runs, torn = _read_points(path)
     if "" in runs:
-        raise UserError(f"{path}: has no column run_id; --curves takes one file with the validations of all runs")
+        raise UserError(
+            f"{path}: has no column run_id; --curves takes one file with the validations of all runs"
+        )
     return runs, torn
 
 
@@ -224,7 +242,9 @@ def _read_points(path: Path) -> tuple[dict[str, Points], int]:
     clock, unit = ("train_time_ms", 1000.0) if "train_time_ms" in header else ("train_time_s", 1.0)
     if missing := [c for c in ("step", "val_loss", clock) if header and c not in header]:
         raise UserError(f"{path}: has no column {', '.join(missing)}")
-    at_step, at_loss, at_time = (header.index(c) if header else 0 for c in ("step", "val_loss", clock))
+    at_step, at_loss, at_time = (
+        header.index(c) if header else 0 for c in ("step", "val_loss", clock)
+    )
     at_run = header.index("run_id") if "run_id" in header else None
     runs: dict[str, dict[int, tuple[float, float]]] = {}
     torn = 0
@@ -237,7 +257,9 @@ def _read_points(path: Path) -> tuple[dict[str, Points], int]:
                 raise ValueError
             step, loss = int(fields[at_step]), fields[at_loss]
             if loss:
-                seconds = fields[at_time] if step else 0  # at step 0 there is no time yet, and none is written
+                seconds = (
+                    fields[at_time] if step else 0
+                )  # at step 0 there is no time yet, and none is written
                 run = "" if at_run is None else fields[at_run]
                 runs.setdefault(run, {})[step] = (float(seconds) / unit, float(loss))
         except ValueError:
@@ -247,7 +269,9 @@ def _read_points(path: Path) -> tuple[dict[str, Points], int]:
 
 def _points(found: Mapping[int, tuple[float, float]]) -> Points:
     good = sorted((step, t, loss) for step, (t, loss) in found.items() if math.isfinite(t + loss))
-    return Points([g[0] for g in good], [g[1] for g in good], [g[2] for g in good], len(found) - len(good))
+    return Points(
+        [g[0] for g in good], [g[1] for g in good], [g[2] for g in good], len(found) - len(good)
+    )
 
 
 class Curves:
@@ -297,7 +321,9 @@ class Curves:
         out = list(self.torn)
         for what, runs in self.problems.items():
             if own := [run for run in runs if run in wanted]:
-                out.append(f"{what}: {count(len(own), 'run')}, {listing(own)}{where * (what == 'no curve')}")
+                out.append(
+                    f"{what}: {count(len(own), 'run')}, {listing(own)}{where * (what == 'no curve')}"
+                )
         return out
 
 
@@ -313,11 +339,17 @@ class Stage:
     """Which rows belong together, when their own stage column does not say so, and how they are compared."""
 
     name: str
-    match: Mapping[str, frozenset[str]] = dataclasses.field(default_factory=dict)  # column: values, as canon()
+    match: Mapping[str, frozenset[str]] = dataclasses.field(
+        default_factory=dict
+    )  # column: values, as canon()
     keys: tuple[str, ...] = ()  # columns the table has even if they do not vary
     baseline: Mapping[str, str] = dataclasses.field(default_factory=lambda: USUAL)
-    extra_csv: tuple[str, ...] = ()  # files with further rows, relative to the first source's folder
-    train_tokens: float = NAN  # of one pass over the training shards, where rows have no column epochs
+    extra_csv: tuple[
+        str, ...
+    ] = ()  # files with further rows, relative to the first source's folder
+    train_tokens: float = (
+        NAN  # of one pass over the training shards, where rows have no column epochs
+    )
     target_loss: float = NAN  # nats per token; steps and seconds to it are reported
 
 
@@ -344,8 +376,12 @@ def stages_by_iters(stage1: str, stage2: str) -> list[Stage]:
     for name, text in (("stage1", stage1), ("stage2", stage2)):
         values = [part.strip() for part in text.split(",") if part.strip()]
         if wrong := [v for v in values if not v.isdecimal()]:
-            raise UserError(f"--{name}-iters {text}: {wrong[0]!r} is no number of iterations, such as 1500")
-        stages.append(Stage(name, {"num_iterations": frozenset(map(canon, values))} if values else {}))
+            raise UserError(
+                f"--{name}-iters {text}: {wrong[0]!r} is no number of iterations, such as 1500"
+            )
+        stages.append(
+            Stage(name, {"num_iterations": frozenset(map(canon, values))} if values else {})
+        )
     return stages
 
 
@@ -369,20 +405,33 @@ def read_stages(path: Path, rows: Sequence[Row] = ()) -> list[Stage]:
     except ValueError as error:  # not TOML, or not text
         raise UserError(f"{path}: {error}") from None
     if tables.keys() != {"stage"} or not isinstance(tables["stage"], dict) or not tables["stage"]:
-        raise UserError(f"{path}: expected tables [stage.NAME] and nothing else, found {sorted(tables)}")
-    columns = list(dict.fromkeys([*HEADER, *(c for own in dict.fromkeys(r.columns for r in rows) for c in own)]))
-    return [_read_stage(f"{path}: [stage.{name}]", name, table, columns) for name, table in tables["stage"].items()]
+        raise UserError(
+            f"{path}: expected tables [stage.NAME] and nothing else, found {sorted(tables)}"
+        )
+    columns = list(
+        dict.fromkeys(
+            [*HEADER, *(c for own in dict.fromkeys(r.columns for r in rows) for c in own)]
+        )
+    )
+    return [
+        _read_stage(f"{path}: [stage.{name}]", name, table, columns)
+        for name, table in tables["stage"].items()
+    ]
 
 
 def _read_stage(where: str, name: str, table: object, columns: Sequence[str]) -> Stage:
     if not isinstance(table, dict) or not _file_name(name):
-        raise UserError(f"{where}: expected a table named in letters, digits, '_', '.', '-'; it names the files")
+        raise UserError(
+            f"{where}: expected a table named in letters, digits, '_', '.', '-'; it names the files"
+        )
 
     def column(word: str) -> str:
         if word not in columns:
             words = ("keys", "baseline", "extra_csv", "train_tokens", "target_loss")
             near = get_close_matches(word, [*columns, *words], n=1)
-            raise UserError(f"{where}: {word} is no column" + (f"; did you mean {near[0]}?" if near else ""))
+            raise UserError(
+                f"{where}: {word} is no column" + (f"; did you mean {near[0]}?" if near else "")
+            )
         return word
 
     def listed(word: str, value: object) -> list:
@@ -399,13 +448,30 @@ def _read_stage(where: str, name: str, table: object, columns: Sequence[str]) ->
 
     words = dict(table)
     numbers = [positive(word) for word in ("train_tokens", "target_loss")]
-    keys = tuple(column(str(v)) for v in listed("keys", words.pop("keys"))) if "keys" in words else ()
-    extra = tuple(str(v) for v in listed("extra_csv", words.pop("extra_csv"))) if "extra_csv" in words else ()
+    keys = (
+        tuple(column(str(v)) for v in listed("keys", words.pop("keys"))) if "keys" in words else ()
+    )
+    extra = (
+        tuple(str(v) for v in listed("extra_csv", words.pop("extra_csv")))
+        if "extra_csv" in words
+        else ()
+    )
     baseline = words.pop("baseline", USUAL)
-    if not isinstance(baseline, dict) or not baseline or any(isinstance(v, list) for v in baseline.values()):
-        raise UserError(f'{where}: baseline = {baseline!r}: expected one value per column: {{attn_gate = "none"}}')
-    match = {column(word): frozenset(canon(v) for v in listed(word, value)) for word, value in words.items()}
-    return Stage(name, match, keys, {column(w): canon(v) for w, v in baseline.items()}, extra, *numbers)
+    if (
+        not isinstance(baseline, dict)
+        or not baseline
+        or any(isinstance(v, list) for v in baseline.values())
+    ):
+        raise UserError(
+            f'{where}: baseline = {baseline!r}: expected one value per column: {{attn_gate = "none"}}'
+        )
+    match = {
+        column(word): frozenset(canon(v) for v in listed(word, value))
+        for word, value in words.items()
+    }
+    return Stage(
+        name, match, keys, {column(w): canon(v) for w, v in baseline.items()}, extra, *numbers
+    )
 
 
 def _file_name(name: str) -> bool:
@@ -443,7 +509,13 @@ KEYS = (
     "attn_gate gate_pos gate_act learning_rate num_iterations warmup_iters warmdown_iters batch_size "
     "sequence_length notes"
 ).split()
-NOT_A_KEY = ("run_id", "date", "git_commit", "seed", "device_batch_size")  # though they stand before the outcome
+NOT_A_KEY = (
+    "run_id",
+    "date",
+    "git_commit",
+    "seed",
+    "device_batch_size",
+)  # though they stand before the outcome
 OF_THE_GATE = ("gate_pos", "gate_act")  # recorded for attn_gate=none too, and mean nothing there
 GATE_KNOBS = ("GATEOPT", "MLP_MATCH")  # likewise, in the notes
 
@@ -506,7 +578,10 @@ class Cell:
     def per_seed(self, value: Callable[[Row], float]) -> dict[str, float]:
         """One value per seed. A seed with several finished rows counts once, with their mean: to choose one of
         them would be a way to choose the result. Rows without a finite value do not count."""
-        found = {seed: [v for row in rows if math.isfinite(v := value(row))] for seed, rows in self.by_seed.items()}
+        found = {
+            seed: [v for row in rows if math.isfinite(v := value(row))]
+            for seed, rows in self.by_seed.items()
+        }
         return {seed: mean(values) for seed, values in found.items() if values}
 
     @cached_property
@@ -524,7 +599,9 @@ class Cell:
 
     @cached_property
     def label(self) -> str:
-        return " ".join(f"{k}={v}" if k != "notes" else v for k, v in self.key.items() if v not in ("", "-"))
+        return " ".join(
+            f"{k}={v}" if k != "notes" else v for k, v in self.key.items() if v not in ("", "-")
+        )
 
 
 def make_cells(rows: Sequence[Row], stage: Stage) -> list[Cell]:
@@ -533,13 +610,20 @@ def make_cells(rows: Sequence[Row], stage: Stage) -> list[Cell]:
     stage, known = fitted(stage, rows), keys_of(rows)
     usual = USUAL if not rows or any("attn_gate" in row.columns for row in rows) else {}
     always = {*usual, *stage.keys, *stage.baseline}
-    found = {key: {key_value(row, key) for row in rows} - ({"-"} if key == "notes" else {"-", ""}) for key in known}
-    keys = [key for key in known if key in always or len(found[key]) > 1] + sorted(always - set(known))
+    found = {
+        key: {key_value(row, key) for row in rows} - ({"-"} if key == "notes" else {"-", ""})
+        for key in known
+    }
+    keys = [key for key in known if key in always or len(found[key]) > 1] + sorted(
+        always - set(known)
+    )
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(key_value(row, key) for key in keys), []).append(row)
     cells = [Cell(dict(zip(keys, key, strict=True)), tuple(group)) for key, group in groups.items()]
-    return sorted(cells, key=lambda c: (not is_baseline(c, stage), [_natural(v) for v in c.key.values()]))
+    return sorted(
+        cells, key=lambda c: (not is_baseline(c, stage), [_natural(v) for v in c.key.values()])
+    )
 
 
 def _natural(text: str) -> tuple[bool, float, str]:
@@ -556,7 +640,9 @@ def _number(text: str) -> float:
 
 
 def is_baseline(cell: Cell, stage: Stage) -> bool:
-    return bool(stage.baseline) and all(cell.key[column] == value for column, value in stage.baseline.items())
+    return bool(stage.baseline) and all(
+        cell.key[column] == value for column, value in stage.baseline.items()
+    )
 
 
 def find_baseline(cell: Cell, cells: Sequence[Cell], stage: Stage) -> Cell | None:
@@ -580,7 +666,10 @@ def find_baselines(cells: Sequence[Cell], among: Sequence[Cell], stage: Stage) -
         if is_baseline(b, stage):
             for ungated in (True, False):
                 known.setdefault(rest(b, ungated), b)
-    return [known.get(rest(c, "none" in (stage.baseline.get("attn_gate"), c.key.get("attn_gate")))) for c in cells]
+    return [
+        known.get(rest(c, "none" in (stage.baseline.get("attn_gate"), c.key.get("attn_gate"))))
+        for c in cells
+    ]
 
 
 # ----------------------------------------------------------------------------
@@ -706,7 +795,10 @@ def equal_time(
             return row.number("final_val_loss")  # this run ended before: by the noise of a clock
         return points.at_seconds(end)
 
-    then, final = slower.per_seed(loss), (baseline if slower is cell else cell).values("final_val_loss")
+    then, final = (
+        slower.per_seed(loss),
+        (baseline if slower is cell else cell).values("final_val_loss"),
+    )
     found = judge(then, final) if slower is cell else judge(final, then)
     missing = len(slower.by_seed) - len(then)
     part = f" from {len(then)} of {len(slower.by_seed)} seeds" if missing else ""
@@ -715,7 +807,14 @@ def equal_time(
 
 def time_budget(cell: Cell) -> str:
     """The training seconds of its TIME_BUDGET_S, '' without one. In what no key tells apart, the rows agree."""
-    return next((w.split("=", 1)[1] for w in knobs_in(cell.rows[0]["notes"]) if w.startswith("TIME_BUDGET_S=")), "")
+    return next(
+        (
+            w.split("=", 1)[1]
+            for w in knobs_in(cell.rows[0]["notes"])
+            if w.startswith("TIME_BUDGET_S=")
+        ),
+        "",
+    )
 
 
 def timed_pairs(
@@ -737,7 +836,11 @@ def timed_pairs(
             known.setdefault(rest(c), {})[budget] = c
     out: list[tuple[str, Cell, Cell] | None] = []
     for cell, base in pairs:
-        both = [known.get(rest(c), {}) if known and not time_budget(c) else {} for c in (cell, base) if c]
+        both = [
+            known.get(rest(c), {}) if known and not time_budget(c) else {}
+            for c in (cell, base)
+            if c
+        ]
         common = sorted(set(both[0]) & set(both[-1])) if len(both) == 2 else []
         if not common:
             out.append(None)
@@ -800,17 +903,24 @@ def facts_of(cell: Cell, stage: Stage) -> tuple[frozenset, ...]:
         if math.isfinite(epochs := epochs_of(row, stage)):
             found["epochs"].add(round(epochs, 2))
             found["pass"].add(steps_of(row) / epochs if epochs else NAN)
-        warmup, warmdown = ((row.number(c) if row[c] else 0.0) for c in ("warmup_iters", "warmdown_iters"))
+        warmup, warmdown = (
+            (row.number(c) if row[c] else 0.0) for c in ("warmup_iters", "warmdown_iters")
+        )
         if warmup + warmdown > row.number("num_iterations"):
             warm = f"warmup {canon(warmup)} + " if row["warmup_iters"] else ""
-            found["schedule"].add(f"{warm}warmdown {canon(warmdown)} > {canon(row['num_iterations'])} iterations")
+            found["schedule"].add(
+                f"{warm}warmdown {canon(warmdown)} > {canon(row['num_iterations'])} iterations"
+            )
     return tuple(frozenset(values - {""}) for values in found.values())
 
 
 @lru_cache(maxsize=4096)  # most cells of a stage have the same facts
 def problems_of(*facts: tuple[frozenset, ...]) -> Mapping[str, str]:
     """What is wrong with a cell alone, or with a cell and its baseline together: flag, sentence."""
-    every = {name: sorted(frozenset().union(*values)) for name, *values in zip(FACTS, *facts, strict=True)}
+    every = {
+        name: sorted(frozenset().union(*values))
+        for name, *values in zip(FACTS, *facts, strict=True)
+    }
     found = {}
     for column, (flag, why) in MIXED.items():
         if len(values := every[column]) > 1:
@@ -820,7 +930,9 @@ def problems_of(*facts: tuple[frozenset, ...]) -> Mapping[str, str]:
         # runs of other lengths read the same data as far as they go, as long as none starts over
         same = passes[-1] <= 1 and every["pass"][-1] <= 1.05 * every["pass"][0]
         if len(passes) > 1 and not same:
-            found["epochs"] = f"mixed epochs, the data differ: {listing([f'{e:.2f}' for e in passes])}"
+            found["epochs"] = (
+                f"mixed epochs, the data differ: {listing([f'{e:.2f}' for e in passes])}"
+            )
         if passes[-1] > 1:
             found["repeats"] = f"training data read more than once: {passes[-1]:.2f} epochs"
     if every["schedule"]:
@@ -866,22 +978,27 @@ class Table:
         return list(self.lines[0].cell.key) if self.lines else []
 
 
-def make_table(rows: Sequence[Row], stage: Stage, curves: Curves | None = None, target: float | None = None) -> Table:
+def make_table(
+    rows: Sequence[Row], stage: Stage, curves: Curves | None = None, target: float | None = None
+) -> Table:
     """Cells, comparisons and remarks of a stage's rows. Only finished rows with a finite loss count; the remarks
     name all others. `target` in nats per token, else the stage's."""
-    counted = [r for r in rows if r.status == "finished" and math.isfinite(r.number("final_val_loss"))]
+    counted = [
+        r for r in rows if r.status == "finished" and math.isfinite(r.number("final_val_loss"))
+    ]
     stage = fitted(stage, rows)
     cells = make_cells(counted, stage)
     bases = [
-        None if is_baseline(c, stage) else b for c, b in zip(cells, find_baselines(cells, cells, stage), strict=True)
+        None if is_baseline(c, stage) else b
+        for c, b in zip(cells, find_baselines(cells, cells, stage), strict=True)
     ]
     table = table_of(rows, list(zip(cells, bases, strict=True)), cells, stage, curves, target)
     if not stage.baseline and len(cells) > 1:
-        remark = (
-            "nothing is compared: no baseline is named; --stages FILE names one, and run_study.py writes such a FILE"
-        )
+        remark = "nothing is compared: no baseline is named; --stages FILE names one, and run_study.py writes such a FILE"
         return dataclasses.replace(table, remarks=(*table.remarks, remark))
-    if orphans := [line.cell.label for line in table.lines if not line.is_baseline and not line.baseline]:
+    if orphans := [
+        line.cell.label for line in table.lines if not line.is_baseline and not line.baseline
+    ]:
         remark = f"no baseline (a cell that differs in nothing else) for: {listing(orphans, '; ')}"
         table = dataclasses.replace(table, remarks=(*table.remarks, remark))
     return table
@@ -900,16 +1017,23 @@ def table_of(
     target = stage.target_loss if target is None else target
     counted = [row for cell, _ in pairs for row in cell.rows]
     timed = timed_pairs(cells, pairs)
-    compared = [compare(c, b, curves, target, t) if b else None for (c, b), t in zip(pairs, timed, strict=True)]
+    compared = [
+        compare(c, b, curves, target, t) if b else None
+        for (c, b), t in zip(pairs, timed, strict=True)
+    ]
     tested = [i for i, c in enumerate(compared) if c and c.chosen]
     for i, p in zip(tested, holm([compared[i].chosen.p for i in tested]), strict=True):
         compared[i] = dataclasses.replace(compared[i], p_holm=p)
-    facts = {i: facts_of(c, stage) for i, c in {id(c): c for both in pairs for c in both if c}.items()}
+    facts = {
+        i: facts_of(c, stage) for i, c in {id(c): c for both in pairs for c in both if c}.items()
+    }
     lines = []
     for (cell, base), found in zip(pairs, compared, strict=True):
         wrong = problems_of(*(facts[id(c)] for c in (cell, base) if c))
         reached = reach(cell, curves, target)
-        lines.append(Line(cell, base, found, is_baseline(cell, stage), tuple(wrong), reached, target))
+        lines.append(
+            Line(cell, base, found, is_baseline(cell, stage), tuple(wrong), reached, target)
+        )
     remarks = [*_remarks(rows, counted, lines), *_problems(lines, facts)]
     remarks += curves.remarks_of([cell for cell, _ in pairs]) if curves else []
     return Table(stage, tuple(lines), tuple(remarks), len(rows), len(counted))
@@ -946,7 +1070,9 @@ def _problems(lines: Sequence[Line], facts: Mapping[int, tuple[frozenset, ...]])
         both = problems_of(*(facts[id(c)] for c in (line.cell, line.baseline) if c))
         for flag, what in both.items():
             if what.startswith("mixed") or flag in own:
-                found.setdefault(what if what.startswith("mixed") else own[flag], []).append(line.cell.label)
+                found.setdefault(what if what.startswith("mixed") else own[flag], []).append(
+                    line.cell.label
+                )
     for what, labels in found.items():
         whose = "all cells" if len(labels) == len(lines) > 1 else f"in {listing(labels, '; ')}"
         yield f"{what} ({whose})"
@@ -956,7 +1082,9 @@ def hardware_changes(tables: Sequence[Table]) -> list[Table]:
     """The tables, each with a remark where its GPUs are not those of the one before: times do not compare then."""
     out: list[Table] = []
     for table in tables:
-        names = lambda t: sorted({row["gpu_name"] for line in t.lines for row in line.cell.rows} - {""})
+        names = lambda t: sorted(
+            {row["gpu_name"] for line in t.lines for row in line.cell.rows} - {""}
+        )
         before = next((t for t in reversed(out) if names(t)), None)
         if before and names(table) and names(table) != names(before):
             what = f"{listing(names(before))} in {before.stage.name}, {listing(names(table))} here"
@@ -988,14 +1116,28 @@ def numbers_of(line: Line) -> dict[str, object]:
     out: dict[str, object] = dict(seeds=len(losses), final_loss=mean(losses), sd=sd(losses))
     ms = mean(values("train_time_ms"))
     out |= dict(train_time=show_ms(ms), train_time_ms=ms, ms_per_step=mean(values("ms_per_step")))
-    base = "is the baseline" if line.is_baseline else line.baseline.label if line.baseline else "no baseline"
-    out |= dict(baseline=base, baseline_seeds=len(line.baseline.values("final_val_loss")) if line.baseline else "")
+    base = (
+        "is the baseline"
+        if line.is_baseline
+        else line.baseline.label
+        if line.baseline
+        else "no baseline"
+    )
+    out |= dict(
+        baseline=base,
+        baseline_seeds=len(line.baseline.values("final_val_loss")) if line.baseline else "",
+    )
     c = line.comparison or Comparison()
-    interval = lambda name, t: {f"{name}ci_lo": t.lo if t else NAN, f"{name}ci_hi": t.hi if t else NAN}
+    interval = lambda name, t: {
+        f"{name}ci_lo": t.lo if t else NAN,
+        f"{name}ci_hi": t.hi if t else NAN,
+    }
     p_of = lambda judged: judged.chosen.p if judged.chosen else NAN
     out |= dict(diff=c.diff, rel_pct=c.rel_pct) | interval("", c.chosen)
     out |= dict(p=p_of(c), p_holm=c.p_holm, test=c.test, least_diff=c.least)
-    for name, r in dict(overhead=c.step_time, steps_to_target=c.steps_to, seconds_to_target=c.seconds_to).items():
+    for name, r in dict(
+        overhead=c.step_time, steps_to_target=c.steps_to, seconds_to_target=c.seconds_to
+    ).items():
         out |= {f"{name}_pct": r.pct, f"{name}_ci_lo": r.lo, f"{name}_ci_hi": r.hi}
     out |= dict(per_seed_diff=" ".join(map(repr, c.per_seed)), sd_diff=c.sd_diff)
     for name in ("welch", "paired"):
@@ -1008,8 +1150,14 @@ def numbers_of(line: Line) -> dict[str, object]:
     reached = [list(v.values()) for v in (line.reach.steps, line.reach.seconds)]
     out |= dict(target_loss=line.target, reached=len(reached[0]))
     out |= dict(steps_to_target=mean(reached[0]), seconds_to_target=mean(reached[1]))
-    out |= dict(peak_memory_mib=mean(values("peak_memory_mib")), memory_mib=c.memory_mib, memory_pct=c.memory_pct)
-    out |= dict(duplicate_rows=len(line.cell.rows) - len(line.cell.by_seed), flags=" ".join(line.flags))
+    out |= dict(
+        peak_memory_mib=mean(values("peak_memory_mib")),
+        memory_mib=c.memory_mib,
+        memory_pct=c.memory_pct,
+    )
+    out |= dict(
+        duplicate_rows=len(line.cell.rows) - len(line.cell.by_seed), flags=" ".join(line.flags)
+    )
     return {k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in out.items()}
 
 
@@ -1018,14 +1166,21 @@ def table_csv(table: Table) -> str:
     lines, so that a reader finds its columns."""
     lines = [{**line.cell.key, **line.numbers} for line in table.lines]
     columns = list(lines[0]) if lines else ["attn_gate", "seeds", "final_loss", "train_time"]
-    return "".join(f"{csv_line(row)}\n" for row in [columns, *([line[c] for c in columns] for line in lines)])
+    return "".join(
+        f"{csv_line(row)}\n" for row in [columns, *([line[c] for c in columns] for line in lines)]
+    )
 
 
 MEANS = ("n", "final_loss", "sd", "train_time", "ms/step", "MiB")
 VERSUS = ("diff", "rel", "95% CI", "p", "Holm p", "test", "can see", "flags")
 COSTS = ("step time", "peak memory", "equal steps", "equal time", "equal time by")
 TARGET = ("reached", "steps", "time", "steps vs", "time vs")
-PIECES = {"": MEANS, "against the baseline": VERSUS, "time and memory": COSTS, "to the target loss": TARGET}
+PIECES = {
+    "": MEANS,
+    "against the baseline": VERSUS,
+    "time and memory": COSTS,
+    "to the target loss": TARGET,
+}
 
 
 def cells_of(table: Table, most: int | None = None) -> list[dict[str, str]]:
@@ -1039,7 +1194,9 @@ def cells_of(table: Table, most: int | None = None) -> list[dict[str, str]]:
             key["notes"] = " ".join(w for w in key["notes"].split() if w not in common) or "-"
         n, c = line.numbers, line.comparison
         no_diff = "baseline" if line.is_baseline else "no baseline"
-        span = lambda name, form, n=n: "[" + ", ".join(form.format(n[f"{name}ci_{end}"]) for end in ("lo", "hi")) + "]"
+        span = lambda name, form, n=n: (
+            "[" + ", ".join(form.format(n[f"{name}ci_{end}"]) for end in ("lo", "hi")) + "]"
+        )
         percent = lambda name, n=n, span=span: (
             rounded(n, f"{name}_pct", "{:+.1f}%")
             + (" " + span(f"{name}_", "{:+.1f}") if n[f"{name}_ci_lo"] != "" else "")
@@ -1053,18 +1210,34 @@ def cells_of(table: Table, most: int | None = None) -> list[dict[str, str]]:
         out |= {"sd": rounded(n, "sd", "{:.5f}") if n["seeds"] > 1 else "n=1"}
         out |= {"train_time": str(n["train_time"]), "ms/step": rounded(n, "ms_per_step", "{:.2f}")}
         out |= {"MiB": rounded(n, "peak_memory_mib", "{:.0f}")}
-        out |= {"diff": rounded(n, "diff", "{:+.4f}") if c else no_diff, "rel": rounded(n, "rel_pct", "{:+.2f}%")}
+        out |= {
+            "diff": rounded(n, "diff", "{:+.4f}") if c else no_diff,
+            "rel": rounded(n, "rel_pct", "{:+.2f}%"),
+        }
         out |= {"95% CI": span("", "{:+.4f}") if c and c.chosen else c.test if c else "-"}
         out |= {"p": rounded(n, "p", "{:.2g}"), "Holm p": rounded(n, "p_holm", "{:.2g}")}
-        out |= {"test": c.test if c and c.chosen else "-", "can see": rounded(n, "least_diff", "{:.4f}")}
+        out |= {
+            "test": c.test if c and c.chosen else "-",
+            "can see": rounded(n, "least_diff", "{:.4f}"),
+        }
         out |= {"flags": str(n["flags"]) or "-", "step time": percent("overhead")}
         out |= {"peak memory": rounded(n, "memory_pct", "{:+.1f}%")}
         # after as many steps as both have, the final losses are the answer, and stand under diff
-        out |= {"equal steps": effect("equal_steps") if c and c.equal_steps.how != "final losses" else "-"}
-        out |= {"equal time": effect("equal_time"), "equal time by": str(n["equal_time_how"]) or "-"}
+        out |= {
+            "equal steps": effect("equal_steps")
+            if c and c.equal_steps.how != "final losses"
+            else "-"
+        }
+        out |= {
+            "equal time": effect("equal_time"),
+            "equal time by": str(n["equal_time_how"]) or "-",
+        }
         told = math.isfinite(line.target) or n["reached"]
         out |= {"reached": f"{n['reached']} of {n['seeds']}" if told else "-"}
-        out |= {"steps": rounded(n, "steps_to_target", "{:.0f}"), "time": rounded(n, "seconds_to_target", "{:.1f} s")}
+        out |= {
+            "steps": rounded(n, "steps_to_target", "{:.0f}"),
+            "time": rounded(n, "seconds_to_target", "{:.1f} s"),
+        }
         out |= {"steps vs": percent("steps_to_target"), "time vs": percent("seconds_to_target")}
         shown.append(out)
     return shown
@@ -1079,13 +1252,19 @@ def shared_notes(table: Table) -> list[str]:
     return [w for w in notes[0] if all(w in other for other in notes)] if len(notes) > 1 else []
 
 
-def pieces_of(shown: Sequence[Mapping[str, str]], table: Table) -> list[tuple[str, list[str], list[Mapping[str, str]]]]:
+def pieces_of(
+    shown: Sequence[Mapping[str, str]], table: Table
+) -> list[tuple[str, list[str], list[Mapping[str, str]]]]:
     """Title, columns and lines of each piece of the table. What no line knows is left out."""
     out = []
     num_tested = sum(1 for line in table.lines if line.comparison and line.comparison.chosen)
     always = {"p", "test", "sd", "ms/step", *(["Holm p"] if num_tested > 1 else [])}
     for title, columns in PIECES.items():
-        rows = [row for row, x in zip(shown, table.lines, strict=False) if x.comparison or columns in (MEANS, TARGET)]
+        rows = [
+            row
+            for row, x in zip(shown, table.lines, strict=False)
+            if x.comparison or columns in (MEANS, TARGET)
+        ]
         known = {c for c in columns if c != "Holm p" and any(row[c] != "-" for row in rows)}
         if known and rows:
             out.append((title, [c for c in columns if c in known | always], rows))
@@ -1102,9 +1281,15 @@ def legend_of(table: Table) -> list[str]:
             "final_loss in nats per token, mean over n seeds; diff, rel, CI and p: against the baseline, below 0 is "
             "better; paired t where both ran the same seeds, Welch's t otherwise"
             + (f"; Holm over {num_tested} comparisons" if num_tested > 1 else "")
-            + ("; can see: the smallest difference that this n and spread show 4 times in 5" if num_tested else "")
+            + (
+                "; can see: the smallest difference that this n and spread show 4 times in 5"
+                if num_tested
+                else ""
+            )
         )
-        out.append("step time, and steps and time to a target: ratios of means, [95% CI] by Welch's t on logarithms")
+        out.append(
+            "step time, and steps and time to a target: ratios of means, [95% CI] by Welch's t on logarithms"
+        )
     if any(c.equal_time.how.startswith("interpolated") for c in compared):
         out.append(
             "equal time, interpolated, un-annealed: the slower arm's curve where the faster arm ends, its rate not yet "
@@ -1112,18 +1297,29 @@ def legend_of(table: Table) -> list[str]:
         )
     if any(line.numbers["reached"] for line in table.lines):
         targets = {line.target for line in table.lines}
-        by = "on straight lines between validations" if math.isfinite(min(targets)) else "the first validation there"
-        out.append(f"target loss {', '.join(canon(t) for t in targets)}: {by}".replace("loss nan", "loss of each run"))
+        by = (
+            "on straight lines between validations"
+            if math.isfinite(min(targets))
+            else "the first validation there"
+        )
+        out.append(
+            f"target loss {', '.join(canon(t) for t in targets)}: {by}".replace(
+                "loss nan", "loss of each run"
+            )
+        )
     if common := shared_notes(table):
         out.append(f"all cells: {' '.join(common)}")
     return out + list(table.remarks)
 
 
-def grid(rows: Sequence[Mapping[str, str]], columns: Sequence[str], most: int, numbers: bool = False) -> list[str]:
+def grid(
+    rows: Sequence[Mapping[str, str]], columns: Sequence[str], most: int, numbers: bool = False
+) -> list[str]:
     """Aligned plain text; numbers to the right, words to the left. Words longer than `most` characters are folded,
     and so are intervals where `numbers` says so."""
     right = {
-        c: all(re.match(r"[-+\[]?[\d.]|-$|n=1$|no spread$|(no )?baseline$", row[c]) for row in rows) for c in columns
+        c: all(re.match(r"[-+\[]?[\d.]|-$|n=1$|no spread$|(no )?baseline$", row[c]) for row in rows)
+        for c in columns
     }
 
     def fold(text: str, c: str) -> list[str]:
@@ -1134,10 +1330,15 @@ def grid(rows: Sequence[Mapping[str, str]], columns: Sequence[str], most: int, n
     folded = [{c: fold(row[c], c) for c in columns} for row in rows]
     width = {c: max([len(c), *(len(part) for row in folded for part in row[c])]) for c in columns}
     place = lambda text, c: text.rjust(width[c]) if right[c] else text.ljust(width[c])
-    out = ["  ".join(place(c, c) for c in columns).rstrip(), "  ".join("-" * width[c] for c in columns)]
+    out = [
+        "  ".join(place(c, c) for c in columns).rstrip(),
+        "  ".join("-" * width[c] for c in columns),
+    ]
     for row in folded:
         for i in range(max(len(parts) for parts in row.values())):
-            out.append("  ".join(place((row[c][i : i + 1] or [""])[0], c) for c in columns).rstrip())
+            out.append(
+                "  ".join(place((row[c][i : i + 1] or [""])[0], c) for c in columns).rstrip()
+            )
     return out
 
 
@@ -1154,7 +1355,9 @@ def table_text(table: Table, width: int = 110, most: int = 500) -> str:
         lines: list[str] = []
         for title, columns, rows in pieces:
             most = (
-                ((36, False), (16, False), (24, True), (10, True)) if keys == ["cell"] else ((36, False), (24, False))
+                ((36, False), (16, False), (24, True), (10, True))
+                if keys == ["cell"]
+                else ((36, False), (24, False))
             )
             tries = (grid(rows, [*keys, *columns], *how) for how in most)
             if not (found := next((t for t in tries if max(map(len, t)) <= width), None)):
@@ -1165,13 +1368,21 @@ def table_text(table: Table, width: int = 110, most: int = 500) -> str:
     if numbered:
         lines = fitting(table.keys)
         if lines is None:
-            out += [line for i, row in enumerate(numbered, start=1) for line in _legend(i, row, table.keys, width)]
+            out += [
+                line
+                for i, row in enumerate(numbered, start=1)
+                for line in _legend(i, row, table.keys, width)
+            ]
             lines = fitting(["cell"])
         out += lines or []
     if len(table.lines) > most:
-        out.append(f"  {count(len(table.lines) - most, 'further cell')}: in the table's .csv and .md")
+        out.append(
+            f"  {count(len(table.lines) - most, 'further cell')}: in the table's .csv and .md"
+        )
     for note in legend_of(table):
-        out += textwrap.wrap(note, width, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
+        out += textwrap.wrap(
+            note, width, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False
+        )
     return "\n".join(out)
 
 
@@ -1191,7 +1402,9 @@ def table_md(table: Table, sources: Sequence[str]) -> str:
     if rows:
         out.append("| " + " | ".join(columns) + " |")
         out.append("| " + " | ".join("---" if c in words else "---:" for c in columns) + " |")
-        out += ["| " + " | ".join(row[c].replace("|", "\\|") for c in columns) + " |" for row in rows]
+        out += [
+            "| " + " | ".join(row[c].replace("|", "\\|") for c in columns) + " |" for row in rows
+        ]
         out.append("")
     out += [f"- {note.replace('*', chr(92) + '*')}" for note in legend_of(table)]
     return "\n".join(out).rstrip() + "\n"
@@ -1244,7 +1457,12 @@ def loss_limits(curves: Sequence[Curve]) -> tuple[float, float] | None:
     which step 0 (16, or ln V) never is. None if nothing was validated after step 0."""
     end = max((c.step[-1] for c in curves if c.step), default=0)
     for start in (end / 4, 1):  # a curve may have no validation in the late part
-        shown = [(lo, hi) for c in curves for s, lo, hi in zip(c.step, c.low, c.high, strict=True) if s >= start > 0]
+        shown = [
+            (lo, hi)
+            for c in curves
+            for s, lo, hi in zip(c.step, c.low, c.high, strict=True)
+            if s >= start > 0
+        ]
         if shown:
             low, high = min(lo for lo, _ in shown), max(hi for _, hi in shown)
             pad = 0.05 * (high - low) or 0.01 * abs(high) or 1.0
@@ -1252,18 +1470,26 @@ def loss_limits(curves: Sequence[Curve]) -> tuple[float, float] | None:
     return None
 
 
-def loss_figure(curves: Sequence[Curve], title: str):  # -> matplotlib.figure.Figure, which may not be installed
+def loss_figure(
+    curves: Sequence[Curve], title: str
+):  # -> matplotlib.figure.Figure, which may not be installed
     """Validation loss against steps and against training time. Raises UserError without matplotlib."""
     # Figure itself, not pyplot: it needs no display and keeps no list of open windows
     figure = need("matplotlib.figure", "a figure").Figure(figsize=(11, 4.8), layout="constrained")
     by_step, by_time = figure.subplots(1, 2, sharey=True)
     longest = max((c.seconds[-1] for c in curves if c.seconds), default=0.0)
-    unit, seconds = next(((u, s) for u, s in (("h", 3600), ("min", 60)) if longest > 5 * s), ("s", 1))
+    unit, seconds = next(
+        ((u, s) for u, s in (("h", 3600), ("min", 60)) if longest > 5 * s), ("s", 1)
+    )
     for i, c in enumerate(curves):
-        style = dict(color=COLOURS[i % len(COLOURS)], linestyle=DASHES[i // len(COLOURS) % len(DASHES)])
+        style = dict(
+            color=COLOURS[i % len(COLOURS)], linestyle=DASHES[i // len(COLOURS) % len(DASHES)]
+        )
         for axes, x in ((by_step, c.step), (by_time, [t / seconds for t in c.seconds])):
             n = f" (n={c.num_runs})"
-            axes.plot(x, c.loss, label=c.label + n, linewidth=1.6, marker=".", markersize=4, **style)
+            axes.plot(
+                x, c.loss, label=c.label + n, linewidth=1.6, marker=".", markersize=4, **style
+            )
             if c.num_runs > 1:
                 axes.fill_between(x, c.low, c.high, color=style["color"], alpha=0.2, linewidth=0)
     if limits := loss_limits(curves):

@@ -23,7 +23,10 @@ from plumbing import UserError  # noqa: E402
 # By trainer: its model's class, and the knobs that shape the model ('' for all; what generates, compares or converts
 # needs no others). A trainer is imported when a run of it is read.
 MODELS = {
-    "train_gpt": ("GPT", "n_layer n_head n_embd vocab_size attngate gatepos gateact gateopt mlp_match sequence_length"),
+    "train_gpt": (
+        "GPT",
+        "n_layer n_head n_embd vocab_size attngate gatepos gateact gateopt mlp_match sequence_length",
+    ),
     "train_gpu": ("Model", ""),
     "train_scaled": ("ByteLM", ""),
 }
@@ -31,7 +34,9 @@ MODELS = {
 
 def add_run_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--run", required=True, metavar="ID", help="the run's id")
-    p.add_argument("--logs_folder", "--logs-folder", type=Path, default=REPO / "logs", metavar="DIR")
+    p.add_argument(
+        "--logs_folder", "--logs-folder", type=Path, default=REPO / "logs", metavar="DIR"
+    )
     p.add_argument("--checkpoint", metavar="step_NNNNNN", help="default: the newest that verifies")
 
 
@@ -40,28 +45,40 @@ def find_run(logs: Path, run_id: str) -> Path:
     folder = logs / run_id
     if run_id and folder.is_dir():
         return folder
-    there = sorted((p for p in logs.glob("*/") if p.is_dir()), key=lambda p: p.stat().st_mtime, reverse=True)
+    there = sorted(
+        (p for p in logs.glob("*/") if p.is_dir()), key=lambda p: p.stat().st_mtime, reverse=True
+    )
     names = ", ".join(p.name for p in there[:10]) + ", ..." * (len(there) > 10)
-    raise UserError(f"no run {run_id!r} in {logs}; it has {names or 'none; --logs_folder names another folder'}")
+    raise UserError(
+        f"no run {run_id!r} in {logs}; it has {names or 'none; --logs_folder names another folder'}"
+    )
 
 
 def find_checkpoint(folder: Path, name: str | None = None) -> Path:
     """The checkpoint `name` of a run, or its newest that verifies; a bad one is named on stderr and skipped."""
     paths = sorted(folder.glob("step_??????"), reverse=True)
     if not paths:
-        raise UserError(f"{folder}: no checkpoint yet; the trainer writes one every SAVE_EVERY steps and at the end")
+        raise UserError(
+            f"{folder}: no checkpoint yet; the trainer writes one every SAVE_EVERY steps and at the end"
+        )
     if name is not None:
         if folder / name not in paths:
-            raise UserError(f"{folder}: no checkpoint {name!r}; it has {', '.join(p.name for p in paths[::-1])}")
+            raise UserError(
+                f"{folder}: no checkpoint {name!r}; it has {', '.join(p.name for p in paths[::-1])}"
+            )
         if problem := plumbing.checkpoint_problem(folder / name):
-            raise UserError(f"checkpoint {folder / name} is bad: {problem}; leave out --checkpoint to use another")
+            raise UserError(
+                f"checkpoint {folder / name} is bad: {problem}; leave out --checkpoint to use another"
+            )
         return folder / name
     for path in paths:
         problem = plumbing.checkpoint_problem(path)
         if problem is None:
             return path
         print(f"checkpoint {path} is skipped: {problem}", file=sys.stderr, flush=True)
-    raise UserError(f"{folder}: no good checkpoint, {len(paths)} bad; train again under a new RUN_ID")
+    raise UserError(
+        f"{folder}: no good checkpoint, {len(paths)} bad; train again under a new RUN_ID"
+    )
 
 
 def shape_of(trainer: str, knobs: Mapping[str, object]) -> dict[str, object]:
@@ -90,7 +107,9 @@ def load(path: Path) -> tuple[nn.Module, dict]:
     state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
     trainer = state.get("trainer", "train_gpt")  # the first ones did not say, and were that
     if trainer not in MODELS:
-        raise UserError(f"checkpoint {path} is one of {trainer}.py; this program reads those of {', '.join(MODELS)}")
+        raise UserError(
+            f"checkpoint {path} is one of {trainer}.py; this program reads those of {', '.join(MODELS)}"
+        )
     try:
         model = build(trainer, shape_of(trainer, state["knobs"]))
         model.load_state_dict(state["model"])
@@ -111,14 +130,18 @@ def vocabulary(model: nn.Module) -> int:
 
 def fixed_logits(model: nn.Module, num_tokens: int = 64) -> Tensor:
     """Logits of a batch (2, T) that is always the same."""
-    T = min(num_tokens, getattr(model.k, "sequence_length", num_tokens))  # of other models any T will do
+    T = min(
+        num_tokens, getattr(model.k, "sequence_length", num_tokens)
+    )  # of other models any T will do
     ids = torch.randint(vocabulary(model), (2, T), generator=torch.Generator().manual_seed(0))
     if trainer_of(model) == "train_scaled":  # bytes in, and the four bytes behind each patch
         return model.logits(ids[:, : T // 4 * 4], ids.roll(-4, 1)[:, : T // 4 * 4])[0]
     return model.logits(ids)
 
 
-def pick(logits_V: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> int:
+def pick(
+    logits_V: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator
+) -> int:
     """One token: the likeliest at temperature 0, else drawn from the top_k likeliest (0: all), of those from the
     fewest that hold top_p of the probability."""
     if temperature == 0:
@@ -155,7 +178,11 @@ class GPT2:
             import tiktoken
 
             encoding = tiktoken.get_encoding("gpt2")
-        except (ImportError, OSError, ValueError) as error:  # OSError: no network; ValueError: a broken file
+        except (
+            ImportError,
+            OSError,
+            ValueError,
+        ) as error:  # OSError: no network; ValueError: a broken file
             raise UserError(
                 f"the gpt2 tokenizer is not here ({type(error).__name__}: {' '.join(str(error).split())[:200]}); "
                 f"tiktoken downloads its two files once: run this where there is a network, copy the folder that "
@@ -175,4 +202,6 @@ def tokenizer_name(asked: str, vocab_size: int) -> str:
         return "bytes"
     if vocab_size >= GPT2.size:
         return "gpt2"
-    raise UserError(f"VOCAB_SIZE={vocab_size} is that of no tokenizer known here; name one with --tokenizer")
+    raise UserError(
+        f"VOCAB_SIZE={vocab_size} is that of no tokenizer known here; name one with --tokenizer"
+    )

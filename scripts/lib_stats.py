@@ -19,7 +19,10 @@ from types import ModuleType
 from typing import NoReturn
 
 NAN = float("nan")
-ALPHA, POWER = 0.05, 0.8  # two-sided level of every interval and test in the tables; of "the smallest difference"
+ALPHA, POWER = (
+    0.05,
+    0.8,
+)  # two-sided level of every interval and test in the tables; of "the smallest difference"
 
 
 class UserError(ValueError):
@@ -162,7 +165,11 @@ def ratio(a: Sequence[float], b: Sequence[float]) -> Ratio:
     if not (a and b and min(*a, *b) > 0):
         return Ratio()
     logs = welch([math.log(v) for v in a], [math.log(v) for v in b])
-    ends = (100 * math.expm1(logs.lo), 100 * math.expm1(logs.hi)) if logs and logs.hi < 700 else (NAN, NAN)
+    ends = (
+        (100 * math.expm1(logs.lo), 100 * math.expm1(logs.hi))
+        if logs and logs.hi < 700
+        else (NAN, NAN)
+    )
     return Ratio(100 * (mean(a) / mean(b) - 1), *ends)
 
 
@@ -192,7 +199,10 @@ def judge(a: dict[str, float], b: dict[str, float]) -> Judged:
     if not a or not b:
         return Judged()
     shared = [seed for seed in a if seed in b]
-    both = welch(list(a.values()), list(b.values())), paired([a[s] for s in shared], [b[s] for s in shared])
+    both = (
+        welch(list(a.values()), list(b.values())),
+        paired([a[s] for s in shared], [b[s] for s in shared]),
+    )
     test = "paired" if a.keys() == b.keys() else "Welch"
     test = "n=1" if min(len(a), len(b)) < 2 else test if both[test == "paired"] else "no spread"
     differences = [a[s] - b[s] for s in shared]
@@ -220,7 +230,12 @@ def shift(df: float, power: float = POWER, alpha: float = ALPHA, sides: int = 2)
 
 
 def smallest_difference(
-    n: int, noise: float, power: float = POWER, alpha: float = ALPHA, sides: int = 2, rho: float | None = None
+    n: int,
+    noise: float,
+    power: float = POWER,
+    alpha: float = ALPHA,
+    sides: int = 2,
+    rho: float | None = None,
 ) -> float:
     """The smallest true difference that n seeds per arm find with this power; `noise` is the standard deviation
     between seeds. Paired with correlation `rho` between the arms, or unpaired (equal variances) without it."""
@@ -229,14 +244,23 @@ def smallest_difference(
 
 
 def seeds_needed(
-    delta: float, noise: float, power: float = POWER, alpha: float = ALPHA, sides: int = 2, rho: float | None = None
+    delta: float,
+    noise: float,
+    power: float = POWER,
+    alpha: float = ALPHA,
+    sides: int = 2,
+    rho: float | None = None,
 ) -> int:
     """The fewest seeds per arm, at least 2, that find a true difference of `delta`; arguments as above.
     Raises UserError for numbers without an answer, and beyond a million seeds."""
     if not (0 < abs(delta) < math.inf and 0 < noise < math.inf):
-        raise UserError(f"delta={delta:g}, sd={noise:g}: need finite numbers, sd above 0 and delta not 0")
+        raise UserError(
+            f"delta={delta:g}, sd={noise:g}: need finite numbers, sd above 0 and delta not 0"
+        )
     if not 0 < alpha < power < 1:
-        raise UserError(f"alpha={alpha}, power={power}: need 0 < alpha < power < 1, such as 0.05 and 0.8")
+        raise UserError(
+            f"alpha={alpha}, power={power}: need 0 < alpha < power < 1, such as 0.05 and 0.8"
+        )
     if rho is not None and not -1 < rho < 1:
         raise UserError(f"rho={rho} must lie between -1 and 1, ends excluded")
 
@@ -248,7 +272,9 @@ def seeds_needed(
     while not enough(high):
         low, high = high, 2 * high
         if high > 2**20:
-            raise UserError(f"more than a million seeds: delta={delta:g} is too small for sd={noise:g}")
+            raise UserError(
+                f"more than a million seeds: delta={delta:g} is too small for sd={noise:g}"
+            )
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle, high)

@@ -30,7 +30,10 @@ Encode = Callable[[str], "list[int] | bytes"]
 
 
 # name -> (how to make the encoder, separator token, the VOCAB_SIZE to train with)
-TOKENIZERS = {"gpt2": (lambda: GPT2().encode, GPT2.separator, 50304), "bytes": (lambda: str.encode, 0, 256)}
+TOKENIZERS = {
+    "gpt2": (lambda: GPT2().encode, GPT2.separator, 50304),
+    "bytes": (lambda: str.encode, 0, 256),
+}
 
 
 def text_files(given: list[Path]) -> list[Path]:
@@ -41,7 +44,9 @@ def text_files(given: list[Path]) -> list[Path]:
             raise UserError(f"{path}: no such file or folder")
         files += sorted(path.rglob("*.txt")) if path.is_dir() else [path]
     if not files:
-        raise UserError(f"no .txt file in {' or '.join(map(str, given))}; name the files themselves")
+        raise UserError(
+            f"no .txt file in {' or '.join(map(str, given))}; name the files themselves"
+        )
     return files
 
 
@@ -51,7 +56,9 @@ def documents(path: Path, split: str) -> Iterator[str]:
     with open(path, "rb") as f:
         for number, raw in enumerate(f, 1):
             if b"\0" in raw:
-                raise UserError(f"{path}: line {number} has a zero byte, this is no text file; leave it out")
+                raise UserError(
+                    f"{path}: line {number} has a zero byte, this is no text file; leave it out"
+                )
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
@@ -83,7 +90,9 @@ class Side:
         self.buffer.extend(tokens)
         self.num_documents += 1
         self.num_tokens += 1 + len(tokens)
-        while len(self.buffer) >= self.shard_tokens:  # documents run on over the edge, as in FineWeb
+        while (
+            len(self.buffer) >= self.shard_tokens
+        ):  # documents run on over the edge, as in FineWeb
             self._write(self.shard_tokens)
 
     def close(self) -> None:
@@ -98,25 +107,39 @@ class Side:
 
 
 def main(argv: list[str] | None = None) -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("text", nargs="+", type=Path, metavar="TEXT", help="UTF-8 files, or folders of .txt files")
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "text", nargs="+", type=Path, metavar="TEXT", help="UTF-8 files, or folders of .txt files"
+    )
     p.add_argument("--tokenizer", choices=sorted(TOKENIZERS), required=True)
     p.add_argument("--out", type=Path, required=True, metavar="DIR")
-    p.add_argument("--split", choices=("paragraph", "file"), default="paragraph", help="what one document is")
-    p.add_argument("--val-fraction", type=float, default=0.1, help="of the documents, about (default 0.1)")
+    p.add_argument(
+        "--split", choices=("paragraph", "file"), default="paragraph", help="what one document is"
+    )
+    p.add_argument(
+        "--val-fraction", type=float, default=0.1, help="of the documents, about (default 0.1)"
+    )
     p.add_argument("--shard-tokens", type=int, default=100_000_000, help="tokens per full shard")
     p.add_argument("--name", help="first part of the file names (default: the name of DIR)")
     a = p.parse_args(argv)
     if not 0 < a.val_fraction < 1:
-        raise UserError(f"--val-fraction {a.val_fraction}: expected a number between 0 and 1, such as 0.1")
+        raise UserError(
+            f"--val-fraction {a.val_fraction}: expected a number between 0 and 1, such as 0.1"
+        )
     if a.shard_tokens < 1:
         raise UserError(f"--shard-tokens {a.shard_tokens}: expected 1 or more, such as 100000000")
     name = a.name or a.out.resolve().name
     if not re.fullmatch(r"[\w.-]+", name):
-        raise UserError(f"--name {name!r}: expected letters, digits, '_', '-', '.'; it becomes file names")
+        raise UserError(
+            f"--name {name!r}: expected letters, digits, '_', '-', '.'; it becomes file names"
+        )
     stems = [f"{name}_train", f"{name}_val"]
     if found := sorted(x.name for stem in stems for x in a.out.glob(f"{stem}_*.bin")):
-        raise UserError(f"{a.out}: already has {', '.join(found[:3])}; delete them or choose another --name")
+        raise UserError(
+            f"{a.out}: already has {', '.join(found[:3])}; delete them or choose another --name"
+        )
     files = text_files(a.text)
     make, separator, vocab_size = TOKENIZERS[a.tokenizer]
     encode = make()
@@ -126,7 +149,9 @@ def main(argv: list[str] | None = None) -> None:
     except OSError as error:
         raise UserError(f"--out {a.out}: {error}; choose another folder") from None
     with tempfile.TemporaryDirectory(dir=a.out, prefix=".make_shards-") as aside:
-        train, val = (Side(Path(aside), stem, 1 - k, a.shard_tokens) for k, stem in enumerate(stems))
+        train, val = (
+            Side(Path(aside), stem, 1 - k, a.shard_tokens) for k, stem in enumerate(stems)
+        )
         for path in files:
             for text in documents(path, a.split):
                 place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64

@@ -30,9 +30,13 @@ from lib_bytes import PATCH, ByteLM, Knobs, UserError
 
 import plumbing
 
-MQAR = dict(d_model=64, lr=3e-3, num_iterations=1000, warmup_iters=50, batch_size=64, device_batch_size=64)
+MQAR = dict(
+    d_model=64, lr=3e-3, num_iterations=1000, warmup_iters=50, batch_size=64, device_batch_size=64
+)
 MQAR |= dict(delta_rule=True, mem_init=8.0)
-MQAR |= dict(sequence_length=4096)  # only the window is checked against it: a text is as long as pairs and gap make it
+MQAR |= dict(
+    sequence_length=4096
+)  # only the window is checked against it: a text is as long as pairs and gap make it
 LETTERS = b"abcdefghijklmnopqrstuvwxyz"
 ROWS = 64  # texts that are tested together
 
@@ -47,12 +51,20 @@ def two_letters(number_BR: np.ndarray, letters: int) -> np.ndarray:
 
 
 def make_texts(
-    rng: np.random.Generator, B: int, pairs: int, gap: int, letters: int, layout: str, dots: float = 0.0
+    rng: np.random.Generator,
+    B: int,
+    pairs: int,
+    gap: int,
+    letters: int,
+    layout: str,
+    dots: float = 0.0,
 ) -> lib.Batch:
     """B texts (B, T), the patches (B, R) of their answers, and the bytes there with -1 for all but the value's two.
     `gap` patches of digits lie between the last pair and the first question; in a share `dots` of rows, of dots."""
     keys_BR = np.argsort(rng.random((B, letters**2)), 1)[:, :pairs]
-    key, value = (two_letters(n, letters) for n in (keys_BR, rng.integers(0, letters**2, (B, pairs))))
+    key, value = (
+        two_letters(n, letters) for n in (keys_BR, rng.integers(0, letters**2, (B, pairs)))
+    )
     mark = lambda text: np.broadcast_to(np.frombuffer(text, np.uint8), key.shape)
     asked, given = np.concatenate([key, mark(b"->")], -1), np.concatenate([value, mark(b"; ")], -1)
     question = np.stack([asked, given], 2)  # (B, R, 2 patches, 4)
@@ -61,11 +73,17 @@ def make_texts(
     fill = np.where(rng.random((B, 1, 1)) < dots, ord("."), fill)
     order = np.argsort(rng.random((B, pairs)), 1)
     question = np.take_along_axis(question, order[:, :, None, None], 1)
-    text_BN4 = np.concatenate([pair.reshape(B, -1, PATCH), fill, question.reshape(B, -1, PATCH)], 1).astype(np.int64)
+    text_BN4 = np.concatenate(
+        [pair.reshape(B, -1, PATCH), fill, question.reshape(B, -1, PATCH)], 1
+    ).astype(np.int64)
     at_R = pairs * pair.shape[2] + gap + 1 + 2 * np.arange(pairs)
     y_BR4 = text_BN4[:, at_R]
     y_BR4[..., 2:] = -1
-    return torch.from_numpy(text_BN4.reshape(B, -1)), torch.from_numpy(np.tile(at_R, (B, 1))), torch.from_numpy(y_BR4)
+    return (
+        torch.from_numpy(text_BN4.reshape(B, -1)),
+        torch.from_numpy(np.tile(at_R, (B, 1))),
+        torch.from_numpy(y_BR4),
+    )
 
 
 def least_gap(k: Knobs) -> int:
@@ -80,7 +98,12 @@ def least_gap(k: Knobs) -> int:
 def stages(k: Knobs, pairs: int) -> list[tuple[int, float, int]]:
     """Pairs, share of rows with dots, and largest distance, stage by stage."""
     gap, fewer = least_gap(k), [n for n in (1, 2, 4, 8, 16, 32, 64, 128, 256) if n < pairs]
-    return [*((n, 1.0, gap) for n in (*fewer, pairs)), (pairs, 0.5, gap), (pairs, 0.0, gap), (pairs, 0.0, 2 * gap)]
+    return [
+        *((n, 1.0, gap) for n in (*fewer, pairs)),
+        (pairs, 0.5, gap),
+        (pairs, 0.0, gap),
+        (pairs, 0.0, 2 * gap),
+    ]
 
 
 def training_texts(step: int, stage: int, k: Knobs, a: argparse.Namespace) -> lib.Batch:
@@ -90,7 +113,15 @@ def training_texts(step: int, stage: int, k: Knobs, a: argparse.Namespace) -> li
     at = stage if rng.random() < 0.75 else int(rng.integers(stage + 1))
     pairs, dots, most = stages(k, a.pairs)[at]
     gap = int(rng.integers(least_gap(k), most + 1))
-    return make_texts(rng, min(k.batch_size, 2 * k.batch_size // pairs) or 1, pairs, gap, a.letters, a.layout, dots)
+    return make_texts(
+        rng,
+        min(k.batch_size, 2 * k.batch_size // pairs) or 1,
+        pairs,
+        gap,
+        a.letters,
+        a.layout,
+        dots,
+    )
 
 
 # ----------------------------------------------------------------------------
@@ -98,7 +129,9 @@ def training_texts(step: int, stage: int, k: Knobs, a: argparse.Namespace) -> li
 
 
 @torch.no_grad()
-def hits(model: ByteLM, seed: Sequence[int], n: int, pairs: int, gap: int, a: argparse.Namespace) -> int:
+def hits(
+    model: ByteLM, seed: Sequence[int], n: int, pairs: int, gap: int, a: argparse.Namespace
+) -> int:
     """Values that are right, of n texts."""
     rng, found = np.random.default_rng(list(seed)), 0
     device = model.plasticity.device
@@ -114,11 +147,22 @@ def grid(models: dict[str, ByteLM], seed: int, a: argparse.Namespace) -> list[di
     for pairs in a.test_pairs:
         for distance in a.distances or (least, 2 * least, 4 * least, 16 * least):
             for name, model in models.items():
-                right, n = hits(model, (a.seed_test, seed, pairs, distance), a.n, pairs, distance, a), a.n * pairs
+                right, n = (
+                    hits(model, (a.seed_test, seed, pairs, distance), a.n, pairs, distance, a),
+                    a.n * pairs,
+                )
                 low, high = lib.wilson(right, n)
-                row = dict(model=name, seed=seed, pairs=pairs, gap_patches=distance, layout=a.layout, texts=a.n)
+                row = dict(
+                    model=name,
+                    seed=seed,
+                    pairs=pairs,
+                    gap_patches=distance,
+                    layout=a.layout,
+                    texts=a.n,
+                )
                 row |= dict(
-                    beyond_window=int(distance >= least), trained=int(pairs == a.pairs and distance <= 2 * least)
+                    beyond_window=int(distance >= least),
+                    trained=int(pairs == a.pairs and distance <= 2 * least),
                 )
                 row |= dict(n=n, hits=right, accuracy=right / n, low=low, high=high)
                 found.append(row | dict(chance=a.letters**-2, chance_of_shown=1 / pairs))
@@ -130,24 +174,44 @@ def grid(models: dict[str, ByteLM], seed: int, a: argparse.Namespace) -> list[di
 
 
 def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--knobs", nargs="*", default=[], metavar="name=value", help="of train_scaled.py")
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--knobs", nargs="*", default=[], metavar="name=value", help="of train_scaled.py"
+    )
     p.add_argument("--pairs", type=int, default=8, metavar="R", help="of training (8)")
     p.add_argument("--layout", choices=("full", "half"), default="full")
-    p.add_argument("--letters", type=int, default=8, metavar="N", help="of keys and values: N^2 of each (8)")
+    p.add_argument(
+        "--letters", type=int, default=8, metavar="N", help="of keys and values: N^2 of each (8)"
+    )
     p.add_argument("--test_pairs", metavar="R,..", help="default: PAIRS / 2, PAIRS, 2 PAIRS")
-    p.add_argument("--distances", metavar="G,..", help="patches; default: 1, 2, 4, 16 times the least beyond reach")
-    p.add_argument("--n", type=int, default=256, metavar="N", help="texts per line of the table (256)")
-    p.add_argument("--seeds", default="0", metavar="N,..", help="one model of each kind per seed (0)")
+    p.add_argument(
+        "--distances",
+        metavar="G,..",
+        help="patches; default: 1, 2, 4, 16 times the least beyond reach",
+    )
+    p.add_argument(
+        "--n", type=int, default=256, metavar="N", help="texts per line of the table (256)"
+    )
+    p.add_argument(
+        "--seeds", default="0", metavar="N,..", help="one model of each kind per seed (0)"
+    )
     a = lib.finish_options(p, argv, "mqar")
     if not 2 <= a.letters <= len(LETTERS):
         raise UserError(f"--letters {a.letters}: expected 2 to {len(LETTERS)}")
     a.seed_test, pairs = a.seed, [max(a.pairs // 2, 1), a.pairs, 2 * a.pairs]
-    a.test_pairs = lib.numbers(int, a.test_pairs, "--test_pairs", 1, 10**4) if a.test_pairs else sorted(set(pairs))
+    a.test_pairs = (
+        lib.numbers(int, a.test_pairs, "--test_pairs", 1, 10**4)
+        if a.test_pairs
+        else sorted(set(pairs))
+    )
     a.distances = lib.numbers(int, a.distances, "--distances", 1, 10**6) if a.distances else None
     a.seeds = lib.numbers(int, a.seeds, "--seeds", 0, 2**31)
     if (most := max(a.pairs, *a.test_pairs)) > a.letters**2 or a.pairs < 1:
-        raise UserError(f"{most} pairs need as many keys, --letters {a.letters} makes {a.letters**2}; use more letters")
+        raise UserError(
+            f"{most} pairs need as many keys, --letters {a.letters} makes {a.letters**2}; use more letters"
+        )
     return a
 
 
@@ -166,14 +230,20 @@ def main(argv: Sequence[str] | None = None) -> None:
             own = dataclasses.replace(k, memory=memory)
             say = lambda line, name=name, seed=seed: print(f"seed:{seed} {name} {line}", flush=True)
             make = partial(training_texts, k=own, a=a)
-            models[name], spent = lib.train_on_answers(own, make, len(stages(own, a.pairs)), device, say)
-            seconds.append(dict(seed=seed, model=name, seconds=spent, n_params=lib.n_params(models[name])))
+            models[name], spent = lib.train_on_answers(
+                own, make, len(stages(own, a.pairs)), device, say
+            )
+            seconds.append(
+                dict(seed=seed, model=name, seconds=spent, n_params=lib.n_params(models[name]))
+            )
             if name == "full":
                 models["memory zeroed"] = lib.other_memory(models[name], "zero")
         found += grid(models, seed, a)
     header = ("model", "seed", "pairs", "distance, patches", "accuracy [95%]")
     place = lambda r: f"{r['gap_patches']}{'' if r['beyond_window'] else '*'}"
-    cells = [(r["model"], r["seed"], r["pairs"], place(r), lib.share(r["hits"], r["n"])) for r in found]
+    cells = [
+        (r["model"], r["seed"], r["pairs"], place(r), lib.share(r["hits"], r["n"])) for r in found
+    ]
     lib.show_table([header, *cells, ("chance", "", "", "", f"{a.letters**-2:.3f}")])
     about = lib.facts(a, training=seconds, knobs=dataclasses.asdict(knobs), reach_patches=least)
     lib.write_results(a.out, found, about)

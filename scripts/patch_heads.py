@@ -69,8 +69,12 @@ def make_pairs(t: TestSet, which: Sequence[int], device: torch.device) -> Pairs:
         texts = [p.tokens_NT[j, : p.lengths_N[j]].tolist() for j in (2 * i, 2 * i + 1)]
         start = int(p.starts_N[2 * i])
         if start != p.starts_N[2 * i + 1] or p.values_N[2 * i] == p.values_N[2 * i + 1]:
-            raise UserError(f"{t.path}: pair {i}: two texts of one length and different value were expected")
-        shared = next(n for n, (a, b) in enumerate(zip(*(x[start:] for x in texts), strict=False)) if a != b)
+            raise UserError(
+                f"{t.path}: pair {i}: two texts of one length and different value were expected"
+            )
+        shared = next(
+            n for n, (a, b) in enumerate(zip(*(x[start:] for x in texts), strict=False)) if a != b
+        )
         for one, two in (texts, texts[::-1]):
             clean.append(one[: start + shared])
             corrupt.append(two[:start] + one[start : start + shared])
@@ -93,7 +97,9 @@ def masks(x: Pairs) -> dict[str, Tensor]:
     last = T - 1 - differs.flip(1).int().argmax(1, keepdim=True)
     prompt, read = torch.from_numpy(x.prompt_P)[:, None].to(at.device), x.read_P[:, None]
     inside = (at < prompt) & (at != read)
-    found = dict(all=at <= read, before=inside & (at < first), span=inside & (at >= first) & (at <= last))
+    found = dict(
+        all=at <= read, before=inside & (at < first), span=inside & (at >= first) & (at <= last)
+    )
     return found | dict(after=inside & (at > last), read=at == read)
 
 
@@ -118,13 +124,17 @@ class Site:
 def sites(s: Subject) -> list[Site]:
     """The residual stream, what attention and MLP add to it, then the heads."""
     L, H = s.shape
-    found = [Site(f"blocks.{l}.hook_resid_pre") for l in range(L)] + [Site(f"blocks.{L - 1}.hook_resid_post")]
+    found = [Site(f"blocks.{l}.hook_resid_pre") for l in range(L)] + [
+        Site(f"blocks.{L - 1}.hook_resid_post")
+    ]
     found += [Site(f"blocks.{l}.hook_{leaf}") for leaf in ("attn_out", "mlp_out") for l in range(L)]
     return found + [Site(f"blocks.{l}.attn.hook_z", h) for l in range(L) for h in range(H)]
 
 
 @torch.no_grad()
-def logit_difference(s: Subject, ids_PT: Tensor, x: Pairs, fwd_hooks: Sequence[tuple] = ()) -> np.ndarray:
+def logit_difference(
+    s: Subject, ids_PT: Tensor, x: Pairs, fwd_hooks: Sequence[tuple] = ()
+) -> np.ndarray:
     """(P,) logit of the clean answer's token minus that of the corrupt one's, at the position that is read."""
     with s.model.hooks([*heads.nothing(x.prompt_P, 0), *fwd_hooks]), autocast(s.k, s.w):
         logits = s.model(ids_PT)
@@ -141,7 +151,9 @@ def clean_run(s: Subject, x: Pairs) -> dict[str, Tensor]:
         return s.model.run_with_cache(x.clean_PT, lambda name: name in names)[1]
 
 
-def patched(s: Subject, x: Pairs, clean: dict[str, Tensor], site: Site, mask_PT: Tensor) -> np.ndarray:
+def patched(
+    s: Subject, x: Pairs, clean: dict[str, Tensor], site: Site, mask_PT: Tensor
+) -> np.ndarray:
     """(P,) logit differences of the corrupt texts with the clean activation at `site` where the mask is set."""
 
     def put(act: Tensor, hook: Hook) -> None:
@@ -151,7 +163,9 @@ def patched(s: Subject, x: Pairs, clean: dict[str, Tensor], site: Site, mask_PT:
     return logit_difference(s, x.corrupt_PT, x, [(site.hook, put)])
 
 
-def recovery(after_P: np.ndarray, clean_P: np.ndarray, corrupt_P: np.ndarray) -> tuple[float, float, float]:
+def recovery(
+    after_P: np.ndarray, clean_P: np.ndarray, corrupt_P: np.ndarray
+) -> tuple[float, float, float]:
     """Ratio of means, and the ends of its 95% bootstrap interval; both directions of a pair are drawn together."""
     by_pair = lambda v: v.reshape(-1, 2).mean(1)
     gained, whole = by_pair(after_P - corrupt_P), by_pair(clean_P - corrupt_P)
@@ -162,7 +176,9 @@ def recovery(after_P: np.ndarray, clean_P: np.ndarray, corrupt_P: np.ndarray) ->
 
 def by_place(s: Subject, x: Pairs, batch: int = 256) -> tuple[list[dict], np.ndarray, np.ndarray]:
     """A row per site and place in the text, over all pairs; and the clean and corrupt logit differences."""
-    after: dict[tuple[Site, str], list] = {(site, place): [] for site in sites(s) for place in PLACES}
+    after: dict[tuple[Site, str], list] = {
+        (site, place): [] for site in sites(s) for place in PLACES
+    }
     ends: list[list] = [[], []]
     for at in range(0, len(x), batch):
         part = x.rows(np.arange(at, min(at + batch, len(x))))
@@ -230,7 +246,12 @@ def letter(ids_P: Tensor) -> str:
 
 def position_figure(s: Subject, x: Pairs, grid: np.ndarray, all_sites: Sequence[Site], title: str):
     """Sites over positions; below, the clean text, and the corrupt one."""
-    shown = [("resid", "residual stream"), ("head", "heads (hook_z)"), ("attn_out", "attention"), ("mlp_out", "MLP")]
+    shown = [
+        ("resid", "residual stream"),
+        ("head", "heads (hook_z)"),
+        ("attn_out", "attention"),
+        ("mlp_out", "MLP"),
+    ]
     T, counts = grid.shape[1], [sum(site.kind == kind for site in all_sites) for kind, _ in shown]
     figure, axes = heads.new_figure(1.6 + 0.36 * T, 1.6 + 0.2 * sum(counts) + 0.7 * len(shown), len(shown), 1,
                                     gridspec_kw=dict(height_ratios=counts))  # fmt: skip
@@ -239,10 +260,16 @@ def position_figure(s: Subject, x: Pairs, grid: np.ndarray, all_sites: Sequence[
         rows = [i for i, site in enumerate(all_sites) if site.kind == kind]
         image = heads.heat(panel, grid[rows], 1.0, None)
         panel.set_yticks(range(len(rows)), [str(all_sites[i]) for i in rows], fontsize=6)
-        panel.set_xticks(range(T), ticks if panel is axes[-1, 0] else [], fontsize=9, family="monospace")
+        panel.set_xticks(
+            range(T), ticks if panel is axes[-1, 0] else [], fontsize=9, family="monospace"
+        )
         panel.set_title(label, fontsize=8)
-    axes[-1, 0].set_xlabel("clean text above, corrupt below; the last position is where the answer is read", fontsize=8)
-    figure.colorbar(image, ax=axes, shrink=0.5).set_label("recovery of the logit difference", fontsize=8)
+    axes[-1, 0].set_xlabel(
+        "clean text above, corrupt below; the last position is where the answer is read", fontsize=8
+    )
+    figure.colorbar(image, ax=axes, shrink=0.5).set_label(
+        "recovery of the logit difference", fontsize=8
+    )
     figure.suptitle(title, fontsize=9)
     return figure
 
@@ -253,12 +280,18 @@ def place_figure(s: Subject, rows: Sequence[dict], title: str):
     value = {(row["site"], row["place"]): row for row in rows}
     get = lambda key: np.array([[value[n, p][key] for p in PLACES] for n in names])
     figure, axes = heads.new_figure(5.2, 1.3 + 0.22 * len(names))
-    image = heads.heat(axes[0, 0], get("recovery"), 1.0, marked_YX=(get("low") > 0) | (get("high") < 0))
+    image = heads.heat(
+        axes[0, 0], get("recovery"), 1.0, marked_YX=(get("low") > 0) | (get("high") < 0)
+    )
     axes[0, 0].set_xticks(range(len(PLACES)), PLACES)
     axes[0, 0].set_yticks(range(len(names)), names, fontsize=6)
-    figure.colorbar(image, ax=axes, shrink=0.4).set_label("recovery of the logit difference", fontsize=8)
+    figure.colorbar(image, ax=axes, shrink=0.4).set_label(
+        "recovery of the logit difference", fontsize=8
+    )
     figure.suptitle(title, fontsize=9)
-    figure.supxlabel("framed, bold: the 95% bootstrap interval over pairs excludes 0", fontsize=8, color="0.3")
+    figure.supxlabel(
+        "framed, bold: the 95% bootstrap interval over pairs excludes 0", fontsize=8, color="0.3"
+    )
     return figure
 
 
@@ -267,9 +300,15 @@ def place_figure(s: Subject, rows: Sequence[dict], title: str):
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p = heads.parser(__doc__)
-    p.add_argument("--limit", type=int, default=0, metavar="N", help="the first N pairs; default: all")
-    p.add_argument("--pair", type=int, metavar="I", help="draw the map by position of this pair alone")
-    p.add_argument("--allow-incompetent", action="store_true", help="patch below the gate, with all pairs")
+    p.add_argument(
+        "--limit", type=int, default=0, metavar="N", help="the first N pairs; default: all"
+    )
+    p.add_argument(
+        "--pair", type=int, metavar="I", help="draw the map by position of this pair alone"
+    )
+    p.add_argument(
+        "--allow-incompetent", action="store_true", help="patch below the gate, with all pairs"
+    )
     return p.parse_args(argv)
 
 
@@ -280,11 +319,18 @@ def usable(s: Subject, t: TestSet, a: argparse.Namespace) -> tuple[list[int], bo
     if not fit and not a.allow_incompetent:
         return [], fit
     which = [int(i) for i in (np.flatnonzero(exact.min(1) == 1) if fit else np.arange(len(exact)))]
-    print(f"{s.name}: {len(which)} of {t.n} pairs are used" + (", both answers right" if fit else ", right or wrong"))
+    print(
+        f"{s.name}: {len(which)} of {t.n} pairs are used"
+        + (", both answers right" if fit else ", right or wrong")
+    )
     if len(which) < 2:
-        raise UserError(f"{t.path}: {len(which)} pairs that {s.name} gets right; give more with --minimal-pairs")
+        raise UserError(
+            f"{t.path}: {len(which)} pairs that {s.name} gets right; give more with --minimal-pairs"
+        )
     if a.pair is not None and a.pair not in which:
-        raise UserError(f"--pair {a.pair}: not one of the {len(which)} pairs in use, such as {which[:5]}; choose one")
+        raise UserError(
+            f"--pair {a.pair}: not one of the {len(which)} pairs in use, such as {which[:5]}; choose one"
+        )
     return which, fit
 
 
@@ -294,7 +340,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     s = heads.load(a.checkpoint, a.device)
     t, out = heads.read_set(s, a.data, "pairs", a.limit), heads.out_folder(a, "patch", [s])
     which, fit = usable(s, t, a)
-    content = heads.provenance([s], [t.path]) | dict(gate=heads.GATE, competent=fit, pairs=len(which), of=t.n)
+    content = heads.provenance([s], [t.path]) | dict(
+        gate=heads.GATE, competent=fit, pairs=len(which), of=t.n
+    )
     if not which:
         heads.write_json(out / "patch.json", content)
         return 1
@@ -303,20 +351,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     group = [which.index(a.pair)] if a.pair is not None else largest_group(t, which, x)
     part = x.rows(np.array(oriented(t, which, group)))
     positions, grid, all_sites = by_position(s, part)
-    content |= dict(clean_logit_difference=float(clean.mean()), corrupt_logit_difference=float(corrupt.mean()))
-    content |= dict(map_pairs=[which[n] for n in group], map_example=[t.exprs[2 * which[group[0]] + j] for j in (0, 1)])
+    content |= dict(
+        clean_logit_difference=float(clean.mean()), corrupt_logit_difference=float(corrupt.mean())
+    )
+    content |= dict(
+        map_pairs=[which[n] for n in group],
+        map_example=[t.exprs[2 * which[group[0]] + j] for j in (0, 1)],
+    )
     heads.write_json(out / "patch.json", content)
     heads.write_csv(out / "patch.csv", rows)
     heads.write_csv(out / "positions.csv", positions)
     mark = "" if fit else "; BELOW THE COMPETENCE GATE"
-    title = f"{len(group)} pairs of one form" if len(group) > 1 else " against ".join(content["map_example"])
-    heads.write_figure(out / "positions.png", position_figure(s, part, grid, all_sites, f"{s.name}: {title}{mark}"))
-    heads.write_figure(out / "places.png", place_figure(s, rows, f"{s.name}: {len(which)} pairs, both ways{mark}"))
+    title = (
+        f"{len(group)} pairs of one form"
+        if len(group) > 1
+        else " against ".join(content["map_example"])
+    )
+    heads.write_figure(
+        out / "positions.png", position_figure(s, part, grid, all_sites, f"{s.name}: {title}{mark}")
+    )
+    heads.write_figure(
+        out / "places.png", place_figure(s, rows, f"{s.name}: {len(which)} pairs, both ways{mark}")
+    )
     spent = time.process_time() - t0
-    print(f"logit difference: clean {clean.mean():.2f}, corrupt {corrupt.mean():.2f}; {spent:.0f} s CPU")
+    print(
+        f"logit difference: clean {clean.mean():.2f}, corrupt {corrupt.mean():.2f}; {spent:.0f} s CPU"
+    )
     of_heads = [r for r in rows if r["kind"] == "head" and r["place"] == "all"]
     for row in sorted(of_heads, key=lambda r: -r["recovery"])[:5]:
-        print(f"{row['site']}: recovery {row['recovery']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]{mark}")
+        print(
+            f"{row['site']}: recovery {row['recovery']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]{mark}"
+        )
     return 0
 
 

@@ -63,7 +63,9 @@ def rows_wanted(a: argparse.Namespace) -> tuple[list[Row], list[str], Stage]:
         rows, problems = lib.read_results(a.results)
         for problem in problems:
             print(problem, file=sys.stderr)
-    latest = {row["run_id"]: row for row in rows}  # preempted, then finished: the last row is how it ended
+    latest = {
+        row["run_id"]: row for row in rows
+    }  # preempted, then finished: the last row is how it ended
     if not a.stage:
         known = [latest[r] for r in a.runs if r in latest]
         return known, [r for r in a.runs if r not in latest], Stage("plot")
@@ -72,7 +74,9 @@ def rows_wanted(a: argparse.Namespace) -> tuple[list[Row], list[str], Stage]:
     stage, own = found.get(a.stage, (Stage(a.stage), []))
     own = [row for row in own if row.status == "finished"]
     if not own:
-        names = sorted(name for name, (_, of) in found.items() if any(r.status == "finished" for r in of))
+        names = sorted(
+            name for name, (_, of) in found.items() if any(r.status == "finished" for r in of)
+        )
         raise UserError(
             f"--stage {a.stage}: {a.results} has no finished run of it; it has those of {names or 'no stage'}"
         )
@@ -95,7 +99,9 @@ def make_groups(
             base = None if lib.is_baseline(cell, stage) else lib.find_baseline(cell, cells, stage)
             groups.append(Group(label, len(groups), tuple(runs.values()), made.get(id(base))))
             made[id(cell)] = groups[-1]
-    return groups + [Group(r, len(groups) + i, (logs[r],)) for i, r in enumerate(r for r in others if r in logs)]
+    return groups + [
+        Group(r, len(groups) + i, (logs[r],)) for i, r in enumerate(r for r in others if r in logs)
+    ]
 
 
 def curve_of(group: Group) -> Curve:
@@ -120,15 +126,23 @@ def draw(kind: str, groups: Sequence[Group], table: Table, title: str):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("runs", nargs="*", metavar="RUN_ID", help="runs to draw, or --stage")
     p.add_argument("--stage", help="draw the finished runs of this stage")
-    p.add_argument("--only", default="loss", metavar="KIND,...", help=f"all, or some of {', '.join(KINDS)}")
+    p.add_argument(
+        "--only", default="loss", metavar="KIND,...", help=f"all, or some of {', '.join(KINDS)}"
+    )
     p.add_argument("--stages", type=Path, metavar="TOML", help="as of split_results.py")
     p.add_argument("--each", action="store_true", help="one line per run, no means")
     p.add_argument("--logs", type=Path, default=lib.REPO / "logs", metavar="DIR")
-    p.add_argument("--results", type=Path, default=lib.REPO / "experiments/results.csv", metavar="CSV")
-    p.add_argument("--curves", nargs="+", type=Path, default=[], metavar="CSV", help="as of split_results.py")
+    p.add_argument(
+        "--results", type=Path, default=lib.REPO / "experiments/results.csv", metavar="CSV"
+    )
+    p.add_argument(
+        "--curves", nargs="+", type=Path, default=[], metavar="CSV", help="as of split_results.py"
+    )
     p.add_argument("--out", type=Path, default=lib.REPO / "experiments/figures", metavar="DIR")
     a = p.parse_args(argv)
     if bool(a.runs) == bool(a.stage):
@@ -147,7 +161,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     what = a.stage or (a.runs[0] if len(a.runs) == 1 else "runs")
     figures = {kind: draw(kind, groups, table, f"{KINDS[kind][1]}, {what}") for kind in kinds}
     if not any(figures.values()):
-        reason = f"no run has a validation in {a.logs}/<run_id>/metrics.csv" if not groups else "the data have none"
+        reason = (
+            f"no run has a validation in {a.logs}/<run_id>/metrics.csv"
+            if not groups
+            else "the data have none"
+        )
         raise UserError(f"nothing to draw for {', '.join(kinds)}: {reason}")
     for kind, figure in figures.items():
         if figure is None:

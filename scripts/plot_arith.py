@@ -26,7 +26,14 @@ from lib_results import Row
 
 from plumbing import HERE, UserError
 
-SAME = ("num_iterations", "warmup_iters", "warmdown_iters", "batch_size", "sequence_length", "train_path")
+SAME = (
+    "num_iterations",
+    "warmup_iters",
+    "warmdown_iters",
+    "batch_size",
+    "sequence_length",
+    "train_path",
+)
 
 
 @dataclass(frozen=True)
@@ -55,20 +62,29 @@ def rows_wanted(a: argparse.Namespace) -> list[Row]:
     known = {row[column] for row in rows if row.status == "finished"}
     if missing := [name for name in wanted if name not in known]:
         has = ", ".join(sorted(known)) or "none"
-        raise UserError(f"{a.results}: no finished run with {column} {', '.join(missing)}; it has {has}")
+        raise UserError(
+            f"{a.results}: no finished run with {column} {', '.join(missing)}; it has {has}"
+        )
     return [row for row in rows if row[column] in wanted and row.status == "finished"]
 
 
 def labels_of(rows: Sequence[Row]) -> list[str]:
     """What differs between the rows, in the results file's order of columns; alike for seeds of one configuration."""
-    keys = [key for key in results.keys_of(rows) if len({results.key_value(row, key) for row in rows}) > 1]
+    keys = [
+        key
+        for key in results.keys_of(rows)
+        if len({results.key_value(row, key) for row in rows}) > 1
+    ]
     shown = [key for key in keys if key not in SAME] or keys
     return [", ".join(words_of(row, shown)) or "all" for row in rows]
 
 
 def words_of(row: Row, keys: Sequence[str]) -> list[str]:
     fresh = dict(train_examples="fresh examples") if row["train_examples"] == "0" else {}
-    return [fresh.get(key) or f"{key.replace('_', ' ')} {results.key_value(row, key) or '-'}" for key in keys]
+    return [
+        fresh.get(key) or f"{key.replace('_', ' ')} {results.key_value(row, key) or '-'}"
+        for key in keys
+    ]
 
 
 def read_run(row: Row, label: str, logs: Path) -> Trained:
@@ -76,9 +92,13 @@ def read_run(row: Row, label: str, logs: Path) -> Trained:
     path = logs / row["run_id"] / "metrics.csv"
     try:
         with open(path, newline="") as f:
-            table = {int(r["step"]): r for r in csv.DictReader(f)}  # a step that occurs twice counts as the last time
+            table = {
+                int(r["step"]): r for r in csv.DictReader(f)
+            }  # a step that occurs twice counts as the last time
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); --logs-folder says where runs are") from None
+        raise UserError(
+            f"{path}: cannot be read ({error}); --logs-folder says where runs are"
+        ) from None
     size, mean = int(row.number("batch_size")), math.nan
     run = Trained(row, label, [], [], [], [], items_of(path.with_name("evaluation.json")))
     for step, r in sorted(table.items()):
@@ -108,9 +128,23 @@ def table_of(runs: Sequence[Trained]) -> list[dict]:
     for run in runs:
         end = run.exact[-1]
         low, high = heads.wilson(end * run.items, run.items) if run.items else (math.nan, math.nan)
-        row = dict(run_id=run.row["run_id"], stage=run.row["stage"], configuration=run.label, seed=run.row["seed"])
-        row |= dict(examples_seen=int(run.examples[-1]), items=run.items, exact_match=end, low=low, high=high)
-        row |= {key: run.row[key] for key in ("eos_after_gold", "final_val_loss", "entropy_floor", "train_time_ms")}
+        row = dict(
+            run_id=run.row["run_id"],
+            stage=run.row["stage"],
+            configuration=run.label,
+            seed=run.row["seed"],
+        )
+        row |= dict(
+            examples_seen=int(run.examples[-1]),
+            items=run.items,
+            exact_match=end,
+            low=low,
+            high=high,
+        )
+        row |= {
+            key: run.row[key]
+            for key in ("eos_after_gold", "final_val_loss", "entropy_floor", "train_time_ms")
+        }
         out.append(row)
     return out
 
@@ -122,10 +156,15 @@ def learning_figure(runs: Sequence[Trained]):
         style = plots.style_of(labels.index(run.label))
         colour = style["color"]
         panel, first = axes[0, 0], run is next(r for r in runs if r.label == run.label)
-        panel.plot(run.batch_examples, run.batch_exact, "-", color=colour, alpha=0.25, linewidth=0.8)
+        panel.plot(
+            run.batch_examples, run.batch_exact, "-", color=colour, alpha=0.25, linewidth=0.8
+        )
         n = sum(r.label == run.label for r in runs)
         panel.plot(
-            run.examples, run.exact, **{**style, "markersize": 3.5}, label=f"{run.label} (n={n})" if first else None
+            run.examples,
+            run.exact,
+            **{**style, "markersize": 3.5},
+            label=f"{run.label} (n={n})" if first else None,
         )
     panel.set_xlabel("training examples seen", fontsize=9)
     panel.set_ylabel("exact match", fontsize=9)
@@ -133,7 +172,9 @@ def learning_figure(runs: Sequence[Trained]):
     panel.set_ylim(0, 1.02)
     panel.spines[["top", "right"]].set_visible(False)
     figure.legend(fontsize=7, frameon=False, loc="outside lower center", ncols=2)
-    figure.suptitle("Exact match on the validation set; faint: training batches, running mean", fontsize=10)
+    figure.suptitle(
+        "Exact match on the validation set; faint: training batches, running mean", fontsize=10
+    )
     return figure
 
 
@@ -155,7 +196,12 @@ def examples_figure(groups: Sequence[Sequence[Trained]]):
         x = [min(run.train_examples, seen) for run in group]
         which = f", {i + 1}" if len(groups) > 1 else ""
         trained = [run.batch_exact[-1] if run.batch_exact else math.nan for run in group]
-        panel.plot(x, [run.exact[-1] for run in group], **plots.style_of(2 * i), label=f"validation set{which}")
+        panel.plot(
+            x,
+            [run.exact[-1] for run in group],
+            **plots.style_of(2 * i),
+            label=f"validation set{which}",
+        )
         panel.plot(x, trained, **plots.style_of(2 * i + 1), label=f"training batches{which}")
     panel.set_xscale("log")
     panel.set_ylim(0, 1.02)
@@ -167,15 +213,27 @@ def examples_figure(groups: Sequence[Sequence[Trained]]):
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    which = p.add_mutually_exclusive_group(required=True)
-    which.add_argument("--stage", nargs="+", metavar="NAME", help="all finished runs of these stages")
-    which.add_argument("--run", nargs="+", metavar="ID", help="these runs")
-    p.add_argument("--results", type=Path, default=HERE / "experiments/results_arith.csv", metavar="FILE")
-    p.add_argument(
-        "--logs-folder", type=Path, default=HERE / "logs", metavar="DIR", help="where the runs are; default logs/"
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--out", type=Path, metavar="DIR", help="default experiments/arith/curves/<names>")
+    which = p.add_mutually_exclusive_group(required=True)
+    which.add_argument(
+        "--stage", nargs="+", metavar="NAME", help="all finished runs of these stages"
+    )
+    which.add_argument("--run", nargs="+", metavar="ID", help="these runs")
+    p.add_argument(
+        "--results", type=Path, default=HERE / "experiments/results_arith.csv", metavar="FILE"
+    )
+    p.add_argument(
+        "--logs-folder",
+        type=Path,
+        default=HERE / "logs",
+        metavar="DIR",
+        help="where the runs are; default logs/",
+    )
+    p.add_argument(
+        "--out", type=Path, metavar="DIR", help="default experiments/arith/curves/<names>"
+    )
     return p.parse_args(argv)
 
 
@@ -183,7 +241,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     a = arguments(argv)
     heads.need("scipy", "matplotlib")
     rows = rows_wanted(a)
-    runs = [read_run(row, label, a.logs_folder) for row, label in zip(rows, labels_of(rows), strict=True)]
+    runs = [
+        read_run(row, label, a.logs_folder)
+        for row, label in zip(rows, labels_of(rows), strict=True)
+    ]
     out = a.out or heads.OUT / "curves" / "+".join(a.stage or a.run)[:100]
     table = table_of(runs)
     heads.write_csv(out / "runs.csv", table)

@@ -32,7 +32,10 @@ from lib_bytes import PATCH, ByteLM, UserError
 
 import plumbing
 
-FIRST_BIN, UNSCORED = 64, 8.0  # bytes of the first bin, each later one twice as wide; bits of a byte nobody predicts
+FIRST_BIN, UNSCORED = (
+    64,
+    8.0,
+)  # bytes of the first bin, each later one twice as wide; bits of a byte nobody predicts
 PIECE = 4096  # bytes of a forward
 DRAWS = 2000  # of the bootstrap
 
@@ -46,14 +49,22 @@ def documents(text: bytes, length: int, separator: bytes | None) -> list[bytes]:
     if separator is None:
         return [text[at : at + length] for at in range(0, len(text), length)]
     pieces = text.split(separator)
-    return [piece + separator * (i + 1 < len(pieces)) for i, piece in enumerate(pieces) if piece or i + 1 < len(pieces)]
+    return [
+        piece + separator * (i + 1 < len(pieces))
+        for i, piece in enumerate(pieces)
+        if piece or i + 1 < len(pieces)
+    ]
 
 
 @torch.no_grad()
-def read_bits(model: ByteLM, docs: Sequence[bytes], rows: int, restart: int | None) -> list[np.ndarray]:
+def read_bits(
+    model: ByteLM, docs: Sequence[bytes], rows: int, restart: int | None
+) -> list[np.ndarray]:
     """Bits of every byte of each document, fp64. `restart`: bytes after which the model's state is emptied."""
     device, out = model.plasticity.device, [np.full(len(doc), UNSCORED) for doc in docs]
-    order = sorted(range(len(docs)), key=lambda i: len(docs[i]))  # documents of about one length side by side
+    order = sorted(
+        range(len(docs)), key=lambda i: len(docs[i])
+    )  # documents of about one length side by side
     for lo in range(0, len(docs), rows):
         some = order[lo : lo + rows]
         longest = max(len(docs[i]) for i in some)
@@ -62,12 +73,20 @@ def read_bits(model: ByteLM, docs: Sequence[bytes], rows: int, restart: int | No
             state = model.state(len(some))
             for at in range(start, min(start + size, longest), PIECE):
                 stop = min(at + PIECE, start + size, -(-longest // PATCH) * PATCH)
-                x, y = np.zeros((len(some), stop - at), np.int64), np.full((len(some), stop - at), -1)
+                x, y = (
+                    np.zeros((len(some), stop - at), np.int64),
+                    np.full((len(some), stop - at), -1),
+                )
                 for row, i in enumerate(some):
                     doc = np.frombuffer(docs[i], np.uint8)
-                    seen, due = doc[at:stop], doc[at + PATCH : min(stop, start + size - PATCH) + PATCH]
+                    seen, due = (
+                        doc[at:stop],
+                        doc[at + PATCH : min(stop, start + size - PATCH) + PATCH],
+                    )
                     x[row, : len(seen)], y[row, : len(due)] = seen, due
-                nll, state = model.nll(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device), state)
+                nll, state = model.nll(
+                    torch.from_numpy(x).to(device), torch.from_numpy(y).to(device), state
+                )
                 bits = nll.double().cpu().numpy() / math.log(2)
                 for row, i in enumerate(some):
                     n = int((y[row] >= 0).sum())
@@ -92,7 +111,9 @@ def by_bin(bits: Sequence[np.ndarray], at: Sequence[int]) -> tuple[np.ndarray, n
     return sums, counts
 
 
-def bootstrap(sums_DJ: np.ndarray, counts_DJ: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def bootstrap(
+    sums_DJ: np.ndarray, counts_DJ: np.ndarray, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Means of the columns, and the ends of their 95% intervals over documents (percentiles; nan with one document)."""
     means = sums_DJ.sum(0) / np.maximum(counts_DJ.sum(0), 1)
     if len(sums_DJ) < 2:
@@ -115,14 +136,19 @@ def compressed(text: bytes) -> dict[str, tuple[int | None, str]]:
     found = {"xz -9e": (len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)), "Python's lzma")}
     found["bz2 -9"] = len(bz2.compress(text, 9)), "Python's bz2"
     if zstd := shutil.which("zstd"):
-        done = subprocess.run([zstd, "--ultra", "-22", "-c"], input=text, capture_output=True, check=True)
+        done = subprocess.run(
+            [zstd, "--ultra", "-22", "-c"], input=text, capture_output=True, check=True
+        )
         found["zstd -22"] = len(done.stdout), "the program zstd"
     else:
         found["zstd -22"] = None, "no program zstd here"
     try:
         import pyppmd  # optional: the best of these on text
 
-        found["PPMd"] = len(pyppmd.compress(text, max_order=16, mem_size=256 << 20)), "pyppmd, variant H, order 16"
+        found["PPMd"] = (
+            len(pyppmd.compress(text, max_order=16, mem_size=256 << 20)),
+            "pyppmd, variant H, order 16",
+        )
     except ImportError:
         found["PPMd"] = None, "pip install pyppmd to have it"
     return found
@@ -139,25 +165,52 @@ def curves(bits: dict[str, list[np.ndarray]], at: list[int], seed: int) -> list[
         mean, low, high = bootstrap(sums, counts, seed)
         lead, lead_low, lead_high = bootstrap(sums - cells["full"][0], counts, seed)
         for j, (lo, hi) in enumerate(itertools.pairwise(at)):
-            row = dict(model=name, position_from=lo, position_to=hi, documents=int((counts[:, j] > 0).sum()))
-            row |= dict(bytes=int(counts[:, j].sum()), bits_per_byte=mean[j], low=low[j], high=high[j])
-            row |= dict(above_full=lead[j], above_full_low=lead_low[j], above_full_high=lead_high[j])
+            row = dict(
+                model=name,
+                position_from=lo,
+                position_to=hi,
+                documents=int((counts[:, j] > 0).sum()),
+            )
+            row |= dict(
+                bytes=int(counts[:, j].sum()), bits_per_byte=mean[j], low=low[j], high=high[j]
+            )
+            row |= dict(
+                above_full=lead[j], above_full_low=lead_low[j], above_full_high=lead_high[j]
+            )
             rows.append(row)
     return rows
 
 
-def totals(bits: dict[str, list[np.ndarray]], text: bytes, characters: int, seed: int) -> list[dict[str, object]]:
+def totals(
+    bits: dict[str, list[np.ndarray]], text: bytes, characters: int, seed: int
+) -> list[dict[str, object]]:
     """Bits per byte and per character of the whole text: models, then compressors."""
     rows = []
     for name, found in bits.items():
-        sums, counts = np.array([[d.sum()] for d in found]), np.array([[len(d)] for d in found], float)
+        sums, counts = (
+            np.array([[d.sum()] for d in found]),
+            np.array([[len(d)] for d in found], float),
+        )
         mean, low, high = (float(v[0]) for v in bootstrap(sums, counts, seed))
         rows.append(
-            dict(name=name, bits_per_byte=mean, low=low, high=high, bits_per_char=mean * len(text) / characters)
+            dict(
+                name=name,
+                bits_per_byte=mean,
+                low=low,
+                high=high,
+                bits_per_char=mean * len(text) / characters,
+            )
         )
     for name, (size, program) in compressed(text).items():
         bpb = math.nan if size is None else 8 * size / len(text)
-        rows.append(dict(name=name, bits_per_byte=bpb, bits_per_char=bpb * len(text) / characters, program=program))
+        rows.append(
+            dict(
+                name=name,
+                bits_per_byte=bpb,
+                bits_per_char=bpb * len(text) / characters,
+                program=program,
+            )
+        )
     return rows
 
 
@@ -168,8 +221,14 @@ def draw(path: Path, rows: list[dict[str, object]], reach: int | None, source: s
     figure, (top, bottom) = plots.new_figure(5.4, 2, sharex=True)
     for i, name in enumerate(dict.fromkeys(r["model"] for r in rows)):
         own = [r for r in rows if r["model"] == name and r["bytes"]]
-        x, style = [math.sqrt(max(r["position_from"], 16) * r["position_to"]) for r in own], plots.style_of(i)
-        for axes, keys in ((top, "bits_per_byte low high"), (bottom, "above_full above_full_low above_full_high")):
+        x, style = (
+            [math.sqrt(max(r["position_from"], 16) * r["position_to"]) for r in own],
+            plots.style_of(i),
+        )
+        for axes, keys in (
+            (top, "bits_per_byte low high"),
+            (bottom, "above_full above_full_low above_full_high"),
+        ):
             if axes is bottom and name == "full":
                 continue
             y, low, high = ([r[key] for r in own] for key in keys.split())
@@ -191,18 +250,36 @@ def draw(path: Path, rows: list[dict[str, object]], reach: int | None, source: s
 
 
 def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     lib.add_model_options(p)
-    p.add_argument("--full_attention_run", metavar="ID", help="a run with WINDOW=off, a row of the table")
+    p.add_argument(
+        "--full_attention_run", metavar="ID", help="a run with WINDOW=off, a row of the table"
+    )
     p.add_argument("--full_attention_weights", metavar="FILE", help="or a .pth itself")
-    p.add_argument("--text", metavar="PATH", help="held-out text; default: the Turkish one, else the embedded corpus'")
-    p.add_argument("--length", type=int, default=65536, metavar="N", help="bytes of a document (65536)")
-    p.add_argument("--separator", metavar="TEXT", help="cut documents behind this text instead, such as '\\n\\n'")
-    p.add_argument("--rows", type=int, default=8, metavar="B", help="documents read side by side (8)")
+    p.add_argument(
+        "--text",
+        metavar="PATH",
+        help="held-out text; default: the Turkish one, else the embedded corpus'",
+    )
+    p.add_argument(
+        "--length", type=int, default=65536, metavar="N", help="bytes of a document (65536)"
+    )
+    p.add_argument(
+        "--separator",
+        metavar="TEXT",
+        help="cut documents behind this text instead, such as '\\n\\n'",
+    )
+    p.add_argument(
+        "--rows", type=int, default=8, metavar="B", help="documents read side by side (8)"
+    )
     p.add_argument("--no_figure", action="store_true", help="tables only")
     a = lib.finish_options(p, argv, "position_curve")
     if a.length < PATCH or a.length % PATCH or a.rows < 1:
-        raise UserError(f"--length {a.length} --rows {a.rows}: expected a multiple of {PATCH} bytes, and 1 row or more")
+        raise UserError(
+            f"--length {a.length} --rows {a.rows}: expected a multiple of {PATCH} bytes, and 1 row or more"
+        )
     if not (a.run or a.weights):
         raise UserError("no model: name one with --run ID or --weights FILE")
     return a
@@ -210,14 +287,20 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def read_models(a: argparse.Namespace, device: torch.device) -> dict[str, ByteLM]:
     models = {}
-    for name, kind in (("full", ""), ("window only", "window_"), ("full attention", "full_attention_")):
+    for name, kind in (
+        ("full", ""),
+        ("window only", "window_"),
+        ("full attention", "full_attention_"),
+    ):
         run, weights = (getattr(a, kind + word) for word in ("run", "weights"))
         if run or weights:
             models[name] = lib.load(lib.weights_path(a.logs_folder, run, weights), device)
             if name == "full" and models[name].k.memory == "on":
                 models["memory zeroed"] = lib.other_memory(models[name], "zero")
     if "window only" in models and models["window only"].k.memory == "on":
-        raise UserError("--window_run/--window_weights: a model with MEMORY=on is no window-only control")
+        raise UserError(
+            "--window_run/--window_weights: a model with MEMORY=on is no window-only control"
+        )
     if "full attention" in models and models["full attention"].k.window is not None:
         raise UserError("--full_attention_run: that model has a WINDOW; name a run with WINDOW=off")
     return models
@@ -229,31 +312,58 @@ def main(argv: Sequence[str] | None = None) -> None:
     text, source = lib.read_text(a.text)
     if len(text) <= PATCH:
         raise UserError(f"{source}: {len(text)} bytes; expected more than a patch of {PATCH}")
-    separator = a.separator.encode().decode("unicode_escape").encode("latin-1") if a.separator else None
-    docs, models, bits, seconds = documents(text, a.length, separator), read_models(a, device), {}, {}
+    separator = (
+        a.separator.encode().decode("unicode_escape").encode("latin-1") if a.separator else None
+    )
+    docs, models, bits, seconds = (
+        documents(text, a.length, separator),
+        read_models(a, device),
+        {},
+        {},
+    )
     for name, model in models.items():
         t0 = lib.clock(device)
-        bits[name] = read_bits(model, docs, a.rows, model.k.sequence_length if model.k.window is None else None)
+        bits[name] = read_bits(
+            model, docs, a.rows, model.k.sequence_length if model.k.window is None else None
+        )
         seconds[name] = lib.clock(device) - t0
     characters = sum(b & 0xC0 != 0x80 for b in text)
-    rows, total = curves(bits, edges(max(map(len, docs))), a.seed), totals(bits, text, characters, a.seed)
+    rows, total = (
+        curves(bits, edges(max(map(len, docs))), a.seed),
+        totals(bits, text, characters, a.seed),
+    )
     far = lib.reach(models["full"].k)
     print(f"{source}: {len(text):,} bytes, {characters:,} characters, {len(docs)} documents")
-    print(f"windows reach {'everything' if far is None else f'{PATCH * far:,} bytes'}; n: documents in the bin")
+    print(
+        f"windows reach {'everything' if far is None else f'{PATCH * far:,} bytes'}; n: documents in the bin"
+    )
     shown = [("model", "position", "n", "bits per byte [95%]", "above full [95%]")]
     interval = lambda r, key, low, high: f"{r[key]:.4f} [{r[low]:.4f}, {r[high]:.4f}]"
     for r in rows:
-        lead = "" if r["model"] == "full" else interval(r, "above_full", "above_full_low", "above_full_high")
+        lead = (
+            ""
+            if r["model"] == "full"
+            else interval(r, "above_full", "above_full_low", "above_full_high")
+        )
         place = f"{r['position_from']}-{r['position_to']}"
-        shown.append((r["model"], place, r["documents"], interval(r, "bits_per_byte", "low", "high"), lead))
+        shown.append(
+            (r["model"], place, r["documents"], interval(r, "bits_per_byte", "low", "high"), lead)
+        )
     lib.show_table(shown)
     shown = [("whole text", "bits per byte", "bits per character", "")]
     shown += [
-        (r["name"], f"{r['bits_per_byte']:.4f}", f"{r['bits_per_char']:.4f}", r.get("program", "")) for r in total
+        (r["name"], f"{r['bits_per_byte']:.4f}", f"{r['bits_per_char']:.4f}", r.get("program", ""))
+        for r in total
     ]
     lib.show_table(shown)
-    about = lib.facts(a, text=source, bytes=len(text), characters=characters, documents=len(docs), seconds=seconds)
-    about |= dict(n_params={name: lib.n_params(m) for name, m in models.items()}, reach_patches=far, totals=total)
+    about = lib.facts(
+        a, text=source, bytes=len(text), characters=characters, documents=len(docs), seconds=seconds
+    )
+    about |= dict(
+        n_params={name: lib.n_params(m) for name, m in models.items()},
+        reach_patches=far,
+        totals=total,
+    )
     lib.write_results(a.out, rows, about)
     if not a.no_figure:
         draw(a.out.with_suffix(".png"), rows, far and PATCH * far, source)

@@ -18,13 +18,27 @@ import lib_stats as stats
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--sd", type=float, required=True, metavar="NATS", help="standard deviation between seeds")
-    p.add_argument("--delta", type=float, required=True, metavar="NATS", help="true difference to be found")
-    p.add_argument("--power", type=float, default=stats.POWER, help="chance to find it (default 0.8)")
-    p.add_argument("--alpha", type=float, default=stats.ALPHA, help="level of the test (default 0.05)")
-    p.add_argument("--one-sided", action="store_true", help="only better counts (default: two-sided)")
-    p.add_argument("--rho", type=float, default=0.5, help="correlation between paired arms (default 0.5)")
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--sd", type=float, required=True, metavar="NATS", help="standard deviation between seeds"
+    )
+    p.add_argument(
+        "--delta", type=float, required=True, metavar="NATS", help="true difference to be found"
+    )
+    p.add_argument(
+        "--power", type=float, default=stats.POWER, help="chance to find it (default 0.8)"
+    )
+    p.add_argument(
+        "--alpha", type=float, default=stats.ALPHA, help="level of the test (default 0.05)"
+    )
+    p.add_argument(
+        "--one-sided", action="store_true", help="only better counts (default: two-sided)"
+    )
+    p.add_argument(
+        "--rho", type=float, default=0.5, help="correlation between paired arms (default 0.5)"
+    )
     a = p.parse_args(argv)
     sides = 1 if a.one_sided else 2
     cases = [("unpaired", None)] + [(f"paired, rho {r:g}", r) for r in sorted({0.0, a.rho})]

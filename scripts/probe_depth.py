@@ -41,8 +41,17 @@ from plumbing import HERE, UserError
 from train_arith import CompactTransformer
 
 TASKS = ("depth>0", "depth")
-FEATURES = "character", "position", "previous character", "character+position", "character+position+previous character"
-DOCUMENTED = {"L2-H2": (0.8932, 0.8916), "L3-resid": (0.9993, 0.9991)}  # the original's report: train, test accuracy
+FEATURES = (
+    "character",
+    "position",
+    "previous character",
+    "character+position",
+    "character+position+previous character",
+)
+DOCUMENTED = {
+    "L2-H2": (0.8932, 0.8916),
+    "L3-resid": (0.9993, 0.9991),
+}  # the original's report: train, test accuracy
 UNTRAINED = 5
 SITES = ("resid", "head")
 
@@ -85,7 +94,12 @@ class Split:
 
     @property
     def parts(self) -> dict[str, Chars]:
-        return dict(fit=self.fit) | (dict(dev=self.dev) if self.dev else {}) | dict(test=self.test) | self.deeper
+        return (
+            dict(fit=self.fit)
+            | (dict(dev=self.dev) if self.dev else {})
+            | dict(test=self.test)
+            | self.deeper
+        )
 
 
 def split_by_expression(exprs: Sequence[str], seed: int) -> tuple[list[str], list[str], list[str]]:
@@ -105,7 +119,11 @@ def split_by_expression(exprs: Sequence[str], seed: int) -> tuple[list[str], lis
 
 @torch.no_grad()
 def activations(
-    model: CompactTransformer, k: arith.Knobs, exprs: Sequence[str], device: torch.device, batch: int = 256
+    model: CompactTransformer,
+    k: arith.Knobs,
+    exprs: Sequence[str],
+    device: torch.device,
+    batch: int = 256,
 ):
     """(N, D) float64 by site, (kind, layer, head or None): every head's hook_z and the stream behind every block."""
     keep = lambda name: name.endswith(("attn.hook_z", "hook_resid_post"))
@@ -117,7 +135,9 @@ def activations(
         real = torch.tensor([[0 < t < len(row) for t in range(T)] for row in rows], device=device)
         _, cache = model.run_with_cache(ids, keep)
         for layer in range(k.num_layers):
-            found.setdefault(("resid", layer, None), []).append(cache["resid_post", layer][real].cpu())
+            found.setdefault(("resid", layer, None), []).append(
+                cache["resid_post", layer][real].cpu()
+            )
             for head, z in enumerate(cache["z", layer].unbind(2)):
                 found.setdefault(("head", layer, head), []).append(z[real].cpu())
     return {site: torch.cat(parts).double().numpy() for site, parts in found.items()}
@@ -128,7 +148,12 @@ def one_hot(c: Chars, name: str, width: int) -> np.ndarray:
     V = len(arith.VOCABULARY)
     columns = dict(character=(c.char_N, V), position=(c.position_N, width))
     columns["previous character"] = (c.previous_N, V)
-    return np.concatenate([values[:, None] == np.arange(n) for values, n in map(columns.get, name.split("+"))], 1) * 1.0
+    return (
+        np.concatenate(
+            [values[:, None] == np.arange(n) for values, n in map(columns.get, name.split("+"))], 1
+        )
+        * 1.0
+    )
 
 
 def random_labels(c: Chars, share_K: np.ndarray, seed: int) -> np.ndarray:
@@ -181,7 +206,9 @@ def rank_correlation(fit_x: np.ndarray, fit_y: np.ndarray, x: np.ndarray, y: np.
     return float(spearmanr(predicted, y).statistic) if np.ptp(predicted) > 0 else 0.0
 
 
-def probe_rows(x: dict[str, np.ndarray], split: Split, original: bool, known: dict, control: bool) -> list[dict]:
+def probe_rows(
+    x: dict[str, np.ndarray], split: Split, original: bool, known: dict, control: bool
+) -> list[dict]:
     """A row per task for one set of features, (N, D) by part; `control` adds the random labels."""
     rows = []
     for task in TASKS[:1] if original else TASKS:
@@ -224,7 +251,9 @@ def majority_rows(split: Split, original: bool) -> list[dict]:
     return rows
 
 
-def network_rows(model: CompactTransformer, s: Subject, split: Split, original: bool, name: str, control: bool):
+def network_rows(
+    model: CompactTransformer, s: Subject, split: Split, original: bool, name: str, control: bool
+):
     """All sites of one network, and in each task which of its layers and heads is best on dev."""
     x = {part: activations(model, s.k, c.exprs, s.w.device) for part, c in split.parts.items()}
     rows = []
@@ -232,10 +261,15 @@ def network_rows(model: CompactTransformer, s: Subject, split: Split, original: 
         kind, layer, head = site
         label = f"L{layer}-resid" if head is None else f"L{layer}-H{head}"
         known = dict(network=name, site=label, kind=kind, layer=layer, head=head)
-        rows += probe_rows({part: of[site] for part, of in x.items()}, split, original, known, control)
+        rows += probe_rows(
+            {part: of[site] for part, of in x.items()}, split, original, known, control
+        )
     for task in TASKS if split.dev else ():
         for kind in SITES:
-            best = max((r for r in rows if r["task"] == task and r["kind"] == kind), key=lambda r: r["dev_balanced"])
+            best = max(
+                (r for r in rows if r["task"] == task and r["kind"] == kind),
+                key=lambda r: r["dev_balanced"],
+            )
             best["chosen"] = 1
     return rows
 
@@ -246,7 +280,11 @@ def network_rows(model: CompactTransformer, s: Subject, split: Split, original: 
 
 def by_layer(rows: Sequence[dict], task: str, network: str, kind: str, key: str) -> np.ndarray:
     """(networks, L): of a layer's heads the best on dev, or in the original's set-up (no dev) their mean."""
-    mine = [r for r in rows if r["task"] == task and r["kind"] == kind and r["network"].startswith(network)]
+    mine = [
+        r
+        for r in rows
+        if r["task"] == task and r["kind"] == kind and r["network"].startswith(network)
+    ]
     names, layers = sorted({r["network"] for r in mine}), sorted({r["layer"] for r in mine})
 
     def value(name: str, layer: int) -> float:
@@ -270,21 +308,43 @@ def layer_figure(rows: Sequence[dict], s: Subject, original: bool):
         ):
             what = words if kind == "resid" else f"{words}, {'mean' if original else 'best on dev'}"
             panel.plot(
-                layers, by_layer(rows, task, "trained", kind, key)[0], dash, color=colour, marker="o", label=what
+                layers,
+                by_layer(rows, task, "trained", kind, key)[0],
+                dash,
+                color=colour,
+                marker="o",
+                label=what,
             )
             band = by_layer(rows, task, "untrained", kind, key)
-            panel.fill_between(layers, band.min(0), band.max(0), color=colour, alpha=0.2, linewidth=0)
+            panel.fill_between(
+                layers, band.min(0), band.max(0), color=colour, alpha=0.2, linewidth=0
+            )
             panel.plot(
-                layers, band.mean(0), dash, color=colour, linewidth=0.8, label=f"{what}, untrained (n={len(band)})"
+                layers,
+                band.mean(0),
+                dash,
+                color=colour,
+                linewidth=0.8,
+                label=f"{what}, untrained (n={len(band)})",
             )
         if not original:
             known = by_layer(rows, task, "trained", "resid", "random_labels_balanced")[0]
             panel.plot(layers, known, ":", color=COLOURS[0], label="residual stream, random labels")
         for i, (site, words) in enumerate(
-            {"majority": "majority", FEATURES[0]: FEATURES[0], FEATURES[-1]: "+ position + previous"}.items()
+            {
+                "majority": "majority",
+                FEATURES[0]: FEATURES[0],
+                FEATURES[-1]: "+ position + previous",
+            }.items()
         ):
             y = next(r[key] for r in rows if r["task"] == task and r["site"] == site)
-            panel.axhline(y, color="0.35", linewidth=1, linestyle=("-", "-.", ":")[i], label=f"{words} (no network)")
+            panel.axhline(
+                y,
+                color="0.35",
+                linewidth=1,
+                linestyle=("-", "-.", ":")[i],
+                label=f"{words} (no network)",
+            )
         for r in rows:
             if r["network"] == "trained" and r["kind"] == "head" and r["task"] == task:
                 panel.plot(r["layer"], r[key], ".", color=COLOURS[1], markersize=4)
@@ -293,9 +353,16 @@ def layer_figure(rows: Sequence[dict], s: Subject, original: bool):
         panel.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("test accuracy" if original else "test balanced accuracy", fontsize=9)
     figure.legend(
-        *axes[0, 0].get_legend_handles_labels(), fontsize=7, frameon=False, loc="outside lower center", ncols=2
+        *axes[0, 0].get_legend_handles_labels(),
+        fontsize=7,
+        frameon=False,
+        loc="outside lower center",
+        ncols=2,
     )
-    figure.suptitle(f"{s.name}: depth probes by layer; bands: untrained networks, smallest to largest", fontsize=9)
+    figure.suptitle(
+        f"{s.name}: depth probes by layer; bands: untrained networks, smallest to largest",
+        fontsize=9,
+    )
     return figure
 
 
@@ -303,7 +370,10 @@ def transfer_figure(rows: Sequence[dict], s: Subject, deeper: Sequence[str]):
     """Fitted on depth up to 2: test, then deeper sets, at the site that dev chose."""
     names, panels = (
         ["test", *deeper],
-        [("depth>0", "balanced", "balanced accuracy, depth > 0"), ("depth", "spearman", "Spearman, depth")],
+        [
+            ("depth>0", "balanced", "balanced accuracy, depth > 0"),
+            ("depth", "spearman", "Spearman, depth"),
+        ],
     )
     figure, axes = heads.new_figure(8.6, 4.0, 1, 2)
     for panel, (task, key, label) in zip(axes[0], panels, strict=True):
@@ -336,7 +406,9 @@ def records(s: Subject, prefix: Path, name: str, limit: int) -> list[str]:
         raise UserError(f"{path}: no such data set; make it with: {make}")
     found = [e for e in arith.read_records(str(path))[0] if "(" in e][: limit or None]
     if not found:
-        raise UserError(f"{path}: no expression has brackets, so there is no depth to probe; give another set")
+        raise UserError(
+            f"{path}: no expression has brackets, so there is no depth to probe; give another set"
+        )
     return found
 
 
@@ -344,7 +416,9 @@ def make_split(s: Subject, a: argparse.Namespace) -> Split:
     """The original's: pilot_train against pilot_test_paren; ours: one set in three parts, and deeper ones."""
     if a.original:
         return Split(
-            chars_of(records(s, a.data, "train", a.limit)), None, chars_of(records(s, a.data, "test_paren", 0))
+            chars_of(records(s, a.data, "train", a.limit)),
+            None,
+            chars_of(records(s, a.data, "test_paren", 0)),
         )
     exprs = [e for name in a.sets for e in records(s, a.data, f"test_{name}", a.limit)]
     exprs = [e for e in dict.fromkeys(exprs) if max(arith.depth_labels(e)) <= 2]
@@ -355,9 +429,12 @@ def make_split(s: Subject, a: argparse.Namespace) -> Split:
         )
     taken = {arith.hash_expr(e) for e in exprs}
     deep = {
-        n: [e for e in records(s, a.data, f"test_{n}", a.limit) if arith.hash_expr(e) not in taken] for n in a.deeper
+        n: [e for e in records(s, a.data, f"test_{n}", a.limit) if arith.hash_expr(e) not in taken]
+        for n in a.deeper
     }
-    return replace(Split(*map(chars_of, parts)), deeper={name: chars_of(found) for name, found in deep.items()})
+    return replace(
+        Split(*map(chars_of, parts)), deeper={name: chars_of(found) for name, found in deep.items()}
+    )
 
 
 def tell(rows: Sequence[dict], original: bool) -> None:
@@ -370,7 +447,9 @@ def tell(rows: Sequence[dict], original: bool) -> None:
             print(f"  {r['site']:46}{r[key]:.4f}")
         for kind in SITES:
             of_kind = [r for r in mine if r["kind"] == kind]
-            sites = [r for r in of_kind if r["network"] == "trained" and (original or r.get("chosen"))]
+            sites = [
+                r for r in of_kind if r["network"] == "trained" and (original or r.get("chosen"))
+            ]
             for r in sites:
                 others = [x for x in of_kind if x["network"] != "trained"]
                 others = (
@@ -379,7 +458,11 @@ def tell(rows: Sequence[dict], original: bool) -> None:
                     else [x for x in others if x.get("chosen")]
                 )
                 values = [x[key] for x in others]
-                words = f"  untrained {np.mean(values):.4f} [{min(values):.4f}, {max(values):.4f}]" if values else ""
+                words = (
+                    f"  untrained {np.mean(values):.4f} [{min(values):.4f}, {max(values):.4f}]"
+                    if values
+                    else ""
+                )
                 words += f"  selectivity {r['selectivity']:.4f}" if "selectivity" in r else ""
                 if original and r["site"] in DOCUMENTED:
                     words += "  documented train {:.4f} test {:.4f}".format(*DOCUMENTED[r["site"]])
@@ -388,13 +471,29 @@ def tell(rows: Sequence[dict], original: bool) -> None:
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p = heads.parser(__doc__)
-    p.add_argument("--sets", nargs="+", default=["paren"], metavar="NAME", help="fit, dev and test; default paren")
+    p.add_argument(
+        "--sets",
+        nargs="+",
+        default=["paren"],
+        metavar="NAME",
+        help="fit, dev and test; default paren",
+    )
     deeper = ["depth3", "depth4", "depth5"]
-    p.add_argument("--deeper", nargs="*", default=deeper, metavar="NAME", help=f"default {' '.join(deeper)}")
+    p.add_argument(
+        "--deeper", nargs="*", default=deeper, metavar="NAME", help=f"default {' '.join(deeper)}"
+    )
     what = "fit on PREFIX_train, test on PREFIX_test_paren, depth > 0 only, features not scaled"
     p.add_argument("--original", action="store_true", help=what)
-    p.add_argument("--untrained", type=int, default=UNTRAINED, metavar="N", help=f"seeds; default {UNTRAINED}")
-    p.add_argument("--limit", type=int, default=0, metavar="N", help="the first N expressions of a set; default: all")
+    p.add_argument(
+        "--untrained", type=int, default=UNTRAINED, metavar="N", help=f"seeds; default {UNTRAINED}"
+    )
+    p.add_argument(
+        "--limit",
+        type=int,
+        default=0,
+        metavar="N",
+        help="the first N expressions of a set; default: all",
+    )
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the split; default 0")
     return p.parse_args(argv)
 
@@ -408,9 +507,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     s = heads.load(a.checkpoint, a.device)
     split = make_split(s, a)
-    sizes = {name: [len(c.exprs), len(c.char_N), int((c.depth_N > 0).sum())] for name, c in split.parts.items()}
+    sizes = {
+        name: [len(c.exprs), len(c.char_N), int((c.depth_N > 0).sum())]
+        for name, c in split.parts.items()
+    }
     for name, (exprs, n, above) in sizes.items():
-        print(f"{name}: {exprs:,} expressions, {n:,} characters, {n - above:,} at depth 0 and {above:,} above")
+        print(
+            f"{name}: {exprs:,} expressions, {n:,} characters, {n - above:,} at depth 0 and {above:,} above"
+        )
     width, rows = int(split.fit.position_N.max()) + 1, majority_rows(split, a.original)
     for name in FEATURES:
         x = {part: one_hot(c, name, width) for part, c in split.parts.items()}
@@ -423,11 +527,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"untrained {seed}: {time.process_time() - t0:.0f} s CPU so far", flush=True)
     out = heads.out_folder(a, "probe_original" if a.original else "probe", [s])
     heads.write_csv(out / "probe.csv", rows)
-    content = heads.provenance([s], []) | dict(original=a.original, cpu_s=round(time.process_time() - t0, 1))
-    content |= dict(
-        sizes={name: dict(zip(("expressions", "characters", "above_0"), v, strict=True)) for name, v in sizes.items()}
+    content = heads.provenance([s], []) | dict(
+        original=a.original, cpu_s=round(time.process_time() - t0, 1)
     )
-    content |= dict(chosen=[r for r in rows if r.get("chosen")], majority=[r for r in rows if r["site"] == "majority"])
+    content |= dict(
+        sizes={
+            name: dict(zip(("expressions", "characters", "above_0"), v, strict=True))
+            for name, v in sizes.items()
+        }
+    )
+    content |= dict(
+        chosen=[r for r in rows if r.get("chosen")],
+        majority=[r for r in rows if r["site"] == "majority"],
+    )
     heads.write_json(out / "probe.json", content)
     heads.write_figure(out / "layers.png", layer_figure(rows, s, a.original))
     if split.deeper:

@@ -49,7 +49,10 @@ from plumbing import UserError, World, knob
 
 MIXERS = ("hamt", "zero", "local", "attention")
 MEMORIES = dict(hamt="on", zero="off", local="local", attention="on")
-SELECT, MEASURE = 1, 2  # streams of held-out sequences: one to choose a learning rate by, one to report
+SELECT, MEASURE = (
+    1,
+    2,
+)  # streams of held-out sequences: one to choose a learning rate by, one to report
 ENOUGH = 0.95  # accuracy whose first step is noted
 
 
@@ -78,7 +81,10 @@ class Bench:
     num_slots: int = knob(16, "slots of a head's memory", low=1)
     num_attention_heads: int = knob(2, "heads", low=1)
     slowest_decay: float = knob(
-        2**-12, "of the slots' initial rates; the trainer's forgets in 100 tokens", above=0, high=0.25
+        2**-12,
+        "of the slots' initial rates; the trainer's forgets in 100 tokens",
+        above=0,
+        high=0.25,
     )
     model: str = knob("", 'more of train_gpu.py\'s knobs: "name=value name=value"')
     # measurement
@@ -87,26 +93,38 @@ class Bench:
     sequences: int = knob(300, "held-out sequences of a measurement", low=2)
     slot_sequences: int = knob(32, "sequences for slot statistics; 0: none", low=0)
     curve_every: int = knob(25, "steps between points of the learning curve", low=1)
-    run: str = knob("", "measure the slots of this run's checkpoint on its own text, and train nothing")
+    run: str = knob(
+        "", "measure the slots of this run's checkpoint on its own text, and train nothing"
+    )
     logs_folder: str = knob(str(lib.REPO / "logs"), "where that run is")
     device: str = knob("cpu", "where", choices=("cpu", "cuda"))
     out: str = knob("", "folder of the results; empty: experiments/recall/<date and time>")
 
     def __post_init__(self):
         if bad := [m for m in self.mixers.split(",") if m not in MIXERS]:
-            raise ValueError(f"MIXERS={self.mixers}: no mixer {bad[0]!r}; there are {', '.join(MIXERS)}")
+            raise ValueError(
+                f"MIXERS={self.mixers}: no mixer {bad[0]!r}; there are {', '.join(MIXERS)}"
+            )
         if any(rate <= 0 for rate in self.rates):
-            raise ValueError(f"LEARNING_RATES={self.learning_rates}: expected numbers above 0, with commas")
+            raise ValueError(
+                f"LEARNING_RATES={self.learning_rates}: expected numbers above 0, with commas"
+            )
         if min(*self.numbers("eval_pairs"), *self.lengths) < 1:
-            raise ValueError(f"EVAL_PAIRS={self.eval_pairs} and EVAL_LENGTHS={self.eval_lengths} must be 1 or more")
-        self.sequences_of(np.random.default_rng(0), 1, self.length, self.pairs)  # a ValueError where they do not fit
+            raise ValueError(
+                f"EVAL_PAIRS={self.eval_pairs} and EVAL_LENGTHS={self.eval_lengths} must be 1 or more"
+            )
+        self.sequences_of(
+            np.random.default_rng(0), 1, self.length, self.pairs
+        )  # a ValueError where they do not fit
 
     def numbers(self, name: str, kind: type = int) -> list:
         try:
             return [kind(part) for part in getattr(self, name).split(",")]
         except ValueError:
             text = getattr(self, name)
-            raise ValueError(f"{name.upper()}={text!r}: expected numbers with commas between them") from None
+            raise ValueError(
+                f"{name.upper()}={text!r}: expected numbers with commas between them"
+            ) from None
 
     @property
     def rates(self) -> list[float]:
@@ -124,7 +142,9 @@ class Bench:
     def alphabet(self) -> Alphabet:
         return Alphabet(self.keys, self.values, self.fillers)
 
-    def sequences_of(self, rng: np.random.Generator, B: int, T: int, pairs: int, **more: object) -> Sequences:
+    def sequences_of(
+        self, rng: np.random.Generator, B: int, T: int, pairs: int, **more: object
+    ) -> Sequences:
         return tasks.TASKS[self.task](rng, B, T, self.alphabet, pairs, **more)
 
     def training(self, seed: int, step: int) -> Sequences:
@@ -133,7 +153,9 @@ class Bench:
         rng = np.random.default_rng([seed, 0, step])
         return self.sequences_of(rng, self.batch_size, self.length, self.pairs, **more)
 
-    def held_out(self, stream: int, n: int, T: int, pairs: int, distance: int | None = None) -> Sequences:
+    def held_out(
+        self, stream: int, n: int, T: int, pairs: int, distance: int | None = None
+    ) -> Sequences:
         more = {} if distance is None else dict(distance=distance)
         return self.sequences_of(
             np.random.default_rng([20261121, stream, T, pairs, distance or 0]), n, T, pairs, **more
@@ -147,12 +169,16 @@ def model_knobs(b: Bench, mixer: str, rate: float, seed: int) -> train_gpu.Knobs
         seed=seed, learning_rate=rate, max_seq_length=b.length
     )
     values |= dict(mixer="attention" if mixer == "attention" else "hamt", memory=MEMORIES[mixer])
-    values |= dict(vocab_size=b.alphabet.size, dataset="embedded", mixed_precision="none", dropout=0.0)
+    values |= dict(
+        vocab_size=b.alphabet.size, dataset="embedded", mixed_precision="none", dropout=0.0
+    )
     values |= dict(num_iterations=b.steps, warmup_iters=b.warmup)
     given = [f"--{part}" for part in b.model.split()]
     if wrong := [part for part in given if "=" not in part]:
         raise UserError(f"--model {b.model!r}: {wrong[0][2:]!r} is not of the form name=value")
-    return plumbing.read_knobs(train_gpu.Knobs, {}, [f"--{name}={value}" for name, value in values.items()] + given, {})
+    return plumbing.read_knobs(
+        train_gpu.Knobs, {}, [f"--{name}={value}" for name, value in values.items()] + given, {}
+    )
 
 
 # ----------------------------------------------------------------------------
@@ -202,7 +228,12 @@ def train(b: Bench, mixer: str, rate: float, seed: int, w: World) -> Trained:
         loss = F.cross_entropy(asked_logits(model, x_BT, asked), y_BT[asked])
         loss.backward()
         norms = adam.reduce(one)
-        adam.step(rate * train_gpu.lr_scale(step, k, b.steps), norms.square().sum().sqrt(), one, norms.isfinite().all())
+        adam.step(
+            rate * train_gpu.lr_scale(step, k, b.steps),
+            norms.square().sum().sqrt(),
+            one,
+            norms.isfinite().all(),
+        )
         adam.grads.zero_()
         losses = [*losses[-19:], float(loss.detach())]
         spent += time.process_time() - t0
@@ -261,7 +292,9 @@ def measurements(b: Bench, model: train_gpu.Model, w: World) -> Iterator[dict[st
                 if not fits(b, T, b.pairs, distance=distance):
                     continue
                 row = dict(distance_low=distance, distance_high=distance)
-                row |= measure(model, b.held_out(MEASURE, b.sequences // 2, T, b.pairs, distance), w)
+                row |= measure(
+                    model, b.held_out(MEASURE, b.sequences // 2, T, b.pairs, distance), w
+                )
             if row["queries"]:
                 yield dict(against="distance") | at | row
 
@@ -301,14 +334,19 @@ def watched(
     """While inside, the list fills with (layer, write addresses (B, T, H, S), state behind (B, H, S, E)) of the memory
     layers. `keep` has by layer a (H, S) of ones and zeros: where it is 0 nothing is written, so nothing is read."""
     seen, keep = [], keep or {}
-    layers = {i: block.mixer for i, block in enumerate(model.blocks) if hasattr(block.mixer, "recall")}
+    layers = {
+        i: block.mixer for i, block in enumerate(model.blocks) if hasattr(block.mixer, "recall")
+    }
 
     def wrap(layer: int, mixer: train_gpu.Memory) -> None:
         recall = mixer.recall
 
         def recorded(parts: dict[str, Tensor], M: Tensor, *rest: object) -> tuple:
             if layer in keep:
-                parts, M = parts | dict(write=parts["write"] * keep[layer]), M * keep[layer][..., None]
+                parts, M = (
+                    parts | dict(write=parts["write"] * keep[layer]),
+                    M * keep[layer][..., None],
+                )
             found = recall(parts, M, *rest)
             seen.append((layer, parts["write"], found[1]))
             return found
@@ -328,19 +366,27 @@ def watched(
 def sequence_losses(model: train_gpu.Model, x_BT: Tensor, y_BT: Tensor) -> np.ndarray:
     """Mean loss of each sequence over what is asked in it, (B,), nats."""
     asked = y_BT >= 0
-    losses = F.cross_entropy(asked_logits(model, x_BT, asked), y_BT[asked], reduction="none").double()
+    losses = F.cross_entropy(
+        asked_logits(model, x_BT, asked), y_BT[asked], reduction="none"
+    ).double()
     rows = asked.nonzero()[:, 0]
-    total = torch.zeros(len(x_BT), dtype=torch.float64, device=x_BT.device).index_add_(0, rows, losses)
+    total = torch.zeros(len(x_BT), dtype=torch.float64, device=x_BT.device).index_add_(
+        0, rows, losses
+    )
     return (total / asked.sum(1).clamp(min=1)).cpu().numpy()
 
 
 def paired_change(losses: np.ndarray, base: np.ndarray) -> dict[str, float]:
     """Mean difference over sequences and half its 95% interval (normal; sequences are independent)."""
     d = losses - base
-    return dict(loss_change=float(d.mean()), half=float(tasks.Z * d.std(ddof=1) / math.sqrt(len(d))))
+    return dict(
+        loss_change=float(d.mean()), half=float(tasks.Z * d.std(ddof=1) / math.sqrt(len(d)))
+    )
 
 
-def slot_statistics(model: train_gpu.Model, x_BT: Tensor, y_BT: Tensor) -> tuple[list[dict], list[dict]]:
+def slot_statistics(
+    model: train_gpu.Model, x_BT: Tensor, y_BT: Tensor
+) -> tuple[list[dict], list[dict]]:
     """Of each layer and head: effective ranks of its write addresses over all tokens, the cosine between slots of the
     state behind the last, and its slots' use. Of each slot: the loss change when it is zeroed from the first token on.
     The first list also has a row for each layer, and one for all, zeroed as a whole (head and layer None)."""
@@ -363,11 +409,27 @@ def slot_statistics(model: train_gpu.Model, x_BT: Tensor, y_BT: Tensor) -> tuple
                 mask[head, slot] = 0
                 own.append(dict(layer=layer, head=head, slot=slot) | without({layer: mask}))
             slots += own
-            row = dict(layer=layer, head=head, slots=S, rank_entropy=entropy, rank_participation=participation)
-            row |= dict(slot_cosine=slot_cosine(M_BHSE[:, head]), cosine_if_unrelated=math.sqrt(2 / (math.pi * E)))
+            row = dict(
+                layer=layer,
+                head=head,
+                slots=S,
+                rank_entropy=entropy,
+                rank_participation=participation,
+            )
+            row |= dict(
+                slot_cosine=slot_cosine(M_BHSE[:, head]),
+                cosine_if_unrelated=math.sqrt(2 / (math.pi * E)),
+            )
             largest = max(own, key=lambda r: r["loss_change"])
-            used = sum(r["loss_change"] > r["half"] for r in own)  # that the loss rises is more than chance
-            heads.append(row | dict(slots_that_matter=used, loss_change=largest["loss_change"], half=largest["half"]))
+            used = sum(
+                r["loss_change"] > r["half"] for r in own
+            )  # that the loss rises is more than chance
+            heads.append(
+                row
+                | dict(
+                    slots_that_matter=used, loss_change=largest["loss_change"], half=largest["half"]
+                )
+            )
     none = {layer: torch.zeros_like(write[0, 0]) for layer, write, _ in seen}
     heads += [dict(layer=layer, head=None) | without({layer: mask}) for layer, mask in none.items()]
     heads.append(dict(layer=None, head=None, loss=float(base.mean())) | without(none))
@@ -378,21 +440,35 @@ def slots_of_run(b: Bench, w: World) -> tuple[list[dict], list[dict], dict]:
     """Slot statistics of a run's newest good checkpoint, on the front of its validation text; and what was measured."""
     path = lib.find_checkpoint(lib.find_run(Path(b.logs_folder), b.run))
     model, state = lib.load(path)
-    if lib.trainer_of(model) != "train_gpu" or not any(hasattr(block.mixer, "recall") for block in model.blocks):
+    if lib.trainer_of(model) != "train_gpu" or not any(
+        hasattr(block.mixer, "recall") for block in model.blocks
+    ):
         what = getattr(model.k, "mixer", lib.trainer_of(model))
-        raise UserError(f"{path}: has no holographic memory ({what}); slot statistics are of train_gpu.py's MIXER=hamt")
+        raise UserError(
+            f"{path}: has no holographic memory ({what}); slot statistics are of train_gpu.py's MIXER=hamt"
+        )
     if model.k.memory != "on":
-        raise UserError(f"{path}: was trained with MEMORY={model.k.memory}, so its slots are never read")
-    shards, T, n = train_gpu.open_text(model.k)["val"].shards, model.k.max_seq_length, b.slot_sequences or 32
+        raise UserError(
+            f"{path}: was trained with MEMORY={model.k.memory}, so its slots are never read"
+        )
+    shards, T, n = (
+        train_gpu.open_text(model.k)["val"].shards,
+        model.k.max_seq_length,
+        b.slot_sequences or 32,
+    )
     n = min(n, (shards.total - 1) // T)
     if n < 2:
         raise UserError(
             f"DATASET={model.k.dataset}: its validation text has {shards.total} tokens, two sequences of {T} needed"
         )
     places = np.linspace(0, shards.total - 1 - T, n).astype(int)  # from all of the text
-    tokens = torch.from_numpy(np.stack([shards.read(int(p), T + 1) for p in places]).astype(np.int64)).to(w.device)
+    tokens = torch.from_numpy(
+        np.stack([shards.read(int(p), T + 1) for p in places]).astype(np.int64)
+    ).to(w.device)
     heads, slots = slot_statistics(model.to(w.device), tokens[:, :-1], tokens[:, 1:])
-    what = dict(run=b.run, checkpoint=str(path), val_loss=state["val_loss"], sequences=n, tokens=n * T)
+    what = dict(
+        run=b.run, checkpoint=str(path), val_loss=state["val_loss"], sequences=n, tokens=n * T
+    )
     return heads, slots, what
 
 
@@ -409,11 +485,15 @@ def number(value: object, form: str = ".3f") -> str:
 
 
 def show_slots(heads: Sequence[dict]) -> None:
-    show("layer head slots  rank(entropy) rank(participation)  |cosine| (unrelated)  matter   loss change when zeroed")
+    show(
+        "layer head slots  rank(entropy) rank(participation)  |cosine| (unrelated)  matter   loss change when zeroed"
+    )
     for r in heads:
         change = f"{r['loss_change']:+.4f} +- {r['half']:.4f}"
         if r["head"] is None:
-            show(f"{'all layers' if r['layer'] is None else r['layer']!s:10s} all slots zeroed: {change}")
+            show(
+                f"{'all layers' if r['layer'] is None else r['layer']!s:10s} all slots zeroed: {change}"
+            )
             continue
         show(
             f"{r['layer']:5d} {r['head']:4d} {r['slots']:5d}  {r['rank_entropy']:13.2f} "
@@ -427,7 +507,9 @@ def chosen(models: Sequence[Trained]) -> dict[str, float]:
     """The rate of each mixer with the best mean accuracy at the end of its curves; the first of equals."""
     best: dict[str, tuple[float, float]] = {}
     for mixer, rate in dict.fromkeys((m.mixer, m.rate) for m in models):
-        mean = float(np.mean([m.curve[-1][1] for m in models if (m.mixer, m.rate) == (mixer, rate)]))
+        mean = float(
+            np.mean([m.curve[-1][1] for m in models if (m.mixer, m.rate) == (mixer, rate)])
+        )
         if mixer not in best or mean > best[mixer][1]:
             best[mixer] = rate, mean
     return {mixer: rate for mixer, (rate, _) in best.items()}
@@ -446,9 +528,15 @@ def over_seeds(rows: Sequence[dict]) -> list[dict]:
     out = []
     for (mixer, *place), found in groups.items():
         values = [r["accuracy"] for r in found]
-        low, high = (found[0]["low"], found[0]["high"]) if len(found) == 1 else (min(values), max(values))
+        low, high = (
+            (found[0]["low"], found[0]["high"]) if len(found) == 1 else (min(values), max(values))
+        )
         mean = dict(
-            n=len(found), mean=float(np.mean(values)), low=low, high=high, queries=sum(r["queries"] for r in found)
+            n=len(found),
+            mean=float(np.mean(values)),
+            low=low,
+            high=high,
+            queries=sum(r["queries"] for r in found),
         )
         out.append(dict(mixer=mixer) | dict(zip(PLACES, place, strict=True)) | mean)
     return out
@@ -461,10 +549,15 @@ def show_accuracy(b: Bench, means: Sequence[dict], seeds: int) -> None:
     show(f"{'':30s}" + "".join(f"{m:>26s}" for m in mixers))
     for place in dict.fromkeys(tuple(r[name] for name in PLACES) for r in means):
         against, pairs, length, low, high = place
-        name = dict(pairs=f"{pairs} pairs, length {length}", length=f"length {length}, {pairs} pairs")
+        name = dict(
+            pairs=f"{pairs} pairs, length {length}", length=f"length {length}, {pairs} pairs"
+        )
         name |= dict(distance=f"  distance {low}" + f" to {high}" * (high != low))
         cells = {r["mixer"]: r for r in means if tuple(r[n] for n in PLACES) == place}
-        text = [f"{c['mean']:.3f} ({c['low']:.3f} to {c['high']:.3f})" if (c := cells.get(m)) else "-" for m in mixers]
+        text = [
+            f"{c['mean']:.3f} ({c['low']:.3f} to {c['high']:.3f})" if (c := cells.get(m)) else "-"
+            for m in mixers
+        ]
         show(f"{name[against]:30s}" + "".join(f"{t:>26s}" for t in text))
 
 
@@ -474,38 +567,63 @@ def table(rows: Sequence[dict]) -> str:
     out = io.StringIO()
     writer = csv.DictWriter(out, columns, restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerows({name: "" if value is None else value for name, value in row.items()} for row in rows)
+    writer.writerows(
+        {name: "" if value is None else value for name, value in row.items()} for row in rows
+    )
     return out.getvalue()
 
 
 def facts(b: Bench, w: World) -> dict:
     """With what, where and when."""
     found = dict(
-        command=shlex.join(sys.orig_argv), git_commit=plumbing._output("git", "-C", str(lib.REPO), "rev-parse", "HEAD")
+        command=shlex.join(sys.orig_argv),
+        git_commit=plumbing._output("git", "-C", str(lib.REPO), "rev-parse", "HEAD"),
     )
-    found |= dict(date=f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S}", device=w.name(), torch=torch.__version__)
-    return found | dict(threads=torch.get_num_threads(), load=os.getloadavg()[0], flags=dataclasses.asdict(b))
+    found |= dict(
+        date=f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S}",
+        device=w.name(),
+        torch=torch.__version__,
+    )
+    return found | dict(
+        threads=torch.get_num_threads(), load=os.getloadavg()[0], flags=dataclasses.asdict(b)
+    )
 
 
-AXES = dict(pairs=("pairs in the sequence", "eval_pairs"), length=("length of the sequence (tokens)", "eval_length"))
+AXES = dict(
+    pairs=("pairs in the sequence", "eval_pairs"),
+    length=("length of the sequence (tokens)", "eval_length"),
+)
 
 
-def figures(b: Bench, means: Sequence[dict], models: Sequence[Trained], rates: dict[str, float]) -> Iterator[tuple]:
+def figures(
+    b: Bench, means: Sequence[dict], models: Sequence[Trained], rates: dict[str, float]
+) -> Iterator[tuple]:
     """(name, figure): accuracy against pairs, length, and distance at each length; and the learning curves."""
     mixers, n = list(dict.fromkeys(r["mixer"] for r in means)), b.seeds
     budget = f"{b.steps} steps of {b.batch_size} sequences; trained with {b.pairs} pairs at length {b.length}"
-    band = f"n={n} seeds, band: smallest to largest" if n > 1 else "n=1, band: 95% interval over sequences"
+    band = (
+        f"n={n} seeds, band: smallest to largest"
+        if n > 1
+        else "n=1, band: 95% interval over sequences"
+    )
 
-    def drawn(lines: dict[str, list[tuple[float, float, float, float]]], label: str, what: str, log: bool) -> object:
+    def drawn(
+        lines: dict[str, list[tuple[float, float, float, float]]], label: str, what: str, log: bool
+    ) -> object:
         figure, (axes,) = plots.new_figure(3.8)
         for i, (mixer, points) in enumerate(lines.items()):
             x, y, low, high = zip(*sorted(points), strict=True)
             style = plots.style_of(i)
             axes.plot(
-                x, y, label=f"{mixer} ({next(m.n_params for m in models if m.mixer == mixer):,} parameters)", **style
+                x,
+                y,
+                label=f"{mixer} ({next(m.n_params for m in models if m.mixer == mixer):,} parameters)",
+                **style,
             )
             axes.fill_between(x, low, high, color=style["color"], alpha=0.18, linewidth=0)
-        axes.axhline(tasks.chance(b.alphabet), color="0.4", linewidth=1, linestyle=":", label="chance")
+        axes.axhline(
+            tasks.chance(b.alphabet), color="0.4", linewidth=1, linestyle=":", label="chance"
+        )
         if log:
             axes.set_xscale("log", base=2)
             ticks = sorted({p[0] for points in lines.values() for p in points})
@@ -519,21 +637,39 @@ def figures(b: Bench, means: Sequence[dict], models: Sequence[Trained], rates: d
 
     def points(**place: object) -> dict[str, list]:
         at = lambda r: (
-            r[AXES[r["against"]][1]] if r["against"] in AXES else (r["distance_low"] + r["distance_high"]) / 2
+            r[AXES[r["against"]][1]]
+            if r["against"] in AXES
+            else (r["distance_low"] + r["distance_high"]) / 2
         )
         here = [r for r in means if all(r[name] == value for name, value in place.items())]
-        return {m: [(at(r), r["mean"], r["low"], r["high"]) for r in here if r["mixer"] == m] for m in mixers}
+        return {
+            m: [(at(r), r["mean"], r["low"], r["high"]) for r in here if r["mixer"] == m]
+            for m in mixers
+        }
 
     for against, (label, _) in AXES.items():
-        yield f"{b.task}_{against}", drawn(points(against=against), label, f"accuracy against {against}", True)
+        yield (
+            f"{b.task}_{against}",
+            drawn(points(against=against), label, f"accuracy against {against}", True),
+        )
     for T in dict.fromkeys(r["eval_length"] for r in means if r["against"] == "distance"):
-        lines, what = points(against="distance", eval_length=T), f"accuracy against distance at length {T}"
-        yield f"{b.task}_distance_{T}", drawn(lines, "distance from answer to query (tokens)", what, False)
+        lines, what = (
+            points(against="distance", eval_length=T),
+            f"accuracy against distance at length {T}",
+        )
+        yield (
+            f"{b.task}_distance_{T}",
+            drawn(lines, "distance from answer to query (tokens)", what, False),
+        )
     curves = {}
     for mixer in mixers:
-        each = [[a for _, a in m.curve] for m in models if (m.mixer, m.rate) == (mixer, rates[mixer])]
+        each = [
+            [a for _, a in m.curve] for m in models if (m.mixer, m.rate) == (mixer, rates[mixer])
+        ]
         steps = [step for step, _ in next(m.curve for m in models if m.mixer == mixer)]
-        curves[mixer] = [(s, float(np.mean(v)), min(v), max(v)) for s, *v in zip(steps, *each, strict=True)]
+        curves[mixer] = [
+            (s, float(np.mean(v)), min(v), max(v)) for s, *v in zip(steps, *each, strict=True)
+        ]
     yield f"{b.task}_learning", drawn(curves, "optimizer steps", "accuracy while training", False)
 
 
@@ -552,9 +688,23 @@ def bench(b: Bench, w: World, out: Path) -> None:
                 )
     rates = chosen(models)
     for m in models:
-        base = dict(task=b.task, mixer=m.mixer, learning_rate=m.rate, seed=m.seed, chosen=int(m.rate == rates[m.mixer]))
-        base |= dict(steps=b.steps, batch_size=b.batch_size, pairs=b.pairs, length=b.length, n_params=m.n_params)
-        base |= dict(train_cpu_s=round(m.cpu_s, 2), reached_step=m.reached, chance=tasks.chance(b.alphabet))
+        base = dict(
+            task=b.task,
+            mixer=m.mixer,
+            learning_rate=m.rate,
+            seed=m.seed,
+            chosen=int(m.rate == rates[m.mixer]),
+        )
+        base |= dict(
+            steps=b.steps,
+            batch_size=b.batch_size,
+            pairs=b.pairs,
+            length=b.length,
+            n_params=m.n_params,
+        )
+        base |= dict(
+            train_cpu_s=round(m.cpu_s, 2), reached_step=m.reached, chance=tasks.chance(b.alphabet)
+        )
         rows += [base | found for found in measurements(b, m.model, w)]
         if m.mixer == "hamt" and base["chosen"] and b.slot_sequences:
             s = b.held_out(MEASURE, b.slot_sequences, b.length, b.pairs)
@@ -565,12 +715,20 @@ def bench(b: Bench, w: World, out: Path) -> None:
     show_accuracy(b, means, b.seeds)
     sizes = {m.mixer: m.n_params for m in models}
     widest = max(sizes.values()) / min(sizes.values()) - 1
-    show(f"\nparameters differ by {widest:.2%} at most" + " (MORE THAN 3%: not a fair comparison)" * (widest > 0.03))
+    show(
+        f"\nparameters differ by {widest:.2%} at most"
+        + " (MORE THAN 3%: not a fair comparison)" * (widest > 0.03)
+    )
     if heads:
-        show(f"\nslots, seed 0, {b.slot_sequences} sequences, change in nats per question with its 95% interval")
+        show(
+            f"\nslots, seed 0, {b.slot_sequences} sequences, change in nats per question with its 95% interval"
+        )
         show_slots([r for r in heads if r["seed"] == 0])
     lib_results.write_whole(out / "results.csv", table(rows))
-    trained = [{f.name: getattr(m, f.name) for f in dataclasses.fields(m) if f.name != "model"} for m in models]
+    trained = [
+        {f.name: getattr(m, f.name) for f in dataclasses.fields(m) if f.name != "model"}
+        for m in models
+    ]
     save(b, w, out, heads, slots, dict(chosen=rates, over_seeds=means, models=trained))
     for name, figure in figures(b, means, models, rates):
         for kind in ("png", "svg"):
@@ -586,10 +744,18 @@ def save(b: Bench, w: World, out: Path, heads: list[dict], slots: list[dict], mo
 
 def main() -> int:
     b = plumbing.read_knobs(Bench, env={}, doc=__doc__)
-    out = Path(b.out or lib.REPO / f"experiments/recall/{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{b.run or b.task}")
+    out = Path(
+        b.out
+        or lib.REPO
+        / f"experiments/recall/{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{b.run or b.task}"
+    )
     if b.device == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device cuda, but torch {torch.__version__} sees no CUDA GPU; use --device cpu")
-    w = World(0, 1, torch.device(b.device))  # not plumbing.world: there is nothing to save before a Ctrl-C
+        raise UserError(
+            f"--device cuda, but torch {torch.__version__} sees no CUDA GPU; use --device cpu"
+        )
+    w = World(
+        0, 1, torch.device(b.device)
+    )  # not plumbing.world: there is nothing to save before a Ctrl-C
     try:
         lib_results.need("matplotlib.figure", "a figure")  # said before anything is trained
         if not b.run:

@@ -28,7 +28,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # plumbing.py
 from plumbing import RULE, UserError, launch
 
-CHANGED = "run_id logs_folder results_file".split()  # knobs that say where a run is kept, and no more
+CHANGED = (
+    "run_id logs_folder results_file".split()
+)  # knobs that say where a run is kept, and no more
 # Run in OUT: each of the program's knobs, whether the environment sets it, and how a flag spells it where its
 # value is not that of the preset.
 FLAGS = """
@@ -71,28 +73,40 @@ def read_starts(path: Path) -> list[Start]:
     try:
         lines = path.read_bytes().decode("utf-8", "surrogateescape").split("\n")
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; name a run's log, such as logs/<run_id>.txt") from None
+        raise UserError(
+            f"{path}: {error.strerror}; name a run's log, such as logs/<run_id>.txt"
+        ) from None
     rules = [i for i, line in enumerate(lines) if line == RULE]
     starts = []
     for a, b, c, d in zip(rules, rules[1:], rules[2:], rules[3:], strict=False):
         facts = lines[c + 1 : d]
         if not facts or not facts[0].startswith("git_commit: "):
             continue
-        said = dict(line.split(": ", 1) for line in facts if ": " in line and not line.startswith(" "))
+        said = dict(
+            line.split(": ", 1) for line in facts if ": " in line and not line.startswith(" ")
+        )
         try:
             after = facts[facts.index("hyperparameters:") + 1 :]
             knobs = json.loads("\n".join(after[: after.index("}") + 1]))
-            torch_version = next(m[1] for line in facts if (m := re.match(r"Running pytorch (\S+)", line)))
-            device = next(m for line in lines[d + 1 :] if (m := re.match(r"device: (\d+) x ", line)))
+            torch_version = next(
+                m[1] for line in facts if (m := re.match(r"Running pytorch (\S+)", line))
+            )
+            device = next(
+                m for line in lines[d + 1 :] if (m := re.match(r"device: (\d+) x ", line))
+            )
             command, sha = said["command"], said["code_sha256"]
         except (KeyError, StopIteration, ValueError):  # cut short by a crash
             continue
         texts = ["\n".join(lines[start + 1 : end]) for start, end in ((a, b), (b, c))]
         whole = with_ends(texts, sha)
         texts = whole or [text + "\n" for text in texts]
-        starts.append(Start(texts, whole is not None, command, knobs, torch_version, int(device[1])))
+        starts.append(
+            Start(texts, whole is not None, command, knobs, torch_version, int(device[1]))
+        )
     if not starts:
-        raise UserError(f"{path}: holds no program between lines of {len(RULE)} '='; is it the log of a run of ours?")
+        raise UserError(
+            f"{path}: holds no program between lines of {len(RULE)} '='; is it the log of a run of ours?"
+        )
     return starts
 
 
@@ -102,7 +116,9 @@ def trainer_name(start: Start) -> str:
     words += (ast.get_docstring(ast.parse(start.sources[0])) or "").split()[:1]
     name = next((word for word in words if word.endswith(".py")), "train.py")
     if not re.fullmatch(r"[A-Za-z_]\w*\.py", name) or name == "plumbing.py":
-        raise UserError(f"{name!r} cannot be a trainer's file name; the log's command is: {start.command}")
+        raise UserError(
+            f"{name!r} cannot be a trainer's file name; the log's command is: {start.command}"
+        )
     return name
 
 
@@ -127,10 +143,14 @@ def rerun_command(out: Path, name: str, start: Start) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("log", type=Path, help="logs/<run_id>.txt")
     p.add_argument("out", type=Path, help="folder for the program")
-    p.add_argument("--start", type=int, default=1, metavar="N", help="which start of a resumed run (1)")
+    p.add_argument(
+        "--start", type=int, default=1, metavar="N", help="which start of a resumed run (1)"
+    )
     a = p.parse_args(argv)
     say = lambda line: print(line, file=sys.stderr, flush=True)
     starts = read_starts(a.log)
@@ -150,21 +170,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         for file, text in texts.items():
             (a.out / file).write_bytes(text.encode("utf-8", "surrogateescape"))
     except OSError as error:
-        raise UserError(f"{a.out}: cannot be written ({error.strerror}); choose another folder") from None
+        raise UserError(
+            f"{a.out}: cannot be written ({error.strerror}); choose another folder"
+        ) from None
 
     say(f"{a.log}: start {a.start} of {len(starts)}, written to {a.out}: {', '.join(texts)}")
-    say("code_sha256: matches" if start.matches else "warning: the text is NOT what the log's code_sha256 was made of")
+    say(
+        "code_sha256: matches"
+        if start.matches
+        else "warning: the text is NOT what the log's code_sha256 was made of"
+    )
     say(f"it ran as: {start.command}")
     try:
         installed = version("torch")
     except PackageNotFoundError:
         installed = "none"
     differs = start.torch.split("+")[0] != installed.split("+")[0]
-    say(f"torch: {start.torch}" + f"; warning: {installed} is installed, losses may differ" * differs)
+    say(
+        f"torch: {start.torch}"
+        + f"; warning: {installed} is installed, losses may differ" * differs
+    )
     for knob in ("input_bin", "input_val_bin"):
         pattern = str(start.knobs.get(knob, "embedded"))
         if pattern != "embedded" and not os.path.isabs(pattern):
-            say(f"warning: {knob.upper()}={pattern} is relative to the folder the run was started in")
+            say(
+                f"warning: {knob.upper()}={pattern} is relative to the folder the run was started in"
+            )
     print(shlex.join(rerun_command(a.out, name, start)))
     return 0 if start.matches else 1
 

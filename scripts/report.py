@@ -96,7 +96,9 @@ def read_text_log(path: Path) -> tuple[dict[str, str], dict[str, str]]:
     except ValueError:
         return {}, {}
     env = dict(
-        line.split(": ", 1) for line in before if line.startswith(("git_commit: ", "code_sha256: ", "command: "))
+        line.split(": ", 1)
+        for line in before
+        if line.startswith(("git_commit: ", "code_sha256: ", "command: "))
     )
     head, _, tail = text[end:].partition("\n" + "=" * 100)
     torch, _, smi = head.strip().partition("\n")
@@ -141,7 +143,9 @@ def read_study(a: argparse.Namespace, cache: Cache) -> Study:
             study.problems.append(f"{path.name}: {len(found[1]) - 20} more lines like these")
         if not found[0]:
             study.problems.append(f"{path}: no rows yet")
-    stages = lib.read_stages(a.stages, study.rows) if a.stages else lib.stages_by_iters("1500", "800")
+    stages = (
+        lib.read_stages(a.stages, study.rows) if a.stages else lib.stages_by_iters("1500", "800")
+    )
     sorted_rows, homeless = lib.sort_into_stages(study.rows, stages)
     study.stages = {name: (stage, own) for name, (stage, own) in sorted_rows.items() if own}
     if homeless:
@@ -172,7 +176,10 @@ def read_study(a: argparse.Namespace, cache: Cache) -> Study:
     for run_id in [*seeds, *study.loose]:
         if run_id not in folders or run_id in study.logs:
             continue  # the tables' remarks name runs without a curve
-        log = cache.read(a.logs / run_id / "metrics.csv", lambda p: plots.read_log(p, p.parent.name, "", MOST_POINTS))
+        log = cache.read(
+            a.logs / run_id / "metrics.csv",
+            lambda p: plots.read_log(p, p.parent.name, "", MOST_POINTS),
+        )
         status = cache.read(a.logs / run_id / "status.json", read_status)
         study.status[run_id] = status
         if "problem" in status:
@@ -182,12 +189,19 @@ def read_study(a: argparse.Namespace, cache: Cache) -> Study:
             continue
         for problem in log.problems:
             aside.setdefault(f"metrics.csv, {problem}", []).append(run_id)
-        study.logs[run_id] = RunLog(run_id, seeds.get(run_id, ""), log.val, log.tokens, log.trace, log.problems)
-    study.problems += [some(f"{what} ({len(runs)})" if len(runs) > 4 else what, runs) for what, runs in aside.items()]
+        study.logs[run_id] = RunLog(
+            run_id, seeds.get(run_id, ""), log.val, log.tokens, log.trace, log.problems
+        )
+    study.problems += [
+        some(f"{what} ({len(runs)})" if len(runs) > 4 else what, runs)
+        for what, runs in aside.items()
+    ]
     now = time.time()
     stale = [r for r in study.status if going(study, r) and age(study.status[r], now) > STALE_S]
     if stale:
-        study.problems.append(some(f"said to be running, but silent for over {STALE_S} s (killed?)", stale))
+        study.problems.append(
+            some(f"said to be running, but silent for over {STALE_S} s (killed?)", stale)
+        )
     return study
 
 
@@ -211,7 +225,9 @@ def thin(n: int, most: int) -> list[int]:
     return sorted({round(i * (n - 1) / (most - 1)) for i in range(most)})
 
 
-def points(step: Sequence[float], seconds: Sequence[float], tokens: Sequence[float], most: int, **ys) -> dict:
+def points(
+    step: Sequence[float], seconds: Sequence[float], tokens: Sequence[float], most: int, **ys
+) -> dict:
     """A curve for the page: s steps, t seconds, k tokens (a number where tokens are that many per step)."""
     keep = thin(len(step), max(2, most))
     out: dict[str, object] = dict(s=[step[i] for i in keep], t=[num(seconds[i], 5) for i in keep])
@@ -224,7 +240,9 @@ def points(step: Sequence[float], seconds: Sequence[float], tokens: Sequence[flo
 
 
 def of_run(log: RunLog, most: int) -> dict[str, object]:
-    out: dict[str, object] = dict(val=points(log.val.step, log.val.seconds, log.tokens, most, v=log.val.loss))
+    out: dict[str, object] = dict(
+        val=points(log.val.step, log.val.seconds, log.tokens, most, v=log.val.loss)
+    )
     t = log.trace
     if t["step"] and most >= 20:
         ys = {name: t[name] for name in plots.TRACES if any(map(math.isfinite, t[name]))}
@@ -237,7 +255,9 @@ def of_group(group: Group) -> dict[str, object]:
     line = lib.make_curve(group.label, [r.val for r in group.runs])
     tokens = dict(zip(group.runs[0].val.step, group.runs[0].tokens, strict=True))
     band = dict(lo=line.low, hi=line.high) if len(group.runs) > 1 else {}
-    val = points(line.step, line.seconds, [tokens[s] for s in line.step], MOST_POINTS, v=line.loss, **band)
+    val = points(
+        line.step, line.seconds, [tokens[s] for s in line.step], MOST_POINTS, v=line.loss, **band
+    )
     out: dict[str, object] = dict(label=group.title, style=group.style, val=val)
     out["base"] = group.baseline.style if group.baseline else None
     traces = [r.trace for r in group.runs if r.trace["step"]]
@@ -252,7 +272,12 @@ def of_group(group: Group) -> dict[str, object]:
 
 
 def curves_of(
-    name: str, table: Table | None, rows: Sequence[Row], extra: Sequence[str], study: Study, most: int
+    name: str,
+    table: Table | None,
+    rows: Sequence[Row],
+    extra: Sequence[str],
+    study: Study,
+    most: int,
 ) -> dict:
     """A stage's curves: cells of finished runs, and single runs, unfinished ones among them."""
     groups = plots.make_groups(table, study.logs) if table else []
@@ -268,18 +293,31 @@ def curves_of(
             if log is None or not (log.val.step or log.trace["step"]):
                 continue
             live = going(study, run_id)
-            words = [group.label if group else run_id, f"seed {log.seed}" * bool(group and log.seed)]
+            words = [
+                group.label if group else run_id,
+                f"seed {log.seed}" * bool(group and log.seed),
+            ]
             words.append("running" if live else "" if group else status.get(run_id, "no row yet"))
-            one = dict(id=run_id, label=" ".join(w for w in words if w), style=group.style if group else len(runs))
-            one |= dict(cell=group.style if group else None, base=None, going=live) | of_run(log, most)
+            one = dict(
+                id=run_id,
+                label=" ".join(w for w in words if w),
+                style=group.style if group else len(runs),
+            )
+            one |= dict(cell=group.style if group else None, base=None, going=live) | of_run(
+                log, most
+            )
             if group and group.baseline:
                 one["base"] = group.baseline.style
             runs.append(one)
     notes = []
     if left_out:
-        notes.append(f"{lib.count(left_out, 'more cell')} not drawn: baselines and the lowest losses are.")
+        notes.append(
+            f"{lib.count(left_out, 'more cell')} not drawn: baselines and the lowest losses are."
+        )
     if len(kept) > SHOWN:
-        notes.append(f"{len(kept) - SHOWN} of {len(kept)} cells are switched off at first; click them on.")
+        notes.append(
+            f"{len(kept) - SHOWN} of {len(kept)} cells are switched off at first; click them on."
+        )
     if most < MOST_POINTS and runs:
         notes.append(f"Single runs have up to {most} points each, to keep the page small.")
     if groups and not most:
@@ -311,14 +349,22 @@ def factor(dicts: Sequence[Mapping[str, str]]) -> tuple[dict[str, str], list[dic
 def details_of(rows: Sequence[Row], extra: Sequence[str], study: Study, a: argparse.Namespace, cache: Cache,
                pool: Pool, most: int) -> dict:  # fmt: skip
     """The newest `most` runs of a stage, those with a log first: result row, knobs, environment."""
-    order = sorted(range(len(rows)), key=lambda i: (rows[i]["run_id"] in study.logs, rows[i]["date"], i), reverse=True)
+    order = sorted(
+        range(len(rows)),
+        key=lambda i: (rows[i]["run_id"] in study.logs, rows[i]["date"], i),
+        reverse=True,
+    )
     picked = [rows[i] for i in order[: max(0, most - len(extra))]]
     entries = [(r["run_id"], {k: v for k, v in r.values.items() if v}) for r in picked]
     entries += [(run_id, {}) for run_id in extra]
     lines, result, knobs, env = [], [], [], []
     for run_id, values in entries:
         status = study.status.get(run_id, {})
-        state = values.get("status", "finished") if values else str(status.get("status", "no status.json"))
+        state = (
+            values.get("status", "finished")
+            if values
+            else str(status.get("status", "no status.json"))
+        )
         loss = values.get("final_val_loss") or str(status.get("val_loss", ""))
         gate = " ".join(values.get(k, "") for k in ("attn_gate", "mixer", "learning_rate")).strip()
         seed = f"seed {values['seed']}" if values.get("seed") else ""
@@ -332,12 +378,23 @@ def details_of(rows: Sequence[Row], extra: Sequence[str], study: Study, a: argpa
         ]
         lines.append(" | ".join(w for w in words if w))
         result.append(
-            values | {f"status.json {k}": str(v) for k, v in status.items() if k not in ("run_id", "problem")}
+            values
+            | {
+                f"status.json {k}": str(v)
+                for k, v in status.items()
+                if k not in ("run_id", "problem")
+            }
         )
-        found = cache.read(a.logs / f"{run_id}.txt", read_text_log) if run_id in study.status else ({}, {})
+        found = (
+            cache.read(a.logs / f"{run_id}.txt", read_text_log)
+            if run_id in study.status
+            else ({}, {})
+        )
         knobs.append(found[0])
         env.append(found[1])
-    parts = {name: factor(dicts) for name, dicts in (("row", result), ("knobs", knobs), ("env", env))}
+    parts = {
+        name: factor(dicts) for name, dicts in (("row", result), ("knobs", knobs), ("env", env))
+    }
     pooled = lambda d: {k: pool.put(v) for k, v in d.items()}
     details = [
         dict(n=i, line=line, **{name: pooled(rest[i]) for name, (_, rest) in parts.items()})
@@ -345,7 +402,9 @@ def details_of(rows: Sequence[Row], extra: Sequence[str], study: Study, a: argpa
     ]
     left = len(rows) + len(extra) - len(entries)
     note = (
-        f"{len(entries):,} of {len(entries) + left:,} rows are listed: those with a log, newest first." if left else ""
+        f"{len(entries):,} of {len(entries) + left:,} rows are listed: those with a log, newest first."
+        if left
+        else ""
     )
     common = {name: pooled(common) for name, (common, _) in parts.items()}
     return dict(details=details, common=common, runs_note=note)
@@ -390,8 +449,21 @@ def overview(tables: Mapping[str, Table]) -> Iterable[str]:
     yield f"<p><b>{settled} of {lib.count(len(rows), 'comparison')}</b> settled at 5% (Holm's correction within each "
     yield "stage). Differences in nats per token; below 0 is better. A lower loss after equal steps is not a faster "
     yield "run: see step time, and the difference at equal time where it is known.</p>"
-    head = ("stage", "cell", "verdict", "difference", "95% CI", "Holm p", "step time", "equal time", "n", "flags")
-    cells = "".join(f"<th scope=col{' class=num' * (word in head[3:9])}>{word}</th>" for word in head)
+    head = (
+        "stage",
+        "cell",
+        "verdict",
+        "difference",
+        "95% CI",
+        "Holm p",
+        "step time",
+        "equal time",
+        "n",
+        "flags",
+    )
+    cells = "".join(
+        f"<th scope=col{' class=num' * (word in head[3:9])}>{word}</th>" for word in head
+    )
     yield '<div class="box" tabindex="0" role="region" aria-label="comparisons"><table>'
     yield f"<thead><tr>{cells}</tr></thead><tbody>"
     for _, _, name, line, label, (words, kind) in rows[:50]:
@@ -403,7 +475,9 @@ def overview(tables: Mapping[str, Table]) -> Iterable[str]:
         texts = (f"{c.diff:+.4f}", ci, f"{c.p_holm:.2g}" if c.chosen else "-", cost)
         texts += (f"{timed:+.4f}" if math.isfinite(timed) else "-", n)
         yield f'<tr><td><a href="#{anchor(name)}">{esc(name)}</a></td><td>{esc(label)}</td>'
-        yield f'<td class="{kind}">{esc(words)}</td>' + "".join(f"<td class=num>{t}</td>" for t in texts)
+        yield f'<td class="{kind}">{esc(words)}</td>' + "".join(
+            f"<td class=num>{t}</td>" for t in texts
+        )
         yield f"<td>{esc(' '.join(line.flags) or '-')}</td></tr>\n"
     yield "</tbody></table></div>"
     if len(rows) > 50:
@@ -436,14 +510,21 @@ def stage_html(name: str, table: Table, num_extra: int) -> Iterable[str]:
         yield "<ul class=notes>" + "".join(f"<li>{esc(note)}</li>" for note in notes) + "</ul>"
     compared = [line for line in table.lines if line.comparison]
     if compared:
-        labels = dict(zip(map(id, table.lines), plots.labels_of([x.cell for x in table.lines]), strict=True))
+        labels = dict(
+            zip(map(id, table.lines), plots.labels_of([x.cell for x in table.lines]), strict=True)
+        )
         strips = []
         for line in compared[:60]:
-            c, n = line.comparison, [len(x.values("final_val_loss")) for x in (line.cell, line.baseline)]
+            c, n = (
+                line.comparison,
+                [len(x.values("final_val_loss")) for x in (line.cell, line.baseline)],
+            )
             lo, hi = (c.chosen.lo, c.chosen.hi) if c.chosen else (math.nan, math.nan)
             words, kind = verdict(line)
             counts = f"n={n[0]}" if n[0] == n[1] else f"n={n[0]} against {n[1]}"
-            text = f"{c.diff:+.4f}, {counts}" + (f", Holm p {c.p_holm:.2g}: {words}" if c.chosen else ", no interval")
+            text = f"{c.diff:+.4f}, {counts}" + (
+                f", Holm p {c.p_holm:.2g}: {words}" if c.chosen else ", no interval"
+            )
             strips.append((labels[id(line)], text, c.diff, lo, hi, kind))
         yield "<h3>Difference to the baseline, nats per token (95% interval; left of 0 is better)</h3>"
         yield web.forest(strips)
@@ -503,9 +584,13 @@ def build(a: argparse.Namespace, cache: Cache) -> tuple[str, dict[str, object]]:
     for name, (_, rows) in study.stages.items():
         own = loose.get(name, [])
         share = (
-            max(20, MOST_DETAILS * (len(rows) + len(own)) // max(1, num_rows)) if num_rows > MOST_DETAILS else num_rows
+            max(20, MOST_DETAILS * (len(rows) + len(own)) // max(1, num_rows))
+            if num_rows > MOST_DETAILS
+            else num_rows
         )
-        stage = dict(id=anchor(name), name=name) | curves_of(name, tables[name], rows, own, study, most)
+        stage = dict(id=anchor(name), name=name) | curves_of(
+            name, tables[name], rows, own, study, most
+        )
         stages.append(stage | details_of(rows, own, study, a, cache, pool, share))
 
     problems = [*study.problems]
@@ -515,21 +600,33 @@ def build(a: argparse.Namespace, cache: Cache) -> tuple[str, dict[str, object]]:
         f"<h1>{esc(a.title)}</h1>",
         f"<p class=soft id=made>made {datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} UTC ",
     ]
-    out.append(f"by scripts/report.py from {esc(', '.join(map(str, a.results)))} and {esc(a.logs)}</p>")
-    out.append("<nav>" + " ".join(f'<a href="#{anchor(n)}">{esc(n)}</a>' for n in tables) + "</nav>")
+    out.append(
+        f"by scripts/report.py from {esc(', '.join(map(str, a.results)))} and {esc(a.logs)}</p>"
+    )
+    out.append(
+        "<nav>" + " ".join(f'<a href="#{anchor(n)}">{esc(n)}</a>' for n in tables) + "</nav>"
+    )
     if problems:
         items = [f"<li>{esc(p)}</li>" for p in problems]
-        out.append(f"<section class=problems id=problems><h2>{lib.count(len(problems), 'problem')} flagged</h2><ul>")
+        out.append(
+            f"<section class=problems id=problems><h2>{lib.count(len(problems), 'problem')} flagged</h2><ul>"
+        )
         out += items[:8]
         if len(items) > 8:
-            out.append(f"</ul><details id=more-problems><summary>{len(items) - 8} more</summary><ul>")
+            out.append(
+                f"</ul><details id=more-problems><summary>{len(items) - 8} more</summary><ul>"
+            )
             out += [*items[8:200], f"<li>and {len(items) - 200} more</li>" * (len(items) > 200)]
         out.append("</ul></details></section>" if len(items) > 8 else "</ul></section>")
     latest = {row["run_id"]: row.status for row in study.rows}
     tally: dict[str, int] = {}
     for status in latest.values():
         tally[status] = tally.get(status, 0) + 1
-    tiles = [("runs", len(latest) + len(study.loose)), ("stages", len(study.stages)), *sorted(tally.items())]
+    tiles = [
+        ("runs", len(latest) + len(study.loose)),
+        ("stages", len(study.stages)),
+        *sorted(tally.items()),
+    ]
     if study.loose:
         tiles.append(("without a row yet", len(study.loose)))
     if num_going := sum(going(study, r) for r in study.status):
@@ -543,7 +640,9 @@ def build(a: argparse.Namespace, cache: Cache) -> tuple[str, dict[str, object]]:
     main = "\n".join(out)
     steady = "\n".join(part for part in out if "id=made" not in part and "id=going" not in part)
     marks = (
-        steady + json.dumps(data) + "".join(str(s.get("updated")) for r, s in study.status.items() if going(study, r))
+        steady
+        + json.dumps(data)
+        + "".join(str(s.get("updated")) for r, s in study.status.items() if going(study, r))
     )
     data["version"] = hashlib.sha256(marks.encode()).hexdigest()[:16]
     return main, data
@@ -613,26 +712,46 @@ def server(a: argparse.Namespace) -> ThreadingHTTPServer:
     try:
         return ThreadingHTTPServer(("127.0.0.1", a.port), Handler)
     except OSError as error:
-        raise UserError(f"--port {a.port}: {error.strerror}; choose another, 0 takes a free one") from None
+        raise UserError(
+            f"--port {a.port}: {error.strerror}; choose another, 0 takes a free one"
+        ) from None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--results", nargs="+", type=Path, default=[lib.REPO / "experiments/results.csv"], metavar="CSV")
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--results",
+        nargs="+",
+        type=Path,
+        default=[lib.REPO / "experiments/results.csv"],
+        metavar="CSV",
+    )
     p.add_argument("--logs", type=Path, default=lib.REPO / "logs", metavar="DIR")
-    p.add_argument("--curves", nargs="+", type=Path, default=[], metavar="CSV", help="as of split_results.py")
+    p.add_argument(
+        "--curves", nargs="+", type=Path, default=[], metavar="CSV", help="as of split_results.py"
+    )
     p.add_argument("--target", type=float, metavar="NATS", help="as of split_results.py")
     p.add_argument("--stages", type=Path, metavar="TOML", help="as of split_results.py")
     p.add_argument("--out", type=Path, default=lib.REPO / "experiments/report.html", metavar="HTML")
     p.add_argument("--title", default="flatrun: report")
-    p.add_argument("--watch", action="store_true", help="serve the page on 127.0.0.1 and keep it up to date")
-    p.add_argument("--port", type=int, default=8765, help="of --watch (default 8765; 0: any free one)")
-    p.add_argument("--every", type=int, default=5, metavar="S", help="of --watch: seconds between two looks")
+    p.add_argument(
+        "--watch", action="store_true", help="serve the page on 127.0.0.1 and keep it up to date"
+    )
+    p.add_argument(
+        "--port", type=int, default=8765, help="of --watch (default 8765; 0: any free one)"
+    )
+    p.add_argument(
+        "--every", type=int, default=5, metavar="S", help="of --watch: seconds between two looks"
+    )
     a = p.parse_args(argv)
     if a.target is not None and not a.target > 0:
         raise UserError(f"--target {a.target}: expected a loss above 0, in nats per token")
     if a.every < 1 or not 0 <= a.port < 65536:
-        raise UserError(f"--every {a.every} --port {a.port}: expected at least 1 second, and a port below 65536")
+        raise UserError(
+            f"--every {a.every} --port {a.port}: expected at least 1 second, and a port below 65536"
+        )
     if a.watch:
         web.library()  # fails before a browser asks
         with server(a) as site:

@@ -77,9 +77,20 @@ OWNED = dict(  # knobs that a study file does not set, and what does
     results_file="given with --results_file",
     dry_run="given with --dry_run",
 )
-NEEDED = ("run_id", "stage", "seed", "logs_folder", "results_file")  # knobs without which a trainer cannot be told
-OF_THE_MACHINE = ("device_batch_size", "runpod_instance_type")  # the environment may set these: they move no loss
-ID = re.compile(r"-([0-9a-f]{8})-([0-9a-f]{6})$")  # ends a RUN_ID: hash of stage and knobs, hash of the code
+NEEDED = (
+    "run_id",
+    "stage",
+    "seed",
+    "logs_folder",
+    "results_file",
+)  # knobs without which a trainer cannot be told
+OF_THE_MACHINE = (
+    "device_batch_size",
+    "runpod_instance_type",
+)  # the environment may set these: they move no loss
+ID = re.compile(
+    r"-([0-9a-f]{8})-([0-9a-f]{6})$"
+)  # ends a RUN_ID: hash of stage and knobs, hash of the code
 FORWARDED = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
 
 
@@ -120,7 +131,9 @@ class Cell:
         words = []
         for name, text in self.given.items():
             value = getattr(self.knobs, name)
-            words.append(name if value is True else text if isinstance(value, str) else f"{name}={text}")
+            words.append(
+                name if value is True else text if isinstance(value, str) else f"{name}={text}"
+            )
         return " ".join(words) or "all"
 
     @property
@@ -153,7 +166,9 @@ class Study:
 
 def code_sha256(path: Path) -> str:
     """As RunLog.header computes it, and as it stands in the results row."""
-    return hashlib.sha256((path.read_text() + Path(plumbing.__file__).read_text()).encode()).hexdigest()
+    return hashlib.sha256(
+        (path.read_text() + Path(plumbing.__file__).read_text()).encode()
+    ).hexdigest()
 
 
 def load_trainer(name: str) -> Trainer:
@@ -163,13 +178,19 @@ def load_trainer(name: str) -> Trainer:
         there = ", ".join(sorted(p.name for p in REPO.glob("train*.py")))
         raise UserError(f"trainer = {name!r}: no such program in {REPO}; it has {there}")
     spec = importlib.util.spec_from_file_location(f"trainer_{path.stem}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(
+        spec
+    )  # dataclasses look their module up
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise UserError(f"trainer = {name!r}: cannot be imported ({type(error).__name__}: {error})") from None
+        raise UserError(
+            f"trainer = {name!r}: cannot be imported ({type(error).__name__}: {error})"
+        ) from None
     if missing := [word for word in ("Knobs", "PRESETS", "FREE") if not hasattr(module, word)]:
-        raise UserError(f"trainer = {name!r}: defines no {', '.join(missing)}, so it is no trainer of this house")
+        raise UserError(
+            f"trainer = {name!r}: defines no {', '.join(missing)}, so it is no trainer of this house"
+        )
     fields = dataclasses.fields(module.Knobs)
     if missing := [word.upper() for word in NEEDED if word not in {f.name for f in fields}]:
         raise UserError(f"trainer = {name!r}: has no knob {', '.join(missing)}, which a study sets")
@@ -191,13 +212,19 @@ class Problems(list):
             self.append(f"{where}expected a table, found {table!r}")
             return False
         for word in table.keys() - set(words):
-            self.append(f"{where}{word} is no word of a study file{near(word, words) or '; ' + ', '.join(words)}")
+            self.append(
+                f"{where}{word} is no word of a study file{near(word, words) or '; ' + ', '.join(words)}"
+            )
         return True
 
-    def knobs(self, where: str, table: object, trainer: Trainer, lists: bool = False) -> dict[str, object]:
+    def knobs(
+        self, where: str, table: object, trainer: Trainer, lists: bool = False
+    ) -> dict[str, object]:
         """A table of knobs by field name, values as text (with `lists`, as lists of text)."""
         if not isinstance(table, dict):
-            self.append(f'{where}: expected a table of knobs such as {{ lr = 0.01, attngate = "none" }}')
+            self.append(
+                f'{where}: expected a table of knobs such as {{ lr = 0.01, attngate = "none" }}'
+            )
             return {}
         found: dict[str, object] = {}
         for word, value in table.items():
@@ -218,7 +245,9 @@ class Problems(list):
                     f"{where}: {word} = []: an empty list makes an empty grid; give it a value, or leave it out"
                 )
             elif not all(isinstance(v, str | int | float) for v in values):
-                expected = "a value or a list of values" if lists else "one value (lists are for grid)"
+                expected = (
+                    "a value or a list of values" if lists else "one value (lists are for grid)"
+                )
                 self.append(f"{where}: {word} = {value!r}: expected {expected}")
             else:
                 texts = [str(int(v)) if isinstance(v, bool) else str(v) for v in values]
@@ -229,12 +258,28 @@ class Problems(list):
 def clean_environment(trainer: Trainer, environ: Mapping[str, str]) -> tuple[dict[str, str], str]:
     """The environment's knobs that the runs may take, and a line on what became of them and of the others.
     Raises UserError for a near miss (SEDE=1), at which the trainer would stop as well."""
-    effective_knobs(trainer, {name: value for name, value in environ.items() if name not in trainer.known})
-    named = {name: trainer.known[name].name for name in sorted(environ.keys() & trainer.known.keys())}
-    taken = {knob: environ[name] for name, knob in named.items() if knob in OF_THE_MACHINE and knob in trainer.free}
-    dropped = [f"{n}={environ[n]}" for n, knob in named.items() if knob not in (*taken, "logs_folder", "results_file")]
+    effective_knobs(
+        trainer, {name: value for name, value in environ.items() if name not in trainer.known}
+    )
+    named = {
+        name: trainer.known[name].name for name in sorted(environ.keys() & trainer.known.keys())
+    }
+    taken = {
+        knob: environ[name]
+        for name, knob in named.items()
+        if knob in OF_THE_MACHINE and knob in trainer.free
+    }
+    dropped = [
+        f"{n}={environ[n]}"
+        for n, knob in named.items()
+        if knob not in (*taken, "logs_folder", "results_file")
+    ]
     words = [f"not used, the study decides: {', '.join(dropped)}"] if dropped else []
-    words += [f"from the environment: {', '.join(f'{k.upper()}={v}' for k, v in taken.items())}"] if taken else []
+    words += (
+        [f"from the environment: {', '.join(f'{k.upper()}={v}' for k, v in taken.items())}"]
+        if taken
+        else []
+    )
     return taken, "; ".join(words)
 
 
@@ -243,16 +288,22 @@ def read_toml(path: Path) -> dict:
         import tomllib
     except ImportError:
         version = ".".join(map(str, sys.version_info[:2]))
-        raise UserError(f"{path}: reading a study needs Python 3.11 or later (tomllib), this is {version}") from None
+        raise UserError(
+            f"{path}: reading a study needs Python 3.11 or later (tomllib), this is {version}"
+        ) from None
     try:
         return tomllib.loads(path.read_bytes().decode())
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; those that come along are in experiments/studies/") from None
+        raise UserError(
+            f"{path}: {error.strerror}; those that come along are in experiments/studies/"
+        ) from None
     except ValueError as error:  # not TOML, or not text
         raise UserError(f"{path}: {error}") from None
 
 
-def read_study(path: Path, environ: Mapping[str, str] = os.environ, changes: Mapping[str, str] = {}) -> Study:
+def read_study(
+    path: Path, environ: Mapping[str, str] = os.environ, changes: Mapping[str, str] = {}
+) -> Study:
     """Read and check a study file; `changes` are knobs of every run that go before the file's. Raises UserError with
     everything that is wrong, one problem a line."""
     tables, problems = read_toml(path), Problems()
@@ -274,11 +325,20 @@ def read_study(path: Path, environ: Mapping[str, str] = os.environ, changes: Map
     for name, table in stages.items():
         cells += read_stage(name, table, common, trainer, problems, machine, changed)
     if problems:
-        text = problems[0] if len(problems) == 1 else "\n  ".join([f"{len(problems)} problems:", *problems])
+        text = (
+            problems[0]
+            if len(problems) == 1
+            else "\n  ".join([f"{len(problems)} problems:", *problems])
+        )
         raise UserError(f"{path}: {text}")
     about = {name: str(table.get("about", "")) for name, table in stages.items()}
-    bases = {n: [trainer.known[w.upper()].name for w in table.get("baseline", {})] for n, table in stages.items()}
-    targets = {name: table["target_loss"] for name, table in stages.items() if "target_loss" in table}
+    bases = {
+        n: [trainer.known[w.upper()].name for w in table.get("baseline", {})]
+        for n, table in stages.items()
+    }
+    targets = {
+        name: table["target_loss"] for name, table in stages.items() if "target_loss" in table
+    }
     title = str(tables.get("title", path.stem))
     return Study(path, title, trainer, nproc, about, bases, targets, tuple(cells), said)
 
@@ -299,9 +359,16 @@ def read_stage(
     ):
         return []
     if not re.fullmatch(r"[A-Za-z0-9][\w.+]{0,30}", name, re.ASCII):
-        problems.append(f"{where}: a stage is named in letters, digits, '_' and '.'; it names files")
+        problems.append(
+            f"{where}: a stage is named in letters, digits, '_' and '.'; it names files"
+        )
     seeds = seeds_of(where, table, problems)
-    base = dict(machine) | common | problems.knobs(f"{where} knobs", table.get("knobs", {}), trainer) | changed
+    base = (
+        dict(machine)
+        | common
+        | problems.knobs(f"{where} knobs", table.get("knobs", {}), trainer)
+        | changed
+    )
     if (target := table.get("target_loss")) is not None:
         if isinstance(target, bool) or not isinstance(target, int | float):
             problems.append(f"{where}: target_loss = {target!r}: expected a number of nats")
@@ -325,7 +392,9 @@ def read_stage(
             complaints.setdefault(str(error), []).append(label)
             continue
         if (content := content_of(name, k, trainer)) in labels_of:
-            problems.append(f"{where}: cells '{labels_of[content]}' and '{label}' are the same training; drop one")
+            problems.append(
+                f"{where}: cells '{labels_of[content]}' and '{label}' are the same training; drop one"
+            )
         labels_of.setdefault(content, label)
         built.append((given, env, k))
     for words, labels in complaints.items():
@@ -335,7 +404,9 @@ def read_stage(
     wanted = problems.knobs(f"{where} baseline", table.get("baseline", {}), trainer)
     is_baseline = [False] * len(built)
     if len(combinations) > 1 and not table.get("baseline"):
-        problems.append(f'{where}: has no baseline; say what is compared with, such as {{ attngate = "none" }}')
+        problems.append(
+            f'{where}: has no baseline; say what is compared with, such as {{ attngate = "none" }}'
+        )
     elif wanted and not complaints:
         try:  # effective knobs are compared: 0.01 is 1e-2, and a knob left at its default counts
             upper = {name.upper(): value for name, value in wanted.items()}
@@ -345,31 +416,45 @@ def read_stage(
         else:
             if not any(is_baseline):
                 words = " ".join(f"{k}={v}" for k, v in wanted.items())
-                problems.append(f"{where}: no cell is the baseline {words}; add it to grid or cells")
+                problems.append(
+                    f"{where}: no cell is the baseline {words}; add it to grid or cells"
+                )
 
     return in_order(name, built, is_baseline, wanted, seeds, trainer)
 
 
 def seeds_of(where: str, table: Mapping, problems: Problems) -> list[int]:
     seeds = table.get("seeds")
-    whole = isinstance(seeds, list) and seeds and all(isinstance(s, int) and not isinstance(s, bool) for s in seeds)
+    whole = (
+        isinstance(seeds, list)
+        and seeds
+        and all(isinstance(s, int) and not isinstance(s, bool) for s in seeds)
+    )
     if not whole or min(seeds) < 0:
-        problems.append(f"{where}: seeds = {seeds!r}: expected a list of whole numbers, such as [1337, 1338]")
+        problems.append(
+            f"{where}: seeds = {seeds!r}: expected a list of whole numbers, such as [1337, 1338]"
+        )
         seeds = [0]
     elif len(set(seeds)) < len(seeds):
         problems.append(f"{where}: seeds = {seeds}: one occurs twice, and would be the same run")
     return seeds
 
 
-def combinations_of(where: str, table: Mapping, trainer: Trainer, problems: Problems) -> list[dict[str, str]] | None:
+def combinations_of(
+    where: str, table: Mapping, trainer: Trainer, problems: Problems
+) -> list[dict[str, str]] | None:
     """The knobs of the stage's cells, from grid and cells; None when something is wrong with those."""
     before = len(problems)
     combinations: list[dict[str, str]] = []
     grid = problems.knobs(f"{where} grid", table.get("grid", {}), trainer, lists=True)
     if "grid" in table and not table["grid"]:
-        problems.append(f"{where}: grid is empty; give it knobs with lists of values, or leave it out")
+        problems.append(
+            f"{where}: grid is empty; give it knobs with lists of values, or leave it out"
+        )
     if grid:
-        combinations += [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+        combinations += [
+            dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())
+        ]
     listed = table.get("cells", [])
     if not isinstance(listed, list) or ("cells" in table and not listed):
         problems.append(f"{where}: cells = {listed!r}: expected a list of tables of knobs")
@@ -391,10 +476,13 @@ def in_order(
     group = [tuple(sorted((k, v) for k, v in g.items() if k not in wanted)) for g, _, _ in built]
     has_own = {g for g, yes in zip(group, is_baseline, strict=True) if yes}
     order = sorted(
-        range(len(built)), key=lambda i: (group[i] not in has_own, group.index(group[i]), not is_baseline[i])
+        range(len(built)),
+        key=lambda i: (group[i] not in has_own, group.index(group[i]), not is_baseline[i]),
     )
     cells = []
-    for seed, i in itertools.product(seeds, order):  # seed-major: a comparison has its first pair early
+    for seed, i in itertools.product(
+        seeds, order
+    ):  # seed-major: a comparison has its first pair early
         given, env, k = built[i]
         k = dataclasses.replace(k, seed=seed)
         env = env | dict(SEED=str(seed), STAGE=name)
@@ -439,7 +527,11 @@ class Progress:
     @property
     def eta_s(self) -> float:
         done = self.step - self.began_step
-        return (self.cell.steps - self.step) * (time.monotonic() - self.began) / done if done > 0 else math.nan
+        return (
+            (self.cell.steps - self.step) * (time.monotonic() - self.began) / done
+            if done > 0
+            else math.nan
+        )
 
 
 class Records:
@@ -486,8 +578,14 @@ class Records:
             if row is None and status.get("status") not in DONE:
                 continue
             p.state, p.run_id, p.note = "done", run_id, ""
-            p.loss = row.number("final_val_loss") if row else float(status.get("val_loss", math.nan))
-            p.step = int(status.get("step", p.cell.steps)) if row is None else int(row["steps_done"] or p.cell.steps)
+            p.loss = (
+                row.number("final_val_loss") if row else float(status.get("val_loss", math.nan))
+            )
+            p.step = (
+                int(status.get("step", p.cell.steps))
+                if row is None
+                else int(row["steps_done"] or p.cell.steps)
+            )
             if run_id in others:
                 p.note = f"code {run_id[-6:]}"
             elif row is None:
@@ -530,7 +628,11 @@ def duration(seconds: float) -> str:
     s = max(0, round(seconds))
     if s < 3600:
         return f"{s // 60}m{s % 60:02d}s" if s >= 60 else f"{s}s"
-    return f"{s // 3600}h{s % 3600 // 60:02d}m" if s < 86400 else f"{s // 86400}d{s % 86400 // 3600:02d}h"
+    return (
+        f"{s // 3600}h{s % 3600 // 60:02d}m"
+        if s < 86400
+        else f"{s // 86400}d{s % 86400 // 3600:02d}h"
+    )
 
 
 def rate(tokens_per_s: float) -> str:
@@ -560,7 +662,9 @@ class Board:
         self.doing = ""
 
     def summary(self) -> str:
-        counts = {s: sum(p.state == s for p in self.cells) for s in ("running", "elsewhere", "failed")}
+        counts = {
+            s: sum(p.state == s for p in self.cells) for s in ("running", "elsewhere", "failed")
+        }
         words = [f"{sum(p.state == 'done' for p in self.cells)} of {len(self.cells)} done"]
         words += [f"{n} {state}" for state, n in counts.items() if n]
         if waiting := sum(p.state in ("waiting", "half-done") for p in self.cells):
@@ -572,7 +676,11 @@ class Board:
         """Seconds until nothing is left for this launcher; nan before there is anything to go by."""
         spent = sum(p.wall_s for p in self.cells)
         steps = sum(p.step - p.began_step for p in self.cells if p.wall_s)
-        left = sum(p.cell.steps - p.step for p in self.cells if p.state in ("waiting", "half-done", "running"))
+        left = sum(
+            p.cell.steps - p.step
+            for p in self.cells
+            if p.state in ("waiting", "half-done", "running")
+        )
         return left * spent / steps if steps > 0 else math.nan
 
     def line(self, p: Progress, width: int, colour: bool) -> str:
@@ -601,7 +709,9 @@ class Board:
                     busy = len(lines)
                 lines.append(self.line(p, width, colour))
             heads += [at] * (len(lines) - at)
-        room = height - 5  # but for the summary, the count of what is hidden, what goes on, and the cursor
+        room = (
+            height - 5
+        )  # but for the summary, the count of what is hidden, what goes on, and the cursor
         if len(lines) > room:
             start = max(0, min((busy or 0) - 2, len(lines) - room))
             end = start + room
@@ -613,9 +723,13 @@ class Board:
 
     def draw(self) -> None:
         size = shutil.get_terminal_size()
-        width = max(40, min(size.columns, 140) - 1)  # never the last column: some terminals wrap there
+        width = max(
+            40, min(size.columns, 140) - 1
+        )  # never the last column: some terminals wrap there
         lines = self.table(width, size.lines, colour=True)
-        sys.stdout.write(self._erase(size.columns) + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J")
+        sys.stdout.write(
+            self._erase(size.columns) + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J"
+        )
         sys.stdout.flush()
         self.drawn = lines
 
@@ -646,7 +760,11 @@ class Board:
                 if p.state == "running":
                     words = [f"{p.run_id}: step {p.step}/{p.cell.steps}"]
                     words += [f"loss {p.loss:.4f}"] if math.isfinite(p.loss) else []
-                    words += [f"{rate(p.tokens_per_s)} tokens/s"] if math.isfinite(p.tokens_per_s) else []
+                    words += (
+                        [f"{rate(p.tokens_per_s)} tokens/s"]
+                        if math.isfinite(p.tokens_per_s)
+                        else []
+                    )
                     words += [f"ETA {duration(p.eta_s)}"] if math.isfinite(p.eta_s) else []
                     print(f"{', '.join(words)}; {self.summary()}", flush=True)
 
@@ -657,7 +775,9 @@ class Board:
             size = shutil.get_terminal_size()
             width = max(40, min(size.columns, 140) - 1)
             lines = self.table(width, 10**6, colour=True)
-            sys.stdout.write(self._erase(size.columns) + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J")
+            sys.stdout.write(
+                self._erase(size.columns) + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J"
+            )
             sys.stdout.flush()
             self.drawn = []
 
@@ -732,12 +852,23 @@ _PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 def command(trainer: Path, nproc: int) -> list[str]:
     if nproc == 1:
         return [sys.executable, str(trainer)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={nproc}",
+    ]
     return [*torchrun, str(trainer)]
 
 
 def cell_env(p: Progress, logs: Path, results: Path) -> dict[str, str]:
-    return {**p.cell.env, "RUN_ID": p.run_id, "LOGS_FOLDER": str(logs), "RESULTS_FILE": str(results)}
+    return {
+        **p.cell.env,
+        "RUN_ID": p.run_id,
+        "LOGS_FOLDER": str(logs),
+        "RESULTS_FILE": str(results),
+    }
 
 
 def last_lines(path: Path, start: int, n: int = 5) -> list[str]:
@@ -749,7 +880,9 @@ def last_lines(path: Path, start: int, n: int = 5) -> list[str]:
     lines = [line.rstrip() for line in text.splitlines() if line.strip()]
     ours = [line for line in lines if not re.match(r"[EWI]\d{4} |-{20}|={20}|\[rank\d+\]:\[", line)]
     for i, line in enumerate(ours):
-        if line.startswith("Traceback") and any("torch/distributed/run.py" in x for x in ours[i + 1 : i + 8]):
+        if line.startswith("Traceback") and any(
+            "torch/distributed/run.py" in x for x in ours[i + 1 : i + 8]
+        ):
             ours = ours[:i]
             break
     ends: dict[str, str] = {}
@@ -762,12 +895,18 @@ def last_lines(path: Path, start: int, n: int = 5) -> list[str]:
 
 
 class Runner:
-    def __init__(self, study: Study, cells: Sequence[Progress], records: Records, a: argparse.Namespace):
+    def __init__(
+        self, study: Study, cells: Sequence[Progress], records: Records, a: argparse.Namespace
+    ):
         self.study, self.cells, self.records, self.a = study, cells, records, a
         self.nproc = a.nproc or study.nproc
         self.signals, self.board = Signals(), Board(study, cells)
         self.errors: dict[str, tuple[Path, list[str]]] = {}
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = (
+            len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1
+        )
         self.base_env = {n: v for n, v in os.environ.items() if n not in study.trainer.known}
         self.base_env.setdefault("OMP_NUM_THREADS", str(max(1, cores // self.nproc)))
 
@@ -840,7 +979,9 @@ class Runner:
                     f"counts for the code as it was (--ignore-code accepts it), the rest was not started"
                 )
             verb = "start" if not (p.step or attempt) else "resume" if p.step else "again"
-            self.board.event(f"{verb}: {p.run_id}{f' at step {p.step}' if p.step else ''}", quiet=True)
+            self.board.event(
+                f"{verb}: {p.run_id}{f' at step {p.step}' if p.step else ''}", quiet=True
+            )
             code, start = self.attempt(p, out)
             if self.records.look(p, ignore_code=False):
                 took = f" in {duration(p.wall_s)}" if p.wall_s else ""
@@ -856,7 +997,9 @@ class Runner:
                 re.match(rf"{re.escape(self.study.trainer.path.name)}: error: ", x) for x in tail
             )
             reason = "refused" if refused else status if status == "nan" else f"exit code {code}"
-            if refused or status == "nan" or attempt == self.a.retries:  # neither would go another way next time
+            if (
+                refused or status == "nan" or attempt == self.a.retries
+            ):  # neither would go another way next time
                 p.state, p.note = "failed", "nan" if status == "nan" else ""
                 self.errors[p.run_id] = out, tail
                 self.board.event(f"failed ({reason}): {p.run_id}, see {out}", quiet=True)
@@ -868,7 +1011,9 @@ class Runner:
         line = command(self.study.trainer.path, self.nproc)
         env = self.base_env | cell_env(p, self.a.logs_folder, self.a.results_file)
         with open(out, "ab") as f:
-            said = " ".join(f"{k}={shlex.quote(v)}" for k, v in env.items() if k in self.study.trainer.known)
+            said = " ".join(
+                f"{k}={shlex.quote(v)}" for k, v in env.items() if k in self.study.trainer.known
+            )
             f.write(f"# {datetime.now():%Y-%m-%d %H:%M:%S} {said} {shlex.join(line)}\n".encode())
             f.flush()
             start = f.tell()
@@ -889,14 +1034,18 @@ class Runner:
                 pass
             p.wall_s = before + time.monotonic() - t0
             if self.signals.number:
-                self.board.doing = "saves and stops; Ctrl-C again kills it (what was saved before stays)"
+                self.board.doing = (
+                    "saves and stops; Ctrl-C again kills it (what was saved before stays)"
+                )
             if time.monotonic() - asked >= 0.5:
                 asked = time.monotonic()
                 self.records.follow(p, since)
                 if math.isnan(p.began) and p.step > first:
                     p.began, p.began_step = time.monotonic(), p.step
                 for other in self.cells:
-                    if other.state == "elsewhere" and not self.records.look(other, self.a.ignore_code):
+                    if other.state == "elsewhere" and not self.records.look(
+                        other, self.a.ignore_code
+                    ):
                         self.records.follow(other)
             self.board.tick()
         self.signals.watch(None)
@@ -918,32 +1067,51 @@ class Runner:
                 )
         other = [p for p in self.cells if p.note.startswith("code ")]
         if other:
-            print(f"{lib.count(len(other), 'run')} of other code accepted (--ignore-code): their rows say which")
+            print(
+                f"{lib.count(len(other), 'run')} of other code accepted (--ignore-code): their rows say which"
+            )
         print(f"{self.study.title}: {self.board.summary().split(', ETA')[0]}")
         if stages := write_stages(self.study, self.cells, self.records):
             source = os.path.relpath(self.a.results_file)
-            print(f"tables: python scripts/split_results.py --source {source} --stages {os.path.relpath(stages)}")
+            print(
+                f"tables: python scripts/split_results.py --source {source} --stages {os.path.relpath(stages)}"
+            )
         if number := self.signals.number:
-            print(f"stopped by {signal.Signals(number).name}; the same command goes on from here", flush=True)
+            print(
+                f"stopped by {signal.Signals(number).name}; the same command goes on from here",
+                flush=True,
+            )
             return 128 + number
         return 1 if failed else 0
 
 
-def baseline_columns(study: Study, stage: str, cells: Sequence[Progress], records: Records) -> dict[str, str]:
+def baseline_columns(
+    study: Study, stage: str, cells: Sequence[Progress], records: Records
+) -> dict[str, str]:
     """The columns of the results that make a row of this stage its baseline. Of a stage with one baseline cell they
     are all that vary, so that every other cell is compared with it; else those of the knobs that the study names."""
-    rows = {p.run_id: records.rows[p.run_id] for p in cells if p.cell.stage == stage and p.run_id in records.rows}
+    rows = {
+        p.run_id: records.rows[p.run_id]
+        for p in cells
+        if p.cell.stage == stage and p.run_id in records.rows
+    }
     bases = [p for p in cells if p.cell.stage == stage and p.cell.is_baseline and p.run_id in rows]
     keys = lib.keys_of(list(rows.values()))
     varied = [key for key in keys if len({lib.key_value(row, key) for row in rows.values()}) > 1]
     if len({json.dumps(p.cell.given) for p in bases}) > 1:
         plain = {key.replace("_", "").upper(): key for key in keys}
         spelled = {
-            f.name: plain.get(s.replace("_", "")) for s, f in study.trainer.known.items() if s.replace("_", "") in plain
+            f.name: plain.get(s.replace("_", ""))
+            for s, f in study.trainer.known.items()
+            if s.replace("_", "") in plain
         }
         varied = [spelled.get(knob, "notes") for knob in study.baselines[stage]]
-    found = {key: lib.key_value(rows[p.run_id], key) for p in bases[:1] for key in dict.fromkeys(varied)}
-    return {key: value for key, value in found.items() if value != "-"}  # a gate's knob, where there is no gate
+    found = {
+        key: lib.key_value(rows[p.run_id], key) for p in bases[:1] for key in dict.fromkeys(varied)
+    }
+    return {
+        key: value for key, value in found.items() if value != "-"
+    }  # a gate's knob, where there is no gate
 
 
 def write_stages(study: Study, cells: Sequence[Progress], records: Records) -> Path | None:
@@ -960,7 +1128,9 @@ def write_stages(study: Study, cells: Sequence[Progress], records: Records) -> P
     if not lines:
         return None
     path = records.results.parent / "tables" / f"{study.path.stem}.toml"
-    lib.write_whole(path, f"# made by run_study.py of {study.path.name}\n" + "\n".join(lines) + "\n")
+    lib.write_whole(
+        path, f"# made by run_study.py of {study.path.name}\n" + "\n".join(lines) + "\n"
+    )
     return path
 
 
@@ -989,14 +1159,21 @@ def check_data(study: Study, cells: Sequence[Progress]) -> None:
     for label, p in {(p.cell.stage, p.cell.label): p for p in cells if p.state != "done"}.items():
         if problem := plan_of(p.cell.knobs, study.trainer)[2]:
             problems.setdefault(problem, []).append(f"[stage.{label[0]}] {label[1]}")
-    words = [f"{w[0]}{f' (and {len(w) - 1} more)' * (len(w) > 1)}: {problem}" for problem, w in problems.items()]
+    words = [
+        f"{w[0]}{f' (and {len(w) - 1} more)' * (len(w) > 1)}: {problem}"
+        for problem, w in problems.items()
+    ]
     if words:
-        raise UserError(words[0] if len(words) == 1 else "\n  ".join([f"{len(words)} problems:", *words]))
+        raise UserError(
+            words[0] if len(words) == 1 else "\n  ".join([f"{len(words)} problems:", *words])
+        )
 
 
 def show_study(study: Study, cells: Sequence[Progress], ignored: str) -> None:
     """--dry_run: every cell, its state, its size."""
-    print(f"{study.title}: {study.path}, {study.trainer.path.name}, code {study.trainer.code[:6]}{ignored}")
+    print(
+        f"{study.title}: {study.path}, {study.trainer.path.name}, code {study.trainer.code[:6]}{ignored}"
+    )
     missing = total = 0
     problems: dict[str, int] = {}
     for stage, group in itertools.groupby(cells, key=lambda p: p.cell.stage):
@@ -1013,13 +1190,18 @@ def show_study(study: Study, cells: Sequence[Progress], ignored: str) -> None:
                 missing += size
                 problems[problem] = problems.get(problem, 0) + 1
             label, state = p.cell.label + "*" * p.cell.is_baseline, f"{p.state} {p.note}".rstrip()
-            rows.append((label, str(p.cell.seed), state, str(p.cell.steps), params, tokens, p.run_id))
+            rows.append(
+                (label, str(p.cell.seed), state, str(p.cell.steps), params, tokens, p.run_id)
+            )
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         for row in rows:
             cols = [f"{t:{'<' if i in (0, 2, 6) else '>'}{widths[i]}}" for i, t in enumerate(row)]
             print("  " + "  ".join(cols).rstrip())
     done = sum(p.state == "done" for p in cells)
-    print(f"\n* baseline\n{lib.count(len(cells), 'run')}, {done} done, {len(cells) - done} to do", end="")
+    print(
+        f"\n* baseline\n{lib.count(len(cells), 'run')}, {done} done, {len(cells) - done} to do",
+        end="",
+    )
     print(f"; {missing:,} of {total:,} training tokens to do" if total else "")
     for problem, n in problems.items():
         if problem:
@@ -1064,7 +1246,11 @@ def write_slurm(study: Study, cells: Sequence[Progress], a: argparse.Namespace) 
     todo = [p for p in cells if p.state != "done"]
     for p in todo:
         env = cell_env(p, a.logs_folder, a.results_file)
-        gpus = f"\n#SBATCH --gpus-per-node={nproc}" if getattr(p.cell.knobs, "device", "cuda") == "cuda" else ""
+        gpus = (
+            f"\n#SBATCH --gpus-per-node={nproc}"
+            if getattr(p.cell.knobs, "device", "cuda") == "cuda"
+            else ""
+        )
         text = SBATCH.format(
             run_id=p.run_id,
             study=study.path.name,
@@ -1086,28 +1272,59 @@ def write_slurm(study: Study, cells: Sequence[Progress], a: argparse.Namespace) 
         f"submit_all.sh --partition=gpu --time=04:00:00\n"
         f'set -eu\ncd "$(dirname "$0")"\nmkdir -p {shlex.quote(str(a.logs_folder))}\n'
     )
-    text += f'for job in {names}; do\n    sbatch "$@" "$job"\ndone\n' if todo else "echo nothing is missing\n"
+    text += (
+        f'for job in {names}; do\n    sbatch "$@" "$job"\ndone\n'
+        if todo
+        else "echo nothing is missing\n"
+    )
     lib.write_whole(a.slurm / "submit_all.sh", text)
     (a.slurm / "submit_all.sh").chmod(0o755)
-    print(f"wrote {lib.count(len(todo), 'job')} and {a.slurm / 'submit_all.sh'}; nothing was submitted")
+    print(
+        f"wrote {lib.count(len(todo), 'job')} and {a.slurm / 'submit_all.sh'}; nothing was submitted"
+    )
 
 
 # ----------------------------------------------------------------------------
 
 
 def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("file", type=Path, metavar="FILE", help="the study, such as experiments/studies/mini.toml")
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "file", type=Path, metavar="FILE", help="the study, such as experiments/studies/mini.toml"
+    )
     p.add_argument("--stage", metavar="S,S", help="these stages only")
-    p.add_argument("--nproc", type=int, metavar="N", help="processes of a run, per node; default: the study's")
-    p.add_argument("--retries", type=int, default=1, metavar="N", help="further attempts at a run that fails")
-    p.add_argument("--set", action="append", default=[], metavar="KNOB=VALUE", help="of every run, before the file's")
-    p.add_argument("--ignore-code", "--ignore_code", action="store_true", help="runs of other code count as finished")
+    p.add_argument(
+        "--nproc", type=int, metavar="N", help="processes of a run, per node; default: the study's"
+    )
+    p.add_argument(
+        "--retries", type=int, default=1, metavar="N", help="further attempts at a run that fails"
+    )
+    p.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KNOB=VALUE",
+        help="of every run, before the file's",
+    )
+    p.add_argument(
+        "--ignore-code",
+        "--ignore_code",
+        action="store_true",
+        help="runs of other code count as finished",
+    )
     p.add_argument("--dry_run", "--dry-run", action="store_true", help="list the runs and stop")
-    p.add_argument("--slurm", type=Path, metavar="DIR", help="write batch files there instead of running")
+    p.add_argument(
+        "--slurm", type=Path, metavar="DIR", help="write batch files there instead of running"
+    )
     p.add_argument("--nodes", type=int, metavar="N", help="nodes of a run; with --slurm")
-    p.add_argument("--logs_folder", "--logs-folder", type=Path, metavar="DIR", help="default: the trainer's")
-    p.add_argument("--results_file", "--results-file", type=Path, metavar="CSV", help="default: the trainer's")
+    p.add_argument(
+        "--logs_folder", "--logs-folder", type=Path, metavar="DIR", help="default: the trainer's"
+    )
+    p.add_argument(
+        "--results_file", "--results-file", type=Path, metavar="CSV", help="default: the trainer's"
+    )
     a = p.parse_args(argv)
     for name, low in (("nproc", 1), ("nodes", 1), ("retries", 0)):
         if (value := getattr(a, name)) is not None and value < low:
@@ -1133,7 +1350,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         study = dataclasses.replace(study, cells=tuple(c for c in study.cells if c.stage in names))
     defaults = {f.name: f.default for f in dataclasses.fields(study.trainer.module.Knobs)}
-    for name in ("logs_folder", "results_file"):  # a flag beats the environment, as it does for knobs
+    for name in (
+        "logs_folder",
+        "results_file",
+    ):  # a flag beats the environment, as it does for knobs
         path = getattr(a, name) or Path(os.environ.get(name.upper()) or defaults[name])
         setattr(a, name, path.resolve())
     records = Records(a.logs_folder, a.results_file)

@@ -47,9 +47,7 @@ class Window:
         if len(ids) > self.size and (self.held == 0 or self.held == self.size):
             half = max(1, self.size // 2)
             if not self.told:
-                what = (
-                    f"the prompt has {len(ids)} tokens, SEQUENCE_LENGTH is {self.size}: only its last {half} are read"
-                )
+                what = f"the prompt has {len(ids)} tokens, SEQUENCE_LENGTH is {self.size}: only its last {half} are read"
                 if self.held:
                     what = f"SEQUENCE_LENGTH is full at {self.size} tokens: going on from the last {half}"
                 print(f"[{what}]", file=sys.stderr, flush=True)
@@ -59,7 +57,9 @@ class Window:
         else:
             new = ids if self.held == 0 else ids[-1:]
         x_BT = torch.tensor([list(new)], device=self.device)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
+        with torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"
+        ):
             logits_V = self.model.logits(x_BT, self.cache)[0, -1]
         self.held += len(new)
         return logits_V.float().cpu()
@@ -69,7 +69,12 @@ class Carried:
     """The same for train_gpu.py's model: every token goes in once, into a state that it carries."""
 
     def __init__(self, model: nn.Module):
-        self.model, self.device, self.state, self.held = model, model.wte.device, model.empty_state(1), 0
+        self.model, self.device, self.state, self.held = (
+            model,
+            model.wte.device,
+            model.empty_state(1),
+            0,
+        )
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         new, self.held = ids[self.held :], len(ids)
@@ -89,7 +94,11 @@ class Patches:
     def logits(self, ids: Sequence[int]) -> Tensor:
         missing = max(0, 4 - len(ids)) if self.held == 0 else 0
         if missing:
-            print(f"[the text is shorter than a patch: {missing} line end(s) in front]", file=sys.stderr, flush=True)
+            print(
+                f"[the text is shorter than a patch: {missing} line end(s) in front]",
+                file=sys.stderr,
+                flush=True,
+            )
         prompt, new, self.held = self.held == 0, [10] * missing + list(ids[self.held :]), len(ids)
         self.stream.feed(torch.tensor([new]), remember=prompt)
         return self.stream.logits()[0].cpu()
@@ -100,7 +109,12 @@ VIEWS = dict(train_gpu=Carried, train_scaled=Patches)
 
 @torch.inference_mode()
 def generate(
-    model: nn.Module, ids: Sequence[int], separator: int, limit: int, a: argparse.Namespace, seed: int
+    model: nn.Module,
+    ids: Sequence[int],
+    separator: int,
+    limit: int,
+    a: argparse.Namespace,
+    seed: int,
 ) -> Iterator[int]:
     """Up to a.tokens tokens that follow `ids`, all below `limit`; stops before a separator."""
     ids, generator = list(ids), torch.Generator().manual_seed(seed)
@@ -116,7 +130,11 @@ def generate(
 def check(a: argparse.Namespace) -> None:
     for name, good, expected in (
         ("tokens", a.tokens >= 0, "0 or more"),
-        ("temperature", 0 <= a.temperature < float("inf"), "0 (the likeliest token) or more, such as 0.8"),
+        (
+            "temperature",
+            0 <= a.temperature < float("inf"),
+            "0 (the likeliest token) or more, such as 0.8",
+        ),
         ("top_k", a.top_k >= 0, "0 (off) or more, such as 50"),
         ("top_p", 0 < a.top_p <= 1, "above 0 and up to 1 (off)"),
         ("seed", a.seed >= 0, "0 or more"),
@@ -125,17 +143,39 @@ def check(a: argparse.Namespace) -> None:
         if not good:
             raise UserError(f"--{name} {getattr(a, name)}: expected {expected}")
     if a.device == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device cuda, but torch {torch.__version__} sees no CUDA GPU; leave it out to use the CPU")
+        raise UserError(
+            f"--device cuda, but torch {torch.__version__} sees no CUDA GPU; leave it out to use the CPU"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     lib.add_run_options(p)
     p.add_argument("--prompt", default="", help="text to go on from; empty: a new document")
-    p.add_argument("--tokens", type=int, default=200, metavar="N", help="tokens to make at most (200)")
-    p.add_argument("--temperature", type=float, default=0.8, metavar="X", help="0: always the likeliest (0.8)")
-    p.add_argument("--top_k", "--top-k", type=int, default=50, metavar="K", help="likeliest tokens, 0: all (50)")
-    p.add_argument("--top_p", "--top-p", type=float, default=1.0, metavar="X", help="share of probability (1.0)")
+    p.add_argument(
+        "--tokens", type=int, default=200, metavar="N", help="tokens to make at most (200)"
+    )
+    p.add_argument(
+        "--temperature", type=float, default=0.8, metavar="X", help="0: always the likeliest (0.8)"
+    )
+    p.add_argument(
+        "--top_k",
+        "--top-k",
+        type=int,
+        default=50,
+        metavar="K",
+        help="likeliest tokens, 0: all (50)",
+    )
+    p.add_argument(
+        "--top_p",
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="share of probability (1.0)",
+    )
     p.add_argument("--seed", type=int, default=0, metavar="N")
     p.add_argument("--num_samples", "--num-samples", type=int, default=1, metavar="N")
     p.add_argument("--tokenizer", choices=("auto", *lib.TOKENIZERS), default="auto")
@@ -153,7 +193,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{limit - 1}; choose another --prompt or --tokenizer"
         )
     model.to(a.device)
-    print(f"[{path}, val_loss {state['val_loss']:.4f}, {tokenizer.name}]", file=sys.stderr, flush=True)
+    print(
+        f"[{path}, val_loss {state['val_loss']:.4f}, {tokenizer.name}]", file=sys.stderr, flush=True
+    )
     made, t0 = 0, time.perf_counter()
     for i in range(a.num_samples):
         if a.num_samples > 1:
@@ -169,7 +211,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 gets ? instead of a traceback
+    sys.stdout.reconfigure(
+        errors="replace"
+    )  # a terminal that is not UTF-8 gets ? instead of a traceback
     try:
         plumbing.launch(main)
     except KeyboardInterrupt:

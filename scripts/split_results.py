@@ -44,7 +44,9 @@ def check_targets(targets: Sequence[Path], sources: Sequence[Path], rows: Sequen
     known: set[frozenset] = set()
     for target in targets:
         if target.resolve() in read:
-            raise UserError(f"{target} is a source and would be replaced by its own rows; choose another --out-dir")
+            raise UserError(
+                f"{target} is a source and would be replaced by its own rows; choose another --out-dir"
+            )
         if not target.exists():
             continue
         old, _ = lib.read_results(target)
@@ -60,26 +62,52 @@ def check_targets(targets: Sequence[Path], sources: Sequence[Path], rows: Sequen
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--source", nargs="+", type=Path, metavar="CSV", default=[lib.REPO / "experiments/results.csv"])
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--source",
+        nargs="+",
+        type=Path,
+        metavar="CSV",
+        default=[lib.REPO / "experiments/results.csv"],
+    )
     p.add_argument("--out-dir", type=Path, metavar="DIR", default=lib.REPO / "experiments")
     p.add_argument("--stage1-iters", metavar="N,N", help="num_iterations of stage1 (default 1500)")
     p.add_argument("--stage2-iters", metavar="N,N", help="num_iterations of stage2 (default 800)")
-    p.add_argument("--stages", type=Path, metavar="TOML", help="a file that defines the stages instead")
-    p.add_argument("--logs", type=Path, default=lib.REPO / "logs", metavar="DIR", help="run folders, for curves")
-    p.add_argument("--curves", nargs="+", type=Path, default=[], metavar="CSV", help="validations of many runs")
-    p.add_argument("--target", type=float, metavar="NATS", help="report steps and seconds to this loss")
+    p.add_argument(
+        "--stages", type=Path, metavar="TOML", help="a file that defines the stages instead"
+    )
+    p.add_argument(
+        "--logs",
+        type=Path,
+        default=lib.REPO / "logs",
+        metavar="DIR",
+        help="run folders, for curves",
+    )
+    p.add_argument(
+        "--curves", nargs="+", type=Path, default=[], metavar="CSV", help="validations of many runs"
+    )
+    p.add_argument(
+        "--target", type=float, metavar="NATS", help="report steps and seconds to this loss"
+    )
     return p.parse_args(argv)
 
 
 def say_what_is_left_out(
-    sources: Sequence[Path], rows: Sequence[Row], homeless: Sequence[Row], used: dict[str, list[Row]]
+    sources: Sequence[Path],
+    rows: Sequence[Row],
+    homeless: Sequence[Row],
+    used: dict[str, list[Row]],
 ) -> None:
     """Rows in no stage and in several: nothing is dropped, or counted twice, in silence."""
     if not rows:
         print(f"{', '.join(map(str, sources))}: no rows yet")
     if homeless:
-        which = [f"{row['run_id']} ({row.where}, num_iterations {row['num_iterations']})" for row in homeless]
+        which = [
+            f"{row['run_id']} ({row.where}, num_iterations {row['num_iterations']})"
+            for row in homeless
+        ]
         print(f"{lib.count(len(homeless), 'row')} in no stage: {lib.listing(which, '; ')}")
     times = Counter(id(row) for own in used.values() for row in own)
     if several := [row["run_id"] for row in rows if times[id(row)] > 1]:
@@ -91,9 +119,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if a.target is not None and not a.target > 0:
         raise UserError(f"--target {a.target}: expected a loss above 0, in nats per token")
     if a.stages and (a.stage1_iters is not None or a.stage2_iters is not None):
-        raise UserError("--stages and --stage1-iters or --stage2-iters both define the stages; give one of them")
+        raise UserError(
+            "--stages and --stage1-iters or --stage2-iters both define the stages; give one of them"
+        )
     asked = a.stages or a.stage1_iters is not None or a.stage2_iters is not None
-    iters = ("1500" if a.stage1_iters is None else a.stage1_iters, "800" if a.stage2_iters is None else a.stage2_iters)
+    iters = (
+        "1500" if a.stage1_iters is None else a.stage1_iters,
+        "800" if a.stage2_iters is None else a.stage2_iters,
+    )
     stages = [] if a.stages else lib.stages_by_iters(*iters)
 
     rows: list[Row] = []
@@ -136,7 +169,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         table = made[name]
         print(lib.table_text(table))
         if name in extras:
-            print(f"  {lib.count(len(extras[name]), 'row')} of these from {', '.join(stage.extra_csv)}")
+            print(
+                f"  {lib.count(len(extras[name]), 'row')} of these from {', '.join(stage.extra_csv)}"
+            )
         print()
         sources = [path.name for path in a.source] + list(stage.extra_csv)
         for suffix, text in (("csv", lib.table_csv(table)), ("md", lib.table_md(table, sources))):

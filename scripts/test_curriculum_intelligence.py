@@ -70,7 +70,9 @@ def entries(table: str) -> list[list[str]]:
 
 def minimal_pairs() -> list[tuple[str, str, str]]:
     """Rule, right word, wrong word."""
-    found = [("vowel harmony", stem + right, stem + wrong) for stem, right, wrong in entries(HARMONY)]
+    found = [
+        ("vowel harmony", stem + right, stem + wrong) for stem, right, wrong in entries(HARMONY)
+    ]
     for stem, first, second, *rest in entries(ORDER):
         right, wrong = "".join([stem, first, second, *rest]), "".join([stem, second, first, *rest])
         found.append(("suffix order", right, wrong))
@@ -82,7 +84,9 @@ def log_likelihoods(model: ByteLM, texts: Sequence[tuple[bytes, bytes]]) -> list
     """log p of each text's second part after its first, in nats: a sum, as texts of other lengths compete."""
     out, device = [], model.plasticity.device
     for before, rest in texts:
-        before = b"\n" * (-len(before) % PATCH) + before  # whole patches: the first of them is never scored
+        before = (
+            b"\n" * (-len(before) % PATCH) + before
+        )  # whole patches: the first of them is never scored
         whole = np.frombuffer(before + rest, np.uint8).astype(np.int64)
         y = np.full(-(-len(whole) // PATCH) * PATCH, -1)
         y[len(before) : len(whole)] = whole[len(before) :]
@@ -99,7 +103,11 @@ def judge_pairs(model: ByteLM) -> list[dict[str, object]]:
     scores = log_likelihoods(model, texts)
     rows = []
     for (rule, right, wrong), ours, theirs in zip(pairs, scores[::2], scores[1::2], strict=True):
-        rows.append(dict(rule=rule, right=right, wrong=wrong, lead_nats=ours - theirs, hit=int(ours > theirs)))
+        rows.append(
+            dict(
+                rule=rule, right=right, wrong=wrong, lead_nats=ours - theirs, hit=int(ours > theirs)
+            )
+        )
     return rows
 
 
@@ -123,7 +131,11 @@ def valid_share(text: bytes) -> float:
         lead = text[-n]
         if 0xC2 <= lead <= 0xF4:
             needed = 2 if lead < 0xE0 else 3 if lead < 0xF0 else 4
-            text = text[:-n] if n < needed and all(b & 0xC0 == 0x80 for b in text[len(text) - n + 1 :]) else text
+            text = (
+                text[:-n]
+                if n < needed and all(b & 0xC0 == 0x80 for b in text[len(text) - n + 1 :])
+                else text
+            )
             break
     if not text:
         return 1.0
@@ -139,7 +151,9 @@ def repetition(text: bytes) -> float:
 
 def inner_words(text: bytes) -> list[str]:
     """Words of a continuation without its first and last, which its edges may have cut."""
-    return words_of(re.sub(r"\S*$", "", re.sub(r"^\S*", "", text.decode("utf-8", errors="replace"))))
+    return words_of(
+        re.sub(r"\S*$", "", re.sub(r"^\S*", "", text.decode("utf-8", errors="replace")))
+    )
 
 
 def measure(texts: Sequence[bytes], known: set[str]) -> dict[str, object]:
@@ -147,7 +161,13 @@ def measure(texts: Sequence[bytes], known: set[str]) -> dict[str, object]:
     words = [w for text in texts for w in inner_words(text)]
     found, pieces = sum(w in known for w in words), [repetition(t) for t in texts]
     low, high = lib.wilson(found, len(words))
-    row = dict(texts=len(texts), words=len(words), known_words=found / max(len(words), 1), low=low, high=high)
+    row = dict(
+        texts=len(texts),
+        words=len(words),
+        known_words=found / max(len(words), 1),
+        low=low,
+        high=high,
+    )
     size = sum(map(len, texts))
     valid = sum(valid_share(t) * len(t) for t in texts) / max(size, 1)
     return row | dict(repetition=sum(pieces) / max(len(pieces), 1), valid_utf8=valid)
@@ -176,22 +196,51 @@ def continue_prompt(model: ByteLM, prompt: str, seed: int, a: argparse.Namespace
 
 
 def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--run", metavar="ID", help="a run of train_scaled.py: its best_model_scaled.pth")
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--run", metavar="ID", help="a run of train_scaled.py: its best_model_scaled.pth"
+    )
     p.add_argument("--weights", metavar="FILE", help="or a .pth itself")
-    p.add_argument("--logs_folder", "--logs-folder", type=Path, default=lib.REPO / "logs", metavar="DIR")
-    p.add_argument("--heldout", metavar="PATH", help="text not trained on; default: the Turkish one, else the embedded")
-    p.add_argument("--samples", type=int, default=10, metavar="N", help="continuations of each prompt (10)")
+    p.add_argument(
+        "--logs_folder", "--logs-folder", type=Path, default=lib.REPO / "logs", metavar="DIR"
+    )
+    p.add_argument(
+        "--heldout",
+        metavar="PATH",
+        help="text not trained on; default: the Turkish one, else the embedded",
+    )
+    p.add_argument(
+        "--samples", type=int, default=10, metavar="N", help="continuations of each prompt (10)"
+    )
     p.add_argument("--bytes", type=int, default=100, metavar="N", help="of a continuation (100)")
-    p.add_argument("--temperature", type=float, default=0.5, metavar="X", help="as in the original report (0.5)")
+    p.add_argument(
+        "--temperature",
+        type=float,
+        default=0.5,
+        metavar="X",
+        help="as in the original report (0.5)",
+    )
     p.add_argument("--top_p", type=float, default=1.0, metavar="X")
-    p.add_argument("--memory", choices=("on", "zero"), default="on", help="zero: with the memory silent")
-    p.add_argument("--remember", choices=("prompt", "all"), default="prompt", help="what the memory by bytes hears")
+    p.add_argument(
+        "--memory", choices=("on", "zero"), default="on", help="zero: with the memory silent"
+    )
+    p.add_argument(
+        "--remember",
+        choices=("prompt", "all"),
+        default="prompt",
+        help="what the memory by bytes hears",
+    )
     a = lib.finish_options(p, argv, "curriculum_intelligence")
     for name, good, expected in (
         ("samples", a.samples >= 1, "1 or more"),
         ("bytes", a.bytes >= 1, "1 or more"),
-        ("temperature", 0 <= a.temperature < float("inf"), "0 (the likeliest byte) or more, such as 0.5"),
+        (
+            "temperature",
+            0 <= a.temperature < float("inf"),
+            "0 (the likeliest byte) or more, such as 0.5",
+        ),
         ("top_p", 0 < a.top_p <= 1, "above 0 and up to 1 (off)"),
     ):
         if not good:
@@ -201,38 +250,71 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     return a
 
 
-def table(pairs: list[dict], samples: dict[str, list[bytes]], heldout: bytes, a: argparse.Namespace) -> list[dict]:
+def table(
+    pairs: list[dict], samples: dict[str, list[bytes]], heldout: bytes, a: argparse.Namespace
+) -> list[dict]:
     """Rows of measure, value, interval, n."""
     rows = []
     for rule in ("vowel harmony", "suffix order", "all pairs"):
         own = [p for p in pairs if rule in (p["rule"], "all pairs")]
         hits = sum(p["hit"] for p in own)
         low, high = lib.wilson(hits, len(own))
-        rows.append(dict(measure=f"minimal pairs: {rule}", source="model", value=hits / len(own), low=low, high=high))
+        rows.append(
+            dict(
+                measure=f"minimal pairs: {rule}",
+                source="model",
+                value=hits / len(own),
+                low=low,
+                high=high,
+            )
+        )
         rows[-1] |= dict(n=len(own), chance=0.5)
     half = len(heldout) // 2
     known, other = set(words_of(heldout[:half].decode("utf-8", errors="replace"))), heldout[half:]
     draw = random.Random(a.seed)
-    starts = [draw.randrange(max(len(other) - a.bytes, 1)) for _ in range(max(100, a.samples * len(PROMPTS)))]
+    starts = [
+        draw.randrange(max(len(other) - a.bytes, 1))
+        for _ in range(max(100, a.samples * len(PROMPTS)))
+    ]
     real = [lib.whole_characters(other[at : at + a.bytes]) for at in starts]
     sources = {"model, all prompts": [t for texts in samples.values() for t in texts]}
-    sources |= samples | {"held-out text": real, "its letters shuffled": [shuffled(t, a.seed) for t in real]}
+    sources |= samples | {
+        "held-out text": real,
+        "its letters shuffled": [shuffled(t, a.seed) for t in real],
+    }
     for source, texts in sources.items():
         found = measure(texts, known)
         words = dict(low=found["low"], high=found["high"], n=found["words"])
         rows.append(dict(measure="words known", source=source, value=found["known_words"]) | words)
         for name in ("repetition", "valid_utf8"):
-            rows.append(dict(measure=name.replace("_", " "), source=source, value=found[name], n=found["texts"]))
+            rows.append(
+                dict(
+                    measure=name.replace("_", " "),
+                    source=source,
+                    value=found[name],
+                    n=found["texts"],
+                )
+            )
     return rows
 
 
 def markdown(rows: list[dict], samples: dict[str, list[bytes]]) -> str:
     """The table, and the continuations."""
     show = lambda row, key: f"{row[key]:.3f}" if key in row else ""
-    lines = ["| measure | source | value | 95% interval | n | chance |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| measure | source | value | 95% interval | n | chance |",
+        "|---|---|---|---|---|---|",
+    ]
     for r in rows:
         interval = f"{r['low']:.3f} to {r['high']:.3f}" if "low" in r else ""
-        cells = (r["measure"], r["source"], f"{r['value']:.3f}", interval, str(r["n"]), show(r, "chance"))
+        cells = (
+            r["measure"],
+            r["source"],
+            f"{r['value']:.3f}",
+            interval,
+            str(r["n"]),
+            show(r, "chance"),
+        )
         lines.append("| " + " | ".join(cells) + " |")
     for prompt, texts in samples.items():
         lines += ["", f"`{prompt}`", ""]
@@ -248,9 +330,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = lib.other_memory(model, a.memory) if a.memory == "zero" else model
     t0, pairs = lib.clock(device), judge_pairs(model)
     seed = lambda i, j: a.seed + 1000 * i + j
-    samples = {p: [continue_prompt(model, p, seed(i, j), a) for j in range(a.samples)] for i, p in enumerate(PROMPTS)}
+    samples = {
+        p: [continue_prompt(model, p, seed(i, j), a) for j in range(a.samples)]
+        for i, p in enumerate(PROMPTS)
+    }
     rows = table(pairs, samples, heldout, a)
-    lib.write_results(a.out, rows, lib.facts(a, heldout=source, seconds=lib.clock(device) - t0, pairs=pairs))
+    lib.write_results(
+        a.out, rows, lib.facts(a, heldout=source, seconds=lib.clock(device) - t0, pairs=pairs)
+    )
     text = markdown(rows, samples)
     a.out.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text, end="")

@@ -32,9 +32,21 @@ CASES = [  # flags, exit code, what must be said, what must not
 
 
 def launch(flags: str) -> tuple[int, str]:
-    env = {name: value for name, value in os.environ.items() if name not in ("DEVICE", "FP16", "GPU_ONLY", "CONFIG")}
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("DEVICE", "FP16", "GPU_ONLY", "CONFIG")
+    }
     env |= dict(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
-    command = [sys.executable, str(TRAINER), "--config", MISSING, "--output-dir", "no-such-folder/run", *flags.split()]
+    command = [
+        sys.executable,
+        str(TRAINER),
+        "--config",
+        MISSING,
+        "--output-dir",
+        "no-such-folder/run",
+        *flags.split(),
+    ]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     return done.returncode, done.stdout + done.stderr
 
@@ -47,8 +59,14 @@ def main() -> int:
         right = [words in text for words in said], [words not in text for words in unsaid]
         good = got == code and all(right[0]) and all(right[1])
         failed += not good
-        last = "" if good else f"expected exit {code} and {said}; last line: {(text.strip().splitlines() or [''])[-1]}"
-        print(f"{flags:36} {got:4} {sum(right[0]):2}/{len(said)}  {'[OK]' if good else '[FAILED]'} {last}")
+        last = (
+            ""
+            if good
+            else f"expected exit {code} and {said}; last line: {(text.strip().splitlines() or [''])[-1]}"
+        )
+        print(
+            f"{flags:36} {got:4} {sum(right[0]):2}/{len(said)}  {'[OK]' if good else '[FAILED]'} {last}"
+        )
     print(f"{len(CASES) - failed} of {len(CASES)} as promised")
     return int(failed > 0)
 

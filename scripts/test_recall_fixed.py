@@ -34,7 +34,15 @@ NEEDLE, QUESTION, DIGITS = " GİZLİ KOD: {}. ", " SORU: GİZLİ KOD NEDİR? CEV
 BEFORE = len(" GİZLİ KOD: ".encode())  # bytes of the needle before its digits
 NEEDLE_BYTES, QUESTION_BYTES = len(NEEDLE.format("00000").encode()), len(QUESTION.encode())
 LENGTHS, DEPTHS = "1024,2048,4096,8192,16384,32768,65536", "0,10,20,30,40,50,60,70,80,90,100"
-TRAIN = dict(d_model=96, n_head=2, lr=3e-3, num_iterations=3000, warmup_iters=50, delta_rule=True, mem_init=10.0)
+TRAIN = dict(
+    d_model=96,
+    n_head=2,
+    lr=3e-3,
+    num_iterations=3000,
+    warmup_iters=50,
+    delta_rule=True,
+    mem_init=10.0,
+)
 
 
 # ----------------------------------------------------------------------------
@@ -54,7 +62,9 @@ def make_text(filler: bytes, length: int, depth: float, key: str, align: int) ->
     room = end - QUESTION_BYTES - NEEDLE_BYTES
     at = (round(depth * room) + BEFORE) // align * align - BEFORE
     at += -(at // align) * align if at < 0 else 0
-    text = filler[:at] + NEEDLE.format(key).encode() + filler[at : at + room - at] + QUESTION.encode()
+    text = (
+        filler[:at] + NEEDLE.format(key).encode() + filler[at : at + room - at] + QUESTION.encode()
+    )
     return text, at + BEFORE
 
 
@@ -73,7 +83,12 @@ def stages(k: Knobs) -> list[tuple[int, float]]:
     all beyond reach, at last SEQUENCE_LENGTH."""
     shortest = -(-(NEEDLE_BYTES + QUESTION_BYTES + DIGITS + lib.safe_gap(k)) // PATCH + 1) * PATCH
     longer = [n for n in (k.sequence_length >> i for i in range(20, -1, -1)) if n > shortest]
-    return [(shortest, 1.0), (shortest, 0.5), (shortest, 0.0), *((n // PATCH * PATCH, 0.0) for n in longer)]
+    return [
+        (shortest, 1.0),
+        (shortest, 0.5),
+        (shortest, 0.0),
+        *((n // PATCH * PATCH, 0.0) for n in longer),
+    ]
 
 
 def training_batch(step: int, stage: int, text: bytes, k: Knobs, align: int) -> lib.Batch:
@@ -111,7 +126,9 @@ def answer(model: ByteLM, rows_BT: np.ndarray, num_bytes: int = DIGITS) -> tuple
     return [bytes(row) for row in torch.stack(out, 1).tolist()], stream.state_bytes()
 
 
-def grid(models: dict[str, ByteLM], text: bytes, a: argparse.Namespace, trained: int | None) -> list[dict[str, object]]:
+def grid(
+    models: dict[str, ByteLM], text: bytes, a: argparse.Namespace, trained: int | None
+) -> list[dict[str, object]]:
     """A row per length, depth and model; every model is asked the same questions."""
     found = []
     for length in a.lengths:
@@ -125,7 +142,13 @@ def grid(models: dict[str, ByteLM], text: bytes, a: argparse.Namespace, trained:
                 digits = sum(c == d for word, key in pairs for c, d in zip(word, key, strict=True))
                 hits = sum(word == key for word, key in pairs)
                 low, high = lib.wilson(hits, a.n)
-                row = dict(model=name, length=length, depth=depth, distance=end - needle, beyond_window=int(counts))
+                row = dict(
+                    model=name,
+                    length=length,
+                    depth=depth,
+                    distance=end - needle,
+                    beyond_window=int(counts),
+                )
                 row |= dict(n=a.n, hits=hits, exact=hits / a.n, low=low, high=high)
                 row |= dict(digit_accuracy=digits / a.n / DIGITS)
                 found.append(row | dict(trained_length=trained or "", state_bytes=state // a.n))
@@ -145,16 +168,22 @@ def sums(found: list[dict[str, object]], trained: int | None) -> list[dict[str, 
     out, lengths = [], sorted({r["length"] for r in found})
     groups = [(str(length), {length}) for length in lengths]
     if trained:
-        groups.append((f"up to {4 * trained}", {length for length in lengths if length <= 4 * trained}))
+        groups.append(
+            (f"up to {4 * trained}", {length for length in lengths if length <= 4 * trained})
+        )
     groups.append(("all", set(lengths)))
     for name in dict.fromkeys(r["model"] for r in found):
         for label, of in groups:
-            rows = [r for r in found if r["model"] == name and r["length"] in of and r["beyond_window"]]
+            rows = [
+                r for r in found if r["model"] == name and r["length"] in of and r["beyond_window"]
+            ]
             hits, n = sum(r["hits"] for r in rows), sum(r["n"] for r in rows)
             if n:
                 low, high = lib.wilson(hits, n)
                 digits = sum(r["digit_accuracy"] * r["n"] for r in rows) / n
-                row = dict(model=name, lengths=label, cells=len(rows), n=n, hits=hits, exact=hits / n)
+                row = dict(
+                    model=name, lengths=label, cells=len(rows), n=n, hits=hits, exact=hits / n
+                )
                 out.append(row | dict(low=low, high=high, digit_accuracy=digits))
     return out
 
@@ -167,17 +196,31 @@ def save(model: ByteLM, path: Path) -> None:
     """As train_scaled.py saves weights: load_model and INIT_FROM read it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     weights = {name: p.detach().cpu() for name, p in model.state_dict().items()}
-    state = dict(model=weights, knobs=dataclasses.asdict(model.k), step=model.k.num_iterations, val_loss=float("nan"))
+    state = dict(
+        model=weights,
+        knobs=dataclasses.asdict(model.k),
+        step=model.k.num_iterations,
+        val_loss=float("nan"),
+    )
     torch.save(state, path)
 
 
-def train(a: argparse.Namespace, start: ByteLM | None, memory: str, device: torch.device) -> tuple[ByteLM, float]:
+def train(
+    a: argparse.Namespace, start: ByteLM | None, memory: str, device: torch.device
+) -> tuple[ByteLM, float]:
     """A model taught to answer, from `start` or from new weights, and the seconds it took."""
     base = lib.BASE | TRAIN
     if start is not None:  # its model, our schedule
-        base = dataclasses.asdict(start.k) | {name: v for name, v in base.items() if name not in MODEL.split()}
+        base = dataclasses.asdict(start.k) | {
+            name: v for name, v in base.items() if name not in MODEL.split()
+        }
         base["lr"] /= 3
-    base |= dict(batch_size=a.batch_size, device_batch_size=a.batch_size, sequence_length=a.train_length, seed=a.seed)
+    base |= dict(
+        batch_size=a.batch_size,
+        device_batch_size=a.batch_size,
+        sequence_length=a.train_length,
+        seed=a.seed,
+    )
     k = dataclasses.replace(lib.read_model_knobs(a.knobs, base), memory=memory)
     check_fits([a.train_length], a.align)
     if k.sequence_length < NEEDLE_BYTES + QUESTION_BYTES + DIGITS + lib.safe_gap(k):
@@ -186,18 +229,26 @@ def train(a: argparse.Namespace, start: ByteLM | None, memory: str, device: torc
             f"{NEEDLE_BYTES + QUESTION_BYTES + DIGITS + lib.safe_gap(k)} or more, or a smaller window"
         )
     text, source = lib.read_text(a.train_text or a.filler, "train")
-    print(f"training: memory {memory}, {k.num_iterations} steps x {k.batch_size} x {k.sequence_length} bytes, {source}")
+    print(
+        f"training: memory {memory}, {k.num_iterations} steps x {k.batch_size} x {k.sequence_length} bytes, {source}"
+    )
     make = partial(training_batch, text=text, k=k, align=a.align)
-    return lib.train_on_answers(k, make, len(stages(k)), device, lambda line: print(line, flush=True), start)
+    return lib.train_on_answers(
+        k, make, len(stages(k)), device, lambda line: print(line, flush=True), start
+    )
 
 
 def check_fits(lengths: Sequence[int], align: int) -> None:
     least = NEEDLE_BYTES + QUESTION_BYTES + DIGITS + 2 * align
     if (short := min(lengths)) < least:
-        raise UserError(f"a text of {short} bytes does not hold key and question; use {least} or more")
+        raise UserError(
+            f"a text of {short} bytes does not hold key and question; use {least} or more"
+        )
 
 
-def read_models(a: argparse.Namespace, device: torch.device) -> tuple[dict[str, ByteLM], dict[str, float]]:
+def read_models(
+    a: argparse.Namespace, device: torch.device
+) -> tuple[dict[str, ByteLM], dict[str, float]]:
     """The models to test, and the seconds that those trained here took."""
     path = lambda run, weights: lib.weights_path(a.logs_folder, run, weights)
     given = lambda run, weights: lib.load(path(run, weights), device) if run or weights else None
@@ -210,10 +261,14 @@ def read_models(a: argparse.Namespace, device: torch.device) -> tuple[dict[str, 
             save(window, a.out.with_name(a.out.name + "_window.pth"))
     if full is None:
         raise UserError("no model: --run ID, --weights FILE, or --train to train a small one here")
-    models = dict(full=full) | ({"memory zeroed": lib.other_memory(full, "zero")} if full.k.memory == "on" else {})
+    models = dict(full=full) | (
+        {"memory zeroed": lib.other_memory(full, "zero")} if full.k.memory == "on" else {}
+    )
     if window is not None:
         if window.k.memory == "on":
-            raise UserError("--window_run/--window_weights: a model with MEMORY=on is no window-only control")
+            raise UserError(
+                "--window_run/--window_weights: a model with MEMORY=on is no window-only control"
+            )
         if lib.reach(window.k) != lib.reach(full.k):
             print("note: the window-only model has another reach; cells count by the full model's")
         models["window only"] = window
@@ -221,18 +276,52 @@ def read_models(a: argparse.Namespace, device: torch.device) -> tuple[dict[str, 
 
 
 def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     lib.add_model_options(p)
-    p.add_argument("--train", action="store_true", help="train here first: a new model, or the one that is named")
-    p.add_argument("--train_length", type=int, default=1024, metavar="T", help="bytes of a training row (1024)")
-    p.add_argument("--batch_size", type=int, default=8, metavar="B", help="bytes of a step / TRAIN_LENGTH (8)")
-    p.add_argument("--train_text", metavar="PATH", help="prose to train between; default: FILLER, or the training part")
-    p.add_argument("--knobs", nargs="*", default=[], metavar="name=value", help="of train_scaled.py, for --train")
-    p.add_argument("--lengths", default=LENGTHS, metavar="N,..", help=f"bytes of a text ({LENGTHS})")
-    p.add_argument("--depths", default=DEPTHS, metavar="P,..", help="percent of the way at which the key is")
+    p.add_argument(
+        "--train",
+        action="store_true",
+        help="train here first: a new model, or the one that is named",
+    )
+    p.add_argument(
+        "--train_length", type=int, default=1024, metavar="T", help="bytes of a training row (1024)"
+    )
+    p.add_argument(
+        "--batch_size", type=int, default=8, metavar="B", help="bytes of a step / TRAIN_LENGTH (8)"
+    )
+    p.add_argument(
+        "--train_text",
+        metavar="PATH",
+        help="prose to train between; default: FILLER, or the training part",
+    )
+    p.add_argument(
+        "--knobs",
+        nargs="*",
+        default=[],
+        metavar="name=value",
+        help="of train_scaled.py, for --train",
+    )
+    p.add_argument(
+        "--lengths", default=LENGTHS, metavar="N,..", help=f"bytes of a text ({LENGTHS})"
+    )
+    p.add_argument(
+        "--depths", default=DEPTHS, metavar="P,..", help="percent of the way at which the key is"
+    )
     p.add_argument("--n", type=int, default=20, help="random keys and texts of a cell (20)")
-    p.add_argument("--align", type=int, default=4, choices=(1, 2, 4), help="digits begin at multiples of it (4)")
-    p.add_argument("--filler", metavar="PATH", help="prose of the test; default: Turkish test text, else the embedded")
+    p.add_argument(
+        "--align",
+        type=int,
+        default=4,
+        choices=(1, 2, 4),
+        help="digits begin at multiples of it (4)",
+    )
+    p.add_argument(
+        "--filler",
+        metavar="PATH",
+        help="prose of the test; default: Turkish test text, else the embedded",
+    )
     a = lib.finish_options(p, argv, "recall")
     a.lengths = lib.numbers(int, a.lengths, "--lengths", 1, 1 << 24)
     a.depths = [d / 100 for d in lib.numbers(float, a.depths, "--depths", 0, 100)]
@@ -247,18 +336,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     models, seconds = read_models(a, device)
     k, t0 = models["full"].k, lib.clock(device)
     trained = k.sequence_length if a.train else None
-    reach = "everything" if lib.reach(k) is None else f"{lib.reach(k)} patches = {PATCH * lib.reach(k):,} bytes"
-    print(f"{lib.n_params(models['full']):,} parameters; windows reach {reach}; filler: {source}; n={a.n} a cell")
-    print(f"exact match by depth {' '.join(f'{100 * d:.0f}%' for d in a.depths)}; * within the windows' reach")
+    reach = (
+        "everything"
+        if lib.reach(k) is None
+        else f"{lib.reach(k)} patches = {PATCH * lib.reach(k):,} bytes"
+    )
+    print(
+        f"{lib.n_params(models['full']):,} parameters; windows reach {reach}; filler: {source}; n={a.n} a cell"
+    )
+    print(
+        f"exact match by depth {' '.join(f'{100 * d:.0f}%' for d in a.depths)}; * within the windows' reach"
+    )
     found = grid(models, text, a, trained)
     total = sums(found, trained)
     header = ("model", "lengths", "cells", "exact match [95%]", "per digit")
     score = lambda r: (lib.share(r["hits"], r["n"]), f"{r['digit_accuracy']:.3f}")
     cells = [(r["model"], r["lengths"], r["cells"], *score(r)) for r in total]
     lib.show_table([header, *cells, ("chance", "", "", "0.00001", "0.100")])
-    about = lib.facts(a, filler=source, seconds_training=seconds, seconds_testing=lib.clock(device) - t0)
-    about |= dict(n_params={name: lib.n_params(m) for name, m in models.items()}, reach_patches=lib.reach(k))
-    lib.write_results(a.out, found, about | dict(knobs=dataclasses.asdict(k), trained_length=trained, sums=total))
+    about = lib.facts(
+        a, filler=source, seconds_training=seconds, seconds_testing=lib.clock(device) - t0
+    )
+    about |= dict(
+        n_params={name: lib.n_params(m) for name, m in models.items()}, reach_patches=lib.reach(k)
+    )
+    lib.write_results(
+        a.out, found, about | dict(knobs=dataclasses.asdict(k), trained_length=trained, sums=total)
+    )
 
 
 if __name__ == "__main__":

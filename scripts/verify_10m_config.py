@@ -27,7 +27,9 @@ def show(title: str, items: dict[str, object]) -> None:
 
 def gpu_ready(needed_mib: int) -> bool:
     """Whether there is a GPU with enough memory, said aloud."""
-    print(f"{RULE}\nGPU Requirements:\n{RULE}\nRequired: a CUDA GPU with about {needed_mib:,} MiB beside CUDA's own")
+    print(
+        f"{RULE}\nGPU Requirements:\n{RULE}\nRequired: a CUDA GPU with about {needed_mib:,} MiB beside CUDA's own"
+    )
     if not torch.cuda.is_available():
         print("[ERROR] CUDA not available\nTraining will FAIL with --gpu-only flag")
         return False
@@ -41,21 +43,39 @@ def gpu_ready(needed_mib: int) -> bool:
 
 
 def main() -> int:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--config", default=str(HERE / "configs/scale_10m.yaml"), help="default configs/scale_10m.yaml")
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--config",
+        default=str(HERE / "configs/scale_10m.yaml"),
+        help="default configs/scale_10m.yaml",
+    )
     p.add_argument("--no-gpu", action="store_true", help="do not look for a GPU")
     a = p.parse_args()
     k = read_all([], {}, a.config, [])
     items = dict(flat_items(read_yaml(a.config)))
     print(f"{RULE}\n10M Scaling Config Verification\n{RULE}\n{a.config}")
-    show("Model Configuration:", {key: value for key, value in items.items() if key.startswith("model.")})
+    show(
+        "Model Configuration:",
+        {key: value for key, value in items.items() if key.startswith("model.")},
+    )
     n = count_parameters(k)
     off = abs(n - TARGET) / TARGET
-    print(f"\nTotal parameters: {n:,}\n                  {n / 1e6:.2f}M\nTarget: 10M\nDifference: {100 * off:.1f}%")
+    print(
+        f"\nTotal parameters: {n:,}\n                  {n / 1e6:.2f}M\nTarget: 10M\nDifference: {100 * off:.1f}%"
+    )
     good = off < TOLERANCE
-    verdict = "[OK] Configuration verified: ~10M parameters" if good else "[ERROR] Parameter count is far from 10M"
+    verdict = (
+        "[OK] Configuration verified: ~10M parameters"
+        if good
+        else "[ERROR] Parameter count is far from 10M"
+    )
     print(f"\n{verdict}\n")
-    show("Training Configuration:", {key: value for key, value in items.items() if key.startswith("training.")})
+    show(
+        "Training Configuration:",
+        {key: value for key, value in items.items() if key.startswith("training.")},
+    )
     ready = a.no_gpu or gpu_ready(memory_mib(n, k.batch_size, k))
     return 0 if good and ready else 3 if good else 1
 

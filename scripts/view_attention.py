@@ -23,7 +23,11 @@ import train_arith as arith
 from plumbing import UserError
 from train_arith import BOS, EOS
 
-NAMES = {BOS: "^", EOS: "$", arith.IDS[" "]: "_"}  # what a token without a visible character is called
+NAMES = {
+    BOS: "^",
+    EOS: "$",
+    arith.IDS[" "]: "_",
+}  # what a token without a visible character is called
 
 
 def read_and_answer(s: Subject, expr: str, gold: bool) -> tuple[list[int], str, int]:
@@ -45,10 +49,14 @@ def patterns(s: Subject, tokens: Sequence[int]) -> np.ndarray:
     """(L, H, T, T) attention probabilities."""
     ids = torch.tensor([tokens], device=s.w.device)
     _, cache = s.model.run_with_cache(ids, lambda name: name.endswith("hook_pattern"))
-    return torch.stack([cache["pattern", l][0] for l in range(s.k.num_layers)]).float().cpu().numpy()
+    return (
+        torch.stack([cache["pattern", l][0] for l in range(s.k.num_layers)]).float().cpu().numpy()
+    )
 
 
-def figure_of(s: Subject, x_LHTT: np.ndarray, layers: Sequence[int], names: Sequence[str], title: str):
+def figure_of(
+    s: Subject, x_LHTT: np.ndarray, layers: Sequence[int], names: Sequence[str], title: str
+):
     H, T = x_LHTT.shape[1:3]
     side = max(1.7, 0.13 * T)
     figure, axes = heads.new_figure(0.6 + side * H, 0.8 + side * len(layers), len(layers), H)
@@ -69,7 +77,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p = heads.parser(__doc__, data=False)
     p.add_argument("--expr", required=True, metavar="TEXT", help="an expression without spaces")
     p.add_argument("--layer", type=int, metavar="N", help="this layer only; default: all")
-    p.add_argument("--gold", action="store_true", help="show the right answer's tokens, not the model's")
+    p.add_argument(
+        "--gold", action="store_true", help="show the right answer's tokens, not the model's"
+    )
     return p.parse_args(argv)
 
 
@@ -79,7 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     s = heads.load(a.checkpoint, a.device)
     layers = range(s.k.num_layers) if a.layer is None else [a.layer]
     if a.layer is not None and not 0 <= a.layer < s.k.num_layers:
-        raise UserError(f"--layer {a.layer}: {s.name} has layers 0 to {s.k.num_layers - 1}; choose one")
+        raise UserError(
+            f"--layer {a.layer}: {s.name} has layers 0 to {s.k.num_layers - 1}; choose one"
+        )
     tokens, answer, value = read_and_answer(s, a.expr, a.gold)
     found = arith.read_answer(answer, s.k.answer_format)
     says = f"{answer!r}" if found is None else str(found)
@@ -89,7 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     content = heads.provenance([s], []) | dict(
         expr=a.expr, value=value, answer=answer, answer_value=found, tokens=names
     )
-    heads.write_json(out / "attention.json", content | dict(patterns=np.round(x_LHTT.astype(float), 4).tolist()))
+    heads.write_json(
+        out / "attention.json", content | dict(patterns=np.round(x_LHTT.astype(float), 4).tolist())
+    )
     heads.write_figure(out / "attention.png", figure_of(s, x_LHTT, layers, names, title))
     print(title)
     return 0

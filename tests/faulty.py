@@ -10,7 +10,9 @@ import train_gpt
 from plumbing import Pulse, launch
 
 kind, step, rank = [*os.environ["FAULT"].split(":"), "0"][:3]
-here = rank == os.environ.get("RANK", "0") and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+here = (
+    rank == os.environ.get("RANK", "0") and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+)
 send = Pulse.send
 
 
@@ -21,7 +23,10 @@ def faulty_send(self, at: int, values_n: torch.Tensor, clock: float) -> torch.Te
         if kind == "nan":
             values_n = values_n.clone().fill_(float("nan"))
         else:
-            os.kill(os.getpid(), {"kill": signal.SIGKILL, "int": signal.SIGINT, "term": signal.SIGTERM}[kind])
+            os.kill(
+                os.getpid(),
+                {"kill": signal.SIGKILL, "int": signal.SIGINT, "term": signal.SIGTERM}[kind],
+            )
     return send(self, at, values_n, clock)
 
 

@@ -16,11 +16,36 @@ import train_gpu
 from train_gpu import Knobs, Model
 
 # A model and a run that take a second: every size is small, nothing is switched off.
-MODEL = dict(hidden_dim=16, hcm_dim=24, num_layers=2, num_slots=5, num_attention_heads=2, vocab_size=256, dropout=0.0)
+MODEL = dict(
+    hidden_dim=16,
+    hcm_dim=24,
+    num_layers=2,
+    num_slots=5,
+    num_attention_heads=2,
+    vocab_size=256,
+    dropout=0.0,
+)
 MODEL |= dict(device="cpu", mixed_precision="none", chunk_length=8, dataset="embedded")
-RUN = dict(device="cpu", mixed_precision="none", hidden_dim=32, hcm_dim=32, num_layers=2, num_slots=4, chunk_length=8)
-RUN |= dict(num_attention_heads=2, tokenizer="bytes", max_seq_length=32, batch_size=8, device_batch_size=4, keep=9)
-RUN |= dict(num_iterations=12, warmup_iters=2, learning_rate=0.01, val_every=4, save_every=4, save_epochs=0)
+RUN = dict(
+    device="cpu",
+    mixed_precision="none",
+    hidden_dim=32,
+    hcm_dim=32,
+    num_layers=2,
+    num_slots=4,
+    chunk_length=8,
+)
+RUN |= dict(
+    num_attention_heads=2,
+    tokenizer="bytes",
+    max_seq_length=32,
+    batch_size=8,
+    device_batch_size=4,
+    keep=9,
+)
+RUN |= dict(
+    num_iterations=12, warmup_iters=2, learning_rate=0.01, val_every=4, save_every=4, save_epochs=0
+)
 RUN |= dict(dropout=0.0, final_test=0, num_workers=2)
 
 
@@ -45,7 +70,9 @@ def tokens(B: int = 2, T: int = 29, V: int = 256, seed: int = 0) -> torch.Tensor
 def write_text(folder: Path, paragraphs: int = 400) -> Path:
     """Sentences of few words, in paragraphs: learnable, and long enough for three splits."""
     rng, words = np.random.default_rng(3), "the a red old cat dog saw met fed one two big".split()
-    text = "\n\n".join(" ".join(rng.choice(words, size=int(rng.integers(8, 20)))) + "." for _ in range(paragraphs))
+    text = "\n\n".join(
+        " ".join(rng.choice(words, size=int(rng.integers(8, 20)))) + "." for _ in range(paragraphs)
+    )
     path = folder / "text.txt"
     if not path.exists():
         path.write_text(text)
@@ -70,7 +97,12 @@ def run_here(monkeypatch, folder: Path, **values) -> tuple[int, str]:
 def run(command: list[str], folder: Path, **values) -> subprocess.CompletedProcess:
     """A small run in processes of its own."""
     return subprocess.run(
-        [*command, *flags(folder, **values)], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200
+        [*command, *flags(folder, **values)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
     )
 
 
@@ -91,7 +123,9 @@ def loop(memory: train_gpu.Memory, x_BTC: torch.Tensor) -> torch.Tensor:
     k, (B, T, _) = memory.k, x_BTC.shape
     H, S, E = memory.H, memory.S, memory.D // memory.H
     widths = memory.widths(k)
-    parts = dict(zip(widths, (x_BTC @ memory.inp.T).split(list(widths.values()), dim=-1), strict=True))
+    parts = dict(
+        zip(widths, (x_BTC @ memory.inp.T).split(list(widths.values()), dim=-1), strict=True)
+    )
     if k.tie_keys:  # one projection, two convolutions
         parts |= dict(query=parts["key"], read=parts["write"])
     if k.conv:
@@ -149,7 +183,9 @@ def loop(memory: train_gpu.Memory, x_BTC: torch.Tensor) -> torch.Tensor:
 def plain_attention(attention: train_gpu.Attention, x_BTC: torch.Tensor) -> torch.Tensor:
     """Rotary attention by a softmax over all pairs; a head's halves are the parts of complex numbers turned by t."""
     (B, T, C), H = x_BTC.shape, attention.H
-    q, k, v = (t.view(B, T, H, -1).transpose(1, 2) for t in (x_BTC @ attention.inp.T).split(C, dim=-1))
+    q, k, v = (
+        t.view(B, T, H, -1).transpose(1, 2) for t in (x_BTC @ attention.inp.T).split(C, dim=-1)
+    )
     D = C // H
     angle = torch.arange(T)[:, None] * 1e4 ** (-torch.arange(0, D, 2).double() / D)
     spin = lambda z: torch.complex(*z.chunk(2, dim=-1)) * torch.exp(-1j * angle)

@@ -51,7 +51,9 @@ class Hub:
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
     def __enter__(self) -> "Hub":
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        threading.Thread(
+            target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        ).start()
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -59,7 +61,10 @@ class Hub:
         self.server.server_close()
 
     def _list(self, r: BaseHTTPRequestHandler) -> None:
-        tree = [dict(type="file", path=name, size=len(data), oid="0" * 40) for name, data in self.files.items()]
+        tree = [
+            dict(type="file", path=name, size=len(data), oid="0" * 40)
+            for name, data in self.files.items()
+        ]
         body = json.dumps(tree).encode()
         r.send_response(200)
         r.send_header("Content-Type", "application/json")

@@ -38,7 +38,9 @@ def rms_norm(x: Tensor) -> Tensor:
 
 def rotary_tables(num_tokens: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin of position * frequency, (T, 1, D/2), rounded to bf16."""
-    inverse_frequency = 1.0 / 10000 ** (torch.arange(0, head_dim, 2, device=device).float() / head_dim)
+    inverse_frequency = 1.0 / 10000 ** (
+        torch.arange(0, head_dim, 2, device=device).float() / head_dim
+    )
     angle = torch.outer(torch.arange(num_tokens, device=device).float(), inverse_frequency)
     return angle.cos().bfloat16()[:, None, :], angle.sin().bfloat16()[:, None, :]
 
@@ -49,7 +51,9 @@ def rotate(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    def __init__(self, n_head: int, n_embd: int, mlp_hidden: int, attngate: str, gatepos: str, gateact: str) -> None:
+    def __init__(
+        self, n_head: int, n_embd: int, mlp_hidden: int, attngate: str, gatepos: str, gateact: str
+    ) -> None:
         super().__init__()
         self.n_head, self.head_dim = n_head, n_embd // n_head
         self.attngate, self.gatepos, self.activation = attngate, gatepos, GATE_ACTIVATIONS[gateact]
@@ -66,7 +70,9 @@ class Block(nn.Module):
         elif attngate == "const":
             self.gate = zero_init(n_head, self.head_dim)
         elif attngate != "none":
-            raise ValueError(f"attngate={attngate!r}: expected none, headwise, elementwise or const")
+            raise ValueError(
+                f"attngate={attngate!r}: expected none, headwise, elementwise or const"
+            )
         if gatepos not in ("sdpa", "value", "key", "query", "output"):
             raise ValueError(f"gatepos={gatepos!r}: expected sdpa, value, key, query or output")
 
@@ -87,7 +93,11 @@ class Block(nn.Module):
         k = rms_norm(rotate(F.linear(h_BTC, self.k).view(heads), cos, sin))
         v = F.linear(h_BTC, self.v).view(heads)
         # Gates on q and k come after their norm, which would undo a headwise one.
-        q, k, v = self.gated(q, h_BTC, "query"), self.gated(k, h_BTC, "key"), self.gated(v, h_BTC, "value")
+        q, k, v = (
+            self.gated(q, h_BTC, "query"),
+            self.gated(k, h_BTC, "key"),
+            self.gated(v, h_BTC, "value"),
+        )
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         y = self.gated(y.transpose(1, 2), h_BTC, "sdpa").reshape(B, T, C)
@@ -114,7 +124,8 @@ class PlainGPT(nn.Module):
         self.head_dim = n_embd // n_head
         self.wte = linear_init(vocab_size, n_embd)
         self.blocks = nn.ModuleList(
-            Block(n_head, n_embd, mlp_hidden or 4 * n_embd, attngate, gatepos, gateact) for _ in range(n_layer)
+            Block(n_head, n_embd, mlp_hidden or 4 * n_embd, attngate, gatepos, gateact)
+            for _ in range(n_layer)
         )
 
     def logits(self, x_BT: Tensor) -> Tensor:
@@ -144,7 +155,9 @@ def newton_schulz(G: Tensor) -> Tensor:
 class PlainMuon(torch.optim.Optimizer):
     """Nesterov momentum, each matrix orthogonalized by itself; the root makes the update's RMS about lr."""
 
-    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95, compiled: bool = False) -> None:
+    def __init__(
+        self, params: list[nn.Parameter], lr: float, momentum: float = 0.95, compiled: bool = False
+    ) -> None:
         super().__init__(params, dict(lr=lr, momentum=momentum))
         self.orthogonalize = torch.compile(newton_schulz) if compiled else newton_schulz
 
@@ -160,16 +173,24 @@ class PlainMuon(torch.optim.Optimizer):
                 p.add_(X, alpha=-group["lr"] * max(p.shape) ** 0.5)
 
 
-def plain_optimizers(model: PlainGPT, lr: float, compiled: bool = False) -> list[torch.optim.Optimizer]:
+def plain_optimizers(
+    model: PlainGPT, lr: float, compiled: bool = False
+) -> list[torch.optim.Optimizer]:
     """AdamW for the tied embedding, Muon at a tenth of its rate for all in the blocks, gates included."""
     return [
-        torch.optim.AdamW([model.wte], lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0, fused=True),
+        torch.optim.AdamW(
+            [model.wte], lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0, fused=True
+        ),
         PlainMuon(list(model.blocks.parameters()), lr=0.1 * lr, compiled=compiled),
     ]
 
 
 def train_step(
-    model: nn.Module, optimizers: list[torch.optim.Optimizer], x_BT: Tensor, y_BT: Tensor, micro_batch_seqs: int
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    x_BT: Tensor,
+    y_BT: Tensor,
+    micro_batch_seqs: int,
 ) -> Tensor:
     """One optimizer step; model is a PlainGPT or torch.compile of one. Returns the batch's mean loss."""
     num_micro = len(x_BT) // micro_batch_seqs

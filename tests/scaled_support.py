@@ -52,7 +52,9 @@ def byte_memory(memory: nn.Module, s: list[int], logits: Tensor, hidden: Tensor)
     for t in range(24, len(s)):
         h = memory.hash(torch.tensor(s[t - 24 : t])).tolist()
         p, doubts = logits[t - 24].softmax(-1), memory.doubt(hidden[t - 24])
-        for table, key, doubt, (one, two, alone, same, other, decay) in zip(tables, h, doubts, how, strict=True):
+        for table, key, doubt, (one, two, alone, same, other, decay) in zip(
+            tables, h, doubts, how, strict=True
+        ):
             history, behind = table.get(key % rows, (None, []))
             behind = behind if history == key else []
             table[key % rows] = key, [(s[t], t), *behind][:2]
@@ -60,8 +62,14 @@ def byte_memory(memory: nn.Module, s: list[int], logits: Tensor, hidden: Tensor)
                 continue
             d = alone if len(behind) == 1 else same if behind[0][0] == behind[1][0] else other
             d = (d + doubt).exp()
-            weights = [(w - decay.exp() * (t - at)).exp() for w, (_, at) in zip((one, two), behind, strict=False)]
-            found = sum(w * F.one_hot(torch.tensor(b), 256) for w, (b, _) in zip(weights, behind, strict=True))
+            weights = [
+                (w - decay.exp() * (t - at)).exp()
+                for w, (_, at) in zip((one, two), behind, strict=False)
+            ]
+            found = sum(
+                w * F.one_hot(torch.tensor(b), 256)
+                for w, (b, _) in zip(weights, behind, strict=True)
+            )
             p = (found + d * p) / (sum(weights) + d)
         out.append(p.log())
     return torch.stack(out)
@@ -82,7 +90,9 @@ class PlainBlock(nn.Module):
 
     def forward(self, x: Tensor, w: int, low: float, form: str) -> Tensor:
         h = self.ln1(x)
-        att = self.att_proj(dense_window(*self.heads(self.att_qkv(h)), w).transpose(1, 2).flatten(2))
+        att = self.att_proj(
+            dense_window(*self.heads(self.att_qkv(h)), w).transpose(1, 2).flatten(2)
+        )
         q, k, v = self.heads(self.mem_qkv(h))
         q, k = (F.elu(q) + 1) / q.size(-1) ** 0.5, F.elu(k) + 1
         a = (low + (1 - low) * torch.sigmoid(self.decay_logits)).log()
@@ -91,7 +101,11 @@ class PlainBlock(nn.Module):
         else:
             ones = torch.ones_like(v[..., :1])
             o, _ = step_recurrence(
-                q, k, torch.cat([v, ones], -1), a, q.new_zeros(len(q), self.H, q.size(-1), q.size(-1) + 1)
+                q,
+                k,
+                torch.cat([v, ones], -1),
+                a,
+                q.new_zeros(len(q), self.H, q.size(-1), q.size(-1) + 1),
             )
             o = o[..., :-1] / (o[..., -1:] + 1e-6)
         mem = self.mem_ln(self.mem_proj(o.transpose(1, 2).flatten(2)))
@@ -102,10 +116,16 @@ class PlainBlock(nn.Module):
 class PlainPhase8(nn.Module):
     """The seed's model (commit a393cb5 of the original) without dropout, part by part as the fact sheet lists it."""
 
-    def __init__(self, D: int, L: int, H: int, w: int, low: float, thinking: int = 3, form: str = "steps"):
+    def __init__(
+        self, D: int, L: int, H: int, w: int, low: float, thinking: int = 3, form: str = "steps"
+    ):
         super().__init__()
         self.w, self.low, self.thinking, self.form = w, low, thinking, form
-        self.embed, self.conv, self.ln_in = nn.Embedding(256, D), nn.Conv1d(D, D, 4, stride=4), nn.LayerNorm(D)
+        self.embed, self.conv, self.ln_in = (
+            nn.Embedding(256, D),
+            nn.Conv1d(D, D, 4, stride=4),
+            nn.LayerNorm(D),
+        )
         self.blocks = nn.ModuleList(PlainBlock(D, H) for _ in range(L))
         self.norm_f, self.ln_t, self.gate = nn.LayerNorm(D), nn.LayerNorm(D), nn.Linear(D, D)
         self.t_up, self.t_down = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
@@ -137,13 +157,25 @@ class PlainPhase8(nn.Module):
 def copy_phase8(model: nn.Module, plain: PlainPhase8) -> None:
     """Give the plain model the weights of a train_scaled.ByteLM of the phase-8 form."""
     pairs = [(plain.embed, model.embed), (plain.conv, model.patch), (plain.ln_in, model.norm_in)]
-    pairs += [(plain.norm_f, model.norm_out), (plain.ln_t, model.thinking.norm), (plain.gate, model.thinking.gate)]
+    pairs += [
+        (plain.norm_f, model.norm_out),
+        (plain.ln_t, model.thinking.norm),
+        (plain.gate, model.thinking.gate),
+    ]
     pairs += [(plain.t_up, model.thinking.mlp[0]), (plain.t_down, model.thinking.mlp[2])]
     pairs += [(plain.latent, model.decoder.latent), (plain.byte, model.decoder.embed)]
     pairs += [(plain.gru, model.decoder.gru), (plain.head, model.decoder.out)]
     for theirs, ours in zip(plain.blocks, model.blocks, strict=True):
-        pairs += [(theirs.ln1, ours.norm1), (theirs.ln2, ours.norm2), (theirs.mem_ln, ours.memory.norm)]
-        pairs += [(theirs.att_qkv, ours.qkv), (theirs.mem_qkv, ours.memory.qkv), (theirs.att_proj, ours.proj)]
+        pairs += [
+            (theirs.ln1, ours.norm1),
+            (theirs.ln2, ours.norm2),
+            (theirs.mem_ln, ours.memory.norm),
+        ]
+        pairs += [
+            (theirs.att_qkv, ours.qkv),
+            (theirs.mem_qkv, ours.memory.qkv),
+            (theirs.att_proj, ours.proj),
+        ]
         pairs += [(theirs.mem_proj, ours.memory.proj), (theirs.out, ours.out)]
         pairs += [(theirs.up, ours.mlp[0]), (theirs.down, ours.mlp[2])]
         theirs.decay_logits.data.copy_(ours.memory.retention.data)

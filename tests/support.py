@@ -15,7 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
 
-torch.set_num_threads(1)  # two threads that wait for each other on a busy machine are slower than one
+torch.set_num_threads(
+    1
+)  # two threads that wait for each other on a busy machine are slower than one
 
 import plumbing  # noqa: E402
 import train_gpt  # noqa: E402
@@ -23,15 +25,36 @@ from plumbing import World  # noqa: E402
 
 ONE = World(0, 1, torch.device("cpu"))
 # A model and a run that take a second: every size is small, nothing is switched off.
-SMALL = dict(n_layer=2, n_head=2, n_embd=32, vocab_size=64, sequence_length=16, batch_size=16, device_batch_size=4)
-SMALL |= dict(num_iterations=12, warmup_iters=2, warmdown_iters=4, val_every=4, val_tokens=512, save_every=4, lr=0.01)
+SMALL = dict(
+    n_layer=2,
+    n_head=2,
+    n_embd=32,
+    vocab_size=64,
+    sequence_length=16,
+    batch_size=16,
+    device_batch_size=4,
+)
+SMALL |= dict(
+    num_iterations=12,
+    warmup_iters=2,
+    warmdown_iters=4,
+    val_every=4,
+    val_tokens=512,
+    save_every=4,
+    lr=0.01,
+)
 SMALL |= dict(device="cpu", compile=0)
 
 
-def write_data(folder: Path, train: tuple[int, ...] = (5000, 4000), val: int = 1000, vocab: int = 64) -> dict[str, str]:
+def write_data(
+    folder: Path, train: tuple[int, ...] = (5000, 4000), val: int = 1000, vocab: int = 64
+) -> dict[str, str]:
     """Learnable shards (a noisy chain over the vocabulary) and the knobs that point at them."""
     rng = np.random.default_rng(5)
-    for name, n in [*((f"t_{i:06d}.bin", n) for i, n in enumerate(train, 1)), ("v_000000.bin", val)]:
+    for name, n in [
+        *((f"t_{i:06d}.bin", n) for i, n in enumerate(train, 1)),
+        ("v_000000.bin", val),
+    ]:
         tokens = np.cumsum(rng.choice([1, 3, 5], size=n, p=[0.7, 0.2, 0.1])) % vocab
         plumbing.write_shard(folder / name, tokens.astype(np.uint16))
     return dict(input_bin=str(folder / "t_*.bin"), input_val_bin=str(folder / "v_*.bin"))
@@ -44,7 +67,12 @@ def flags(folder: Path, **knobs) -> list[str]:
         if not list(folder.glob("t_*.bin"))
         else dict(input_bin=str(folder / "t_*.bin"), input_val_bin=str(folder / "v_*.bin"))
     )
-    values = SMALL | data | dict(logs_folder=str(folder / "logs"), results_file=str(folder / "results.csv")) | knobs
+    values = (
+        SMALL
+        | data
+        | dict(logs_folder=str(folder / "logs"), results_file=str(folder / "results.csv"))
+        | knobs
+    )
     return [f"--{name}={value}" for name, value in values.items()]
 
 
@@ -60,7 +88,13 @@ def command(nproc: int, script: str | Path = "train_gpt.py", *torchrun_flags: st
     """`python script` for one process; torchrun for more, or when it is given flags of its own."""
     if nproc == 1 and not torchrun_flags:
         return [sys.executable, str(ROOT / script)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={nproc}",
+    ]
     return [*torchrun, *torchrun_flags, str(ROOT / script)]
 
 
@@ -68,7 +102,9 @@ def environment(**extra: str) -> dict[str, str]:
     return os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)) | extra
 
 
-def run(nproc: int, folder: Path, *torchrun_flags: str, script: str | Path = "train_gpt.py", **knobs):
+def run(
+    nproc: int, folder: Path, *torchrun_flags: str, script: str | Path = "train_gpt.py", **knobs
+):
     """A small run in processes of its own."""
     return subprocess.run(
         [*command(nproc, script, *torchrun_flags), *flags(folder, **knobs)],
@@ -129,5 +165,7 @@ def copy_to_plain(model: train_gpt.GPT, plain: torch.nn.Module) -> None:
             block.up.copy_(ours[f"blocks.{i}.up"])
             block.down.copy_(ours[f"blocks.{i}.down"])
             if k.attngate != "none":
-                gate = ours[name][3 * k.n_embd :] if k.gate_stacked else ours[f"blocks.{i}.attn.gate"]
+                gate = (
+                    ours[name][3 * k.n_embd :] if k.gate_stacked else ours[f"blocks.{i}.attn.gate"]
+                )
                 block.gate.copy_(gate)

@@ -71,12 +71,16 @@ def of(folder: Path, **knobs) -> Knobs:
     return Knobs(**({name: str(folder / f"{file}.jsonl") for name, file in files.items()} | knobs))
 
 
-HONEST = dict(grammar="redundant", operators="+-", spaces=False, answer_only_loss=True, num_iterations=10)
+HONEST = dict(
+    grammar="redundant", operators="+-", spaces=False, answer_only_loss=True, num_iterations=10
+)
 
 
 @pytest.mark.parametrize("name", SHA256)
 def test_the_default_records_are_the_originals_byte_for_byte(pilot, name):
-    assert hashlib.sha256((pilot / f"{name}.jsonl").read_bytes()).hexdigest().startswith(SHA256[name])
+    assert (
+        hashlib.sha256((pilot / f"{name}.jsonl").read_bytes()).hexdigest().startswith(SHA256[name])
+    )
 
 
 def test_the_first_training_record_is_the_documented_one(pilot):
@@ -93,7 +97,9 @@ def test_the_entropy_floor_of_the_pilots_validation_set_is_the_documented_one(pi
     data = Data(of(pilot))
     assert round(entropy_floor(data.val, data.k), 4) == 1.0760
     assert round(entropy_floor(data.train, data.k), 4) == 1.0753
-    assert np.isnan(entropy_floor(data.val, of(pilot, operand_max=50))), "strings that the grammar cannot make"
+    assert np.isnan(entropy_floor(data.val, of(pilot, operand_max=50))), (
+        "strings that the grammar cannot make"
+    )
 
 
 def test_other_flags_give_other_records_and_the_same_flags_the_same(tmp_path):
@@ -103,7 +109,11 @@ def test_other_flags_give_other_records_and_the_same_flags_the_same(tmp_path):
     texts = [(tmp_path / folder / "pilot_train.jsonl").read_text() for folder in "abc"]
     assert texts[0] == texts[1] != texts[2]
     assert not (tmp_path / "a/pilot_val.jsonl").exists()
-    found = [r for name in ("train", "test_flat", "test_paren") for r in records(tmp_path / f"a/pilot_{name}.jsonl")]
+    found = [
+        r
+        for name in ("train", "test_flat", "test_paren")
+        for r in records(tmp_path / f"a/pilot_{name}.jsonl")
+    ]
     assert len(found) == 100 and len({r["expr"] for r in found}) == 100
     for r in found:
         assert r["result"] == evaluate_expr(r["expr"]) and "*" not in r["expr"]
@@ -131,7 +141,9 @@ def test_a_deep_record_and_its_control_share_operands_operators_and_length(tmp_p
     flags = "--depths 3 4 5 --size 30 --controls --operators +- --held-out --dedup".split()
     make("generate_depth3_dataset.py", tmp_path, *flags)
     for depth in (3, 4, 5):
-        deep, control = (records(tmp_path / f"pilot_test_depth{depth}{end}.jsonl") for end in ("", "_control"))
+        deep, control = (
+            records(tmp_path / f"pilot_test_depth{depth}{end}.jsonl") for end in ("", "_control")
+        )
         assert len(deep) == len(control) == 30
         for one, two in zip(deep, control, strict=True):
             assert max(one["depth"]) == depth and max(two["depth"]) <= 2
@@ -146,7 +158,11 @@ def test_a_deep_record_and_its_control_share_operands_operators_and_length(tmp_p
         ("generate_pilot_dataset.py", "--operators /", "expected some of + - *"),
         ("generate_pilot_dataset.py", "--min-depth 2 --max-depth 1", "swap them"),
         ("generate_pilot_dataset.py", "--operand-min 9 --operand-max 3", "0 <= min <= max"),
-        ("generate_pilot_dataset.py", "--num-train 90 --operand-max 1 --dedup --max-depth 0", "records were found"),
+        (
+            "generate_pilot_dataset.py",
+            "--num-train 90 --operand-max 1 --dedup --max-depth 0",
+            "records were found",
+        ),
         ("generate_depth3_dataset.py", "--depths 2", "3 and deeper"),
         ("generate_depth3_dataset.py", "--depths 4", "add --controls"),
     ],
@@ -158,9 +174,18 @@ def test_flags_that_describe_no_records_are_refused_in_one_line(tmp_path, progra
 
 
 def test_a_generator_runs_from_any_folder(tmp_path):
-    command = [sys.executable, str(ROOT / "scripts/generate_depth3_dataset.py"), "--output-dir", "here", "--size", "3"]
+    command = [
+        sys.executable,
+        str(ROOT / "scripts/generate_depth3_dataset.py"),
+        "--output-dir",
+        "here",
+        "--size",
+        "3",
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and len(records(tmp_path / "here/pilot_test_depth3.jsonl")) == 3, done.stderr
+    assert done.returncode == 0 and len(records(tmp_path / "here/pilot_test_depth3.jsonl")) == 3, (
+        done.stderr
+    )
 
 
 def test_the_numbers_of_templates_are_those_counted_by_hand():
@@ -171,16 +196,42 @@ def test_the_numbers_of_templates_are_those_counted_by_hand():
     assert count("redundant", 2) == [1, 1, 1, 1]
     assert count("redundant", 3) == [1, 3, 5, 7]
     # Schroeder's second problem: all bracketings of n letters
-    assert [sum(len(templates(n, d, "trees")) for d in range(9)) for n in (2, 3, 4, 5, 6)] == [1, 3, 11, 45, 197]
+    assert [sum(len(templates(n, d, "trees")) for d in range(9)) for n in (2, 3, 4, 5, 6)] == [
+        1,
+        3,
+        11,
+        45,
+        197,
+    ]
     assert set(templates(4, 2, "pilot")) < set(templates(4, 2, "redundant"))
 
 
 DRAWN = [
     dict(),
-    dict(operators="+-", grammar="redundant", spaces=False, answer_format="complement", operand_min=0),
-    dict(operators="+-", grammar="trees", answer_format="reversed", operands_max=6, depth_max=4, operand_max=999),
-    dict(operators="*", operands_max=3, operand_sampling="balanced", operand_max=1234, grammar="redundant"),
-    dict(operators="-", grammar="redundant", answer_format="complement_bare", operands_weights="1,0,2"),
+    dict(
+        operators="+-", grammar="redundant", spaces=False, answer_format="complement", operand_min=0
+    ),
+    dict(
+        operators="+-",
+        grammar="trees",
+        answer_format="reversed",
+        operands_max=6,
+        depth_max=4,
+        operand_max=999,
+    ),
+    dict(
+        operators="*",
+        operands_max=3,
+        operand_sampling="balanced",
+        operand_max=1234,
+        grammar="redundant",
+    ),
+    dict(
+        operators="-",
+        grammar="redundant",
+        answer_format="complement_bare",
+        operands_weights="1,0,2",
+    ),
 ]
 
 
@@ -197,7 +248,9 @@ def test_drawn_problems_are_what_encoding_their_text_and_value_gives(knobs):
         assert np.array_equal(getattr(problems, name), getattr(again, name))
     numbers = [[int(x) for x in re.findall(r"\d+", e)] for e in exprs]
     assert {x for row in numbers for x in row} <= set(range(k.operand_min, k.operand_max + 1))
-    assert {len(row) for row in numbers} == ({2, 4} if k.operands_weights else set(range(2, k.operands_max + 1)))
+    assert {len(row) for row in numbers} == (
+        {2, 4} if k.operands_weights else set(range(2, k.operands_max + 1))
+    )
     depths = [max(depth_labels(e)) for e in exprs]
     assert max(depths) == k.depth_max and set(depths) <= set(range(k.depth_max + 1))
 
@@ -212,7 +265,11 @@ def test_balanced_operands_have_every_digit_count_alike():
 
 def test_no_drawn_training_expression_is_in_any_test_set(tmp_path, pilot):
     k = of(pilot, train_path="generate", **HONEST)
-    make("generate_depth3_dataset.py", tmp_path, *"--size 50 --controls --operators +- --held-out".split())
+    make(
+        "generate_depth3_dataset.py",
+        tmp_path,
+        *"--size 50 --controls --operators +- --held-out".split(),
+    )
     data = Data(k)
     kept_out = {hash_expr(r["expr"]) for p in (k.val_path, k.test_path) for r in records(Path(p))}
     kept_out |= {hash_expr(r["expr"]) for path in tmp_path.glob("*.jsonl") for r in records(path)}
@@ -227,10 +284,23 @@ def test_no_drawn_training_expression_is_in_any_test_set(tmp_path, pilot):
 
 
 def test_validation_problems_are_different_ones_from_their_own_bucket():
-    data = Data(Knobs(train_path="generate", val_path="generate", test_path="", val_examples=300, **HONEST))
+    data = Data(
+        Knobs(train_path="generate", val_path="generate", test_path="", val_examples=300, **HONEST)
+    )
     exprs = data.val.exprs(data.k)
-    assert len({hash_expr(e) for e in exprs}) == 300 and {hash_expr(e) % BUCKETS for e in exprs} == {VAL}
-    other = Data(Knobs(train_path="generate", val_path="generate", test_path="", val_examples=300, seed=7, **HONEST))
+    assert len({hash_expr(e) for e in exprs}) == 300 and {
+        hash_expr(e) % BUCKETS for e in exprs
+    } == {VAL}
+    other = Data(
+        Knobs(
+            train_path="generate",
+            val_path="generate",
+            test_path="",
+            val_examples=300,
+            seed=7,
+            **HONEST,
+        )
+    )
     assert other.val.exprs(other.k) == exprs
 
 
@@ -244,7 +314,9 @@ def test_a_batch_is_a_function_of_seed_and_step():
 def test_a_finite_set_is_shuffled_anew_in_each_epoch_and_seen_whole(pilot):
     data = Data(of(pilot, batch_size=300))
     assert data.epoch_steps == 7 and data.total == 350
-    epochs = [[e for step in range(7) for e in data.batch(7 * i + step).exprs(data.k)] for i in range(2)]
+    epochs = [
+        [e for step in range(7) for e in data.batch(7 * i + step).exprs(data.k)] for i in range(2)
+    ]
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(data.train.exprs(data.k))
     assert epochs[0] != epochs[1] and len(data.batch(6)) == 200
 
@@ -263,7 +335,13 @@ def test_the_curriculum_draws_few_operands_first():
     assert {len(re.findall(r"\d+", e)) for e in first} == {2}
 
 
-STAGED = {**HONEST, "num_iterations": 100, "curriculum": 0.2, "train_path": "generate", "val_path": "generate"}
+STAGED = {
+    **HONEST,
+    "num_iterations": 100,
+    "curriculum": 0.2,
+    "train_path": "generate",
+    "val_path": "generate",
+}
 
 
 def test_under_a_curriculum_a_finite_set_gives_its_short_examples_first_and_then_all():
@@ -271,10 +349,15 @@ def test_under_a_curriculum_a_finite_set_gives_its_short_examples_first_and_then
     whole = lambda batches: {e for batch in batches for e in batch}
     operands = lambda exprs: {len(re.findall(r"\d+", e)) for e in exprs}
     batches = [data.batch(step).exprs(data.k) for step in range(100)]
-    assert [operands(batches[step]) for step in (0, 9)] == [{2}, {2}] and operands(batches[15]) == {2, 3}
+    assert [operands(batches[step]) for step in (0, 9)] == [{2}, {2}] and operands(batches[15]) == {
+        2,
+        3,
+    }
     assert operands(whole(batches[20:])) == {2, 3, 4}
     assert whole(batches) == set(data.train.exprs(data.k)), "of these examples, and each comes up"
-    assert data.batch(30).exprs(data.k) == batches[30] and data.total == 100 and data.epoch_steps == 0
+    assert (
+        data.batch(30).exprs(data.k) == batches[30] and data.total == 100 and data.epoch_steps == 0
+    )
 
 
 def test_a_finite_set_without_the_curriculums_first_operand_count_is_refused_before_training():
@@ -291,8 +374,13 @@ def test_answers_are_read_back_as_written(form):
 
 
 def test_answer_formats_are_the_documented_ones():
-    assert write_answer(-5, "complement", 3) == "599-" and write_answer(-5, "complement_bare", 3) == "599"
-    assert write_answer(-5, "reversed", 3) == "500-" and write_answer(268, "complement", 3) == "862+"
+    assert (
+        write_answer(-5, "complement", 3) == "599-"
+        and write_answer(-5, "complement_bare", 3) == "599"
+    )
+    assert (
+        write_answer(-5, "reversed", 3) == "500-" and write_answer(268, "complement", 3) == "862+"
+    )
     assert read_answer("12", "complement") is None and read_answer("-", "plain") is None
     assert read_answer("", "reversed") is None and read_answer("1+2", "plain") is None
 

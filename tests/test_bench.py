@@ -51,7 +51,11 @@ def test_each_part_writes_what_was_measured_with_what_where_and_when(toy):
     assert set(toy[1]) == {f"{part}_cpu" for part in ("step", "gates", "loader", "levers", "sdpa")}
     for found in toy[1].values():
         assert "scripts/bench.py" in found["command"] and "--n_embd=32" in found["command"]
-        assert found["torch"] == torch.__version__ and found["git_commit"] and isinstance(found["dirty"], bool)
+        assert (
+            found["torch"] == torch.__version__
+            and found["git_commit"]
+            and isinstance(found["dirty"], bool)
+        )
         assert "cores" in found["device"] and found["date"].startswith("20") and found["n"] == 2
         assert found["flags"]["batch_size"] == 16
 
@@ -73,8 +77,12 @@ def test_memory_counts_gradients_that_are_kept(toy):
     found = toy[1]["step_cpu"]
     kept = found["memory_bytes"]["ours"]["alive_at_step_start"] - found["state_bytes"]
     blocks, wte = 2 * 12 * 32 * 32, 64 * 32
-    assert kept >= 4 * (blocks + wte) + 2 * (blocks + wte) + 2 * 2 * 256 * 64  # gradients, bf16, rows of logits
-    assert abs(found["memory_bytes"]["plain"]["alive_at_step_start"] - found["state_bytes"]) < 20_000
+    assert (
+        kept >= 4 * (blocks + wte) + 2 * (blocks + wte) + 2 * 2 * 256 * 64
+    )  # gradients, bf16, rows of logits
+    assert (
+        abs(found["memory_bytes"]["plain"]["alive_at_step_start"] - found["state_bytes"]) < 20_000
+    )
 
 
 @pytest.mark.parametrize(

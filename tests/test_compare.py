@@ -12,7 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_results import METRICS, ORIGINAL, REFERENCE, REPO, STAGES, arms, lines_of, log_run, needs_original, row, write
+from test_results import (
+    METRICS,
+    ORIGINAL,
+    REFERENCE,
+    REPO,
+    STAGES,
+    arms,
+    lines_of,
+    log_run,
+    needs_original,
+    row,
+    write,
+)
 from test_results import split as split_rows
 
 sys.path.insert(0, str(REPO / "scripts"))
@@ -27,12 +39,17 @@ STUDIES = 2000
 
 
 def cell(losses: Sequence[float], first_seed: int = 1) -> lib.Cell:
-    values = [{"seed": str(i), "final_val_loss": repr(float(v))} for i, v in enumerate(losses, start=first_seed)]
+    values = [
+        {"seed": str(i), "final_val_loss": repr(float(v))}
+        for i, v in enumerate(losses, start=first_seed)
+    ]
     return lib.Cell({"attn_gate": "x"}, tuple(lib.Row(v, "", "") for v in values))
 
 
 def table(rows, stage: lib.Stage | None = None, **more) -> lib.Table:
-    return lib.make_table([lib.Row(r, "", "here") for r in rows], stage or lib.Stage("stage1"), **more)
+    return lib.make_table(
+        [lib.Row(r, "", "here") for r in rows], stage or lib.Stage("stage1"), **more
+    )
 
 
 def compared(rows, stage: lib.Stage | None = None, **more) -> lib.Comparison:
@@ -48,10 +65,14 @@ def compared(rows, stage: lib.Stage | None = None, **more) -> lib.Comparison:
 @pytest.mark.parametrize("test", ["paired", "Welch"])
 def test_the_95_percent_interval_covers_the_truth_in_93_to_97_percent_of_2000_studies(n, test):
     rng, truth, covered = np.random.default_rng(n), -0.004, 0
-    shared = rng.normal(0, 0.001, (STUDIES, n, 1)) * (test == "paired")  # what a seed does to both arms
+    shared = rng.normal(0, 0.001, (STUDIES, n, 1)) * (
+        test == "paired"
+    )  # what a seed does to both arms
     losses = 3.28 + shared + rng.normal(0, [0.0013, 0.0016], (STUDIES, n, 2)) + [truth, 0]
     for study in losses:
-        found = lib.compare(cell(study[:, 0]), cell(study[:, 1], first_seed=1 if test == "paired" else 50))
+        found = lib.compare(
+            cell(study[:, 0]), cell(study[:, 1], first_seed=1 if test == "paired" else 50)
+        )
         assert found.test == test
         covered += found.chosen.lo <= truth <= found.chosen.hi
     assert 0.93 <= covered / STUDIES <= 0.97
@@ -79,7 +100,9 @@ def test_holm_keeps_any_false_claim_among_four_comparisons_below_6_percent(test)
 
 def test_the_interval_of_a_ratio_covers_the_truth_in_93_to_97_percent_of_2000_studies():
     rng, covered = np.random.default_rng(7), 0
-    for a, b in zip(rng.normal(424, 4, (STUDIES, 4)), rng.normal(400, 2, (STUDIES, 4)), strict=True):
+    for a, b in zip(
+        rng.normal(424, 4, (STUDIES, 4)), rng.normal(400, 2, (STUDIES, 4)), strict=True
+    ):
         found = stats.ratio(list(a), list(b))
         covered += found.lo <= 6.0 <= found.hi
     assert 0.93 <= covered / STUDIES <= 0.97
@@ -89,7 +112,9 @@ def test_the_smallest_difference_is_found_in_four_of_five_studies():
     rng, n = np.random.default_rng(1), 4
     least = stats.smallest_difference(n, 0.0013, rho=0)
     found = 0
-    for a, b in zip(rng.normal(least, 0.0013, (STUDIES, n)), rng.normal(0, 0.0013, (STUDIES, n)), strict=True):
+    for a, b in zip(
+        rng.normal(least, 0.0013, (STUDIES, n)), rng.normal(0, 0.0013, (STUDIES, n)), strict=True
+    ):
         found += stats.paired(list(a), list(b)).p < 0.05
     assert found / STUDIES == pytest.approx(0.8, abs=0.03)
 
@@ -115,9 +140,13 @@ def test_power_agrees_with_the_noncentral_t_of_scipy_stats(df, sides):
     from scipy import stats as theirs
 
     limit = theirs.t.ppf(1 - 0.05 / sides, df)
-    expected = theirs.nct.sf(limit, df, 3.1) + (np.nan_to_num(theirs.nct.cdf(-limit, df, 3.1)) if sides == 2 else 0)
+    expected = theirs.nct.sf(limit, df, 3.1) + (
+        np.nan_to_num(theirs.nct.cdf(-limit, df, 3.1)) if sides == 2 else 0
+    )
     assert stats.power_of(3.1, df, sides=sides) == pytest.approx(expected, rel=1e-6)
-    assert stats.power_of(stats.shift(df, sides=sides), df, sides=sides) == pytest.approx(0.8, abs=1e-5)
+    assert stats.power_of(stats.shift(df, sides=sides), df, sides=sides) == pytest.approx(
+        0.8, abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("rho", [None, 0.0, 0.5])
@@ -151,7 +180,16 @@ def original(tmp_path_factory) -> Path:
 
 def original_options() -> list[str]:
     sources = [str(path) for path in sorted(ORIGINAL.glob("results_stage*.csv"))]
-    return ["--source", *sources, "--stages", str(STAGES), "--curves", str(CURVES), "--logs", "nowhere"]
+    return [
+        "--source",
+        *sources,
+        "--stages",
+        str(STAGES),
+        "--curves",
+        str(CURVES),
+        "--logs",
+        "nowhere",
+    ]
 
 
 def original_losses() -> dict[str, dict[tuple[str, ...], list[float]]]:
@@ -170,7 +208,10 @@ def original_losses() -> dict[str, dict[tuple[str, ...], list[float]]]:
 def test_pooled_seed_noise_of_the_original_comes_out():
     losses = original_losses()
     everything = [v for stage in losses.values() for v in stage.values()]
-    assert [format(x, ".5g") for x in stats.pooled_sd(everything)] == ["0.0014364", "19"]  # printed as 0.00144
+    assert [format(x, ".5g") for x in stats.pooled_sd(everything)] == [
+        "0.0014364",
+        "19",
+    ]  # printed as 0.00144
     assert format(stats.pooled_sd(list(losses["stage1"].values()))[0], ".5f") == "0.00112"
     assert format(stats.pooled_sd(list(losses["stage_3"].values()))[0], ".5f") == "0.00110"
 
@@ -197,12 +238,15 @@ def test_pooled_tests_of_stage_1_come_out(gate, act, against, p):
 @needs_original
 def test_the_remaining_tests_of_the_fact_sheet_come_out():
     losses = original_losses()
-    gate, none = (next(v for k, v in losses["stage_3"].items() if k[0] == g) for g in ("elementwise", "none"))
+    gate, none = (
+        next(v for k, v in losses["stage_3"].items() if k[0] == g) for g in ("elementwise", "none")
+    )
     assert format(stats.p_below(gate, 3.28), ".4f") == "0.0035" and stats.p_below(none, 3.28) > 0.99
     noise, df = stats.pooled_sd(list(losses["stage_3"].values()))
     assert abs(stats.pooled([3.2938], none, noise, df).t) == pytest.approx(0.9, abs=0.05)
     pairs = {
-        g: [x for k, v in sorted(losses["stage2"].items()) if k[0] == g for x in v] for g in ("elementwise", "none")
+        g: [x for k, v in sorted(losses["stage2"].items()) if k[0] == g for x in v]
+        for g in ("elementwise", "none")
     }
     eight = stats.paired(pairs["elementwise"], pairs["none"])
     differences = [a - b for a, b in zip(pairs["elementwise"], pairs["none"], strict=True)]
@@ -214,7 +258,9 @@ def test_the_remaining_tests_of_the_fact_sheet_come_out():
 
 
 def test_equal_time_of_the_originals_stage_3_is_interpolated_and_says_so(original):
-    (gate,) = [line for line in lines_of(original / "stage3.csv") if line["attn_gate"] == "elementwise"]
+    (gate,) = [
+        line for line in lines_of(original / "stage3.csv") if line["attn_gate"] == "elementwise"
+    ]
     none = next(v for k, v in original_losses()["stage_3"].items() if k[0] == "none")
     assert format(float(gate["equal_time_diff"]), ".4f") == "-0.0023"
     assert format(float(gate["equal_time_diff"]) + stats.mean(none), ".4f") == "3.2904"
@@ -223,7 +269,11 @@ def test_equal_time_of_the_originals_stage_3_is_interpolated_and_says_so(origina
 
 
 def test_steps_and_time_to_3_30_of_the_originals_stage_3_come_out(original):
-    lines = {line["attn_gate"]: line for line in lines_of(original / "stage3.csv") if line["learning_rate"] != "0.0036"}
+    lines = {
+        line["attn_gate"]: line
+        for line in lines_of(original / "stage3.csv")
+        if line["learning_rate"] != "0.0036"
+    }
     curves = lib.Curves(None, [CURVES])
     rows = lib.read_results(ORIGINAL / "results_stage_3.csv")[0]
     seconds = [f"{curves(r['run_id']).reaches(3.3)[1]:.1f}" for r in rows]
@@ -239,7 +289,8 @@ def test_the_originals_gap_at_equal_steps_comes_out_of_its_curves(original):
 
     def gap(step: int) -> float:
         at = {
-            g: [curves(r["run_id"]).at_step(step) for r in rows if r["attn_gate"] == g] for g in ("elementwise", "none")
+            g: [curves(r["run_id"]).at_step(step) for r in rows if r["attn_gate"] == g]
+            for g in ("elementwise", "none")
         }
         return stats.mean(at["elementwise"]) - stats.mean(at["none"])
 
@@ -250,18 +301,37 @@ def test_the_originals_gap_at_equal_steps_comes_out_of_its_curves(original):
 
 
 def test_the_original_is_flagged_for_its_schedule_its_epochs_and_its_change_of_machine(original):
-    text = {name: (original / f"{name}.md").read_text() for name in ("stage1", "stage2", "stage2_5", "stage3")}
+    text = {
+        name: (original / f"{name}.md").read_text()
+        for name in ("stage1", "stage2", "stage2_5", "stage3")
+    }
     flags = {name: {line["flags"] for line in lines_of(original / f"{name}.csv")} for name in text}
     assert flags == dict(stage1={""}, stage2={"schedule"}, stage2_5={""}, stage3={"repeats", ""})
     assert "training data read more than once: 2.98 epochs" in text["stage3"]
-    assert "A100 80GB PCIe in stage2\\_5" in text["stage3"] or "A100 80GB PCIe in stage2_5" in text["stage3"]
-    assert ["hardware changes between stages" in t for t in text.values()] == [False, False, False, True]
+    assert (
+        "A100 80GB PCIe in stage2\\_5" in text["stage3"]
+        or "A100 80GB PCIe in stage2_5" in text["stage3"]
+    )
+    assert ["hardware changes between stages" in t for t in text.values()] == [
+        False,
+        False,
+        False,
+        True,
+    ]
 
 
 @needs_original
 def test_compare_shows_the_originals_stage_3_in_words_and_numbers(capsys):
     compare.main(
-        ["attn_gate=none", "attn_gate=elementwise", "--stage", "stage3", "--target", "3.28", *original_options()]
+        [
+            "attn_gate=none",
+            "attn_gate=elementwise",
+            "--stage",
+            "stage3",
+            "--target",
+            "3.28",
+            *original_options(),
+        ]
     )
     shown = capsys.readouterr().out
     for part in (
@@ -272,7 +342,12 @@ def test_compare_shows_the_originals_stage_3_in_words_and_numbers(capsys):
         "un-annealed",
     ):
         assert part in shown
-    for part in ("distinguishable at 5%", "B is below 3.28: one-sided t, p=0.0035", "4936", "2.98 epochs"):
+    for part in (
+        "distinguishable at 5%",
+        "B is below 3.28: one-sided t, p=0.0035",
+        "4936",
+        "2.98 epochs",
+    ):
         assert part in shown
     assert max(map(len, shown.splitlines())) <= 110
 
@@ -283,7 +358,9 @@ def test_compare_shows_the_originals_stage_3_in_words_and_numbers(capsys):
 
 def logged(folder: Path, rows) -> lib.Curves:
     for r in rows:
-        log_run(folder / "logs", r["run_id"], float(r["final_val_loss"]), float(r["ms_per_step"]) / 1000)
+        log_run(
+            folder / "logs", r["run_id"], float(r["final_val_loss"]), float(r["ms_per_step"]) / 1000
+        )
     return lib.Curves(folder / "logs")
 
 
@@ -306,9 +383,13 @@ def test_equal_time_reads_the_slower_arm_where_the_faster_ends(tmp_path):
 
 
 def test_real_runs_of_equal_time_are_preferred_to_interpolation(tmp_path):
-    rows = timed([3.2, 3.3], [3.4, 3.5], notes="") + timed([3.35, 3.41], [3.38, 3.5], notes="TIME_BUDGET_S=40")
+    rows = timed([3.2, 3.3], [3.4, 3.5], notes="") + timed(
+        [3.35, 3.41], [3.38, 3.5], notes="TIME_BUDGET_S=40"
+    )
     found = {
-        line.cell.label: line.comparison for line in table(rows, curves=logged(tmp_path, rows)).lines if line.comparison
+        line.cell.label: line.comparison
+        for line in table(rows, curves=logged(tmp_path, rows)).lines
+        if line.comparison
     }
     assert len(found) == 2
     for one in found.values():
@@ -327,11 +408,15 @@ def test_runs_of_other_lengths_are_compared_at_equal_steps_and_labelled(tmp_path
 
 def test_without_a_target_the_notes_of_the_runs_say_when_they_reached_theirs():
     rows = timed([3.2, 3.3], [3.4, 3.5])
-    for r, (step, ms) in zip(rows, [(80, 35200), (84, 36960), (90, 36000), (94, 37600)], strict=True):
+    for r, (step, ms) in zip(
+        rows, [(80, 35200), (84, 36960), (90, 36000), (94, 37600)], strict=True
+    ):
         r["notes"] = f"PRESET=demo reached_step={step} reached_ms={ms}"
     found = table(rows)
     none, gate = found.lines
-    assert none.numbers["steps_to_target"] == 92 and gate.numbers["seconds_to_target"] == pytest.approx(36.08)
+    assert none.numbers["steps_to_target"] == 92 and gate.numbers[
+        "seconds_to_target"
+    ] == pytest.approx(36.08)
     assert gate.comparison.steps_to.pct == pytest.approx(100 * (82 / 92 - 1))
     assert "the first validation there" in lib.table_text(found)
 
@@ -363,12 +448,15 @@ def test_the_overhead_of_the_step_has_an_interval_and_with_one_run_none():
 
 def test_the_smallest_difference_is_that_of_the_test_used():
     found = compared(arms([3.271, 3.272, 3.2735], [3.292, 3.294, 3.2921]))
-    assert found.least == pytest.approx(stats.smallest_difference(3, found.sd_diff / math.sqrt(2), rho=0))
+    assert found.least == pytest.approx(
+        stats.smallest_difference(3, found.sd_diff / math.sqrt(2), rho=0)
+    )
     assert math.isnan(compared(arms([3.5], [3.6])).least)
 
 
 @pytest.mark.parametrize(
-    "epochs, flag", [(("0.88", "0.88"), ""), (("0.88", "1.76"), "epochs repeats"), (("0.5", "0.8"), "epochs")]
+    "epochs, flag",
+    [(("0.88", "0.88"), ""), (("0.88", "1.76"), "epochs repeats"), (("0.5", "0.8"), "epochs")],
 )
 def test_other_numbers_of_epochs_in_one_comparison_are_flagged(epochs, flag):
     rows = arms([3.5], [3.6])
@@ -386,7 +474,9 @@ def test_a_shorter_run_over_the_same_data_is_no_mixture_of_epochs():
     assert not [line for line in table(rows).lines if line.flags]
 
 
-@pytest.mark.parametrize("column, flag", [("gpu_name", "gpu"), ("torch", "torch"), ("code_sha256", "code")])
+@pytest.mark.parametrize(
+    "column, flag", [("gpu_name", "gpu"), ("torch", "torch"), ("code_sha256", "code")]
+)
 def test_mixtures_stand_in_the_line_of_the_table_that_they_spoil(tmp_path, capsys, column, flag):
     rows = arms([3.5, 3.4], [3.6, 3.7])
     rows[0][column] = "another"
@@ -407,10 +497,21 @@ def run_compare(folder: Path, rows, *args: str) -> None:
 
 def test_arms_are_named_by_columns_notes_ids_beginnings_and_patterns(tmp_path, capsys):
     rows = arms([3.5, 3.51], [3.6, 3.62])
-    rows += [row(i, 3.4 + i / 100, attn_gate="elementwise", notes="GATEOPT=adam", run_id=f"adam-{i}") for i in (1, 2)]
+    rows += [
+        row(i, 3.4 + i / 100, attn_gate="elementwise", notes="GATEOPT=adam", run_id=f"adam-{i}")
+        for i in (1, 2)
+    ]
     ids = [r["run_id"] for r in rows]
-    pairs = [("attn_gate=none", "GATEOPT=adam"), (",".join(ids[2:4]), "adam-"), (ids[2] + "," + ids[3], "adam-?")]
-    for a, b in [*pairs, ("attn_gate=none,seed=1", "adam-1"), ("attn_gate=none", "attn_gate=elementwise,GATEOPT=")]:
+    pairs = [
+        ("attn_gate=none", "GATEOPT=adam"),
+        (",".join(ids[2:4]), "adam-"),
+        (ids[2] + "," + ids[3], "adam-?"),
+    ]
+    for a, b in [
+        *pairs,
+        ("attn_gate=none,seed=1", "adam-1"),
+        ("attn_gate=none", "attn_gate=elementwise,GATEOPT="),
+    ]:
         run_compare(tmp_path, rows, a, b)
         assert "they differ in attn_gate: none -> elementwise" in capsys.readouterr().out
 
@@ -452,8 +553,16 @@ def test_nothing_or_more_than_one_configuration_is_one_error(tmp_path, a, b, mes
         ("compare.py", ["a", "b", "--source", "empty.csv"], "no rows yet"),
         ("power.py", ["--sd", "0", "--delta", "1"], "sd above 0"),
         ("power.py", ["--sd", "1", "--delta", "1", "--rho", "1"], "rho=1.0 must lie between"),
-        ("split_results.py", ["--source", "empty.csv", "--curves", "empty.csv", "--target", "-1"], "above 0"),
-        ("split_results.py", ["--source", "empty.csv", "--curves", "none.csv"], "none.csv: No such file"),
+        (
+            "split_results.py",
+            ["--source", "empty.csv", "--curves", "empty.csv", "--target", "-1"],
+            "above 0",
+        ),
+        (
+            "split_results.py",
+            ["--source", "empty.csv", "--curves", "none.csv"],
+            "none.csv: No such file",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, program, args, message):
@@ -482,7 +591,11 @@ def test_missing_torn_and_nan_curves_are_named_and_the_table_is_complete(tmp_pat
     (gate,) = [o for o in lines_of(out / "tables/s.csv") if o["attn_gate"] == "elementwise"]
     assert gate["seeds"] == "5" and float(gate["diff"]) == pytest.approx(-0.208)
     shown = capsys.readouterr().out.replace("\n    ", " ")
-    for run, what in [(ids[0], "metrics.csv: No such file"), (ids[1], "torn rows"), (ids[2], "no finite number")]:
+    for run, what in [
+        (ids[0], "metrics.csv: No such file"),
+        (ids[1], "torn rows"),
+        (ids[2], "no finite number"),
+    ]:
         assert any(what in line and run in line for line in shown.splitlines()), (what, shown)
     assert f"no validation in metrics.csv: 2 runs, {ids[2]}, {ids[3]}" in shown
     assert gate["equal_time_how"] == "interpolated from 2 of 5 seeds, un-annealed"

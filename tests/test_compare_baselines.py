@@ -21,9 +21,13 @@ import train_gpu
 from plumbing import UserError
 
 CPU = torch.device("cpu")
-TINY = dict(hidden_dim=16, hcm_dim=16, num_layers=2, num_slots=4, num_attention_heads=2, tokenizer="bytes")
+TINY = dict(
+    hidden_dim=16, hcm_dim=16, num_layers=2, num_slots=4, num_attention_heads=2, tokenizer="bytes"
+)
 TINY |= dict(mixed_precision="none", device="cpu", dropout=0.0, max_seq_length=32, batch_size=4)
-TEXT = "\n\n".join(f"Paragraph {i} is about caf\u00e9s, and about {i * 7 % 11} other things." for i in range(400))
+TEXT = "\n\n".join(
+    f"Paragraph {i} is about caf\u00e9s, and about {i * 7 % 11} other things." for i in range(400)
+)
 # A package called transformers: its one model and tokenizer are ours, in its clothes.
 FAKE = """
 import json, os
@@ -60,12 +64,19 @@ class AutoModelForCausalLM:
 
 def save(folder: Path, run_id: str, **more: object) -> Path:
     """A checkpoint of random weights, as train_gpu.py would have left it."""
-    k = train_gpu.Knobs(**TINY | dict(dataset=str(folder / "text.txt"), data_folder=str(folder / "data")) | more)
+    k = train_gpu.Knobs(
+        **TINY | dict(dataset=str(folder / "text.txt"), data_folder=str(folder / "data")) | more
+    )
     model, generator = train_gpu.Model(k), torch.Generator().manual_seed(len(run_id))
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn(p.shape, generator=generator) / 3)
-    state = dict(model=model.state_dict(), knobs=json.loads(plumbing.knobs_json(k)), step=3, val_loss=math.nan)
+    state = dict(
+        model=model.state_dict(),
+        knobs=json.loads(plumbing.knobs_json(k)),
+        step=3,
+        val_loss=math.nan,
+    )
     plumbing.save_checkpoint(folder / "logs" / run_id, 3, state | dict(trainer="train_gpu"), ONE)
     return folder / "logs" / run_id / "step_000003"
 
@@ -102,7 +113,9 @@ def run(monkeypatch, home: Path, *flags: object) -> list[str]:
     """The program in this process, its children too; the lines it shows."""
     lines = []
     monkeypatch.setattr(program, "show", lambda line="": lines.append(line))
-    here = lambda what, spec, device: program.CHILDREN[what](json.loads(json.dumps(spec)), torch.device(device))
+    here = lambda what, spec, device: program.CHILDREN[what](
+        json.loads(json.dumps(spec)), torch.device(device)
+    )
     monkeypatch.setattr(program, "measure_apart", here)
     program.main([*map(str, flags), "--logs_folder", str(home / "logs")])
     return "\n".join(lines).splitlines()
@@ -123,7 +136,9 @@ def test_windows_score_what_the_trainer_scores(home, run_id, window, stride, mic
     model = ours(home, run_id)
     split = train_gpu.open_text(model.k)["test"]
     shard = dataclasses.replace(split, shards=Front(split.shards, 500))
-    theirs = train_gpu.perplexity(train_gpu.MicroStep(model.model, model.k, ONE), shard, 2, ONE, window, stride)
+    theirs = train_gpu.perplexity(
+        train_gpu.MicroStep(model.model, model.k, ONE), shard, 2, ONE, window, stride
+    )
     tokens = split.shards.read(0, 500)
     nats = program.window_nats(model, tokens, window, stride, micro)
     assert nats == pytest.approx(theirs.nats, rel=1e-5) and theirs.tokens == 499
@@ -145,15 +160,31 @@ def test_streaming_scores_what_the_trainer_scores(monkeypatch, home):
     split = train_gpu.open_text(model.k)["test"]
     short = dataclasses.replace(split, shards=Front(split.shards, 333))
     theirs = train_gpu.streaming(train_gpu.MicroStep(model.model, model.k, ONE), short, ONE, 50)
-    assert program.stream_nats(model, split.shards.read(0, 333)) == pytest.approx(theirs.nats, rel=1e-5)
+    assert program.stream_nats(model, split.shards.read(0, 333)) == pytest.approx(
+        theirs.nats, rel=1e-5
+    )
 
 
-def test_a_published_model_is_scored_by_the_same_conventions_as_ours(monkeypatch, home, fake, tmp_path):
-    flags = ["--run", "attention", "--baselines", path(home, "attention"), "--quality_only", "--max_samples", 4]
+def test_a_published_model_is_scored_by_the_same_conventions_as_ours(
+    monkeypatch, home, fake, tmp_path
+):
+    flags = [
+        "--run",
+        "attention",
+        "--baselines",
+        path(home, "attention"),
+        "--quality_only",
+        "--max_samples",
+        4,
+    ]
     run(monkeypatch, home, *flags, "--window", 24, "--stride", 10, "--output_dir", tmp_path)
     a, b = rows(tmp_path / "quality.csv")
-    same = "tokens nats words bytes loss ppl word_ppl bits_per_byte window stride parameters".split()
-    assert {name: a[name] for name in same} == {name: b[name] for name in same} and float(a["nats"]) > 100
+    same = (
+        "tokens nats words bytes loss ppl word_ppl bits_per_byte window stride parameters".split()
+    )
+    assert {name: a[name] for name in same} == {name: b[name] for name in same} and float(
+        a["nats"]
+    ) > 100
     assert a["model"] == "attention (attention)" and b["model"].endswith("(zero-shot)")
 
 
@@ -167,7 +198,10 @@ def test_ppl_is_per_token_per_word_and_per_byte_of_the_same_sum(home):
 def test_all_models_read_the_same_lines(home):
     k = ours(home, "memory").k
     whole, words = program.raw_text(k, "test", None)
-    assert train_gpu.open_text(k)["test"].words == words and len(whole.encode()) == train_gpu.open_text(k)["test"].bytes
+    assert (
+        train_gpu.open_text(k)["test"].words == words
+        and len(whole.encode()) == train_gpu.open_text(k)["test"].bytes
+    )
     text, words = program.raw_text(k, "test", 3)
     assert whole.startswith(text) and len([line for line in text.splitlines() if line.strip()]) == 3
     assert words == len(text.split()) + text.count("\n") and "caf\u00e9s" in text
@@ -179,14 +213,27 @@ def test_all_models_read_the_same_lines(home):
 
 def test_without_transformers_the_published_models_are_one_line_each(monkeypatch, home, tmp_path):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    flags = ["--run", "memory", "--baselines", "gpt2", "pythia-70m", "--quality_only", "--max_samples", 2]
+    flags = [
+        "--run",
+        "memory",
+        "--baselines",
+        "gpt2",
+        "pythia-70m",
+        "--quality_only",
+        "--max_samples",
+        2,
+    ]
     lines = run(monkeypatch, home, *flags, "--output_dir", tmp_path)
-    told = [line for line in lines if "transformers is not installed; pip install transformers" in line]
+    told = [
+        line for line in lines if "transformers is not installed; pip install transformers" in line
+    ]
     assert [line.split(":")[0] for line in told] == ["gpt2", "pythia-70m"]
     assert [r["model"] for r in rows(tmp_path / "quality.csv") if r["nats"]] == ["memory (hamt)"]
 
 
-def test_missing_weights_are_one_line_and_the_hub_is_asked_second(monkeypatch, home, fake, tmp_path):
+def test_missing_weights_are_one_line_and_the_hub_is_asked_second(
+    monkeypatch, home, fake, tmp_path
+):
     flags = ["--run", "memory", "--baselines", "pythia-70m", "--quality_only", "--max_samples", 2]
     lines = run(monkeypatch, home, *flags, "--output_dir", tmp_path)
     (told,) = [line for line in lines if line.startswith("pythia-70m: left out")]
@@ -200,7 +247,9 @@ def test_missing_weights_are_one_line_and_the_hub_is_asked_second(monkeypatch, h
 def test_a_measurement_that_dies_is_one_line(monkeypatch, home):
     lines = []
     monkeypatch.setattr(program, "show", lambda line="": lines.append(line))
-    spec = dict(subject=dict(path=str(home / "nowhere")), context=8, decode=1, repeats=1, precision="none")
+    spec = dict(
+        subject=dict(path=str(home / "nowhere")), context=8, decode=1, repeats=1, precision="none"
+    )
     assert program.measure_apart("inference", spec, "cpu") is None
     assert len(lines) == 1 and "'context': 8" in lines[0] and "nowhere" in lines[0]
 
@@ -219,11 +268,27 @@ def test_a_measurement_that_dies_is_one_line(monkeypatch, home):
 )
 def test_a_bad_flag_is_one_line_that_says_what_is_wrong(monkeypatch, home, tmp_path, flags, words):
     with pytest.raises(UserError, match=words):
-        run(monkeypatch, home, *flags.split(), *["--baselines", "none"] * ("--run" in flags), "--output_dir", tmp_path)
+        run(
+            monkeypatch,
+            home,
+            *flags.split(),
+            *["--baselines", "none"] * ("--run" in flags),
+            "--output_dir",
+            tmp_path,
+        )
 
 
 def test_a_window_beyond_a_models_context_is_refused(monkeypatch, home, fake, tmp_path):
-    flags = ["--run", "memory", "--baselines", path(home, "attention"), "--window", 65, "--output_dir", tmp_path]
+    flags = [
+        "--run",
+        "memory",
+        "--baselines",
+        path(home, "attention"),
+        "--window",
+        65,
+        "--output_dir",
+        tmp_path,
+    ]
     with pytest.raises(UserError, match="takes 64 tokens at most"):
         run(monkeypatch, home, *flags)
 
@@ -232,32 +297,70 @@ def test_a_window_beyond_a_models_context_is_refused(monkeypatch, home, fake, tm
 # Speed, memory, state
 
 
-def test_a_comparison_has_quality_speed_memory_and_state_of_every_model(monkeypatch, home, fake, tmp_path):
-    flags = ["--run", "memory", "hybrids", "--baselines", path(home, "attention"), "--max_samples", 2]
-    run(monkeypatch, home, *flags, "--contexts", "24,48,96", "--decode", 4, "--repeats", 1, "--output_dir", tmp_path)
+def test_a_comparison_has_quality_speed_memory_and_state_of_every_model(
+    monkeypatch, home, fake, tmp_path
+):
+    flags = [
+        "--run",
+        "memory",
+        "hybrids",
+        "--baselines",
+        path(home, "attention"),
+        "--max_samples",
+        2,
+    ]
+    run(
+        monkeypatch,
+        home,
+        *flags,
+        "--contexts",
+        "24,48,96",
+        "--decode",
+        4,
+        "--repeats",
+        1,
+        "--output_dir",
+        tmp_path,
+    )
     quality, speed = rows(tmp_path / "quality.csv"), rows(tmp_path / "inference.csv")
     names = [r["model"] for r in quality]
-    assert names[:2] == ["memory (hamt)", "hybrids (hybrid)"] and "untrained" in names[2] and "zero-shot" in names[3]
+    assert (
+        names[:2] == ["memory (hamt)", "hybrids (hybrid)"]
+        and "untrained" in names[2]
+        and "zero-shot" in names[3]
+    )
     assert [bool(r["nats"]) for r in quality] == [True, True, False, True]
     assert [bool(r["stream_ppl"]) for r in quality] == [True, True, False, False]
-    assert {(r["model"], r["context"]) for r in speed} == {(n, t) for n in names for t in ("24", "48", "96")} - {
+    assert {(r["model"], r["context"]) for r in speed} == {
+        (n, t) for n in names for t in ("24", "48", "96")
+    } - {
         (names[3], "96")  # beyond its 64 positions
     }
     state = lambda i: [int(r["state_bytes"]) for r in speed if r["model"] == names[i]]
     assert len(set(state(0))) == 1
     assert state(2) == [24 * 256, 48 * 256, 96 * 256] and state(3) == [n + 8 for n in state(2)[:2]]
-    assert all(float(r["prefill_tokens_per_s"]) > 0 and float(r["decode_ms"]) > 0 and r["n"] == "4" for r in speed)
+    assert all(
+        float(r["prefill_tokens_per_s"]) > 0 and float(r["decode_ms"]) > 0 and r["n"] == "4"
+        for r in speed
+    )
     assert all(float(r["peak_mib"]) > 100 for r in speed)
     page = (tmp_path / "comparison.md").read_text()
     assert "29.41 is WikiText-2 and 37.50 is WikiText-103" in page and "| hybrid |" in page
     assert "Window 32 tokens, stride 32" in page
-    assert {p.name for p in tmp_path.iterdir()} >= {"quality.png", "quality.svg", "inference.png", "inference.svg"}
+    assert {p.name for p in tmp_path.iterdir()} >= {
+        "quality.png",
+        "quality.svg",
+        "inference.png",
+        "inference.svg",
+    }
     assert json.loads((tmp_path / "comparison.json").read_text())["torch"] == torch.__version__
 
 
 def test_a_child_counts_its_own_memory_only(home):
     ballast = torch.ones(2**26)  # 256 MiB that are resident here
-    spec = dict(subject=dict(path=path(home, "memory")), context=40, decode=4, repeats=1, precision="none")
+    spec = dict(
+        subject=dict(path=path(home, "memory")), context=40, decode=4, repeats=1, precision="none"
+    )
     found = program.measure_apart("inference", spec, "cpu")
     assert program.status_mib("VmRSS") > found["peak_mib"] + 128 and ballast.sum() == 2**26
     assert 0 <= found["above_mib"] < 100 and found["context"] == 40
@@ -291,16 +394,41 @@ def test_a_drawn_state_has_the_size_of_one_that_was_read(home, run_id):
 
 
 def test_speed_only_measures_training_memory_and_decoding(monkeypatch, home, tmp_path):
-    knobs = "hidden_dim=16 hcm_dim=16 num_slots=2 num_attention_heads=2 tokenizer=bytes dataset=bytes"
-    flags = ["--speed_only", "--preset", "demo", "--knobs", knobs, "--lengths", "16,64", "--tokens_per_step", 64]
-    flags += ["--repeats", 2, "--decode_contexts", "16,64", "--fed", 32, "--decode", 3, "--output_dir", tmp_path]
+    knobs = (
+        "hidden_dim=16 hcm_dim=16 num_slots=2 num_attention_heads=2 tokenizer=bytes dataset=bytes"
+    )
+    flags = [
+        "--speed_only",
+        "--preset",
+        "demo",
+        "--knobs",
+        knobs,
+        "--lengths",
+        "16,64",
+        "--tokens_per_step",
+        64,
+    ]
+    flags += [
+        "--repeats",
+        2,
+        "--decode_contexts",
+        "16,64",
+        "--fed",
+        32,
+        "--decode",
+        3,
+        "--output_dir",
+        tmp_path,
+    ]
     lines = run(monkeypatch, home, *flags)
     training, memory, decoding = (rows(tmp_path / f"{part}.csv") for part in program.PARTS)
     assert [(r["model"], r["length"], r["batch"]) for r in training] == [
         (m, t, b) for t, b in (("16", "4"), ("64", "1")) for m in ("hamt", "attention")
     ]
     assert all(float(r["tokens_per_s"]) > 0 for r in training)
-    assert all(float(r["ratio_low"]) <= float(r["ratio"]) <= float(r["ratio_high"]) for r in training[::2])
+    assert all(
+        float(r["ratio_low"]) <= float(r["ratio"]) <= float(r["ratio_high"]) for r in training[::2]
+    )
     assert float(training[0]["time_per_token"]) == 1
     assert {(r["mixer"], r["checkpointing"], r["context"]) for r in memory} == {
         (m, c, t) for m in ("hamt", "attention") for c in "01" for t in ("16", "64")
@@ -316,7 +444,9 @@ def test_speed_only_measures_training_memory_and_decoding(monkeypatch, home, tmp
 
 def test_checkpointing_reaches_the_model_that_is_measured(monkeypatch, home):
     seen = []
-    monkeypatch.setattr(program, "measure_apart", lambda what, spec, device: seen.append(spec["knobs"]))
+    monkeypatch.setattr(
+        program, "measure_apart", lambda what, spec, device: seen.append(spec["knobs"])
+    )
     a = program.arguments(["--speed_only", "--preset", "demo", "--lengths", "64,128"])
     program.training_memory(a, ("hamt",))
     assert [(k["gradient_checkpointing"], k["max_seq_length"]) for k in seen] == [
@@ -325,9 +455,15 @@ def test_checkpointing_reaches_the_model_that_is_measured(monkeypatch, home):
 
 
 def test_a_ratio_is_that_of_paired_turns():
-    noise = np.exp(np.random.default_rng(0).normal(size=30))  # a machine whose speed changes from turn to turn
+    noise = np.exp(
+        np.random.default_rng(0).normal(size=30)
+    )  # a machine whose speed changes from turn to turn
     found = program.ratio_of(list(1.25 * noise * np.tile([0.999, 1.001], 15)), list(noise))
-    assert [found[name] for name in ("ratio", "ratio_low", "ratio_high")] == pytest.approx([1.25] * 3, rel=1e-3)
-    assert program.ratio_of([1, 8, 1], [1, 1, 1])["ratio"] == pytest.approx(2), "of the middle, not of the sums"
+    assert [found[name] for name in ("ratio", "ratio_low", "ratio_high")] == pytest.approx(
+        [1.25] * 3, rel=1e-3
+    )
+    assert program.ratio_of([1, 8, 1], [1, 1, 1])["ratio"] == pytest.approx(2), (
+        "of the middle, not of the sums"
+    )
     loose = program.ratio_of(list(1.25 * noise), list(noise[::-1]))
     assert loose["ratio_low"] < 1.25 < loose["ratio_high"] and loose["ratio"] == pytest.approx(1.25)

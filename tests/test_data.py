@@ -31,7 +31,11 @@ from plumbing import HEADER_BYTES, MAGIC, UserError, read_shard
 ROOT = Path(__file__).resolve().parents[1]
 
 SHARED = ROOT.parent / "shared" / "data"
-VAL, TRAIN_1, TRAIN_2 = "fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"
+VAL, TRAIN_1, TRAIN_2 = (
+    "fineweb_val_000000.bin",
+    "fineweb_train_000001.bin",
+    "fineweb_train_000002.bin",
+)
 
 
 def shard_bytes(num_tokens: int, seed: int) -> bytes:
@@ -41,7 +45,11 @@ def shard_bytes(num_tokens: int, seed: int) -> bytes:
     return header.tobytes() + tokens.astype("<u2").tobytes()
 
 
-FILES = {VAL: shard_bytes(30_000, 0), TRAIN_1: shard_bytes(50_000, 1), TRAIN_2: shard_bytes(7_000, 2)}
+FILES = {
+    VAL: shard_bytes(30_000, 0),
+    TRAIN_1: shard_bytes(50_000, 1),
+    TRAIN_2: shard_bytes(7_000, 2),
+}
 
 
 @pytest.fixture
@@ -52,7 +60,9 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
         template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
-        monkeypatch.setattr(huggingface_hub.file_download.time, "sleep", lambda s: None)  # the whole module's
+        monkeypatch.setattr(
+            huggingface_hub.file_download.time, "sleep", lambda s: None
+        )  # the whole module's
         yield server
 
 
@@ -73,7 +83,13 @@ def on_hub(folder: Path, *names: str) -> bool:
 def test_full_download_through_the_command_line_is_the_hubs_bytes_and_rerun_fetches_nothing(
     hub: Hub, tmp_path: Path
 ) -> None:
-    command = [sys.executable, str(ROOT / "cached_fineweb10B.py"), "2", "--dir", str(tmp_path / "fw")]
+    command = [
+        sys.executable,
+        str(ROOT / "cached_fineweb10B.py"),
+        "2",
+        "--dir",
+        str(tmp_path / "fw"),
+    ]
     env = dict(os.environ, HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "hf"))
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -87,7 +103,13 @@ def test_full_download_through_the_command_line_is_the_hubs_bytes_and_rerun_fetc
 
 
 def test_two_downloads_at_once_fetch_every_shard_once(hub: Hub, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "cached_fineweb10B.py"), "2", "--dir", str(tmp_path / "fw")]
+    command = [
+        sys.executable,
+        str(ROOT / "cached_fineweb10B.py"),
+        "2",
+        "--dir",
+        str(tmp_path / "fw"),
+    ]
     env = dict(os.environ, HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "hf"))
     both = [subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL) for _ in range(2)]
     assert [p.wait() for p in both] == [0, 0]
@@ -100,7 +122,9 @@ def test_dropped_connection_is_survived(hub: Hub, tmp_path: Path) -> None:
     assert on_hub(tmp_path, VAL, TRAIN_1) and hub.gets.count(TRAIN_1) == 2
 
 
-def test_connection_that_always_drops_leaves_no_shard_and_the_next_run_goes_on(hub: Hub, tmp_path: Path) -> None:
+def test_connection_that_always_drops_leaves_no_shard_and_the_next_run_goes_on(
+    hub: Hub, tmp_path: Path
+) -> None:
     hub.faults[TRAIN_1 + "!"] = "cut"
     with pytest.raises(UserError, match=f"{TRAIN_1}.*no answer, or a broken one"):
         download(tmp_path, "1")
@@ -130,10 +154,14 @@ def test_truncated_shard_is_named_and_fetched_again(hub: Hub, tmp_path: Path, ca
     download(tmp_path, "1")
     out = capsys.readouterr().out
     assert f"{TRAIN_1}: will be fetched again" in out and "60,000" in out
-    assert on_hub(tmp_path, VAL, TRAIN_1) and hub.gets.count(TRAIN_1) == 2 and hub.gets.count(VAL) == 1
+    assert (
+        on_hub(tmp_path, VAL, TRAIN_1) and hub.gets.count(TRAIN_1) == 2 and hub.gets.count(VAL) == 1
+    )
 
 
-def test_damaged_header_is_found_without_verify_though_name_and_length_are_right(hub: Hub, tmp_path: Path) -> None:
+def test_damaged_header_is_found_without_verify_though_name_and_length_are_right(
+    hub: Hub, tmp_path: Path
+) -> None:
     download(tmp_path, "1")
     with open(tmp_path / TRAIN_1, "rb+") as f:
         f.write(b"\0\0\0\0")
@@ -147,14 +175,18 @@ def test_file_of_another_format_is_not_trusted_by_its_name(hub: Hub, tmp_path: P
     assert on_hub(tmp_path, VAL, TRAIN_1)
 
 
-def test_wrong_byte_of_right_size_is_caught_by_its_hash_and_fetched_again(hub: Hub, tmp_path: Path, capsys) -> None:
+def test_wrong_byte_of_right_size_is_caught_by_its_hash_and_fetched_again(
+    hub: Hub, tmp_path: Path, capsys
+) -> None:
     hub.faults[TRAIN_1] = ["flip"]
     download(tmp_path, "1")
     assert on_hub(tmp_path, VAL, TRAIN_1) and hub.gets.count(TRAIN_1) == 2
     assert "right length, wrong bytes" in capsys.readouterr().out
 
 
-def test_bytes_that_stay_wrong_are_one_error_after_three_downloads(hub: Hub, tmp_path: Path) -> None:
+def test_bytes_that_stay_wrong_are_one_error_after_three_downloads(
+    hub: Hub, tmp_path: Path
+) -> None:
     hub.faults[TRAIN_1 + "!"] = "flip"
     with pytest.raises(UserError, match=f"{TRAIN_1}: 3 downloads were all bad.*SHA-256"):
         download(tmp_path, "1")
@@ -179,7 +211,9 @@ def test_shards_copied_by_hand_are_hashed_once_and_not_fetched(hub: Hub, tmp_pat
 
 
 def test_shard_missing_on_the_hub_is_one_error_naming_it(hub: Hub, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"fineweb_train_000003\.bin: the hub has no such file.*HTTP 404"):
+    with pytest.raises(
+        UserError, match=r"fineweb_train_000003\.bin: the hub has no such file.*HTTP 404"
+    ):
         download(tmp_path, "3")
     assert not hub.gets  # known before the first byte is fetched
 
@@ -187,7 +221,13 @@ def test_shard_missing_on_the_hub_is_one_error_naming_it(hub: Hub, tmp_path: Pat
 def test_no_hub_is_one_line_naming_it_and_the_ways_out(tmp_path: Path) -> None:
     with Hub({}) as closed:
         url = closed.url
-    command = [sys.executable, str(ROOT / "cached_fineweb10B.py"), "1", "--dir", str(tmp_path / "fw")]
+    command = [
+        sys.executable,
+        str(ROOT / "cached_fineweb10B.py"),
+        "1",
+        "--dir",
+        str(tmp_path / "fw"),
+    ]
     env = dict(os.environ, HF_ENDPOINT=url, HF_HOME=str(tmp_path / "hf"))
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
@@ -206,16 +246,22 @@ def test_no_hub_deletes_no_shard(hub: Hub, tmp_path: Path, monkeypatch) -> None:
     assert (tmp_path / TRAIN_1).stat().st_size == 60_000
 
 
-def test_full_disk_is_refused_before_anything_is_fetched(hub: Hub, tmp_path: Path, monkeypatch) -> None:
+def test_full_disk_is_refused_before_anything_is_fetched(
+    hub: Hub, tmp_path: Path, monkeypatch
+) -> None:
     need = sum(len(FILES[n]) for n in (VAL, TRAIN_1))
     usage = lambda path: shutil._ntuple_diskusage(10**12, 10**12, need - 1)
     monkeypatch.setattr(cached_fineweb10B.shutil, "disk_usage", usage)
-    with pytest.raises(UserError, match=f"2 shards to fetch take {need:,} bytes, {need - 1:,} are free"):
+    with pytest.raises(
+        UserError, match=f"2 shards to fetch take {need:,} bytes, {need - 1:,} are free"
+    ):
         download(tmp_path, "1")
     assert not hub.gets
 
 
-def test_disk_full_half_way_is_one_error_without_a_second_attempt(hub: Hub, tmp_path: Path, monkeypatch) -> None:
+def test_disk_full_half_way_is_one_error_without_a_second_attempt(
+    hub: Hub, tmp_path: Path, monkeypatch
+) -> None:
     def no_space(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -256,7 +302,9 @@ def test_full_download_replaces_small_shards(hub: Hub, tmp_path: Path, capsys) -
     assert f"{TRAIN_1}: will be fetched again" in capsys.readouterr().out
     hub.gets.clear()
     download(tmp_path, *SMALL)
-    assert on_hub(tmp_path, VAL, TRAIN_1, TRAIN_2) and not hub.gets  # and small never cuts a whole one
+    assert (
+        on_hub(tmp_path, VAL, TRAIN_1, TRAIN_2) and not hub.gets
+    )  # and small never cuts a whole one
 
 
 def test_small_shards_stay_usable_until_the_full_ones_are_there(hub: Hub, tmp_path: Path) -> None:
@@ -273,7 +321,9 @@ def test_small_survives_a_cut_and_a_server_that_ignores_ranges(hub: Hub, tmp_pat
     assert len(read_shard(tmp_path / VAL)) == 2001 and len(read_shard(tmp_path / TRAIN_1)) == 4000
 
 
-def test_small_asking_for_more_than_a_shard_has_gets_all_of_it_once(hub: Hub, tmp_path: Path) -> None:
+def test_small_asking_for_more_than_a_shard_has_gets_all_of_it_once(
+    hub: Hub, tmp_path: Path
+) -> None:
     for _ in range(2):
         download(tmp_path, "--small", "--small-train-tokens", "999999")
     assert on_hub(tmp_path, VAL, TRAIN_1) and len(hub.gets) == 2
@@ -282,7 +332,10 @@ def test_small_asking_for_more_than_a_shard_has_gets_all_of_it_once(hub: Hub, tm
 # ----------------------------------------------------------------------------
 # Files of any dataset
 
-PAGES = {"20231101.tr/train-00000.parquet": b"a" * 50_000, "20231101.tr/train-00001.parquet": b"b" * 9000}
+PAGES = {
+    "20231101.tr/train-00000.parquet": b"a" * 50_000,
+    "20231101.tr/train-00001.parquet": b"b" * 9000,
+}
 PAGES |= {"20231101.en/train-00000.parquet": b"c" * 100}
 
 
@@ -298,7 +351,9 @@ def test_files_of_a_dataset_are_listed_by_their_beginning(pages: Hub) -> None:
         plumbing.hub_list("wiki/pedia", "20231101.xx/")
 
 
-def test_a_fetched_file_is_the_hubs_after_a_cut_and_a_wrong_byte(pages: Hub, tmp_path: Path) -> None:
+def test_a_fetched_file_is_the_hubs_after_a_cut_and_a_wrong_byte(
+    pages: Hub, tmp_path: Path
+) -> None:
     name = sorted(PAGES)[1]
     pages.faults[name] = ["cut", "flip"]
     plumbing.hub_fetch("wiki/pedia", name, tmp_path / "tr" / "0.parquet")
@@ -308,7 +363,9 @@ def test_a_fetched_file_is_the_hubs_after_a_cut_and_a_wrong_byte(pages: Hub, tmp
 def test_what_the_hub_has_not_is_one_error(pages: Hub, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nothing\.parquet: the hub has no such file \(HTTP 404\)"):
         plumbing.hub_fetch("wiki/pedia", "nothing.parquet", tmp_path / "x")
-    with pytest.raises(UserError, match=r"dataset wiki/other: the hub has no such file \(HTTP 404\)"):
+    with pytest.raises(
+        UserError, match=r"dataset wiki/other: the hub has no such file \(HTTP 404\)"
+    ):
         plumbing.hub_list("wiki/other")
     assert not (tmp_path / "x").exists()
 
@@ -320,10 +377,17 @@ def parquet_of(rows: list[str]) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def test_a_wikipedia_is_downloaded_cleaned_and_split_by_article_once(hub: Hub, tmp_path: Path, monkeypatch) -> None:
-    articles = [f"Madde {i} [{i}]\n\n" + f"Gu\u0308neş {i} <b>doğar</b>.  " * 80 for i in range(600)]
+def test_a_wikipedia_is_downloaded_cleaned_and_split_by_article_once(
+    hub: Hub, tmp_path: Path, monkeypatch
+) -> None:
+    articles = [
+        f"Madde {i} [{i}]\n\n" + f"Gu\u0308neş {i} <b>doğar</b>.  " * 80 for i in range(600)
+    ]
     files = {"00000": articles[:350], "00001": [*articles[350:], "short"]}
-    hub.repo, names = "wikimedia/wikipedia", {n: f"20231101.tr/train-{n}-of-00002.parquet" for n in files}
+    hub.repo, names = (
+        "wikimedia/wikipedia",
+        {n: f"20231101.tr/train-{n}-of-00002.parquet" for n in files},
+    )
     hub.files = {names[n]: parquet_of(rows) for n, rows in files.items()}
     hub.files["20231101.en/train-00000-of-00001.parquet"] = b"another language"
     hub.faults[names["00001"]] = ["cut"]
@@ -331,10 +395,13 @@ def test_a_wikipedia_is_downloaded_cleaned_and_split_by_article_once(hub: Hub, t
     k = train_scaled.Knobs(data="wikipedia:tr")
     train, val, _ = train_scaled.open_data(k)
     texts = {
-        part: (tmp_path / f"data/wikipedia-20231101.tr/{part}.txt").read_text() for part in ("train", "val", "test")
+        part: (tmp_path / f"data/wikipedia-20231101.tr/{part}.txt").read_text()
+        for part in ("train", "val", "test")
     }
     found = [a for text in texts.values() for a in text.split("\n\n") if a]
-    assert sorted(found) == sorted(f"Madde {i}\n" + " ".join([f"Güneş {i} doğar."] * 80) for i in range(600))
+    assert sorted(found) == sorted(
+        f"Madde {i}\n" + " ".join([f"Güneş {i} doğar."] * 80) for i in range(600)
+    )
     assert train.total == len(texts["train"].encode()) > 90 * val.total > 0
     asked = len(hub.gets)
     assert train_scaled.open_data(k)[0].total == train.total and len(hub.gets) == asked == 3, (
@@ -342,14 +409,25 @@ def test_a_wikipedia_is_downloaded_cleaned_and_split_by_article_once(hub: Hub, t
     )
 
 
-def test_wikitext_is_downloaded_and_its_three_splits_are_the_hubs_rows(hub: Hub, tmp_path: Path) -> None:
-    rows = dict(train=["", " = Valkyria = \n", "", " The game @-@ was <unk> . \n"], validation=["", " = B = \n"])
+def test_wikitext_is_downloaded_and_its_three_splits_are_the_hubs_rows(
+    hub: Hub, tmp_path: Path
+) -> None:
+    rows = dict(
+        train=["", " = Valkyria = \n", "", " The game @-@ was <unk> . \n"],
+        validation=["", " = B = \n"],
+    )
     rows["test"] = [" = C = \n", " c . \n"]
     hub.repo = "Salesforce/wikitext"
-    hub.files = {f"wikitext-2-raw-v1/{part}-00000-of-00001.parquet": parquet_of(text) for part, text in rows.items()}
+    hub.files = {
+        f"wikitext-2-raw-v1/{part}-00000-of-00001.parquet": parquet_of(text)
+        for part, text in rows.items()
+    }
     k = train_gpu.Knobs(dataset="wikitext-2", tokenizer="bytes", data_folder=str(tmp_path / "data"))
     splits = train_gpu.open_text(k)
-    text = {part: bytes(s.shards.read(0, s.shards.total).astype(np.uint8)).decode() for part, s in splits.items()}
+    text = {
+        part: bytes(s.shards.read(0, s.shards.total).astype(np.uint8)).decode()
+        for part, s in splits.items()
+    }
     assert text["train"] == " \n = Valkyria = \n \n The game @-@ was <unk> . \n"
     assert (text["val"], text["test"]) == (" \n = B = \n", " = C = \n c . \n")
     assert (splits["train"].words, splits["train"].bytes) == (9 + 4, len(text["train"])), (
@@ -372,7 +450,11 @@ def test_a_folder_of_text_is_one_stream_of_its_bytes_in_name_order(tmp_path: Pat
     stream = plumbing.TokenShards(files, open_file=plumbing.read_bytes)
     assert bytes(stream.read(0, stream.total)) == b"\xff\x00a" + "ğ\n".encode()
     assert bytes(stream.read(2, 2)) == b"a\xc4"
-    assert plumbing.text_files(tmp_path / "sub/b.txt") == plumbing.text_files(str(tmp_path / "s*/*.txt")) == files[1:]
+    assert (
+        plumbing.text_files(tmp_path / "sub/b.txt")
+        == plumbing.text_files(str(tmp_path / "s*/*.txt"))
+        == files[1:]
+    )
 
 
 def test_no_text_and_empty_text_are_refused_by_name(tmp_path: Path) -> None:
@@ -399,7 +481,9 @@ def test_a_folder_is_built_once_by_many_and_whole_or_not_at_all(tmp_path: Path) 
     (stale / "old").touch()
     command = [sys.executable, "-c", code, str(tmp_path), str(ROOT)]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    assert sorted(p.communicate()[0] for p in both) == ["", "", "built\n"] and not any(p.returncode for p in both)
+    assert sorted(p.communicate()[0] for p in both) == ["", "", "built\n"] and not any(
+        p.returncode for p in both
+    )
     assert sorted(p.name for p in (tmp_path / "made").iterdir()) == ["half", "rest"]
 
     def fails(aside: Path) -> None:
@@ -459,7 +543,9 @@ def test_gpt2_shards_decode_to_the_text(tmp_path: Path, gpt2_cache: Path) -> Non
 
     (tmp_path / "a.txt").write_text("\n\n".join(PARAGRAPHS), encoding="utf-8")
     make(tmp_path / "a.txt", "--tokenizer", "gpt2", "--out", tmp_path / "out")
-    both = parts(stream(tmp_path / "out", "train"), 50256) + parts(stream(tmp_path / "out", "val"), 50256)
+    both = parts(stream(tmp_path / "out", "train"), 50256) + parts(
+        stream(tmp_path / "out", "val"), 50256
+    )
     assert sorted(tiktoken.get_encoding("gpt2").decode(d) for d in both) == sorted(PARAGRAPHS)
 
 
@@ -467,7 +553,9 @@ def test_name_of_the_separator_in_a_text_is_plain_text(tmp_path: Path, gpt2_cach
     text = "An <|endoftext|> in the middle."
     (tmp_path / "a.txt").write_text("\n\n".join([text, *PARAGRAPHS]), encoding="utf-8")
     make(tmp_path / "a.txt", "--tokenizer", "gpt2", "--out", tmp_path / "out")
-    both = parts(stream(tmp_path / "out", "train"), 50256) + parts(stream(tmp_path / "out", "val"), 50256)
+    both = parts(stream(tmp_path / "out", "train"), 50256) + parts(
+        stream(tmp_path / "out", "val"), 50256
+    )
     assert len(both) == 1 + len(PARAGRAPHS)
 
 
@@ -478,16 +566,28 @@ def test_missing_tokenizer_is_one_error_with_the_way_out(tmp_path: Path, monkeyp
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "empty"))
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens: no way out of this machine
+    monkeypatch.setenv(
+        "https_proxy", "http://127.0.0.1:9"
+    )  # nobody listens: no way out of this machine
     (tmp_path / "a.txt").write_text("text")
-    with pytest.raises(UserError, match=r"gpt2 tokenizer is not here.*TIKTOKEN_CACHE_DIR.*--tokenizer bytes"):
+    with pytest.raises(
+        UserError, match=r"gpt2 tokenizer is not here.*TIKTOKEN_CACHE_DIR.*--tokenizer bytes"
+    ):
         make(tmp_path / "a.txt", "--tokenizer", "gpt2", "--out", tmp_path / "out")
 
 
 def test_byte_shards_hold_the_text_and_equal_documents_stay_on_one_side(tmp_path: Path) -> None:
     text = "\n\n".join(PARAGRAPHS + PARAGRAPHS[:50])
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-    make(tmp_path / "a.txt", "--tokenizer", "bytes", "--out", tmp_path / "out", "--val-fraction", "0.2")
+    make(
+        tmp_path / "a.txt",
+        "--tokenizer",
+        "bytes",
+        "--out",
+        tmp_path / "out",
+        "--val-fraction",
+        "0.2",
+    )
     train, val = (parts(stream(tmp_path / "out", side), 0) for side in ("train", "val"))
     assert sorted(bytes(d).decode() for d in train + val) == sorted(PARAGRAPHS + PARAGRAPHS[:50])
     assert not {bytes(d) for d in train} & {bytes(d) for d in val}
@@ -497,14 +597,33 @@ def test_byte_shards_hold_the_text_and_equal_documents_stay_on_one_side(tmp_path
 def test_same_text_gives_the_same_shards_cut_at_the_same_length(tmp_path: Path, capsys) -> None:
     (tmp_path / "a.txt").write_text("\n\n".join(PARAGRAPHS), encoding="utf-8")
     for out in ("one", "two"):
-        make(tmp_path / "a.txt", "--tokenizer", "bytes", "--out", tmp_path / out, "--name", "x", "--shard-tokens", 1000)
-    one, two = ({p.name: p.read_bytes() for p in (tmp_path / out).iterdir()} for out in ("one", "two"))
-    assert one == two and {"x_train_000001.bin", "x_train_000002.bin", "x_val_000000.bin"} <= set(one)
+        make(
+            tmp_path / "a.txt",
+            "--tokenizer",
+            "bytes",
+            "--out",
+            tmp_path / out,
+            "--name",
+            "x",
+            "--shard-tokens",
+            1000,
+        )
+    one, two = (
+        {p.name: p.read_bytes() for p in (tmp_path / out).iterdir()} for out in ("one", "two")
+    )
+    assert one == two and {"x_train_000001.bin", "x_train_000002.bin", "x_val_000000.bin"} <= set(
+        one
+    )
     sizes = [len(one[n]) for n in sorted(one) if "train" in n]
-    assert sizes[:-1] == [HEADER_BYTES + 2000] * (len(sizes) - 1) and sizes[-1] < HEADER_BYTES + 2000
+    assert (
+        sizes[:-1] == [HEADER_BYTES + 2000] * (len(sizes) - 1) and sizes[-1] < HEADER_BYTES + 2000
+    )
     last = capsys.readouterr().out.splitlines()[-1]
     pattern = f"{tmp_path}/two/x"
-    assert last == f"INPUT_BIN='{pattern}_train_*.bin' INPUT_VAL_BIN='{pattern}_val_*.bin' VOCAB_SIZE=256"
+    assert (
+        last
+        == f"INPUT_BIN='{pattern}_train_*.bin' INPUT_VAL_BIN='{pattern}_val_*.bin' VOCAB_SIZE=256"
+    )
 
 
 @pytest.mark.parametrize(
@@ -516,7 +635,9 @@ def test_same_text_gives_the_same_shards_cut_at_the_same_length(tmp_path: Path, 
         (b"only one document", "1 documents in 1 files, none for"),
     ],
 )
-def test_bad_text_is_one_error_and_leaves_no_shards(tmp_path: Path, content: bytes, message: str) -> None:
+def test_bad_text_is_one_error_and_leaves_no_shards(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
     (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises(UserError, match=message):
         make(tmp_path / "a.txt", "--tokenizer", "bytes", "--out", tmp_path / "out")
@@ -545,7 +666,9 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[str,
 def embedded_sha(folder: Path, hash_seed: str) -> str:
     code = "import pathlib, plumbing, sys; print(plumbing.embedded_corpus(pathlib.Path(sys.argv[1]))[2])"
     env = dict(os.environ, PYTHONHASHSEED=hash_seed, PYTHONPATH=str(ROOT))
-    return subprocess.check_output([sys.executable, "-c", code, str(folder)], env=env, text=True).strip()
+    return subprocess.check_output(
+        [sys.executable, "-c", code, str(folder)], env=env, text=True
+    ).strip()
 
 
 def test_embedded_corpus_is_the_same_text_in_every_process(tmp_path: Path, embedded) -> None:
@@ -565,7 +688,10 @@ def test_embedded_corpus_has_no_document_on_both_sides_and_the_hash_it_names(emb
     assert not docs["train"] & docs["val"]
     total = sum(len(stream(home, side)) for side in docs)
     assert total > 1_000_000 and 0.03 < len(stream(home, "val")) / total < 0.12
-    rebuilt = b"".join(b"\0" + d for d in sorted(docs["train"] | docs["val"], key=lambda d: hashlib.sha256(d).digest()))
+    rebuilt = b"".join(
+        b"\0" + d
+        for d in sorted(docs["train"] | docs["val"], key=lambda d: hashlib.sha256(d).digest())
+    )
     assert hashlib.sha256(rebuilt).hexdigest() == sha
 
 
@@ -576,7 +702,9 @@ def test_embedded_corpus_is_built_once(embedded, monkeypatch) -> None:
 
 
 def test_python_without_its_sources_is_one_error(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(plumbing.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "python311.zip")})
+    monkeypatch.setattr(
+        plumbing.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "python311.zip")}
+    )
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     with pytest.raises(UserError, match="without its sources"):
         plumbing.embedded_corpus(tmp_path)

@@ -19,20 +19,40 @@ import lib_plots as plots  # noqa: E402
 import lib_results as lib  # noqa: E402
 import plot  # noqa: E402
 
-COLUMNS = "step,train_loss,val_loss,lr,train_time_s,tokens,tokens_per_s,mfu,grad_norm,peak_memory_mib"
+COLUMNS = (
+    "step,train_loss,val_loss,lr,train_time_s,tokens,tokens_per_s,mfu,grad_norm,peak_memory_mib"
+)
 MS = {"none": 400.0, "elementwise": 440.0}
 
 
-def result(run_id: str, seed: int, loss: float | str, gate: str = "none", **given: object) -> dict[str, str]:
+def result(
+    run_id: str, seed: int, loss: float | str, gate: str = "none", **given: object
+) -> dict[str, str]:
     """A row of results.csv."""
-    row = dict(run_id=run_id, date="2026-01-01 00:00:00", seed=seed, final_val_loss=loss, attn_gate=gate)
-    row |= dict(gate_pos="sdpa", gate_act="sigmoid", learning_rate=0.0036, batch_size=512, sequence_length=1024)
-    row |= dict(num_iterations=1500, warmup_iters=0, warmdown_iters=1450, status="finished", gpu_name="NVIDIA H200")
+    row = dict(
+        run_id=run_id, date="2026-01-01 00:00:00", seed=seed, final_val_loss=loss, attn_gate=gate
+    )
+    row |= dict(
+        gate_pos="sdpa",
+        gate_act="sigmoid",
+        learning_rate=0.0036,
+        batch_size=512,
+        sequence_length=1024,
+    )
+    row |= dict(
+        num_iterations=1500,
+        warmup_iters=0,
+        warmdown_iters=1450,
+        status="finished",
+        gpu_name="NVIDIA H200",
+    )
     row |= dict(train_time_ms=600000, ms_per_step=MS.get(gate, 420.0), torch="2.13.0", n_gpus=1)
     return {name: str(value) for name, value in (row | given).items()}
 
 
-def write_log(folder: Path, run_id: str, final: float, ms: float = 400.0, steps: int = 100, every: int = 10) -> None:
+def write_log(
+    folder: Path, run_id: str, final: float, ms: float = 400.0, steps: int = 100, every: int = 10
+) -> None:
     """metrics.csv of a run: from 16 nats at step 0 down to `final`."""
     lines = [COLUMNS, "0,,16.0,,,0,,,,"]
     for s in range(1, steps + 1):
@@ -45,7 +65,9 @@ def write_log(folder: Path, run_id: str, final: float, ms: float = 400.0, steps:
 
 def write_results(path: Path, rows: Sequence[dict[str, str]]) -> Path:
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    writer = csv.DictWriter(
+        text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n"
+    )
     writer.writeheader()
     writer.writerows(rows)
     path.write_text(text.getvalue())
@@ -72,7 +94,9 @@ def study(tmp_path) -> list[str]:
 def drawn(monkeypatch, argv: Sequence[str]) -> dict:
     """The figures that plot.py makes with these arguments, by file name without folder and suffix."""
     figures = {}
-    monkeypatch.setattr(plots, "figure_bytes", lambda figure, kind: figures.setdefault(len(figures), figure) and b"")
+    monkeypatch.setattr(
+        plots, "figure_bytes", lambda figure, kind: figures.setdefault(len(figures), figure) and b""
+    )
     names = []
     monkeypatch.setattr(lib, "write_whole", lambda path, data: names.append(path.stem))
     plot.main(argv)
@@ -90,7 +114,9 @@ def caption_of(figure) -> str:
 def test_every_kind_is_written_as_png_and_svg(tmp_path, study, capsys):
     plot.main(["--stage", "stage1", "--only", "all", *study])
     names = capsys.readouterr().out.split()
-    assert len(names) == 16 and all(Path(name).exists() for name in names)  # all but the sweep: one rate
+    assert len(names) == 16 and all(
+        Path(name).exists() for name in names
+    )  # all but the sweep: one rate
     png, svg = (tmp_path / "figures" / f"difference_stage1.{kind}" for kind in ("png", "svg"))
     assert png.read_bytes().startswith(b"\x89PNG") and b"<svg" in svg.read_bytes()
 
@@ -124,11 +150,17 @@ def test_a_wrong_kind_is_one_line(study, only, message):
 
 
 def test_curves_from_one_file_stand_for_logs_elsewhere(monkeypatch, tmp_path, study):
-    curves = "".join(f"{run},{s},{4 - s / 100},{400 * s}\n" for run, *_ in TWO_BY_TWO for s in range(0, 101, 50))
+    curves = "".join(
+        f"{run},{s},{4 - s / 100},{400 * s}\n" for run, *_ in TWO_BY_TWO for s in range(0, 101, 50)
+    )
     (tmp_path / "curves.csv").write_text("run_id,step,val_loss,train_time_ms\n" + curves)
     argv = ["--stage", "stage1", "--only", "tokens", *study, "--logs", "nowhere"]
-    figure = drawn(monkeypatch, [*argv, "--curves", str(tmp_path / "curves.csv")])["loss_by_tokens_stage1"]
-    assert list(figure.axes[0].lines[0].get_xdata()) == pytest.approx([0, 50 * 0.524288, 100 * 0.524288])
+    figure = drawn(monkeypatch, [*argv, "--curves", str(tmp_path / "curves.csv")])[
+        "loss_by_tokens_stage1"
+    ]
+    assert list(figure.axes[0].lines[0].get_xdata()) == pytest.approx(
+        [0, 50 * 0.524288, 100 * 0.524288]
+    )
 
 
 # ----------------------------------------------------------------------------
@@ -137,10 +169,16 @@ def test_curves_from_one_file_stand_for_logs_elsewhere(monkeypatch, tmp_path, st
 
 @pytest.mark.parametrize(
     "axis, words, last",
-    [("steps", "optimizer steps", 100), ("time", "(s;", 40.0), ("tokens", "(millions, all ranks)", 52.4288)],
+    [
+        ("steps", "optimizer steps", 100),
+        ("time", "(s;", 40.0),
+        ("tokens", "(millions, all ranks)", 52.4288),
+    ],
 )
 def test_loss_is_drawn_against_each_axis_with_its_unit(monkeypatch, study, axis, words, last):
-    figure = drawn(monkeypatch, ["--stage", "stage1", "--only", axis, *study])[f"loss_by_{axis}_stage1"]
+    figure = drawn(monkeypatch, ["--stage", "stage1", "--only", axis, *study])[
+        f"loss_by_{axis}_stage1"
+    ]
     loss, difference = figure.axes
     assert words in difference.get_xlabel()
     assert "nats per token" in loss.get_ylabel() and "nats" in difference.get_ylabel()
@@ -148,34 +186,48 @@ def test_loss_is_drawn_against_each_axis_with_its_unit(monkeypatch, study, axis,
 
 
 def test_a_cell_is_a_mean_line_with_a_band_from_smallest_to_largest(monkeypatch, study):
-    figure = drawn(monkeypatch, ["--stage", "stage1", "--only", "steps", *study])["loss_by_steps_stage1"]
+    figure = drawn(monkeypatch, ["--stage", "stage1", "--only", "steps", *study])[
+        "loss_by_steps_stage1"
+    ]
     axes = figure.axes[0]
     assert {line.get_label(): line.get_ydata()[-1] for line in axes.lines} == pytest.approx(
         {"none (n=2)": 3.31, "elementwise (n=2)": 3.265}
     )
     band = axes.collections[0].get_paths()[0].vertices
     last = band[band[:, 0] == 100, 1]
-    assert (last.min(), last.max(), len(axes.collections)) == (pytest.approx(3.30), pytest.approx(3.32), 2)
+    assert (last.min(), last.max(), len(axes.collections)) == (
+        pytest.approx(3.30),
+        pytest.approx(3.32),
+        2,
+    )
     assert "n=2 seeds" in caption_of(figure)
 
 
 @pytest.mark.parametrize("axis", ["steps", "time", "tokens"])
 def test_step_0_is_out_of_view(monkeypatch, study, axis):
-    axes = drawn(monkeypatch, ["--stage", "stage1", "--only", axis, *study])[f"loss_by_{axis}_stage1"].axes[0]
+    axes = drawn(monkeypatch, ["--stage", "stage1", "--only", axis, *study])[
+        f"loss_by_{axis}_stage1"
+    ].axes[0]
     low, high = axes.get_ylim()
     assert axes.lines[0].get_ydata()[0] == 16.0  # it is drawn, and outside
     assert 3.0 < low < 3.25 and 3.32 < high < 6
 
 
 def test_the_lower_panel_shows_the_difference_to_the_baseline_at_equal_steps(monkeypatch, study):
-    figure = drawn(monkeypatch, ["--stage", "stage1", "--only", "steps", *study])["loss_by_steps_stage1"]
+    figure = drawn(monkeypatch, ["--stage", "stage1", "--only", "steps", *study])[
+        "loss_by_steps_stage1"
+    ]
     line = figure.axes[1].lines[0]
     assert list(line.get_ydata()) == pytest.approx([-0.045] * 10)
-    assert figure.axes[1].collections[0].get_paths()[0].vertices[:, 1].min() == pytest.approx(-0.05)  # of seed 1
+    assert figure.axes[1].collections[0].get_paths()[0].vertices[:, 1].min() == pytest.approx(
+        -0.05
+    )  # of seed 1
 
 
 def test_the_difference_at_equal_time_interpolates_the_baseline_and_says_so(monkeypatch, study):
-    figure = drawn(monkeypatch, ["--stage", "stage1", "--only", "time", *study])["loss_by_time_stage1"]
+    figure = drawn(monkeypatch, ["--stage", "stage1", "--only", "time", *study])[
+        "loss_by_time_stage1"
+    ]
     x, y = figure.axes[1].lines[0].get_data()
     # step 50 of the slower arm is 22 s, where the baseline is at step 55, 0.1 nats further down
     assert y[list(x).index(22.0)] == pytest.approx(-0.045 + 0.1)
@@ -218,18 +270,27 @@ def test_traces_show_rate_and_throughput_with_units(monkeypatch, study):
 
 
 def test_final_loss_shows_each_seed_and_the_95_percent_interval_of_the_mean(monkeypatch, study):
-    figure = drawn(monkeypatch, ["--stage", "stage1", "--only", "final", *study])["final_loss_stage1"]
+    figure = drawn(monkeypatch, ["--stage", "stage1", "--only", "final", *study])[
+        "final_loss_stage1"
+    ]
     axes = figure.axes[0]
     seeds = [list(c.get_offsets()[:, 0]) for c in axes.collections if len(c.get_offsets()) == 2]
     assert seeds == [pytest.approx([3.30, 3.32]), pytest.approx([3.25, 3.28])]
     bars = [c.get_segments()[0][:, 0] for c in axes.collections if hasattr(c, "get_segments")]
-    assert list(bars[0]) == pytest.approx([3.31 - 12.7062 * 0.01, 3.31 + 12.7062 * 0.01], abs=1e-4)  # t(0.975, 1)
+    assert list(bars[0]) == pytest.approx(
+        [3.31 - 12.7062 * 0.01, 3.31 + 12.7062 * 0.01], abs=1e-4
+    )  # t(0.975, 1)
     assert axes.get_xlim()[0] > 2 and "nats per token" in axes.get_xlabel()
-    assert [t.get_text() for t in axes.get_yticklabels()] == ["none\nn=2, baseline", "elementwise\nn=2"]
+    assert [t.get_text() for t in axes.get_yticklabels()] == [
+        "none\nn=2, baseline",
+        "elementwise\nn=2",
+    ]
 
 
 def test_the_forest_has_the_difference_and_interval_of_the_table(monkeypatch, study):
-    figure = drawn(monkeypatch, ["--stage", "stage1", "--only", "forest", *study])["difference_stage1"]
+    figure = drawn(monkeypatch, ["--stage", "stage1", "--only", "forest", *study])[
+        "difference_stage1"
+    ]
     axes = figure.axes[0]
     test = lib.paired([3.25, 3.28], [3.30, 3.32])
     assert list(axes.lines[0].get_xdata()) == pytest.approx([test.lo, test.hi])
@@ -238,13 +299,17 @@ def test_the_forest_has_the_difference_and_interval_of_the_table(monkeypatch, st
     assert axes.get_xlim()[0] < 0 < axes.get_xlim()[1] and "nats per token" in axes.get_xlabel()
 
 
-@pytest.mark.parametrize("kind, name", [("final", "final_loss"), ("forest", "difference"), ("overhead", "overhead")])
+@pytest.mark.parametrize(
+    "kind, name", [("final", "final_loss"), ("forest", "difference"), ("overhead", "overhead")]
+)
 def test_one_seed_has_no_interval_and_the_figure_says_so(monkeypatch, tmp_path, kind, name):
     argv = ["--stage", "stage1", "--only", kind, *make_study(tmp_path, TWO_BY_TWO[::2])]
     figure = drawn(monkeypatch, argv)[f"{name}_stage1"]
     axes = figure.axes[0]
     assert not [c for c in axes.collections if hasattr(c, "get_segments")]
-    assert not [line for line in axes.lines if len(line.get_xdata()) == 2 and line.get_marker() in "|_"]
+    assert not [
+        line for line in axes.lines if len(line.get_xdata()) == 2 and line.get_marker() in "|_"
+    ]
     words = " ".join([caption_of(figure), *(t.get_text() for t in axes.get_yticklabels())])
     assert "n=1" in words and "no interval" in words
 
@@ -260,7 +325,11 @@ def test_a_sweep_is_drawn_where_the_rate_varies(monkeypatch, tmp_path):
     argv = ["--stage", "stage1", "--only", "lr", "--results", str(path), "--logs", str(tmp_path)]
     figure = drawn(monkeypatch, argv)["learning_rate_stage1"]
     axes = figure.axes[0]
-    means = {line.get_label(): list(line.get_ydata()) for line in axes.lines if "per rate" in str(line.get_label())}
+    means = {
+        line.get_label(): list(line.get_ydata())
+        for line in axes.lines
+        if "per rate" in str(line.get_label())
+    }
     assert means == {
         "none (n=2 per rate)": pytest.approx([3.615, 3.515, 3.615]),
         "elementwise (n=2 per rate)": pytest.approx([3.515, 3.415, 3.515]),
@@ -269,7 +338,9 @@ def test_a_sweep_is_drawn_where_the_rate_varies(monkeypatch, tmp_path):
 
 
 def test_overhead_sets_step_time_against_loss(monkeypatch, study):
-    figure = drawn(monkeypatch, ["--stage", "stage1", "--only", "overhead", *study])["overhead_stage1"]
+    figure = drawn(monkeypatch, ["--stage", "stage1", "--only", "overhead", *study])[
+        "overhead_stage1"
+    ]
     axes = figure.axes[0]
     assert axes.lines[0].get_xydata().tolist() == [pytest.approx([10.0, -0.045])]
     assert "(%)" in axes.get_xlabel() and "nats per token" in axes.get_ylabel()
@@ -280,7 +351,9 @@ def test_a_dollar_in_a_name_is_text_not_a_formula(tmp_path):
     runs = [("a", 1, 3.3, "none"), ("b", 1, 3.2, "x$\\frac$y")]
     options = make_study(tmp_path, runs)
     plot.main(["--stage", "stage1", "--only", "loss,overhead", *options, "--out", str(tmp_path)])
-    assert (tmp_path / "val_loss_stage1.png").exists() and (tmp_path / "overhead_stage1.png").exists()
+    assert (tmp_path / "val_loss_stage1.png").exists() and (
+        tmp_path / "overhead_stage1.png"
+    ).exists()
 
 
 # ----------------------------------------------------------------------------
@@ -294,7 +367,11 @@ def test_a_log_with_everything_wrong_gives_what_is_right_and_names_the_rest(tmp_
     bad = ["101,nan,nan,0.1,40.5,1,1,0.4,1.0,5", "50,3.0,2.5,0.1,21.0,1,1,0.4,1.0,5", "7,1", "torn"]
     path.write_text("\r\n".join([*lines[:-1], *bad]))
     log = plots.read_log(path, "x")
-    assert log.val.step == list(range(0, 101, 10)) and log.val.loss[5] == 2.5 and log.val.seconds[0] == 0
+    assert (
+        log.val.step == list(range(0, 101, 10))
+        and log.val.loss[5] == 2.5
+        and log.val.seconds[0] == 0
+    )
     assert log.problems == (
         "2 torn rows skipped",
         "1 validation without a finite loss and time, left out",
@@ -311,13 +388,17 @@ def test_a_trace_is_thinned_by_means_and_medians(tmp_path):
     assert math.isnan(trace["grad_norm"][0])
 
 
-@pytest.mark.parametrize("text, message", [("", "is empty"), ("step,loss\n", "has no column val_loss, train_time_s")])
+@pytest.mark.parametrize(
+    "text, message", [("", "is empty"), ("step,loss\n", "has no column val_loss, train_time_s")]
+)
 def test_what_is_no_log_is_named(tmp_path, text, message):
     (tmp_path / "metrics.csv").write_text(text)
     with pytest.raises(lib.UserError, match=message):
         plots.read_log(tmp_path / "metrics.csv", "x")
 
 
-@pytest.mark.parametrize("x, y", [(0, 5.0), (1, 4.0), (2, 3.0), (3, 2.5), (4, 2.0), (-1, math.nan), (4.1, math.nan)])
+@pytest.mark.parametrize(
+    "x, y", [(0, 5.0), (1, 4.0), (2, 3.0), (3, 2.5), (4, 2.0), (-1, math.nan), (4.1, math.nan)]
+)
 def test_interpolation_is_linear_inside_and_nothing_outside(x, y):
     assert plots.interpolate(x, [0, 2, 4], [5.0, 3.0, 2.0]) == pytest.approx(y, nan_ok=True)

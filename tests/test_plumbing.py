@@ -78,7 +78,9 @@ def test_every_misspelt_knob_is_refused_with_the_right_name(trainer, f):
         read([f"--{f.name}x=1"], trainer=trainer)
     if len(name) > 5:
         wrong = name[:3] + name[4:]
-        with pytest.raises(UserError, match=f"{wrong} is set, but it is not a knob; did you mean {name}?"):
+        with pytest.raises(
+            UserError, match=f"{wrong} is set, but it is not a knob; did you mean {name}?"
+        ):
             read(env={wrong: "1"}, trainer=trainer)
 
 
@@ -89,7 +91,9 @@ def test_near_misses_in_the_environment_are_refused(name):
 
 
 def test_a_switch_is_turned_off_by_its_no_form_and_the_environment_loses_to_it():
-    assert not read(["--no-compile"]).compile and not read(["--no_compile"], {"COMPILE": "1"}).compile
+    assert (
+        not read(["--no-compile"]).compile and not read(["--no_compile"], {"COMPILE": "1"}).compile
+    )
     with pytest.raises(UserError, match="--no-lr is not a flag"):
         read(["--no-lr"])
 
@@ -108,7 +112,10 @@ def test_two_spellings_of_one_knob_must_agree():
 @pytest.mark.parametrize(
     ("env", "words"),
     [
-        ({"WARMUP_ITERS": "150", "NUM_ITERATIONS": "800"}, "WARMUP_ITERS=150 .* WARMDOWN_ITERS=1450 do not fit into"),
+        (
+            {"WARMUP_ITERS": "150", "NUM_ITERATIONS": "800"},
+            "WARMUP_ITERS=150 .* WARMDOWN_ITERS=1450 do not fit into",
+        ),
         ({"N_HEAD": "5"}, "N_EMBD=768 must be N_HEAD=5 times"),
         ({"BATCH_SIZE": "12"}, "BATCH_SIZE=12 must divide by 8"),
         ({"VAL_TOKENS": "1000"}, "VAL_TOKENS=1000 must be a multiple of SEQUENCE_LENGTH=1024"),
@@ -123,7 +130,12 @@ def test_knobs_that_do_not_fit_together_are_refused(env, words):
 def test_no_flag_is_a_prefix_of_one_of_torchruns():
     """torchrun reads the whole command line, and refuses a prefix of two of its flags even behind the script's name."""
     theirs = [o for a in torch.distributed.run.get_args_parser()._actions for o in a.option_strings]
-    names = {s for t in TRAINERS for f in dataclasses.fields(t.Knobs) for s in (f.name, *f.metadata["alias"])}
+    names = {
+        s
+        for t in TRAINERS
+        for f in dataclasses.fields(t.Knobs)
+        for s in (f.name, *f.metadata["alias"])
+    }
     for name in sorted(names | {f"no_{name}" for name in names}):
         for flag in (f"--{name}", f"--{name.replace('_', '-')}"):
             assert not any(o.startswith(flag) for o in theirs), flag
@@ -137,13 +149,20 @@ def blocks(path: Path) -> dict[str, ast.AST]:
     found = {}
     for node in ast.parse(text).body:
         first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))])
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and (first in marked or path.stem == "train_gpt"):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and (
+            first in marked or path.stem == "train_gpt"
+        ):
             for inner in ast.walk(node):
-                if isinstance(inner, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(inner) is not None:
+                if (
+                    isinstance(inner, ast.FunctionDef | ast.ClassDef)
+                    and ast.get_docstring(inner) is not None
+                ):
                     inner.body = inner.body[1:]
             found[node.name] = node
             marked.discard(first)
-    assert path.stem == "train_gpt" or not marked, f"{path}: a mark that stands before no function or class: {marked}"
+    assert path.stem == "train_gpt" or not marked, (
+        f"{path}: a mark that stands before no function or class: {marked}"
+    )
     return found
 
 
@@ -151,7 +170,9 @@ def blocks(path: Path) -> dict[str, ast.AST]:
 def test_blocks_marked_same_are_the_same(trainer):
     original = blocks(ROOT / "train_gpt.py")
     for name, block in blocks(Path(trainer.__file__)).items():
-        assert ast.dump(block) == ast.dump(original[name]), f"{trainer.__name__}.{name} is not train_gpt's"
+        assert ast.dump(block) == ast.dump(original[name]), (
+            f"{trainer.__name__}.{name} is not train_gpt's"
+        )
 
 
 def test_a_user_error_is_one_line_and_exit_code_2(tmp_path):
@@ -164,14 +185,21 @@ def test_a_user_error_is_one_line_and_exit_code_2(tmp_path):
         timeout=100,
     )
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("train_gpt.py: error: ATTNGATE='headwize'") and done.stderr.count("\n") == 1
+    assert (
+        done.stderr.startswith("train_gpt.py: error: ATTNGATE='headwize'")
+        and done.stderr.count("\n") == 1
+    )
 
 
 @pytest.mark.parametrize("trainer", [t.__name__ for t in TRAINERS])
 def test_importing_a_trainer_starts_nothing(tmp_path, trainer):
     code = f"import torch.distributed as d, {trainer}, os; assert not d.is_initialized(); print(os.listdir('.'))"
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment(ATTNGATE="bogus"), capture_output=True, text=True
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment(ATTNGATE="bogus"),
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0 and done.stdout == "[]\n", done.stderr
 
@@ -324,9 +352,16 @@ def test_a_tracker_gets_every_value_and_never_stops_a_run(monkeypatch, tmp_path,
     if kind == "works":
         facts, first, second, end = sys.modules[name].sent
         assert facts["project"] == "flatrun" and facts["config"]["n_layer"] == 12
-        assert first[0] == 1 and first[1]["train_loss"] == 2.0 and second == (1, dict(val_loss=1.5)) and end == "end"
+        assert (
+            first[0] == 1
+            and first[1]["train_loss"] == 2.0
+            and second == (1, dict(val_loss=1.5))
+            and end == "end"
+        )
         assert "tracker:" not in out
-    words = dict(absent="is not installed", raises="no key", hangs="has not finished", exits="SystemExit")
+    words = dict(
+        absent="is not installed", raises="no key", hangs="has not finished", exits="SystemExit"
+    )
     assert words.get(kind, "") in out and "finished: step:1/9" in out
 
 
@@ -378,7 +413,9 @@ def test_sixteen_processes_append_and_no_row_is_torn(tmp_path):
         pool.map(_append, [(path, w) for w in range(16)])
     with open(path) as f:
         found = list(csv.DictReader(f))
-    assert {r["run_id"] for r in found} == {f"{w}-{i}" for w in range(16) for i in range(20)} and len(found) == 320
+    assert {r["run_id"] for r in found} == {
+        f"{w}-{i}" for w in range(16) for i in range(20)
+    } and len(found) == 320
     assert all(r["notes"] == "x" * 20_000 and r["status"] == "finished" for r in found)
     assert path.read_text().count("run_id,date") == 1
 
@@ -395,11 +432,16 @@ def test_the_log_holds_the_program_and_the_speedrun_lines(monkeypatch, tmp_path)
     text = (tmp_path / "logs/a.txt").read_text()
     first, trainer, plumb, facts, lines = text.split(plumbing.RULE + "\n")
     assert (
-        first == "" and trainer == (ROOT / "train_gpt.py").read_text() and plumb == (ROOT / "plumbing.py").read_text()
+        first == ""
+        and trainer == (ROOT / "train_gpt.py").read_text()
+        and plumb == (ROOT / "plumbing.py").read_text()
     )
     assert '"num_iterations": 12' in facts and "git_commit: " in facts and "nvidia-smi:" in facts
     step = r"step:\d+/12 {}_loss:\d+\.\d{{4}} train_time:\d+ms step_avg:(nan|\d+\.\d\d)ms"
-    assert len(re.findall(step.format("train"), lines)) == 12 and len(re.findall(step.format("val"), lines)) == 4
+    assert (
+        len(re.findall(step.format("train"), lines)) == 12
+        and len(re.findall(step.format("val"), lines)) == 4
+    )
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -493,7 +535,9 @@ def test_sigkill_during_a_save_never_loses_the_last_good_checkpoint(tmp_path):
     rng, step = np.random.default_rng(0), 0
     for _ in range(12):
         p = subprocess.Popen(
-            [sys.executable, "-c", SAVER, str(tmp_path), str(step + 1)], env=environment(), stdout=subprocess.PIPE
+            [sys.executable, "-c", SAVER, str(tmp_path), str(step + 1)],
+            env=environment(),
+            stdout=subprocess.PIPE,
         )
         assert p.stdout.readline() == b"ready\n"
         time.sleep(rng.uniform(0.05, 0.25))
@@ -501,7 +545,9 @@ def test_sigkill_during_a_save_never_loses_the_last_good_checkpoint(tmp_path):
         told = p.stdout.read().split()
         p.wait()
         state = plumbing.load_checkpoint(tmp_path, ONE, lambda line: pytest.fail(line))
-        assert state is not None or not told, "the first save was interrupted, or there is a checkpoint"
+        assert state is not None or not told, (
+            "the first save was interrupted, or there is a checkpoint"
+        )
         step = state["step"] if state else 0
         assert step >= int(told[-1] if told else 0), "a checkpoint that was reported is gone"
         assert state is None or torch.equal(state["w"], torch.full((2_000_000,), float(step)))
@@ -514,7 +560,9 @@ def test_resuming_with_other_knobs_or_shards_is_refused(monkeypatch, tmp_path):
     shutil.rmtree(tmp_path / "logs/a/step_000008")
     status = tmp_path / "logs/a/status.json"
     status.write_text(status.read_text().replace("finished", "running"))
-    with pytest.raises(UserError, match=r"run a was started with LR=0.01, not 0.02; resume it with the same"):
+    with pytest.raises(
+        UserError, match=r"run a was started with LR=0.01, not 0.02; resume it with the same"
+    ):
         run_here(monkeypatch, tmp_path, **base, lr=0.02)
     write_data(tmp_path, train=(6000, 4000))
     with pytest.raises(UserError, match="run a was trained on other data"):
@@ -545,7 +593,9 @@ def test_the_clock_leaves_out_pauses_and_the_first_ten_steps(monkeypatch):
     for _ in range(20):
         now[0] += 2
         resumed.tick()
-    assert resumed.step_avg_s == 2 and resumed.train_s(50) == 80, "as if the run had not been interrupted"
+    assert resumed.step_avg_s == 2 and resumed.train_s(50) == 80, (
+        "as if the run had not been interrupted"
+    )
 
 
 def test_same_tensors_sees_one_flipped_bit():
@@ -572,4 +622,6 @@ def test_memory_that_a_cpu_step_frees_is_kept_for_the_next():
     usual, again, *inside = map(int, done.stdout.split())
     if min(usual, again) < 10_000:
         pytest.skip("this system does not give freed memory back in the first place")
-    assert max(inside[-10:]) < 1000, "the heap settles within some calls; then nothing is cleared again"
+    assert max(inside[-10:]) < 1000, (
+        "the heap settles within some calls; then nothing is cleared again"
+    )

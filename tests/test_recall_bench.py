@@ -21,8 +21,17 @@ import train_gpu
 from plumbing import UserError
 
 A = tasks.Alphabet(keys=12, values=10, fillers=5)
-TINY = dict(hidden_dim=16, hcm_dim=16, num_layers=1, num_slots=4, num_attention_heads=2, vocab_size=A.size)
-TINY |= dict(dataset="embedded", mixed_precision="none", device="cpu", dropout=0.0, max_seq_length=16, batch_size=4)
+TINY = dict(
+    hidden_dim=16, hcm_dim=16, num_layers=1, num_slots=4, num_attention_heads=2, vocab_size=A.size
+)
+TINY |= dict(
+    dataset="embedded",
+    mixed_precision="none",
+    device="cpu",
+    dropout=0.0,
+    max_seq_length=16,
+    batch_size=4,
+)
 
 
 def make(task: str, rng: np.random.Generator, **more: object) -> tasks.Sequences:
@@ -64,7 +73,9 @@ def test_an_oracle_answers_all_queries_of_a_dense_mqar():
     s = make("mqar", np.random.default_rng(0), density=0.5)
     asked = s.y_BT >= 0
     assert 0.45 < asked[:, 8:].mean() < 0.55 and not asked[:, :8].any()
-    assert all((oracle(x, "mqar")[a] == y[a]).all() for x, y, a in zip(s.x_BT, s.y_BT, asked, strict=True))
+    assert all(
+        (oracle(x, "mqar")[a] == y[a]).all() for x, y, a in zip(s.x_BT, s.y_BT, asked, strict=True)
+    )
 
 
 @pytest.mark.parametrize("task", tasks.TASKS)
@@ -81,7 +92,9 @@ def test_a_distance_is_the_number_of_tokens_from_the_answer_to_the_query(task):
 def test_a_needle_stands_at_the_distance_asked_for_and_only_it_is_asked(distance):
     s = make("needle", np.random.default_rng(2), distance=distance)
     assert ((s.y_BT >= 0).sum(1) == 1).all() and (s.distance_BT[:, -1] == distance).all()
-    assert (s.x_BT[:, -1 - distance] == s.y_BT[:, -1]).all() and (s.x_BT[:, -2 - distance] == s.x_BT[:, -1]).all()
+    assert (s.x_BT[:, -1 - distance] == s.y_BT[:, -1]).all() and (
+        s.x_BT[:, -2 - distance] == s.x_BT[:, -1]
+    ).all()
 
 
 @pytest.mark.parametrize("distance", [4, 5, 20, 44])
@@ -94,11 +107,15 @@ def test_a_copy_stands_at_the_distance_asked_for(distance):
 def test_an_answer_is_shown_once_and_before_it_is_asked_for(task):
     s = make(task, np.random.default_rng(4))
     values = (s.x_BT >= A.keys) & (s.x_BT < A.keys + A.values)
-    shown_again = 3 if task == "copy" else 0  # a copy shows each symbol but the last, after it has been asked for
+    shown_again = (
+        3 if task == "copy" else 0
+    )  # a copy shows each symbol but the last, after it has been asked for
     assert (values.sum(1) == 4 + shown_again).all()
     if task == "copy":
         places = np.arange(44, 48)
-        assert (s.x_BT[:, places[1:]] == s.y_BT[:, places[:-1]]).all() and (s.x_BT[:, 44] == A.sign).all()
+        assert (s.x_BT[:, places[1:]] == s.y_BT[:, places[:-1]]).all() and (
+            s.x_BT[:, 44] == A.sign
+        ).all()
 
 
 def test_keys_of_a_sequence_differ_and_values_are_drawn_evenly():
@@ -160,14 +177,19 @@ def test_an_oracle_scores_one_and_a_constant_scores_chance(task):
     right = program.measure(Told(lambda x: oracle(x, task)), s, ONE)
     assert right["accuracy"] == 1 and right["queries"] == 4000 and 0.99 < right["low"] < 1
     constant = program.measure(Told(lambda x: np.full(len(x), A.keys + 3)), s, ONE)
-    assert constant["low"] < tasks.chance(A) == 0.1 < constant["high"] and constant["high"] - constant["low"] < 0.03
+    assert (
+        constant["low"] < tasks.chance(A) == 0.1 < constant["high"]
+        and constant["high"] - constant["low"] < 0.03
+    )
 
 
 def test_answers_are_counted_where_the_distance_says():
     s = make("mqar", np.random.default_rng(7))
     near = np.where(s.distance_BT < 20, s.y_BT, -2)
     right, asked = tasks.score(s, near, 0, 20)
-    assert asked.sum() == ((s.distance_BT < 20) & (s.y_BT >= 0)).sum() > 0 and (right == asked).all()
+    assert (
+        asked.sum() == ((s.distance_BT < 20) & (s.y_BT >= 0)).sum() > 0 and (right == asked).all()
+    )
     right, asked = tasks.score(s, near, 20)
     assert asked.sum() > 0 and right.sum() == 0
 
@@ -182,7 +204,9 @@ def test_answers_that_hang_together_widen_the_interval():
     whole = 8 * rng.integers(2, size=300)  # all right or all wrong
     apart = rng.binomial(8, 0.5, size=300)
     wide, narrow = (tasks.accuracy(right, np.full(300, 8)) for right in (whole, apart))
-    assert wide["high"] - wide["low"] == pytest.approx(math.sqrt(8) * (narrow["high"] - narrow["low"]), rel=0.15)
+    assert wide["high"] - wide["low"] == pytest.approx(
+        math.sqrt(8) * (narrow["high"] - narrow["low"]), rel=0.15
+    )
     assert tasks.accuracy(np.zeros(3), np.zeros(3))["queries"] == 0
 
 
@@ -195,13 +219,15 @@ def test_equal_addresses_have_rank_one_and_separate_ones_have_rank_S():
     assert program.effective_rank(equal) == pytest.approx((1, 1), abs=1e-3)
     assert program.effective_rank(torch.eye(4).repeat(10, 1)) == pytest.approx((4, 4))
     entropy, participation = program.effective_rank(torch.diag(torch.tensor([2.0, 1, 0, 0])))
-    assert entropy == pytest.approx(math.exp(math.log(3) - 2 / 3 * math.log(2))) and participation == pytest.approx(
-        25 / 17
-    )
+    assert entropy == pytest.approx(
+        math.exp(math.log(3) - 2 / 3 * math.log(2))
+    ) and participation == pytest.approx(25 / 17)
 
 
 def test_copied_slots_have_cosine_one_and_orthogonal_ones_zero():
-    copies = torch.randn(3, 1, 8, generator=torch.manual_seed(0)) * torch.tensor([1.0, -2, 0.5])[:, None]
+    copies = (
+        torch.randn(3, 1, 8, generator=torch.manual_seed(0)) * torch.tensor([1.0, -2, 0.5])[:, None]
+    )
     assert program.slot_cosine(copies) == pytest.approx(1)
     assert program.slot_cosine(torch.eye(4)[None]) == 0
     M = torch.cat([copies, torch.zeros(3, 2, 8)], dim=1)
@@ -225,10 +251,17 @@ def test_zeroing_all_slots_is_the_model_without_its_memory_and_leaves_no_trace()
     before = program.sequence_losses(model, x_BT, y_BT)
     heads, slots = program.slot_statistics(model, x_BT, y_BT)
     without = program.sequence_losses(off, x_BT, y_BT)
-    assert heads[-1]["loss_change"] == pytest.approx((without - before).mean(), abs=1e-6) and heads[-1]["layer"] is None
-    assert abs(heads[-1]["loss_change"]) > 1e-3, "the memory does nothing here, so nothing was tested"
+    assert (
+        heads[-1]["loss_change"] == pytest.approx((without - before).mean(), abs=1e-6)
+        and heads[-1]["layer"] is None
+    )
+    assert abs(heads[-1]["loss_change"]) > 1e-3, (
+        "the memory does nothing here, so nothing was tested"
+    )
     assert (program.sequence_losses(model, x_BT, y_BT) == before).all()
-    assert len(slots) == 2 * 2 * 4 and len({(r["layer"], r["head"], r["slot"]) for r in slots}) == len(slots)
+    assert len(slots) == 2 * 2 * 4 and len(
+        {(r["layer"], r["head"], r["slot"]) for r in slots}
+    ) == len(slots)
     assert len({r["loss_change"] for r in slots}) > 8
     assert [r["head"] for r in heads] == [0, 1, 0, 1, None, None, None]
 
@@ -288,9 +321,15 @@ def test_the_best_rate_of_each_mixer_is_shown_and_all_are_kept(learned):
 def test_what_was_run_is_stated_with_its_budget(learned):
     out, text = learned
     result = json.loads((out / "result.json").read_text())
-    assert result["flags"]["steps"] == 60 and result["torch"] == torch.__version__ and result["device"]
+    assert (
+        result["flags"]["steps"] == 60 and result["torch"] == torch.__version__ and result["device"]
+    )
     assert all(m["cpu_s"] > 0 and m["n_params"] > 0 for m in result["models"])
-    assert "60 steps, 1,920 sequences" in text and "chance 0.2500" in text and "parameters differ by" in text
+    assert (
+        "60 steps, 1,920 sequences" in text
+        and "chance 0.2500" in text
+        and "parameters differ by" in text
+    )
     names = {"pairs", "length", "distance_12", "distance_24", "distance_48", "learning"}
     pictures = {f"mqar_{name}.{kind}" for name in names for kind in ("png", "svg")}
     assert {p.name for p in out.iterdir()} == pictures | {"results.csv", "slots.csv", "result.json"}
@@ -334,16 +373,28 @@ def test_a_bad_flag_is_one_line_that_says_what_is_wrong(monkeypatch, tmp_path, f
 
 def text_run(folder: Path, **knobs: object) -> None:
     """A run called 'made' with one checkpoint of random weights, on a text of its own."""
-    (folder / "text.txt").write_text("\n\n".join(f"paragraph {i} of a text about nothing" for i in range(400)))
+    (folder / "text.txt").write_text(
+        "\n\n".join(f"paragraph {i} of a text about nothing" for i in range(400))
+    )
     values = TINY | dict(vocab_size=None, tokenizer="bytes", dataset=str(folder / "text.txt"))
     model = random_model(**values | dict(data_folder=str(folder / "data")) | knobs)
-    state = dict(model=model.state_dict(), knobs=json.loads(plumbing.knobs_json(model.k)), step=3, val_loss=5.5)
+    state = dict(
+        model=model.state_dict(),
+        knobs=json.loads(plumbing.knobs_json(model.k)),
+        step=3,
+        val_loss=5.5,
+    )
     plumbing.save_checkpoint(folder / "logs/made", 3, state | dict(trainer="train_gpu"), ONE)
 
 
 def test_slots_of_a_text_checkpoint_are_measured_on_its_own_text(monkeypatch, tmp_path, capsys):
     text_run(tmp_path)
-    flags = ["--run=made", f"--logs_folder={tmp_path / 'logs'}", "--slot_sequences=4", f"--out={tmp_path / 'out'}"]
+    flags = [
+        "--run=made",
+        f"--logs_folder={tmp_path / 'logs'}",
+        "--slot_sequences=4",
+        f"--out={tmp_path / 'out'}",
+    ]
     assert run(monkeypatch, *flags) == 0
     found = json.loads((tmp_path / "out/result.json").read_text())
     assert found["sequences"] == 4 and found["tokens"] == 64 and found["val_loss"] == 5.5
@@ -353,9 +404,15 @@ def test_slots_of_a_text_checkpoint_are_measured_on_its_own_text(monkeypatch, tm
 
 
 @pytest.mark.parametrize(
-    "knobs, words", [(dict(mixer="attention"), "no holographic"), (dict(memory="off"), "never read")]
+    "knobs, words",
+    [(dict(mixer="attention"), "no holographic"), (dict(memory="off"), "never read")],
 )
 def test_a_run_without_a_memory_has_no_slots_to_measure(monkeypatch, tmp_path, knobs, words):
     text_run(tmp_path, **knobs)
     with pytest.raises(UserError, match=words):
-        run(monkeypatch, "--run=made", f"--logs_folder={tmp_path / 'logs'}", f"--out={tmp_path / 'out'}")
+        run(
+            monkeypatch,
+            "--run=made",
+            f"--logs_folder={tmp_path / 'logs'}",
+            f"--out={tmp_path / 'out'}",
+        )

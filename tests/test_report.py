@@ -32,7 +32,12 @@ import report  # noqa: E402
 import split_results  # noqa: E402
 from test_plots import COLUMNS, TWO_BY_TWO, make_study, result, write_log, write_results  # noqa: E402
 
-ATTACKS = ("</script><script>pwned=1</script>", "<img src=x onerror=pwned=2>", '"><svg/onload=pwned=3>', "<!--<script>")
+ATTACKS = (
+    "</script><script>pwned=1</script>",
+    "<img src=x onerror=pwned=2>",
+    '"><svg/onload=pwned=3>',
+    "<!--<script>",
+)
 
 
 class Page(HTMLParser):
@@ -88,7 +93,13 @@ def written(tmp_path: Path, options: Sequence[str]) -> str:
 def options_of(argv: Sequence[str], **given: object) -> argparse.Namespace:
     """Options as main() has them."""
     at = dict(zip(argv[::2], argv[1::2], strict=True))
-    values = dict(results=[Path(at["--results"])], logs=Path(at["--logs"]), stages=None, curves=[], target=None)
+    values = dict(
+        results=[Path(at["--results"])],
+        logs=Path(at["--logs"]),
+        stages=None,
+        curves=[],
+        target=None,
+    )
     return argparse.Namespace(**(values | dict(title="t", port=0, every=1) | given))
 
 
@@ -126,7 +137,10 @@ def test_the_overview_says_what_is_settled(tmp_path):
     runs[8] = (*runs[8][:2], 3.31, "const")
     page = Page(written(tmp_path, make_study(tmp_path, runs)))
     overview = next(t for t in page.tables if "verdict" in t[0])
-    assert [row[1:3] for row in overview[1:]] == [["elementwise", "better"], ["const", "not settled"]]
+    assert [row[1:3] for row in overview[1:]] == [
+        ["elementwise", "better"],
+        ["const", "not settled"],
+    ]
     assert overview[1][3] == "-0.0999" and overview[1][8] == "3 / 3"
     assert "1 of 2 comparisons" in page.words
 
@@ -150,7 +164,9 @@ def test_a_cells_curve_is_the_mean_of_its_runs_with_their_range(tmp_path, study)
     assert val["s"] == list(range(0, 101, 10)) and (val["v"][0], val["v"][-1]) == (16, 3.265)
     assert (val["lo"][-1], val["hi"][-1], val["t"][-1], val["k"]) == (3.25, 3.28, 44, 524288)
     assert {"train_loss", "lr", "tokens_per_s", "grad_norm"} <= gate["trace"].keys()
-    assert [r["label"] for r in stage["runs"]] == [f"{g} seed {s}" for g in ("none", "elementwise") for s in (1, 2)]
+    assert [r["label"] for r in stage["runs"]] == [
+        f"{g} seed {s}" for g in ("none", "elementwise") for s in (1, 2)
+    ]
 
 
 def test_no_curve_has_more_than_200_points(tmp_path):
@@ -158,14 +174,23 @@ def test_no_curve_has_more_than_200_points(tmp_path):
     for run in ("a1", "b1"):
         write_log(tmp_path / "logs", run, 3.2, steps=5000, every=1)
     (stage,) = Page(written(tmp_path, options)).data["stages"]
-    sizes = [len(part["s"]) for c in stage["cells"] + stage["runs"] for part in (c["val"], c["trace"])]
+    sizes = [
+        len(part["s"]) for c in stage["cells"] + stage["runs"] for part in (c["val"], c["trace"])
+    ]
     assert 150 <= max(sizes) <= 200
 
 
 def test_a_run_that_goes_on_is_shown_with_its_curve_and_a_silent_one_is_flagged(tmp_path, study):
     for run, heard in (("now", time.time()), ("dead", time.time() - 3600)):
         write_log(tmp_path / "logs", run, 3.4, steps=40)
-        status = dict(run_id=run, status="running", step=40, num_iterations=100, tokens_per_s="1000", updated=heard)
+        status = dict(
+            run_id=run,
+            status="running",
+            step=40,
+            num_iterations=100,
+            tokens_per_s="1000",
+            updated=heard,
+        )
         (tmp_path / "logs" / run / "status.json").write_text(json.dumps(status))
     page = Page(written(tmp_path, study))
     running = next(t for t in page.tables if t[0][0] == "run")
@@ -179,9 +204,7 @@ def test_run_details_have_the_knobs_and_the_environment_of_the_log(tmp_path, stu
     knobs = json.dumps(dict(lr=0.01, attngate="none", device="cuda"), indent=2)
     log = 'lines += ["hyperparameters:"]\nhyperparameters:\n{"lr": 0.5}\nRunning pytorch 1.0\n'  # an earlier start
     log += f"{'=' * 100}\ngit_commit: abc\ncommand: python train.py --lr 0.01\n"
-    log += (
-        f"hyperparameters:\n{knobs}\nRunning pytorch 2.13\nnvidia-smi:\n{'GPU' * 40}\n{'=' * 100}\ndevice: 8 x H200\n"
-    )
+    log += f"hyperparameters:\n{knobs}\nRunning pytorch 2.13\nnvidia-smi:\n{'GPU' * 40}\n{'=' * 100}\ndevice: 8 x H200\n"
     (tmp_path / "logs/a1.txt").write_text(log + "step:1/100 train_loss:3.5\n")
     data = Page(written(tmp_path, study)).data
     details = {d["line"].split(" | ")[0]: d for d in data["stages"][0]["details"]}
@@ -201,8 +224,13 @@ def test_the_page_refers_to_nothing_outside(tmp_path, study):
     page = Page(text)
     for tag, attributes in page.elements:
         for name in ("src", "href", "action", "data", "poster", "srcset"):
-            assert attributes.get(name, "#")[:1] in "#" or attributes[name].startswith("data:"), (tag, attributes)
-    assert [tag for tag, _ in page.elements if tag in ("iframe", "object", "embed", "base", "form")] == []
+            assert attributes.get(name, "#")[:1] in "#" or attributes[name].startswith("data:"), (
+                tag,
+                attributes,
+            )
+    assert [
+        tag for tag, _ in page.elements if tag in ("iframe", "object", "embed", "base", "form")
+    ] == []
     style = re.search("<style>(.*?)</style>", text, re.DOTALL)[1]
     assert "@import" not in style and "url(" not in style
     own = page.scripts[2]
@@ -211,10 +239,15 @@ def test_the_page_refers_to_nothing_outside(tmp_path, study):
 
 
 def test_the_policy_allows_no_program_but_ours_and_no_address(tmp_path, study):
-    policy = next(a["content"] for _, a in Page(written(tmp_path, study)).elements if "http-equiv" in a)
+    policy = next(
+        a["content"] for _, a in Page(written(tmp_path, study)).elements if "http-equiv" in a
+    )
     rules = {rule.split()[0]: rule.split()[1:] for rule in policy.split(";") if rule.strip()}
     assert rules["default-src"] == ["'none'"] and "connect-src" not in rules
-    assert all(word.startswith("'sha256-") for word in rules["script-src"]) and len(rules["script-src"]) == 2
+    assert (
+        all(word.startswith("'sha256-") for word in rules["script-src"])
+        and len(rules["script-src"]) == 2
+    )
 
 
 @pytest.fixture
@@ -240,7 +273,11 @@ def attacked(tmp_path) -> list[str]:
 def test_text_from_files_is_text_on_the_page(tmp_path, attacked):
     page = Page(written(tmp_path, attacked))
     assert len(page.scripts) == 3 and page.scripts[2] == web.PROGRAM
-    assert not [tag for tag, a in page.elements if tag in ("img", "svg") or any(name.startswith("on") for name in a)]
+    assert not [
+        tag
+        for tag, a in page.elements
+        if tag in ("img", "svg") or any(name.startswith("on") for name in a)
+    ]
     assert ATTACKS[0] in "".join(page.words)  # shown, as text
     assert ATTACKS[1] in json.dumps(page.data)
 
@@ -261,7 +298,9 @@ def _torn(folder: Path) -> None:
 
 
 def _nan(folder: Path) -> None:
-    (folder / "logs/a1/metrics.csv").write_text(f"{COLUMNS}\n10,nan,nan,1,1,1,1,1,1,1\n20,3,3.5,1,2,1,1,1,1,1\n")
+    (folder / "logs/a1/metrics.csv").write_text(
+        f"{COLUMNS}\n10,nan,nan,1,1,1,1,1,1,1\n20,3,3.5,1,2,1,1,1,1,1\n"
+    )
 
 
 def _set(name: str, text: str):
@@ -318,7 +357,14 @@ def test_broken_input_gives_a_complete_page_that_names_it(tmp_path, study, what)
     ],
 )
 def test_a_wrong_option_is_one_line_and_exit_code_2(tmp_path, study, options, message):
-    command = [sys.executable, str(REPO / "scripts/report.py"), *study, "--out", str(tmp_path / "r.html"), *options]
+    command = [
+        sys.executable,
+        str(REPO / "scripts/report.py"),
+        *study,
+        "--out",
+        str(tmp_path / "r.html"),
+        *options,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
 
@@ -358,7 +404,11 @@ def test_watch_listens_on_127_0_0_1_only(served):
 def test_watch_answers_no_foreign_name_and_no_other_path(served):
     port, _ = served
     assert get(port, "/", host="evil.example")[0] == 403
-    assert [get(port, path)[0] for path in ("/results.csv", "/../plumbing.py", "/live/x")] == [404, 404, 404]
+    assert [get(port, path)[0] for path in ("/results.csv", "/../plumbing.py", "/live/x")] == [
+        404,
+        404,
+        404,
+    ]
 
 
 def test_watch_serves_what_has_changed_and_only_then(served, tmp_path):
@@ -384,7 +434,10 @@ def test_watch_names_what_it_cannot_read(tmp_path, study):
     server = report.server(options_of(study, stages=tmp_path / "s.toml"))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     (tmp_path / "s.toml").write_text("[")
-    assert get(server.server_address[1], "/")[0] == 500 and "s.toml" in get(server.server_address[1], "/")[1]
+    assert (
+        get(server.server_address[1], "/")[0] == 500
+        and "s.toml" in get(server.server_address[1], "/")[1]
+    )
     server.shutdown()
     server.server_close()
 
@@ -400,7 +453,9 @@ def test_a_taken_port_is_one_line(study):
 # ----------------------------------------------------------------------------
 # In a browser
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --hide-scrollbars --remote-debugging-port=0"
@@ -414,7 +469,9 @@ class Browser:
         import websocket
 
         command = [CHROMIUM, *FLAGS.split(), f"--user-data-dir={folder}", "about:blank"]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         told, end = folder / "DevToolsActivePort", time.monotonic() + 30
         while not (told.exists() and "\n" in told.read_text()):
             assert time.monotonic() < end and self.process.poll() is None, "Chromium does not start"
@@ -439,7 +496,9 @@ class Browser:
 
     def js(self, expression: str):
         """The value of an expression on the page."""
-        found = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        found = self.send(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+        )
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
@@ -451,7 +510,11 @@ class Browser:
 
     def open(self, url: str, width: int = 1280, dark: bool = False) -> None:
         self.send(
-            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=900,
+            deviceScaleFactor=1,
+            mobile=width < 600,
         )
         scheme = dict(name="prefers-color-scheme", value="dark" if dark else "light")
         self.send("Emulation.setEmulatedMedia", features=[scheme])
@@ -516,7 +579,9 @@ def choose(browser: Browser, place: str, key: str, value: str) -> None:
 def test_the_page_loads_without_a_complaint_and_asks_for_nothing(browser, address):
     browser.open(address)
     place = browser.show("stage-stage1")
-    assert browser.js(f"{place}.querySelectorAll('.scatterlayer .trace').length") == 6  # two lines, two bands
+    assert (
+        browser.js(f"{place}.querySelectorAll('.scatterlayer .trace').length") == 6
+    )  # two lines, two bands
     assert browser.complaints() == []
 
 
@@ -591,7 +656,9 @@ def test_run_details_open_with_knobs_as_text(browser, tmp_path, attacked):
     browser.until("document.querySelector('details.run')")
     browser.js("for (const d of document.querySelectorAll('details.run')) d.open = true")
     browser.until("document.querySelector('details.run dl')")
-    for stage in browser.js("[...document.querySelectorAll('[data-stage]')].map(p => p.dataset.stage)"):
+    for stage in browser.js(
+        "[...document.querySelectorAll('[data-stage]')].map(p => p.dataset.stage)"
+    ):
         place = browser.show(stage)
         choose(browser, place, "lines", "runs")
         texts = f"{place}.querySelector('.chart').data.map(t => t.name + t.hovertemplate)"
@@ -609,11 +676,18 @@ def test_nothing_is_wider_than_the_screen(browser, address, width, dark):
     browser.js("for (const d of document.querySelectorAll('details')) d.open = true")
     browser.show("stage-stage1")
     assert browser.js("document.documentElement.scrollWidth") <= width
-    outside = "[...document.querySelectorAll('main > *, main section > *, .controls > *, .legend > *')]"
-    assert browser.js(f"{outside}.filter(e => e.getBoundingClientRect().right > {width} + 1).length") == 0
+    outside = (
+        "[...document.querySelectorAll('main > *, main section > *, .controls > *, .legend > *')]"
+    )
+    assert (
+        browser.js(f"{outside}.filter(e => e.getBoundingClientRect().right > {width} + 1).length")
+        == 0
+    )
     paper = browser.js("getComputedStyle(document.body).backgroundColor")
     assert paper == ("rgb(20, 23, 27)" if dark else "rgb(255, 255, 255)")
-    assert browser.js("document.querySelector('.chart').layout.paper_bgcolor") == ("#14171b" if dark else "#ffffff")
+    assert browser.js("document.querySelector('.chart').layout.paper_bgcolor") == (
+        "#14171b" if dark else "#ffffff"
+    )
     browser.send("Emulation.clearDeviceMetricsOverride")
 
 
@@ -628,8 +702,12 @@ def test_a_watched_page_takes_up_changes_where_the_reader_is(browser, served, tm
     write_log(tmp_path / "logs", "c1", 3.1)
     write_results(Path(study[1]), [*(dict(r.values) for r in rows), result("c1", 1, 3.1, "const")])
     browser.until("document.body.textContent.includes('const')")
-    browser.until(f"{place}.querySelectorAll('.legend button').length === 4")  # "all or none", and three cells
-    assert browser.js("scrollY") == 300 and browser.js("document.querySelector('#full-stage-stage1').open")
+    browser.until(
+        f"{place}.querySelectorAll('.legend button').length === 4"
+    )  # "all or none", and three cells
+    assert browser.js("scrollY") == 300 and browser.js(
+        "document.querySelector('#full-stage-stage1').open"
+    )
     assert browser.js(f"{place}.querySelector('[data-key=x]').value") == "time"
     pressed = browser.js(f"[...{place}.querySelectorAll('[aria-pressed]')].map(b => b.ariaPressed)")
     assert pressed.count("false") == 1
@@ -640,7 +718,9 @@ def test_a_watched_page_takes_up_changes_where_the_reader_is(browser, served, tm
 # Large: python tests/test_report.py FOLDER writes the study that docs/report.md was measured with (1.5 GB)
 
 
-def big_study(folder: Path, num_rows: int = 100_000, num_logs: int = 5_000, steps: int = 1_500) -> None:
+def big_study(
+    folder: Path, num_rows: int = 100_000, num_logs: int = 5_000, steps: int = 1_500
+) -> None:
     """10 stages of 20 cells; runs with logs as train_gpt.py writes them, its own source in front."""
     source = "".join((REPO / name).read_text() for name in ("train_gpt.py", "plumbing.py"))
     draws, rows = random.Random(1), []
@@ -656,10 +736,15 @@ def big_study(folder: Path, num_rows: int = 100_000, num_logs: int = 5_000, step
             write_log(folder / "logs", run, loss, ms, steps, every=125)
             status = dict(run_id=run, status="finished", step=steps, updated=1.0)
             (folder / "logs" / run / "status.json").write_text(json.dumps(status))
-            knobs = json.dumps(dict(attngate=gate, lr=rate, seed=seed, **{f"knob{k}": k for k in range(30)}), indent=2)
+            knobs = json.dumps(
+                dict(attngate=gate, lr=rate, seed=seed, **{f"knob{k}": k for k in range(30)}),
+                indent=2,
+            )
             text = f"{source}\ncommand: train_gpt.py --seed {seed}\nhyperparameters:\n{knobs}\nRunning pytorch 2.13.0\n"
             text += f"nvidia-smi:\n{'GPU ' * 500}\n{'=' * 100}\ndevice: 8 x NVIDIA H200\n"
-            (folder / f"logs/{run}.txt").write_text(text + "step:1/1500 train_loss:3.5 train_time:1ms\n" * steps)
+            (folder / f"logs/{run}.txt").write_text(
+                text + "step:1/1500 train_loss:3.5 train_time:1ms\n" * steps
+            )
     write_results(folder / "results.csv", rows)
 
 

@@ -25,7 +25,9 @@ import split_results  # noqa: E402
 REFERENCE = Path(__file__).resolve().parents[2] / "shared/reference/gating"
 ORIGINAL = REFERENCE / "original_experiments"
 STAGES = REPO / "experiments/stages_original.toml"
-needs_original = pytest.mark.skipif(not ORIGINAL.exists(), reason=f"the original's files are not in {ORIGINAL}")
+needs_original = pytest.mark.skipif(
+    not ORIGINAL.exists(), reason=f"the original's files are not in {ORIGINAL}"
+)
 
 USUAL = dict(
     attn_gate="none",
@@ -51,13 +53,21 @@ def row(seed: int = 1, loss: float | str = 3.5, **given: object) -> dict[str, st
     """One row as a trainer writes it; each has an id of its own unless one is given."""
     row.made += 1
     told = {name: str(value) for name, value in given.items()}
-    return {"run_id": f"run{row.made}", "seed": str(seed), "final_val_loss": str(loss), **USUAL, **told}
+    return {
+        "run_id": f"run{row.made}",
+        "seed": str(seed),
+        "final_val_loss": str(loss),
+        **USUAL,
+        **told,
+    }
 
 
 row.made = 0
 
 
-def text_of(rows: Sequence[Mapping[str, str]], columns: Sequence[str] = lib.HEADER, end: str = "\n") -> str:
+def text_of(
+    rows: Sequence[Mapping[str, str]], columns: Sequence[str] = lib.HEADER, end: str = "\n"
+) -> str:
     out = io.StringIO()
     writer = csv.DictWriter(out, columns, lineterminator=end, extrasaction="ignore")
     writer.writeheader()
@@ -65,10 +75,14 @@ def text_of(rows: Sequence[Mapping[str, str]], columns: Sequence[str] = lib.HEAD
     return out.getvalue()
 
 
-def arms(a: Sequence[float], b: Sequence[float], seeds_b: Sequence[int] | None = None, **given) -> list[dict]:
+def arms(
+    a: Sequence[float], b: Sequence[float], seeds_b: Sequence[int] | None = None, **given
+) -> list[dict]:
     """Rows of elementwise with losses a and of none with losses b; seeds 1, 2, ... unless given."""
     gated = [row(i + 1, v, attn_gate="elementwise", **given) for i, v in enumerate(a)]
-    return gated + [row(s, v, **given) for s, v in zip(seeds_b or range(1, len(b) + 1), b, strict=True)]
+    return gated + [
+        row(s, v, **given) for s, v in zip(seeds_b or range(1, len(b) + 1), b, strict=True)
+    ]
 
 
 def write(folder: Path, rows: Sequence[Mapping[str, str]] | str, name: str = "results.csv") -> Path:
@@ -113,7 +127,9 @@ def original(tmp_path_factory) -> Path:
     for path in [*ORIGINAL.glob("results_stage*.csv"), ORIGINAL / "baseline.csv"]:
         (folder / path.name).write_bytes(path.read_bytes())
     sources = [str(path) for path in sorted(folder.glob("results_stage*.csv"))]
-    split_results.main(["--source", *sources, "--stages", str(STAGES), "--out-dir", str(folder / "out")])
+    split_results.main(
+        ["--source", *sources, "--stages", str(STAGES), "--out-dir", str(folder / "out")]
+    )
     return folder / "out"
 
 
@@ -126,7 +142,9 @@ def test_the_17_published_rows_come_out_exactly(original):
         for line in theirs:
             keys = [k for k in line if k not in ("seeds", "final_loss", "train_time")]
             # a gate's activation means nothing where there is no gate; the original printed what was recorded
-            key = {k: "-" if k == "gate_act" and line["attn_gate"] == "none" else line[k] for k in keys}
+            key = {
+                k: "-" if k == "gate_act" and line["attn_gate"] == "none" else line[k] for k in keys
+            }
             (own,) = [o for o in ours if all(o[k] == key[k] for k in keys)]
             assert float(own["final_loss"]) == float(line["final_loss"]), line
             assert own["train_time"] == line["train_time"], line
@@ -158,13 +176,22 @@ def test_every_figure_of_the_published_statistics_comes_out_at_its_printed_preci
         keys = ("attn_gate", "gate_act", "learning_rate")
         (own,) = [o for o in ours if all(o.get(k, line[k]) == line[k] for k in keys)]
         for theirs, (name, form) in fixed.items():
-            assert format(float(own[name]), form) == line[theirs], (line["stage"], line["attn_gate"], name)
-        assert " ".join(f"{float(d):+.5f}" for d in own["per_seed_diff"].split()) == line["per_seed_diff"]
+            assert format(float(own[name]), form) == line[theirs], (
+                line["stage"],
+                line["attn_gate"],
+                name,
+            )
+        assert (
+            " ".join(f"{float(d):+.5f}" for d in own["per_seed_diff"].split())
+            == line["per_seed_diff"]
+        )
         assert own["seeds"] == own["baseline_seeds"] == line["n"]
 
 
 def test_stage_files_of_the_original_keep_its_rows_byte_for_byte_but_for_crlf(original):
-    for name, source in dict(stage1="stage1", stage2="stage2", stage2_5="stage2_5", stage3="stage_3").items():
+    for name, source in dict(
+        stage1="stage1", stage2="stage2", stage2_5="stage2_5", stage3="stage_3"
+    ).items():
         theirs = (ORIGINAL / f"results_{source}.csv").read_bytes()
         assert (original / f"results_{name}.csv").read_bytes() == theirs.replace(b"\r\n", b"\n")
 
@@ -179,11 +206,16 @@ def test_the_originals_rule_alone_puts_both_lots_of_1500_iterations_into_stage1(
 
 
 def test_a_schedule_whose_ends_overlap_is_flagged_as_in_the_originals_stage_2(original):
-    assert "schedule does not fit: warmdown 1450 > 800 iterations" in (original / "tables/stage2.md").read_text()
+    assert (
+        "schedule does not fit: warmdown 1450 > 800 iterations"
+        in (original / "tables/stage2.md").read_text()
+    )
     assert "does not fit" not in (original / "tables/stage1.md").read_text()
     remarks = " ".join(table(arms([3.5], [3.4], warmup_iters=150, num_iterations=1599)).remarks)
     assert "schedule does not fit: warmup 150 + warmdown 1450 > 1599 iterations" in remarks
-    assert "does not fit" not in " ".join(table(arms([3.5], [3.4], warmup_iters=150, num_iterations=1600)).remarks)
+    assert "does not fit" not in " ".join(
+        table(arms([3.5], [3.4], warmup_iters=150, num_iterations=1600)).remarks
+    )
 
 
 # ----------------------------------------------------------------------------
@@ -197,7 +229,9 @@ def test_welch_agrees_with_scipy():
 
     found, theirs = lib.welch(A, B[:2]), stats.ttest_ind(A, B[:2], equal_var=False)
     interval = theirs.confidence_interval(0.95)
-    assert (found.t, found.df, found.p) == pytest.approx((theirs.statistic, theirs.df, theirs.pvalue), rel=1e-9)
+    assert (found.t, found.df, found.p) == pytest.approx(
+        (theirs.statistic, theirs.df, theirs.pvalue), rel=1e-9
+    )
     assert (found.lo, found.hi) == pytest.approx((interval.low, interval.high), rel=1e-9)
 
 
@@ -206,14 +240,18 @@ def test_paired_agrees_with_scipy():
 
     found, theirs = lib.paired(A, B), stats.ttest_rel(A, B)
     interval = theirs.confidence_interval(0.95)
-    assert (found.t, found.df, found.p) == pytest.approx((theirs.statistic, theirs.df, theirs.pvalue), rel=1e-9)
+    assert (found.t, found.df, found.p) == pytest.approx(
+        (theirs.statistic, theirs.df, theirs.pvalue), rel=1e-9
+    )
     assert (found.lo, found.hi) == pytest.approx((interval.low, interval.high), rel=1e-9)
 
 
 def test_paired_interval_agrees_with_a_hand_computed_one():
     # differences 1, 2, 3: mean 2, sd 1, standard error 1/sqrt(3); t(0.975, 2 df) = 4.302653 from a printed table
     found = lib.paired([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
-    assert (found.lo, found.hi) == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5), abs=1e-6)
+    assert (found.lo, found.hi) == pytest.approx(
+        (2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5), abs=1e-6
+    )
 
 
 def test_holm_agrees_with_a_hand_computed_example():
@@ -225,7 +263,9 @@ def test_holm_agrees_with_a_hand_computed_example():
 
 
 def test_holm_counts_all_comparisons_of_a_stage():
-    rows = arms(A, B) + [row(i + 1, v, attn_gate="headwise") for i, v in enumerate([3.29, 3.2935, 3.2912])]
+    rows = arms(A, B) + [
+        row(i + 1, v, attn_gate="headwise") for i, v in enumerate([3.29, 3.2935, 3.2912])
+    ]
     found = {line.cell.key["attn_gate"]: line.comparison for line in table(rows).lines}
     smaller, larger = sorted((found["elementwise"], found["headwise"]), key=lambda c: c.chosen.p)
     assert smaller.p_holm == pytest.approx(2 * smaller.chosen.p)
@@ -307,15 +347,23 @@ def test_only_finished_rows_count(tmp_path, capsys):
 
 
 def test_a_preempted_run_that_finished_later_counts_once():
-    rows = [*arms([3.5], [3.6]), row(1, 5.0, status="preempted", run_id="twice"), row(2, 3.7, run_id="twice")]
+    rows = [
+        *arms([3.5], [3.6]),
+        row(1, 5.0, status="preempted", run_id="twice"),
+        row(2, 3.7, run_id="twice"),
+    ]
     found = table(rows)
     assert "not counted: 1 preempted: twice (finished later)" in found.remarks
-    assert [line.cell.values("final_val_loss") for line in found.lines if line.is_baseline] == [{"1": 3.6, "2": 3.7}]
+    assert [line.cell.values("final_val_loss") for line in found.lines if line.is_baseline] == [
+        {"1": 3.6, "2": 3.7}
+    ]
 
 
 def test_a_finished_row_without_a_loss_is_named_and_not_counted():
     found = table([row(1, 3.5), row(2, "nan", run_id="bad")])
-    assert found.num_finished == 1 and found.remarks == ("not counted: 1 finished without a loss: bad",)
+    assert found.num_finished == 1 and found.remarks == (
+        "not counted: 1 finished without a loss: bad",
+    )
 
 
 def test_a_seed_that_finished_twice_counts_once_with_its_mean_and_is_flagged(tmp_path, capsys):
@@ -336,13 +384,23 @@ def test_ungated_runs_are_one_cell_whatever_gate_knobs_they_recorded():
 
 
 def test_knobs_in_the_notes_tell_cells_apart_and_outcomes_there_do_not():
-    rows = [row(1, 3.5, notes="reached_step=10 reached_ms=5"), row(2, 3.6, notes="reached_step=20 reached_ms=7")]
+    rows = [
+        row(1, 3.5, notes="reached_step=10 reached_ms=5"),
+        row(2, 3.6, notes="reached_step=20 reached_ms=7"),
+    ]
     assert len(table(rows).lines) == 1
     assert len(table([*rows, row(1, 3.5, notes="N_LAYER=3")]).lines) == 2
 
 
 def test_numbers_written_differently_are_one_cell():
-    assert len(table([row(1, 3.5), row(2, 3.6, learning_rate="3.60e-3", num_iterations="1500.0")]).lines) == 1
+    assert (
+        len(
+            table(
+                [row(1, 3.5), row(2, 3.6, learning_rate="3.60e-3", num_iterations="1500.0")]
+            ).lines
+        )
+        == 1
+    )
 
 
 def test_a_cell_is_compared_with_the_baseline_that_agrees_in_all_else():
@@ -354,7 +412,9 @@ def test_a_cell_is_compared_with_the_baseline_that_agrees_in_all_else():
 
 def test_gate_knobs_in_the_notes_do_not_hide_the_baseline():
     assert gated([*arms([3.5], []), row(1, 3.6)]).diff == pytest.approx(-0.1)
-    assert gated([*arms([3.5], [], notes="MLP_MATCH=True GATEOPT=adam"), row(1, 3.6)]).diff == pytest.approx(-0.1)
+    assert gated(
+        [*arms([3.5], [], notes="MLP_MATCH=True GATEOPT=adam"), row(1, 3.6)]
+    ).diff == pytest.approx(-0.1)
 
 
 def test_a_cell_without_a_baseline_says_so(tmp_path, capsys):
@@ -365,7 +425,9 @@ def test_a_cell_without_a_baseline_says_so(tmp_path, capsys):
     assert "no baseline (a cell that differs in nothing else) for: attn_gate=const" in shown
 
 
-@pytest.mark.parametrize("column, other", [("gpu_name", "Tesla T4"), ("torch", "2.9.0"), ("code_sha256", "cd" * 32)])
+@pytest.mark.parametrize(
+    "column, other", [("gpu_name", "Tesla T4"), ("torch", "2.9.0"), ("code_sha256", "cd" * 32)]
+)
 def test_machines_or_programs_mixed_in_one_comparison_are_flagged(column, other):
     rows = arms([3.5], [3.6])
     assert not table(rows).remarks
@@ -412,7 +474,13 @@ def test_crlf_and_the_originals_21_columns_are_read(tmp_path):
 
 def test_rows_are_kept_verbatim(tmp_path):
     rows = [
-        row(1, "3.50000000000000001", learning_rate="3.60e-3", train_time_ms="1e5", notes='A="x, y" B=2'),
+        row(
+            1,
+            "3.50000000000000001",
+            learning_rate="3.60e-3",
+            train_time_ms="1e5",
+            notes='A="x, y" B=2',
+        ),
         row(2, "3.2938"),
     ]
     text = text_of(rows).replace("3.2938", '"3.2938"')
@@ -424,11 +492,18 @@ def test_files_of_two_schemas_go_into_one_with_every_field_as_it_was(tmp_path):
     text = text_of([new]) + text_of([old], columns=lib.HEADER[:21], end="\r\n")
     one, two = lines_of(split(tmp_path, text) / "results_stage1.csv")
     assert {k: v for k, v in one.items() if v} == new
-    assert {k: v for k, v in two.items() if v} == {k: v for k, v in old.items() if k in lib.HEADER[:21]}
+    assert {k: v for k, v in two.items() if v} == {
+        k: v for k, v in old.items() if k in lib.HEADER[:21]
+    }
 
 
 def test_the_stage_column_beats_the_iterations_rule(tmp_path):
-    rows = [row(1, 3.5, stage="mine"), row(2, 3.6), row(3, 3.7, num_iterations=800), row(4, 3.8, stage="stage2")]
+    rows = [
+        row(1, 3.5, stage="mine"),
+        row(2, 3.6),
+        row(3, 3.7, num_iterations=800),
+        row(4, 3.8, stage="stage2"),
+    ]
     out = split(tmp_path, rows)
     ids = lambda name: [r["run_id"] for r in lines_of(out / f"results_{name}.csv")]
     assert ids("mine") == [rows[0]["run_id"]]
@@ -446,7 +521,11 @@ def test_rows_in_no_stage_are_counted_and_named(tmp_path, capsys):
     rows = [row(1, 3.5), row(1, 3.5, num_iterations=77), row(1, 3.5, stage="../up")]
     split(tmp_path, rows)
     shown = capsys.readouterr().out
-    assert "2 rows in no stage: " in shown and rows[1]["run_id"] in shown and rows[2]["run_id"] in shown
+    assert (
+        "2 rows in no stage: " in shown
+        and rows[1]["run_id"] in shown
+        and rows[2]["run_id"] in shown
+    )
 
 
 def test_a_stages_file_sorts_by_any_column_and_sets_keys_baseline_and_extra_rows(tmp_path, capsys):
@@ -455,8 +534,15 @@ def test_a_stages_file_sorts_by_any_column_and_sets_keys_baseline_and_extra_rows
         '[stage.low]\nlearning_rate = [0.0036]\nkeys = ["num_iterations"]\nextra_csv = "more.csv"\n'
         '[stage.high]\nlearning_rate = 0.01\nnum_iterations = [1500]\nbaseline = {attn_gate = "const"}\n'
     )
-    write(tmp_path, text_of([row(9, 3.0)], columns=("run_id", "seed", "final_val_loss", "attn_gate")), "more.csv")
-    high = [*arms([3.5, 3.6], [], learning_rate="1e-2"), row(1, 3.0, attn_gate="const", learning_rate="0.01")]
+    write(
+        tmp_path,
+        text_of([row(9, 3.0)], columns=("run_id", "seed", "final_val_loss", "attn_gate")),
+        "more.csv",
+    )
+    high = [
+        *arms([3.5, 3.6], [], learning_rate="1e-2"),
+        row(1, 3.0, attn_gate="const", learning_rate="0.01"),
+    ]
     out = split(tmp_path, [row(1, 3.5), *high], "--stages", str(stages))
     assert "1 row of these from more.csv" in capsys.readouterr().out
     low = lines_of(out / "tables/low.csv")
@@ -565,12 +651,25 @@ def test_train_time_reads_back_within_half_a_tenth_and_never_shows_sixty_seconds
 def test_tables_fit_110_columns_of_a_terminal(varied):
     notes = "PRESET=demo DATA_ORDER=stream MLP_MATCH=True N_LAYER=3 INPUT_BIN=/a/folder/far/away/of/a_long_name_*.bin"
     rows = [
-        row(seed, 3.5 + seed**2 / 100, attn_gate=gate, gate_act=act, learning_rate=lr, notes=f"{notes} DATA_SEED={lr}")
-        for gate, act in (("none", "sigmoid"), ("elementwise", "sigmoid"), ("headwise", "ns_sigmoid"))
+        row(
+            seed,
+            3.5 + seed**2 / 100,
+            attn_gate=gate,
+            gate_act=act,
+            learning_rate=lr,
+            notes=f"{notes} DATA_SEED={lr}",
+        )
+        for gate, act in (
+            ("none", "sigmoid"),
+            ("elementwise", "sigmoid"),
+            ("headwise", "ns_sigmoid"),
+        )
         for lr in (0.0036, 0.00468)[: 1 + varied]
         for seed in (1, 2, 3)
     ]
-    more = dict(num_iterations="99999", warmup_iters="12345", batch_size="4096", sequence_length="65536")
+    more = dict(
+        num_iterations="99999", warmup_iters="12345", batch_size="4096", sequence_length="65536"
+    )
     rows += [row(1, 3.5, notes=notes, **dict(list(more.items())[:n])) for n in range(1, varied)]
     text = lib.table_text(table(rows))
     assert max(map(len, text.split("\n"))) <= 110
@@ -585,14 +684,18 @@ def test_knobs_that_all_cells_share_are_said_once():
 
 def test_markdown_table_has_the_same_number_of_cells_in_every_line(tmp_path):
     out = split(tmp_path, arms([3.5, 3.6], [3.6, 3.7]))
-    lines = [line for line in (out / "tables/stage1.md").read_text().split("\n") if line.startswith("|")]
+    lines = [
+        line for line in (out / "tables/stage1.md").read_text().split("\n") if line.startswith("|")
+    ]
     assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
 
 
 # ----------------------------------------------------------------------------
 # Plots
 
-METRICS = "step,train_loss,val_loss,lr,train_time_s,tokens,tokens_per_s,mfu,grad_norm,peak_memory_mib"
+METRICS = (
+    "step,train_loss,val_loss,lr,train_time_s,tokens,tokens_per_s,mfu,grad_norm,peak_memory_mib"
+)
 
 
 def metrics_line(step: int, loss: float | str, seconds: float) -> str:
@@ -602,7 +705,10 @@ def metrics_line(step: int, loss: float | str, seconds: float) -> str:
 
 def log_run(folder: Path, run_id: str, final: float, speed: float = 1.0) -> None:
     """A run of 100 steps, validated every 10, from 16 nats down to `final`."""
-    losses = {step: final + (16 - final) * (1 - step / 100) ** 2 if step else 16.0 for step in range(0, 101, 10)}
+    losses = {
+        step: final + (16 - final) * (1 - step / 100) ** 2 if step else 16.0
+        for step in range(0, 101, 10)
+    }
     lines = [metrics_line(step, losses.get(step, ""), speed * step) for step in range(101)]
     (folder / run_id).mkdir(parents=True)
     (folder / run_id / "metrics.csv").write_text("\n".join([METRICS, *lines]) + "\n")
@@ -658,18 +764,29 @@ def test_plot_leaves_step_0_out_of_view(monkeypatch, study):
 
 def test_plot_names_units_on_every_axis(monkeypatch, study):
     steps, time = drawn(monkeypatch, ["--stage", "stage1", *study]).axes
-    assert "nats per token" in steps.get_ylabel() and "steps" in steps.get_xlabel() and "(s;" in time.get_xlabel()
+    assert (
+        "nats per token" in steps.get_ylabel()
+        and "steps" in steps.get_xlabel()
+        and "(s;" in time.get_xlabel()
+    )
 
 
-def test_plot_takes_runs_that_results_does_not_know_and_names_missing_ones(monkeypatch, tmp_path, study, capsys):
+def test_plot_takes_runs_that_results_does_not_know_and_names_missing_ones(
+    monkeypatch, tmp_path, study, capsys
+):
     log_run(tmp_path / "logs", "running", 3.9)
     figure = drawn(monkeypatch, ["running", "cut", "nobody", *study])
-    assert sorted(line.get_label() for line in figure.axes[0].lines) == ["none (n=1)", "running (n=1)"]
+    assert sorted(line.get_label() for line in figure.axes[0].lines) == [
+        "none (n=1)",
+        "running (n=1)",
+    ]
     assert "nobody is left out" in capsys.readouterr().err
 
 
 def test_a_mean_curve_uses_only_steps_that_all_its_runs_have():
-    curve = lib.make_curve("x", [lib.Points([0, 5, 10], [0, 1, 2], [9, 4, 2]), lib.Points([0, 10], [0, 4], [9, 4])])
+    curve = lib.make_curve(
+        "x", [lib.Points([0, 5, 10], [0, 1, 2], [9, 4, 2]), lib.Points([0, 10], [0, 4], [9, 4])]
+    )
     assert (curve.step, curve.seconds, curve.loss) == ([0, 10], [0, 3], [9, 3])
     assert (curve.low, curve.high) == ([9, 2], [9, 4])
 
@@ -682,7 +799,12 @@ def test_more_cells_than_colours_stay_distinguishable():
 
 def test_metrics_skip_torn_rows_and_the_last_of_a_repeated_step_wins(tmp_path):
     path = tmp_path / "metrics.csv"
-    lines = [metrics_line(0, 9.0, 0), metrics_line(10, 5.0, 1), metrics_line(20, 4.0, 2), metrics_line(10, 6.0, 7)]
+    lines = [
+        metrics_line(0, 9.0, 0),
+        metrics_line(10, 5.0, 1),
+        metrics_line(20, 4.0, 2),
+        metrics_line(10, 6.0, 7),
+    ]
     path.write_text("\n".join([METRICS, *lines[:3], "30,3.5,3.0,0.0", *lines[3:], "4"]))
     points, torn = lib.read_metrics(path)
     assert (points.step, points.seconds, points.loss) == ([0, 10, 20], [0, 7, 2], [9, 6, 4])
@@ -702,13 +824,24 @@ OTHER = "run_id seed mixer num_slots learning_rate num_iterations final_val_loss
 
 
 def other(**values: object) -> dict[str, str]:
-    given = dict(mixer="hamt", num_slots=16, learning_rate=0.003, num_iterations=100, train_time_ms=1000, notes="")
+    given = dict(
+        mixer="hamt",
+        num_slots=16,
+        learning_rate=0.003,
+        num_iterations=100,
+        train_time_ms=1000,
+        notes="",
+    )
     given |= dict(run_id=f"r{values}", test_ppl=f"{values['final_val_loss']}1")
     return {k: str((given | values)[k]) for k in [*OTHER, "stage"] if k in given | values}
 
 
 def test_own_columns_before_the_loss_tell_cells_apart_and_those_behind_it_do_not():
-    made = [other(seed=s, mixer=m, final_val_loss=3 + 0.01 * s + (m == "hamt")) for s in (1, 2) for m in ("a", "hamt")]
+    made = [
+        other(seed=s, mixer=m, final_val_loss=3 + 0.01 * s + (m == "hamt"))
+        for s in (1, 2)
+        for m in ("a", "hamt")
+    ]
     found = table(made, lib.Stage("s", baseline={"mixer": "a"}))
     assert [(line.cell.key, line.numbers["seeds"]) for line in found.lines] == [
         ({"mixer": "a"}, 2),
@@ -717,7 +850,9 @@ def test_own_columns_before_the_loss_tell_cells_apart_and_those_behind_it_do_not
     assert found.lines[1].comparison.diff == pytest.approx(1)
 
 
-def test_without_a_named_baseline_another_trainers_cells_are_listed_and_the_way_to_compare_is_said(tmp_path, capsys):
+def test_without_a_named_baseline_another_trainers_cells_are_listed_and_the_way_to_compare_is_said(
+    tmp_path, capsys
+):
     made = [other(seed=1, num_slots=n, final_val_loss=3) for n in (8, 64)]
     split(tmp_path, text_of(made, OTHER), "--stage1-iters", "100")
     assert [r["num_slots"] for r in lines_of(tmp_path / "out/tables/stage1.csv")] == ["8", "64"]
@@ -742,6 +877,8 @@ def test_a_knob_named_as_a_figure_of_the_table_keeps_its_value():
     columns = ["run_id", "seed", "memory", "final_val_loss", "peak_memory_mib"]
     made = [dict(run_id=f"{m}{s}", seed=str(s), memory=m, final_val_loss=str(3 + s / 9), peak_memory_mib="7")
             for s in (1, 2) for m in ("on", "zero")]  # fmt: skip
-    shown = lib.table_text(table([{c: r[c] for c in columns} for r in made], lib.Stage("s", baseline={"memory": "on"})))
+    shown = lib.table_text(
+        table([{c: r[c] for c in columns} for r in made], lib.Stage("s", baseline={"memory": "on"}))
+    )
     costs = shown.split("time and memory")[1].splitlines()
     assert "peak memory" in costs[1] and costs[3].startswith("zero")

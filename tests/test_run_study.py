@@ -112,7 +112,9 @@ def pretend(tmp_path) -> Callable[..., Path]:
     return study
 
 
-TWO_BY_TWO = '[stage.a]\nseeds = [1, 2]\nbaseline = { gate = "none" }\ngrid = { gate = ["some", "none"] }\n'
+TWO_BY_TWO = (
+    '[stage.a]\nseeds = [1, 2]\nbaseline = { gate = "none" }\ngrid = { gate = ["some", "none"] }\n'
+)
 
 
 def go(path: Path, *options: str) -> int:
@@ -158,24 +160,42 @@ def problems(path: Path) -> str:
     ("stages", "words"),
     [
         ("", "has no stage"),
-        (TWO_BY_TWO + "knobs = { gat = 1 }", r"\[stage.a\] knobs: gat is no knob of pretender.py; did you mean gate\?"),
+        (
+            TWO_BY_TWO + "knobs = { gat = 1 }",
+            r"\[stage.a\] knobs: gat is no knob of pretender.py; did you mean gate\?",
+        ),
         (TWO_BY_TWO + "sedes = [1]", "sedes is no word of a study file; did you mean seeds"),
         (TWO_BY_TWO + "knobs = { lr = -1 }", "LR='-1': expected a number >= 0"),
-        (TWO_BY_TWO + "knobs = { lr = [1, 2] }", r"lr = \[1, 2\]: expected one value \(lists are for grid\)"),
+        (
+            TWO_BY_TWO + "knobs = { lr = [1, 2] }",
+            r"lr = \[1, 2\]: expected one value \(lists are for grid\)",
+        ),
         (TWO_BY_TWO.replace('"none" }', '"more" }'), "no cell is the baseline gate=more"),
-        (TWO_BY_TWO.replace('"none" }', '"moar" }'), "baseline: GATE='moar': expected one of .* did you mean more"),
+        (
+            TWO_BY_TWO.replace('"none" }', '"moar" }'),
+            "baseline: GATE='moar': expected one of .* did you mean more",
+        ),
         (TWO_BY_TWO.replace('baseline = { gate = "none" }', ""), "has no baseline"),
         (TWO_BY_TWO.replace('["some", "none"]', "[]"), "an empty list makes an empty grid"),
         (TWO_BY_TWO.replace('{ gate = ["some", "none"] }', "{}"), "grid is empty"),
-        (TWO_BY_TWO + 'cells = [{ gate = "some" }]', "cells 'gate=some' and 'gate=some' are the same training"),
+        (
+            TWO_BY_TWO + 'cells = [{ gate = "some" }]',
+            "cells 'gate=some' and 'gate=some' are the same training",
+        ),
         (
             TWO_BY_TWO + 'cells = [{ gate = "some", lr = 0.10 }]',
             "cells 'gate=some' and 'gate=some lr=0.1' are the same",
         ),
         (TWO_BY_TWO + "cells = [3]", "expected a table of knobs"),
         (TWO_BY_TWO + "knobs = { lr = 1, learning_rate = 1 }", "learning_rate is given twice"),
-        (TWO_BY_TWO + "knobs = { seed = 1 }", "seed is not for a study's knobs: it is one of the stage's seeds"),
-        (TWO_BY_TWO + 'knobs = { run_id = "x" }', "run_id is not for a study's knobs: it is made of the run's content"),
+        (
+            TWO_BY_TWO + "knobs = { seed = 1 }",
+            "seed is not for a study's knobs: it is one of the stage's seeds",
+        ),
+        (
+            TWO_BY_TWO + 'knobs = { run_id = "x" }',
+            "run_id is not for a study's knobs: it is made of the run's content",
+        ),
         (TWO_BY_TWO + 'knobs = { logs_folder = "x" }', "it is given with --logs_folder"),
         (TWO_BY_TWO + 'knobs = { stage = "x" }', "it is the name of the stage's table"),
         (TWO_BY_TWO + "target_loss = true", "expected a number of nats"),
@@ -199,9 +219,14 @@ def test_what_is_wrong_with_a_study_is_said_before_anything_runs(pretend, stages
 
 
 def test_all_that_is_wrong_is_said_at_once(pretend):
-    text = problems(pretend(TWO_BY_TWO + "knobs = { gat = 1, lr = -1 }\n[stage.b]\nseeds = 3\n", "fats = 1"))
+    text = problems(
+        pretend(TWO_BY_TWO + "knobs = { gat = 1, lr = -1 }\n[stage.b]\nseeds = 3\n", "fats = 1")
+    )
     assert ": 4 problems:\n" in text
-    assert all(w in text for w in ("[knobs]: fats", "gat is no", "(and 1 more): LR='-1'", "[stage.b]: seeds = 3"))
+    assert all(
+        w in text
+        for w in ("[knobs]: fats", "gat is no", "(and 1 more): LR='-1'", "[stage.b]: seeds = 3")
+    )
 
 
 def test_a_trainer_or_file_that_is_not_there_is_named(pretend, tmp_path, monkeypatch):
@@ -235,7 +260,9 @@ def test_options_that_do_not_fit_are_refused(pretend, options, words):
 def test_a_bad_study_is_one_line_and_exit_code_2(pretend):
     p = launcher(pretend(TWO_BY_TWO + "knobs = { lr = -1 }"))
     out = p.communicate(timeout=60)[0]
-    assert p.returncode == 2 and out.count("\n") == 1 and out.startswith("run_study.py: error: "), out
+    assert p.returncode == 2 and out.count("\n") == 1 and out.startswith("run_study.py: error: "), (
+        out
+    )
 
 
 def test_too_few_shards_are_noticed_before_the_first_run(tmp_path):
@@ -243,9 +270,19 @@ def test_too_few_shards_are_noticed_before_the_first_run(tmp_path):
     knobs = (SMALL | data | dict(num_iterations=40)).items()
     study = tmp_path / "study.toml"
     text = "\n".join(f"{k} = {json.dumps(v)}" for k, v in knobs)
-    study.write_text(f'title = "T"\ntrainer = "train_gpt.py"\n[knobs]\n{text}\n[stage.a]\nseeds = [1, 2]')
-    options = ("--logs_folder", str(tmp_path / "logs"), "--results_file", str(tmp_path / "results.csv"))
-    with pytest.raises(UserError, match=r"\[stage.a\] all: 2 shard\(s\) .* feed 33 steps, NUM_ITERATIONS=40; download"):
+    study.write_text(
+        f'title = "T"\ntrainer = "train_gpt.py"\n[knobs]\n{text}\n[stage.a]\nseeds = [1, 2]'
+    )
+    options = (
+        "--logs_folder",
+        str(tmp_path / "logs"),
+        "--results_file",
+        str(tmp_path / "results.csv"),
+    )
+    with pytest.raises(
+        UserError,
+        match=r"\[stage.a\] all: 2 shard\(s\) .* feed 33 steps, NUM_ITERATIONS=40; download",
+    ):
         go(study, *options)
     assert not (tmp_path / "logs").exists()
 
@@ -255,26 +292,42 @@ def test_the_studies_that_come_along_hold_the_runs_they_should(capsys, tmp_path)
     count = {stage: sum(c.stage == stage for c in study.cells) for stage in study.stages}
     assert count == dict(stage1=10, stage2=16, stage2_5=4, stage3=6, stage4=24)
     of = {stage: [c for c in study.cells if c.stage == stage] for stage in study.stages}
-    facts = lambda c: (c.knobs.num_iterations, c.knobs.warmup_iters, c.knobs.warmdown_iters, c.knobs.lr)
+    facts = lambda c: (
+        c.knobs.num_iterations,
+        c.knobs.warmup_iters,
+        c.knobs.warmdown_iters,
+        c.knobs.lr,
+    )
     assert {facts(c) for c in of["stage1"]} == {(1500, 0, 1450, 0.0036)}
     assert {(c.knobs.attngate, c.knobs.gateact) for c in of["stage1"]} == {
         ("none", "sigmoid"), ("headwise", "sigmoid"), ("headwise", "ns_sigmoid"), ("elementwise", "sigmoid"),
         ("const", "sigmoid"),
     }  # fmt: skip
-    assert {facts(c) for c in of["stage2"]} == {(800, 150, 232, 0.0036 * m / 10) for m in (10, 11, 12, 13)}
+    assert {facts(c) for c in of["stage2"]} == {
+        (800, 150, 232, 0.0036 * m / 10) for m in (10, 11, 12, 13)
+    }
     assert {facts(c) for c in of["stage2_5"]} == {(1500, 0, 1450, 0.00468)}
     assert {facts(c) for c in of["stage3"]} == {(5100, 0, 1450, 0.00468)}
     seeds = {stage: list(dict.fromkeys(c.seed for c in cells)) for stage, cells in of.items()}
     assert seeds["stage1"] == [1337, 1338] and seeds["stage2"] == seeds["stage2_5"] == [1337, 2337]
     assert seeds["stage3"] == [1337, 2337, 3337]
-    controls = {(c.knobs.mlp_match, c.knobs.gateopt, c.knobs.gatepos, c.knobs.gateact) for c in of["stage4"]}
+    controls = {
+        (c.knobs.mlp_match, c.knobs.gateopt, c.knobs.gatepos, c.knobs.gateact) for c in of["stage4"]
+    }
     assert {(True, "muon", "sdpa", "sigmoid"), (False, "adam", "sdpa", "sigmoid")} <= controls
     assert {(False, "muon", "value", "sigmoid"), (False, "muon", "sdpa", "ns_sigmoid")} <= controls
-    assert sum(c.knobs.time_budget_s is not None for c in of["stage4"]) == 6, "equal time: both arms, three seeds"
+    assert sum(c.knobs.time_budget_s is not None for c in of["stage4"]) == 6, (
+        "equal time: both arms, three seeds"
+    )
     assert len({c.key for c in study.cells}) == 60
 
     mini = str(ROOT / "experiments/studies/mini.toml")
-    assert run_study.main([mini, "--dry_run", "--logs_folder", str(tmp_path), "--results_file", f"{tmp_path}/r"]) == 0
+    assert (
+        run_study.main(
+            [mini, "--dry_run", "--logs_folder", str(tmp_path), "--results_file", f"{tmp_path}/r"]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert "4 runs, 0 done, 4 to do" in out and "622,592" in out and not list(tmp_path.iterdir())
 
@@ -285,7 +338,12 @@ def test_the_table_fits_on_the_screen_and_shows_what_is_going_on():
     for p in cells[:40]:
         p.state, p.step, p.loss = "done", p.cell.steps, 3.2927
     running = cells[40]
-    running.state, running.step, running.loss, running.tokens_per_s = "running", 250, 4.1234, 1_310_000.0
+    running.state, running.step, running.loss, running.tokens_per_s = (
+        "running",
+        250,
+        4.1234,
+        1_310_000.0,
+    )
     running.began, running.wall_s = time.monotonic() - 100, 110.0
     board = run_study.Board(study, cells)
     for width, height in ((79, 24), (119, 50), (60, 10)):
@@ -302,7 +360,9 @@ def test_the_table_fits_on_the_screen_and_shows_what_is_going_on():
 # What runs
 
 
-def test_the_first_seed_of_every_cell_comes_first_and_the_baseline_before_the_others(pretend, tmp_path):
+def test_the_first_seed_of_every_cell_comes_first_and_the_baseline_before_the_others(
+    pretend, tmp_path
+):
     cells = 'cells = [{ gate = "more", lr = 7 }]\n'
     assert go(pretend(TWO_BY_TWO + cells)) == 0
     one = ["a-none", "a-some", "a-more-lr7"]
@@ -311,9 +371,17 @@ def test_the_first_seed_of_every_cell_comes_first_and_the_baseline_before_the_ot
 
 def test_each_gate_of_a_sweep_runs_beside_the_baseline_of_its_own_rate(pretend):
     study = run_study.read_study(
-        pretend(TWO_BY_TWO.replace("[1, 2]", "[1]").replace("grid = {", "grid = { lr = [0.1, 0.2],")), {}
+        pretend(
+            TWO_BY_TWO.replace("[1, 2]", "[1]").replace("grid = {", "grid = { lr = [0.1, 0.2],")
+        ),
+        {},
     )
-    assert [c.label for c in study.cells] == ["lr=0.1 none", "lr=0.1 some", "lr=0.2 none", "lr=0.2 some"]
+    assert [c.label for c in study.cells] == [
+        "lr=0.1 none",
+        "lr=0.1 some",
+        "lr=0.2 none",
+        "lr=0.2 some",
+    ]
 
 
 def test_finished_runs_are_skipped_until_knobs_or_code_change(pretend, tmp_path, capsys):
@@ -357,7 +425,14 @@ def test_a_row_or_a_status_alone_is_enough_to_know_a_finished_run(pretend, tmp_p
 def test_a_failing_cell_is_tried_again_and_listed_and_the_others_run(pretend, tmp_path, capsys):
     study = pretend(TWO_BY_TWO, 'fault = "some"')
     assert go(study) == 1
-    assert started(tmp_path) == ["a-none-s1", "a-some-s1", "a-some-s1", "a-none-s2", "a-some-s2", "a-some-s2"]
+    assert started(tmp_path) == [
+        "a-none-s1",
+        "a-some-s1",
+        "a-some-s1",
+        "a-none-s2",
+        "a-some-s2",
+        "a-some-s2",
+    ]
     out = capsys.readouterr().out
     assert re.search(r"failed: a-some-s1-\S+; \S+/logs/a-some-s1-\S+\.out ends in\n", out)
     assert out.count("    RuntimeError: some breaks") == 2 and "2 of 4 done, 2 failed" in out
@@ -371,7 +446,10 @@ def test_an_accident_is_retried_but_neither_nan_nor_a_refusal(pretend, tmp_path,
     one = TWO_BY_TWO.replace("[1, 2]", "[1]")
     assert go(pretend(one, 'fault = "once"')) == 0
     assert started(tmp_path) == ["a-none-s1", "a-none-s1", "a-some-s1", "a-some-s1"]
-    for fault, lr, said in (("nan", 1, "(nan)"), ("refused", 2, "pretender.py: error: LR=1: no such thing")):
+    for fault, lr, said in (
+        ("nan", 1, "(nan)"),
+        ("refused", 2, "pretender.py: error: LR=1: no such thing"),
+    ):
         capsys.readouterr()
         assert go(pretend(one, f'fault = "{fault}"\nlr = {lr}')) == 1
         assert capsys.readouterr().out.count(said) >= 2
@@ -385,7 +463,10 @@ def test_only_the_study_decides_the_knobs(pretend, tmp_path, capsys, monkeypatch
     study = pretend(TWO_BY_TWO)
     assert go(study) == 0
     out = capsys.readouterr().out.splitlines()[0]
-    assert out == "not used, the study decides: GATE=more, LR=9; from the environment: RUNPOD_INSTANCE_TYPE=box"
+    assert (
+        out
+        == "not used, the study decides: GATE=more, LR=9; from the environment: RUNPOD_INSTANCE_TYPE=box"
+    )
     assert {line.split(" ", 1)[1] for line in lines(tmp_path / "logs/started.txt")} == {"None box"}
     monkeypatch.setenv("SEEDS", "3")
     with pytest.raises(UserError, match="SEEDS is set, but it is not a knob; did you mean SEED"):
@@ -402,7 +483,9 @@ def test_two_launchers_side_by_side_run_each_cell_once(pretend, tmp_path):
     outs = [p.communicate(timeout=60)[0] for p in both]
     assert [p.returncode for p in both] == [0, 0], outs
     assert len(started(tmp_path)) == 6 == len(set(started(tmp_path))) == len(rows(tmp_path))
-    assert all(re.search("^start: ", out, re.M) and "T: 6 of 6 done" in out for out in outs), "both had a share"
+    assert all(re.search("^start: ", out, re.M) and "T: 6 of 6 done" in out for out in outs), (
+        "both had a share"
+    )
 
 
 def test_ctrl_c_is_passed_on_once_and_a_second_one_kills(pretend, tmp_path):
@@ -418,7 +501,11 @@ def test_ctrl_c_is_passed_on_once_and_a_second_one_kills(pretend, tmp_path):
     assert p.poll() is None and len(lines(heard)) == 1, "it waits for the run to save"
     p.send_signal(signal.SIGINT)
     out = p.communicate(timeout=20)[0]
-    assert p.returncode == 128 + signal.SIGINT and "stopped by SIGINT" in out and not Path(f"/proc/{child}").exists()
+    assert (
+        p.returncode == 128 + signal.SIGINT
+        and "stopped by SIGINT" in out
+        and not Path(f"/proc/{child}").exists()
+    )
     assert len(started(tmp_path)) == 1 == len(lines(heard))
 
 
@@ -432,19 +519,39 @@ def test_a_launcher_that_is_killed_takes_its_run_along(pretend, tmp_path):
     child = wait_for(lambda: children(p.pid))[0]
     p.kill()
     p.wait(timeout=20)
-    wait_for(lambda: not Path(f"/proc/{child}").exists() or "zombie" in Path(f"/proc/{child}/status").read_text(), 20)
+    wait_for(
+        lambda: (
+            not Path(f"/proc/{child}").exists()
+            or "zombie" in Path(f"/proc/{child}/status").read_text()
+        ),
+        20,
+    )
     status = next((tmp_path / "logs").glob("a-none-s1-*/status.json"))
     assert json.loads(status.read_text())["status"] == "preempted"
 
 
-def test_a_study_killed_twice_ends_with_one_row_per_cell_and_the_losses_of_an_undisturbed_one(monkeypatch, tmp_path):
-    size = dict(num_iterations=60, warmdown_iters=30, val_every=20, save_every=5, device_batch_size=16, epochs_ok=1)
+def test_a_study_killed_twice_ends_with_one_row_per_cell_and_the_losses_of_an_undisturbed_one(
+    monkeypatch, tmp_path
+):
+    size = dict(
+        num_iterations=60,
+        warmdown_iters=30,
+        val_every=20,
+        save_every=5,
+        device_batch_size=16,
+        epochs_ok=1,
+    )
     common = {k: v for k, v in (SMALL | size).items() if k != "compile"} | write_data(tmp_path)
     knobs = "\n".join(f"{k} = {json.dumps(v)}" for k, v in common.items()) + "\ncompile = false\n"
     stage = '[stage.a]\nseeds = [1, 2]\nbaseline = { attngate = "none" }\ngrid = { attngate = ["none", "headwise"] }\n'
     study = tmp_path / "study.toml"
     study.write_text(f'title = "T"\ntrainer = "train_gpt.py"\n[knobs]\n{knobs}{stage}')
-    options = ("--logs_folder", str(tmp_path / "logs"), "--results_file", str(tmp_path / "results.csv"))
+    options = (
+        "--logs_folder",
+        str(tmp_path / "logs"),
+        "--results_file",
+        str(tmp_path / "results.csv"),
+    )
     cells = run_study.read_study(study, {}).cells
 
     def saved(cell) -> bool:
@@ -455,7 +562,9 @@ def test_a_study_killed_twice_ends_with_one_row_per_cell_and_the_losses_of_an_un
 
     p = launcher(study, *options)
     wait_for(lambda: saved(cells[0]))
-    os.killpg(status(cells[0])["pid"], signal.SIGKILL)  # the machine is gone: trainer and launcher at once
+    os.killpg(
+        status(cells[0])["pid"], signal.SIGKILL
+    )  # the machine is gone: trainer and launcher at once
     os.killpg(p.pid, signal.SIGKILL)
     p.communicate(timeout=20)
     assert status(cells[0])["status"] == "running" and not lines(tmp_path / "results.csv")
@@ -464,7 +573,9 @@ def test_a_study_killed_twice_ends_with_one_row_per_cell_and_the_losses_of_an_un
     wait_for(lambda: saved(cells[1]))
     p.send_signal(signal.SIGTERM)
     out = p.communicate(timeout=60)[0]
-    assert p.returncode == 128 + signal.SIGTERM and f"stopped: {cells[1].default_id} at step" in out, out
+    assert (
+        p.returncode == 128 + signal.SIGTERM and f"stopped: {cells[1].default_id} at step" in out
+    ), out
     assert f"resume: {cells[0].default_id} at step" in out
     assert [(r["run_id"], r["status"]) for r in rows(tmp_path)] == [
         (cells[0].default_id, "finished"), (cells[1].default_id, "preempted"),
@@ -504,12 +615,16 @@ def test_slurm_files_are_bash_and_hold_the_run(pretend, tmp_path, capsys):
         assert subprocess.run(["bash", "-n", path]).returncode == 0
     job = next(p for p in files if p.name.startswith("a-none-s1"))
     text = job.read_text()
-    assert all(w in text for w in ("#SBATCH --signal=USR1@90", "#SBATCH --requeue", "#SBATCH --nodes=2"))
+    assert all(
+        w in text for w in ("#SBATCH --signal=USR1@90", "#SBATCH --requeue", "#SBATCH --nodes=2")
+    )
 
     # The job itself, with Slurm's commands replaced by ones that only say what they were asked.
     tools = tmp_path / "tools"
     tools.mkdir()
-    say = '#!/bin/sh\necho "$(basename $0) $*; $RUN_ID $STAGE $SEED $LR $GATE $RUNPOD_INSTANCE_TYPE '
+    say = (
+        '#!/bin/sh\necho "$(basename $0) $*; $RUN_ID $STAGE $SEED $LR $GATE $RUNPOD_INSTANCE_TYPE '
+    )
     say += '${LEARNING_RATE-unset}"\n'
     for name in ("srun", "scontrol"):
         (tools / name).write_text(say + ("exit 3\n" if name == "srun" else ""))
@@ -517,18 +632,27 @@ def test_slurm_files_are_bash_and_hold_the_run(pretend, tmp_path, capsys):
     folder = tmp_path / "logs" / job.stem
     folder.mkdir(parents=True)
     (folder / "status.json").write_text(json.dumps(dict(status="preempted"), indent=1))
-    env = os.environ | dict(PATH=f"{tools}:{os.environ['PATH']}", SLURM_JOB_NODELIST="n[1-2]", SLURM_JOB_ID="77")
+    env = os.environ | dict(
+        PATH=f"{tools}:{os.environ['PATH']}", SLURM_JOB_NODELIST="n[1-2]", SLURM_JOB_ID="77"
+    )
     env |= dict(GATE="more", LEARNING_RATE="9")
     done = subprocess.run(["bash", job], env=env, capture_output=True, text=True)
     assert done.returncode == 3, done.stderr
-    assert f"{job.stem} a 1 0.25 none it's $HOME unset" in done.stdout, "what the submitter's shell says is not taken"
+    assert f"{job.stem} a 1 0.25 none it's $HOME unset" in done.stdout, (
+        "what the submitter's shell says is not taken"
+    )
     assert "--nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d" in done.stdout
     assert "scontrol requeue 77;" in done.stdout, "out of time, saved: it queues itself again"
 
 
 def test_launch_starts_a_command_that_its_own_words_follow_and_stop(tmp_path):
-    script, env = str(ROOT / "scripts/launch.sh"), os.environ | dict(LOGS_FOLDER=str(tmp_path / "l o"))
-    launch = lambda *words: subprocess.run([script, *words], env=env, capture_output=True, text=True, timeout=20)
+    script, env = (
+        str(ROOT / "scripts/launch.sh"),
+        os.environ | dict(LOGS_FOLDER=str(tmp_path / "l o")),
+    )
+    launch = lambda *words: subprocess.run(
+        [script, *words], env=env, capture_output=True, text=True, timeout=20
+    )
     refused = launch()
     assert refused.returncode == 2 and refused.stderr.startswith("launch.sh: error: no command")
     assert "no such command" in launch("nonesuch").stderr and not (tmp_path / "l o").exists()
@@ -537,7 +661,9 @@ def test_launch_starts_a_command_that_its_own_words_follow_and_stop(tmp_path):
     assert done.returncode == 0, done.stderr
     pid = int(re.search(r"started, pid (\d+)", done.stdout)[1])
     log, pid_file = sorted((tmp_path / "l o").iterdir())
-    assert re.fullmatch(r"launch-\d{8}-\d{6}\.log", log.name) and pid_file.read_text().strip() == str(pid)
+    assert re.fullmatch(
+        r"launch-\d{8}-\d{6}\.log", log.name
+    ) and pid_file.read_text().strip() == str(pid)
     wait_for(lambda: "hello" in log.read_text(), 10)
     assert os.getsid(pid) == pid, "closing the terminal does not reach it"
     command = dict(line.split(None, 1) for line in done.stdout.splitlines()[1:])
@@ -549,4 +675,9 @@ def test_launch_starts_a_command_that_its_own_words_follow_and_stop(tmp_path):
     )
     assert subprocess.run(command["check"], shell=True, capture_output=True).returncode == 0
     assert subprocess.run(command["stop"], shell=True).returncode == 0
-    wait_for(lambda: not Path(f"/proc/{pid}").exists() or "zombie" in Path(f"/proc/{pid}/status").read_text(), 10)
+    wait_for(
+        lambda: (
+            not Path(f"/proc/{pid}").exists() or "zombie" in Path(f"/proc/{pid}/status").read_text()
+        ),
+        10,
+    )

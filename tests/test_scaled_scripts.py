@@ -40,7 +40,11 @@ def tiny(seed: int = 1, **changes: object) -> ByteLM:
 def weights(tmp_path_factory) -> dict[str, str]:
     """A tiny model, one without memory and one of full attention, as files."""
     folder, out = tmp_path_factory.mktemp("weights"), {}
-    own = dict(full={}, window=dict(memory="off"), attention=dict(memory="off", window=None, sequence_length=256))
+    own = dict(
+        full={},
+        window=dict(memory="off"),
+        attention=dict(memory="off", window=None, sequence_length=256),
+    )
     for name, changes in own.items():
         out[name] = str(folder / f"{name}.pth")
         recall.save(tiny(**changes), folder / f"{name}.pth")
@@ -57,16 +61,22 @@ def read_csv(path) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("n_layer, window, reads", [(1, 2, 4), (2, 3, 4), (3, 5, 4), (2, 1, 8)])
-def test_no_byte_beyond_reach_moves_a_window_only_model_and_the_nearest_within_does(n_layer, window, reads):
+def test_no_byte_beyond_reach_moves_a_window_only_model_and_the_nearest_within_does(
+    n_layer, window, reads
+):
     model, T = tiny(memory="off", n_layer=n_layer, window=window, decoder_reads=reads), 96
     x = torch.randint(256, (1, T), generator=torch.Generator().manual_seed(0))
     moved = set()
     with torch.no_grad():
-        whole = model.logits(x[:, :-PATCH], x[:, PATCH:])[0][0, -PATCH:]  # of the last patch's four bytes
+        whole = model.logits(x[:, :-PATCH], x[:, PATCH:])[0][
+            0, -PATCH:
+        ]  # of the last patch's four bytes
         for at in range(T - PATCH):
             other = x.clone()
             other[0, at] = (other[0, at] + 101) % 256
-            if not torch.equal(model.logits(other[:, :-PATCH], other[:, PATCH:])[0][0, -PATCH:], whole):
+            if not torch.equal(
+                model.logits(other[:, :-PATCH], other[:, PATCH:])[0][0, -PATCH:], whole
+            ):
                 moved.add(at)
     answer = T - PATCH
     for at in range(T - PATCH):
@@ -96,7 +106,9 @@ def test_mqar_pairs_cannot_move_the_window_only_model_but_a_gap_of_one_patch_les
         other = x.clone()
         other[:, : (6 if layout == "full" else 3) * PATCH] = 7
         with torch.no_grad():
-            return not torch.equal(*(lib.answer_nll(model, text, at[:, :1], y[:, :1]) for text in (x, other)))
+            return not torch.equal(
+                *(lib.answer_nll(model, text, at[:, :1], y[:, :1]) for text in (x, other))
+            )
 
     least = mqar.least_gap(model.k)
     assert not moved(least) and moved(least - 1)
@@ -104,12 +116,18 @@ def test_mqar_pairs_cannot_move_the_window_only_model_but_a_gap_of_one_patch_les
 
 @pytest.mark.parametrize("align", [1, 2, 4])
 @pytest.mark.parametrize("length", [256, 1023])
-def test_a_passkey_that_counts_cannot_move_the_window_only_model_but_one_that_does_not_can(align, length):
+def test_a_passkey_that_counts_cannot_move_the_window_only_model_but_one_that_does_not_can(
+    align, length
+):
     model, checked = tiny(memory="off", window=8), set()
     for depth in (0.0, 0.3, 0.9, 1.0):
-        rows, _, needle, end = recall.make_cell(TEXT, length, depth, 2, align, np.random.default_rng(3))
+        rows, _, needle, end = recall.make_cell(
+            TEXT, length, depth, 2, align, np.random.default_rng(3)
+        )
         other = rows.copy()
-        other[:, needle : needle + recall.DIGITS] = ord("0") + (other[:, needle : needle + recall.DIGITS] - 40) % 10
+        other[:, needle : needle + recall.DIGITS] = (
+            ord("0") + (other[:, needle : needle + recall.DIGITS] - 40) % 10
+        )
         counts = lib.beyond(needle + recall.DIGITS - 1, end, model.k)
         first = []
         for text in (rows, other):
@@ -144,7 +162,10 @@ def test_mqar_layout_half_puts_a_pair_into_one_patch():
 
 
 def test_training_texts_never_put_a_pair_within_reach():
-    k, a = lib.read_model_knobs([], lib.BASE | mqar.MQAR | dict(batch_size=2)), mqar.read_options([])
+    k, a = (
+        lib.read_model_knobs([], lib.BASE | mqar.MQAR | dict(batch_size=2)),
+        mqar.read_options([]),
+    )
     for stage in range(len(mqar.stages(k, a.pairs))):
         for step in range(5):
             x, at, _ = mqar.training_texts(step, stage, k, a)
@@ -155,10 +176,16 @@ def test_training_texts_never_put_a_pair_within_reach():
 
 @pytest.mark.parametrize("align", [1, 2, 4])
 @pytest.mark.parametrize("depth", [0.0, 0.37, 1.0])
-def test_a_passkey_text_has_its_length_one_key_at_its_depth_and_the_question_at_its_end(align, depth):
+def test_a_passkey_text_has_its_length_one_key_at_its_depth_and_the_question_at_its_end(
+    align, depth
+):
     text, at = recall.make_text(TEXT, 1001, depth, "48151", align)
     assert 1001 - align < len(text) + recall.DIGITS <= 1001
-    assert text[at : at + 5] == b"48151" and text.count(b"48151") == 1 and text.count("GİZLİ KOD: ".encode()) == 1
+    assert (
+        text[at : at + 5] == b"48151"
+        and text.count(b"48151") == 1
+        and text.count("GİZLİ KOD: ".encode()) == 1
+    )
     assert text.endswith(recall.QUESTION.encode()) and at % align == 0 and len(text) % align == 0
     room = len(text) - recall.QUESTION_BYTES - recall.NEEDLE_BYTES
     assert abs(at - recall.BEFORE - depth * room) <= align
@@ -193,7 +220,9 @@ def test_without_a_file_training_and_test_prose_are_two_texts(turkish, tmp_path,
         for part in ("train", "test"):
             (tmp_path / f"turkish/{part}.txt").write_bytes(part.encode() * 100)
     train, test = (lib.read_text(None, part)[0] for part in ("train", "test"))
-    assert len(train) > 400 and len(test) > 300 and train[:300] not in test and test[:300] not in train
+    assert (
+        len(train) > 400 and len(test) > 300 and train[:300] not in test and test[:300] not in train
+    )
 
 
 # ---- scores
@@ -215,7 +244,9 @@ class Fixed(torch.nn.Module):
     def trunk(self, x_BT: torch.Tensor, state: dict) -> tuple[torch.Tensor, dict]:
         return torch.zeros(len(x_BT), x_BT.size(1) // PATCH, 1), state
 
-    def decoder(self, z_BND: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def decoder(
+        self, z_BND: torch.Tensor, x: torch.Tensor, y: torch.Tensor
+    ) -> tuple[torch.Tensor, None]:
         right = y if self.knows else torch.full_like(y, ord("a"))
         return torch.nn.functional.one_hot(right, 256).float() * 50, None
 
@@ -277,7 +308,8 @@ def test_memory_zeroed_hears_nothing_from_its_memory_and_shares_all_weights():
     other = x.clone()
     other[0, :8] = 5
     assert all(
-        torch.equal(a, b) for a, b in zip(model.state_dict().values(), silent.state_dict().values(), strict=True)
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), silent.state_dict().values(), strict=True)
     )
     with torch.no_grad():
         ours, theirs = ([m.nll(t, x)[0][0, -4:] for t in (x, other)] for m in (model, silent))
@@ -285,13 +317,20 @@ def test_memory_zeroed_hears_nothing_from_its_memory_and_shares_all_weights():
 
 
 def test_training_learns_an_answer_and_moves_on_only_when_it_has(capsys):
-    k, seen = lib.read_model_knobs(["d_model=16", "num_iterations=60", "lr=0.01", "warmup_iters=1"]), []
+    k, seen = (
+        lib.read_model_knobs(["d_model=16", "num_iterations=60", "lr=0.01", "warmup_iters=1"]),
+        [],
+    )
 
     def make(step: int, stage: int) -> lib.Batch:
         seen.append(stage)
         rng = np.random.default_rng(step)
         x = torch.from_numpy(rng.integers(97, 99, (8, 16)))
-        y = torch.full((8, 1, 4), ord("z")) if stage == 0 else x[:, :4].flip(1)[:, None] * 0 + rng.integers(256)
+        y = (
+            torch.full((8, 1, 4), ord("z"))
+            if stage == 0
+            else x[:, :4].flip(1)[:, None] * 0 + rng.integers(256)
+        )
         return x, torch.full((8, 1), 3), y
 
     model, seconds = lib.train_on_answers(k, make, 2, torch.device("cpu"), lambda line: None)
@@ -330,7 +369,9 @@ def test_bits_by_position_add_up_to_the_whole_texts_and_count_each_byte_once(wei
         pad = torch.nn.functional.pad(whole, (0, -size % PATCH))
         y = torch.nn.functional.pad(whole[:, PATCH:], (0, -size % PATCH), value=-1)
         with torch.no_grad():
-            expected += 8 * PATCH + model.nll(pad[:, : y.size(1)], y)[0].double().sum().item() / math.log(2)
+            expected += 8 * PATCH + model.nll(pad[:, : y.size(1)], y)[
+                0
+            ].double().sum().item() / math.log(2)
     assert sums.sum() == pytest.approx(expected, rel=1e-5)
     total = position_curve.totals(dict(full=bits), text, 1, 0)[0]
     assert total["bits_per_byte"] == pytest.approx(expected / len(text), rel=1e-5)
@@ -362,7 +403,10 @@ def test_the_xz_line_is_lzma_of_the_file_and_a_missing_compressor_says_so(monkey
     monkeypatch.setattr(position_curve.shutil, "which", lambda name: None)
     rng = np.random.default_rng(0)  # words: repeated text would come out the same at every level
     text = b" ".join(b"%d" % n for n in rng.zipf(1.2, 60_000))
-    found, size = position_curve.compressed(text), len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
+    found, size = (
+        position_curve.compressed(text),
+        len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)),
+    )
     assert found["xz -9e"][0] == size != len(lzma.compress(text, preset=6))
     assert found["zstd -22"] == (None, "no program zstd here")
 
@@ -406,13 +450,20 @@ def test_order_pairs_hold_the_same_suffixes_in_another_order_and_harmonise_both_
         assert sorted(right) == sorted(wrong) and right.startswith(stem) and wrong.startswith(stem)
         vowels = [c for c in right if c in "aeıioöuü"]
         last = [c for c in stem if c in "aeıioöuü"][-1]
-        assert last in "aıei" and {v in "aı" for v in vowels[len(vowels) - len(parts) :]} == {last in "aı"}
+        assert last in "aıei" and {v in "aı" for v in vowels[len(vowels) - len(parts) :]} == {
+            last in "aı"
+        }
 
 
 @pytest.mark.parametrize("mem_rows", [0, 512])
 def test_the_likelihood_of_a_word_is_that_of_the_model_whatever_its_place_in_a_patch(mem_rows):
     model = tiny(mem_rows=mem_rows)
-    for before, rest in ((b"abcd", b"efg"), (b"abcde", b"fg"), (b"abcdefg", b"h"), (b"abcabcabcab", b"cabc")):
+    for before, rest in (
+        (b"abcd", b"efg"),
+        (b"abcde", b"fg"),
+        (b"abcdefg", b"h"),
+        (b"abcabcabcab", b"cabc"),
+    ):
         (ours,) = intelligence.log_likelihoods(model, [(before, rest)])
         stream, theirs = recall.Stream(model), 0.0
         stream.feed(torch.tensor([list(b"\n" * (-len(before) % PATCH) + before)]))
@@ -423,11 +474,17 @@ def test_the_likelihood_of_a_word_is_that_of_the_model_whatever_its_place_in_a_p
 
 
 @pytest.mark.parametrize("remember", ["prompt", "all"])
-def test_a_text_that_is_written_remembers_its_prompt_and_itself_only_if_asked_to(monkeypatch, remember):
+def test_a_text_that_is_written_remembers_its_prompt_and_itself_only_if_asked_to(
+    monkeypatch, remember
+):
     model, given, written, write = tiny(mem_rows=512), "abcdefgh" * 2, [], ByteMemory.write
-    count = lambda memory, state, writes: written.append(writes[0].size(2)) or write(memory, state, writes)
+    count = lambda memory, state, writes: (
+        written.append(writes[0].size(2)) or write(memory, state, writes)
+    )
     monkeypatch.setattr(ByteMemory, "write", count)
-    a = intelligence.read_options(["--weights", "x", "--bytes", "5", "--temperature", "0", "--remember", remember])
+    a = intelligence.read_options(
+        ["--weights", "x", "--bytes", "5", "--temperature", "0", "--remember", remember]
+    )
     assert intelligence.continue_prompt(model, given, 0, a) == b"abcde", "what the prompt taught it"
     assert written == [17] + [1] * (5 if remember == "all" else 0)
     written.clear()
@@ -471,7 +528,9 @@ def test_repetition_is_none_of_distinct_pieces_and_nearly_all_of_a_loop():
 
 def test_known_words_leave_out_short_and_cut_ones_and_know_turkish_capitals():
     assert intelligence.words_of("IŞIK İğne at 7") == ["ışık", "iğne"]
-    found = intelligence.measure(["kesik ışık xyzzy iğne yarı".encode()], {"ışık", "iğne", "kesik", "yarı"})
+    found = intelligence.measure(
+        ["kesik ışık xyzzy iğne yarı".encode()], {"ışık", "iğne", "kesik", "yarı"}
+    )
     assert found["words"] == 3 and found["known_words"] == pytest.approx(2 / 3)
 
 
@@ -480,33 +539,97 @@ def test_known_words_leave_out_short_and_cut_ones_and_know_turkish_capitals():
 
 def test_recall_writes_its_grid_its_sums_and_what_made_them(weights, tmp_path, capsys):
     out = tmp_path / "new/recall"
-    options = ["--lengths", "256,300", "--depths", "0,50,100", "--n", "2", "--filler", weights["text"]]
-    recall.main(["--weights", weights["full"], "--window_weights", weights["window"], "--out", str(out), *options])
-    rows, about = read_csv(out.with_suffix(".csv")), json.loads(out.with_suffix(".json").read_text())
-    assert len(rows) == 2 * 3 * 3 and {r["model"] for r in rows} == {"full", "memory zeroed", "window only"}
-    assert len({(r["model"], r["state_bytes"]) for r in rows}) == 3  # the state does not grow with the text
-    assert about["options"]["n"] == 2 and about["git_commit"] and about["sums"] and about["reach_patches"] == 4
+    options = [
+        "--lengths",
+        "256,300",
+        "--depths",
+        "0,50,100",
+        "--n",
+        "2",
+        "--filler",
+        weights["text"],
+    ]
+    recall.main(
+        [
+            "--weights",
+            weights["full"],
+            "--window_weights",
+            weights["window"],
+            "--out",
+            str(out),
+            *options,
+        ]
+    )
+    rows, about = (
+        read_csv(out.with_suffix(".csv")),
+        json.loads(out.with_suffix(".json").read_text()),
+    )
+    assert len(rows) == 2 * 3 * 3 and {r["model"] for r in rows} == {
+        "full",
+        "memory zeroed",
+        "window only",
+    }
+    assert (
+        len({(r["model"], r["state_bytes"]) for r in rows}) == 3
+    )  # the state does not grow with the text
+    assert (
+        about["options"]["n"] == 2
+        and about["git_commit"]
+        and about["sums"]
+        and about["reach_patches"] == 4
+    )
     assert "1.00*" not in capsys.readouterr().out
 
 
 def test_recall_trains_its_models_and_saves_them(tmp_path, weights):
     out = tmp_path / "recall"
     knobs = ["--knobs", "d_model=16", "n_head=2", "window=2", "num_iterations=2", "warmup_iters=0"]
-    sizes = ["--train_length", "160", "--batch_size", "2", "--lengths", "200", "--depths", "0", "--n", "2"]
+    sizes = [
+        "--train_length",
+        "160",
+        "--batch_size",
+        "2",
+        "--lengths",
+        "200",
+        "--depths",
+        "0",
+        "--n",
+        "2",
+    ]
     recall.main(["--train", "--out", str(out), "--filler", weights["text"], *sizes, *knobs])
     about = json.loads(out.with_suffix(".json").read_text())
-    assert set(about["seconds_training"]) == {"full", "window only"} and about["trained_length"] == 160
+    assert (
+        set(about["seconds_training"]) == {"full", "window only"} and about["trained_length"] == 160
+    )
     again = lib.load(tmp_path / "recall_window.pth", torch.device("cpu"))
     assert again.k.memory == "off" and again.k.num_iterations == 2
     tuned = [*sizes, "--knobs", "num_iterations=1", "warmup_iters=0"]
-    files = ["--weights", str(tmp_path / "recall_full.pth"), "--filler", weights["text"], "--out", str(tmp_path / "b")]
+    files = [
+        "--weights",
+        str(tmp_path / "recall_full.pth"),
+        "--filler",
+        weights["text"],
+        "--out",
+        str(tmp_path / "b"),
+    ]
     recall.main(["--train", *files, *tuned])
     assert lib.load(tmp_path / "b_full.pth", torch.device("cpu")).k.d_model == 16
 
 
 def test_mqar_writes_a_line_per_model_seed_pairs_and_distance(tmp_path, capsys):
     out = tmp_path / "mqar"
-    options = ["--pairs", "2", "--test_pairs", "2,4", "--distances", "4,8", "--n", "3", "--seeds", "0,1"]
+    options = [
+        "--pairs",
+        "2",
+        "--test_pairs",
+        "2,4",
+        "--distances",
+        "4,8",
+        "--n",
+        "3",
+        "--seeds",
+        "0,1",
+    ]
     knobs = ["d_model=16", "window=3", "num_iterations=1", "warmup_iters=0", "batch_size=2"]
     mqar.main([*options, "--out", str(out), "--knobs", *knobs])
     rows = read_csv(out.with_suffix(".csv"))
@@ -519,12 +642,18 @@ def test_position_curve_writes_its_table_its_figure_and_the_compressors(weights,
     models = ["--weights", weights["full"], "--window_weights", weights["window"]]
     models += ["--full_attention_weights", weights["attention"]]
     position_curve.main([*models, "--text", weights["text"], "--length", "1024", "--out", str(out)])
-    rows, about = read_csv(out.with_suffix(".csv")), json.loads(out.with_suffix(".json").read_text())
+    rows, about = (
+        read_csv(out.with_suffix(".csv")),
+        json.loads(out.with_suffix(".json").read_text()),
+    )
     assert len(rows) == 4 * 5 and sum(int(r["bytes"]) for r in rows if r["model"] == "full") == 5001
     totals = {r["name"]: r for r in about["totals"]}
     share = about["characters"] / about["bytes"]
     assert totals["full"]["bits_per_char"] * share == pytest.approx(totals["full"]["bits_per_byte"])
-    mean = sum(float(r["bits_per_byte"]) * int(r["bytes"]) for r in rows if r["model"] == "full") / 5001
+    mean = (
+        sum(float(r["bits_per_byte"]) * int(r["bytes"]) for r in rows if r["model"] == "full")
+        / 5001
+    )
     assert mean == pytest.approx(totals["full"]["bits_per_byte"])
     assert out.with_suffix(".png").stat().st_size > 10_000 and "xz -9e" in capsys.readouterr().out
 
@@ -533,9 +662,14 @@ def test_intelligence_writes_its_table_and_every_continuation(weights, tmp_path,
     out = tmp_path / "ci"
     options = ["--samples", "2", "--bytes", "20", "--heldout", weights["text"], "--out", str(out)]
     intelligence.main(["--weights", weights["full"], *options])
-    rows, page = read_csv(out.with_suffix(".csv")), out.with_suffix(".md").read_text(encoding="utf-8")
+    rows, page = (
+        read_csv(out.with_suffix(".csv")),
+        out.with_suffix(".md").read_text(encoding="utf-8"),
+    )
     assert [r["n"] for r in rows[:3]] == ["54", "37", "91"] and rows[0]["chance"] == "0.5"
-    assert {r["value"] for r in rows if r["source"] == "held-out text" and r["measure"] == "valid utf8"} == {"1.0"}
+    assert {
+        r["value"] for r in rows if r["source"] == "held-out text" and r["measure"] == "valid utf8"
+    } == {"1.0"}
     assert page.count("\n- ") == 8 and page.startswith("| measure")
     again = tmp_path / "again"
     intelligence.main(["--weights", weights["full"], *options[:-1], str(again)])
@@ -579,7 +713,14 @@ def test_a_model_with_memory_is_no_window_only_control(weights, tmp_path):
     for program in (recall, position_curve):
         with pytest.raises(UserError, match="no window-only control"):
             program.main(
-                ["--weights", weights["full"], "--window_weights", weights["full"], "--out", str(tmp_path / "x")]
+                [
+                    "--weights",
+                    weights["full"],
+                    "--window_weights",
+                    weights["full"],
+                    "--out",
+                    str(tmp_path / "x"),
+                ]
             )
 
 
@@ -588,31 +729,51 @@ def test_a_gpu_that_is_not_there_is_an_error(weights, tmp_path):
         pytest.skip("there is one")
     for program in (recall, position_curve, intelligence):
         with pytest.raises(UserError, match="no CUDA GPU"):
-            program.main(["--weights", weights["full"], "--device", "cuda", "--out", str(tmp_path / "x")])
+            program.main(
+                ["--weights", weights["full"], "--device", "cuda", "--out", str(tmp_path / "x")]
+            )
 
 
-def test_the_bench_writes_both_sides_and_their_ratio_with_what_they_came_from(monkeypatch, tmp_path, capsys):
+def test_the_bench_writes_both_sides_and_their_ratio_with_what_they_came_from(
+    monkeypatch, tmp_path, capsys
+):
     small = dict(d_model=16, n_layer=1, n_head=2, window=4)
     monkeypatch.setattr(bench_scaled, "STEP", bench_scaled.STEP | small | dict(sequence_length=64))
     monkeypatch.setattr(bench_scaled, "STUDY", bench_scaled.STUDY | dict(d_model=16, n_head=2))
     monkeypatch.setattr(bench_scaled, "LENGTH", bench_scaled.LENGTH | small)
     monkeypatch.setattr(bench_scaled, "LENGTHS", [64, 128])
-    assert bench_scaled.main(["--parts", "step,blocks,length", "--repeats", "2", "--out", str(tmp_path)]) == 0
+    assert (
+        bench_scaled.main(
+            ["--parts", "step,blocks,length", "--repeats", "2", "--out", str(tmp_path)]
+        )
+        == 0
+    )
     found = json.loads((tmp_path / "scaled_step_cpu.json").read_text())
     (step,) = found["rows"]
     assert (
-        step["ratio"] == pytest.approx(step["plain_ms"] / step["ours_ms"]) and step["bytes"] == 128 and step["n"] == 2
+        step["ratio"] == pytest.approx(step["plain_ms"] / step["ours_ms"])
+        and step["bytes"] == 128
+        and step["n"] == 2
     )
     assert found["torch"] == torch.__version__ and "git_commit" in found and found["threads"] == 1
     rows = json.loads((tmp_path / "scaled_blocks_cpu.json").read_text())["rows"]
     assert [row["model"] for row in rows] == list(bench_scaled.BLOCKS) and rows[-1]["ratio"] == 1
-    assert all(row["ratio"] == pytest.approx(row["ms"] / rows[-1]["ms"]) and row["n"] == 2 for row in rows)
+    assert all(
+        row["ratio"] == pytest.approx(row["ms"] / rows[-1]["ms"]) and row["n"] == 2 for row in rows
+    )
     rows = json.loads((tmp_path / "scaled_length_cpu.json").read_text())["rows"]
     assert [row["bytes"] for row in rows] == [64, 128] and rows[0]["of_the_shortest"] == 1
     assert all(row["us_per_byte"] > 0 and row["peak_mib"] > 100 for row in rows)
     assert capsys.readouterr().out.count("length: bytes") == 2
-    monkeypatch.setattr(bench_scaled.plumbing, "world", lambda *given: pytest.fail("it keeps freed memory"))
-    assert bench_scaled.main(["--parts", "step", "--repeats", "1", "--malloc", "glibc", "--out", str(tmp_path)]) == 0
+    monkeypatch.setattr(
+        bench_scaled.plumbing, "world", lambda *given: pytest.fail("it keeps freed memory")
+    )
+    assert (
+        bench_scaled.main(
+            ["--parts", "step", "--repeats", "1", "--malloc", "glibc", "--out", str(tmp_path)]
+        )
+        == 0
+    )
     assert (tmp_path / "scaled_step_cpu_glibc.json").exists()
     with pytest.raises(UserError, match="about CPU memory"):
         bench_scaled.main(["--malloc", "glibc", "--device", "cuda"])

@@ -16,7 +16,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support import ONE, ROOT, SHARED, SMALL, knobs, losses, rows, run_here, same_tensors, write_data
+from support import (
+    ONE,
+    ROOT,
+    SHARED,
+    SMALL,
+    knobs,
+    losses,
+    rows,
+    run_here,
+    same_tensors,
+    write_data,
+)
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import export
@@ -41,7 +52,11 @@ def home(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         hear = train_gpt.Run.hear
         patch.setattr(sys, "orig_argv", ["python", "-u", str(ROOT / "train_gpt.py"), "--lr=0.01"])
-        patch.setattr(train_gpt.Run, "hear", lambda run, beat: hear(run, beat) or "preempted" * (beat.step == 6))
+        patch.setattr(
+            train_gpt.Run,
+            "hear",
+            lambda run, beat: hear(run, beat) or "preempted" * (beat.step == 6),
+        )
         assert run_here(patch, folder, run_id=ID, vocab_size=256, lr=0.011)[0] != 0
         patch.setattr(train_gpt.Run, "hear", hear)
         assert run_here(patch, folder, run_id=ID, vocab_size=256, lr=0.011, keep=3)[0] == 0
@@ -56,7 +71,12 @@ def make_run(folder: Path, **values) -> train_gpt.GPT:
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn(p.shape, generator=generator) / 4)
-    state = dict(model=model.state_dict(), knobs=json.loads(plumbing.knobs_json(k)), step=3, val_loss=math.nan)
+    state = dict(
+        model=model.state_dict(),
+        knobs=json.loads(plumbing.knobs_json(k)),
+        step=3,
+        val_loss=math.nan,
+    )
     plumbing.save_checkpoint(folder / "logs/made", 3, state | dict(code_sha256="0" * 64), ONE)
     return model
 
@@ -85,11 +105,15 @@ def fake_model(logits_of_step) -> SimpleNamespace:
         calls.append(x_BT)
         return logits_of_step(len(calls) - 1)[None, None]
 
-    return SimpleNamespace(k=SimpleNamespace(sequence_length=16), wte=torch.zeros(1), blocks=[], logits=logits)
+    return SimpleNamespace(
+        k=SimpleNamespace(sequence_length=16), wte=torch.zeros(1), blocks=[], logits=logits
+    )
 
 
 @pytest.mark.parametrize("prompt", [1, 3, 16, 17, 40])
-def test_the_cached_text_is_what_the_whole_forward_makes_through_every_restart_of_the_window(tmp_path, capfd, prompt):
+def test_the_cached_text_is_what_the_whole_forward_makes_through_every_restart_of_the_window(
+    tmp_path, capfd, prompt
+):
     model = make_run(tmp_path, vocab_size=256, attngate="headwise")
     T, ids, start = 16, [(7 * i) % 255 + 1 for i in range(prompt)], 0
     expected = list(ids)
@@ -102,14 +126,20 @@ def test_the_cached_text_is_what_the_whole_forward_makes_through_every_restart_o
     said = capfd.readouterr().err
     assert said.count("\n") == 1, "said once"
     words = f"the prompt has {prompt} tokens, SEQUENCE_LENGTH is 16: only its last 8 are read"
-    assert (words if prompt > T else "SEQUENCE_LENGTH is full at 16 tokens: going on from the last 8") in said
+    assert (
+        words if prompt > T else "SEQUENCE_LENGTH is full at 16 tokens: going on from the last 8"
+    ) in said
 
 
 def test_a_seed_makes_the_same_text_again_and_sample_i_is_seed_plus_i(home, capfd):
     first = sampled(capfd, home, "--prompt=ab", "--tokens=12", "--temperature=3", run=ID)[0]
     assert first == sampled(capfd, home, "--prompt=ab", "--tokens=12", "--temperature=3", run=ID)[0]
-    both = sampled(capfd, home, "--prompt=ab", "--tokens=12", "--temperature=3", "--num_samples=2", run=ID)[0]
-    other = sampled(capfd, home, "--prompt=ab", "--tokens=12", "--temperature=3", "--seed=1", run=ID)[0]
+    both = sampled(
+        capfd, home, "--prompt=ab", "--tokens=12", "--temperature=3", "--num_samples=2", run=ID
+    )[0]
+    other = sampled(
+        capfd, home, "--prompt=ab", "--tokens=12", "--temperature=3", "--seed=1", run=ID
+    )[0]
     assert first != other
     assert both == f"--- sample 1 of 2, seed 0\n{first}--- sample 2 of 2, seed 1\n{other}"
 
@@ -122,7 +152,9 @@ def test_draws_follow_temperature_top_k_and_top_p():
         return torch.bincount(torch.tensor(draws), minlength=5) / 4000
 
     def expected(temperature: float, kept: list[int]) -> torch.Tensor:
-        p = torch.tensor([math.exp(float(x) / temperature) if i in kept else 0.0 for i, x in enumerate(logits)])
+        p = torch.tensor(
+            [math.exp(float(x) / temperature) if i in kept else 0.0 for i, x in enumerate(logits)]
+        )
         return p / p.sum()
 
     everything = [0, 1, 2, 3, 4]
@@ -152,7 +184,9 @@ def test_ids_beyond_the_tokenizer_are_never_drawn():
 
 def test_a_document_separator_ends_the_sample():
     text = [97, 98, 0, 99]
-    model = fake_model(lambda step: torch.nn.functional.one_hot(torch.tensor(text[step]), 256) * 1e4)
+    model = fake_model(
+        lambda step: torch.nn.functional.one_hot(torch.tensor(text[step]), 256) * 1e4
+    )
     a = argparse.Namespace(**WORDS)
     assert list(sample.generate(model, [1], 0, 256, a, 0)) == [97, 98]
 
@@ -160,12 +194,16 @@ def test_a_document_separator_ends_the_sample():
 def test_an_empty_prompt_starts_from_a_document_separator(monkeypatch, tmp_path, capfd):
     make_run(tmp_path, vocab_size=256)
     prompts = []
-    monkeypatch.setattr(sample, "generate", lambda model, ids, *_: prompts.append(ids) or iter(b"ab"))
+    monkeypatch.setattr(
+        sample, "generate", lambda model, ids, *_: prompts.append(ids) or iter(b"ab")
+    )
     assert sampled(capfd, tmp_path)[0] == "ab\n"
     assert prompts == [[0]]
 
 
-def test_characters_of_several_bytes_come_out_whole_and_a_cut_one_as_a_mark(monkeypatch, tmp_path, capfd):
+def test_characters_of_several_bytes_come_out_whole_and_a_cut_one_as_a_mark(
+    monkeypatch, tmp_path, capfd
+):
     make_run(tmp_path, vocab_size=256)
     text = "x\u00e9\u20ac\U0001f600"
     monkeypatch.setattr(sample, "generate", lambda *_: iter([*text.encode(), 0xE2, 0x82]))
@@ -195,9 +233,15 @@ def test_gpt2_text_goes_through_tiktoken_offline(monkeypatch, tmp_path, capfd):
     make_run(tmp_path, vocab_size=50304, n_embd=8)
     prompts = []
     made = [15496, 11, 995, 220, 47249, 224]  # "Hello, world " and half of a character
-    monkeypatch.setattr(sample, "generate", lambda model, ids, *rest: prompts.append((ids, *rest[:2])) or iter(made))
-    assert sampled(capfd, tmp_path, "--prompt=Hello, world")[0].startswith("Hello, worldHello, world ")
-    assert prompts == [([15496, 11, 995], 50256, 50257)], "separator 50256; the padding ids from 50257 on are cut off"
+    monkeypatch.setattr(
+        sample, "generate", lambda model, ids, *rest: prompts.append((ids, *rest[:2])) or iter(made)
+    )
+    assert sampled(capfd, tmp_path, "--prompt=Hello, world")[0].startswith(
+        "Hello, worldHello, world "
+    )
+    assert prompts == [([15496, 11, 995], 50256, 50257)], (
+        "separator 50256; the padding ids from 50257 on are cut off"
+    )
 
 
 def test_a_missing_tokenizer_is_one_clear_error(monkeypatch, tmp_path, capfd):
@@ -208,13 +252,16 @@ def test_a_missing_tokenizer_is_one_clear_error(monkeypatch, tmp_path, capfd):
 
     monkeypatch.setattr(tiktoken, "get_encoding", no_network)
     make_run(tmp_path, vocab_size=50304, n_embd=8)
-    with pytest.raises(UserError, match=r"the gpt2 tokenizer is not here .*TIKTOKEN_CACHE_DIR") as caught:
+    with pytest.raises(
+        UserError, match=r"the gpt2 tokenizer is not here .*TIKTOKEN_CACHE_DIR"
+    ) as caught:
         sampled(capfd, tmp_path)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("vocab", "name"), [(64, "bytes"), (256, "bytes"), (257, "bytes"), (50257, "gpt2"), (50304, "gpt2")]
+    ("vocab", "name"),
+    [(64, "bytes"), (256, "bytes"), (257, "bytes"), (50257, "gpt2"), (50304, "gpt2")],
 )
 def test_the_tokenizer_follows_from_the_vocabulary(vocab, name):
     assert lib.tokenizer_name("auto", vocab) == name
@@ -228,7 +275,9 @@ def test_a_vocabulary_of_no_known_tokenizer_asks_for_one():
 
 def test_a_prompt_outside_the_vocabulary_is_refused(tmp_path, capfd):
     make_run(tmp_path, vocab_size=64)
-    with pytest.raises(UserError, match="holds token 104 of the bytes tokenizer, this run's VOCAB_SIZE ends at 63"):
+    with pytest.raises(
+        UserError, match="holds token 104 of the bytes tokenizer, this run's VOCAB_SIZE ends at 63"
+    ):
         sampled(capfd, tmp_path, "--prompt=h")
 
 
@@ -284,7 +333,9 @@ def test_the_newest_good_checkpoint_is_taken_and_bad_ones_are_named(home, tmp_pa
     assert lib.find_checkpoint(folder, "step_000007").name == "step_000007"
     with pytest.raises(UserError, match="step_000012 is bad"):
         lib.find_checkpoint(folder, "step_000012")
-    with pytest.raises(UserError, match="no checkpoint 'step_000009'; it has step_000007, step_000008, step_000012"):
+    with pytest.raises(
+        UserError, match="no checkpoint 'step_000009'; it has step_000007, step_000008, step_000012"
+    ):
         lib.find_checkpoint(folder, "step_000009")
     (folder / newest[1] / "manifest.json").unlink()
     spoil(folder / newest[2] / "state.pt")
@@ -295,7 +346,9 @@ def test_the_newest_good_checkpoint_is_taken_and_bad_ones_are_named(home, tmp_pa
 def test_a_checkpoint_of_another_program_is_refused_with_the_way_to_its_own(tmp_path):
     state = dict(model={}, knobs=json.loads(plumbing.knobs_json(knobs())) | dict(num_slots=4))
     plumbing.save_checkpoint(tmp_path / "logs/made", 3, state, ONE)
-    with pytest.raises(UserError, match=r"another program than this train_gpt.py .*num_slots.*replay.py"):
+    with pytest.raises(
+        UserError, match=r"another program than this train_gpt.py .*num_slots.*replay.py"
+    ):
         lib.load(tmp_path / "logs/made/step_000003")
 
 
@@ -308,14 +361,21 @@ def exported(folder: Path, out: Path, *flags: str, run: str = "made") -> Path:
     return out
 
 
-SHAPES = [dict(), dict(attngate="elementwise", gateopt="adam", mlp_match=True), dict(attngate="const", gatepos="key")]
+SHAPES = [
+    dict(),
+    dict(attngate="elementwise", gateopt="adam", mlp_match=True),
+    dict(attngate="const", gatepos="key"),
+]
 
 
 @pytest.mark.parametrize("values", SHAPES)
 def test_an_export_is_bitwise_the_checkpoints_model(tmp_path, capfd, values):
     model = make_run(tmp_path, **values)
     out = exported(tmp_path, tmp_path / "new/out")
-    assert f"proved: {len(list(model.parameters()))} tensors and 2,048 logits" in capfd.readouterr().out
+    assert (
+        f"proved: {len(list(model.parameters()))} tensors and 2,048 logits"
+        in capfd.readouterr().out
+    )
     other, _ = export.read_export(out)
     assert same_tensors(dict(model.state_dict()), dict(other.state_dict()))
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["out"], "nothing is left beside it"
@@ -370,7 +430,9 @@ def test_an_export_of_other_weights_is_caught_and_gets_no_name(monkeypatch, tmp_
         save_file({name: t.bfloat16().float() for name, t in tensors.items()}, path, metadata)
 
     monkeypatch.setattr(export, "save_file", rounded)
-    with pytest.raises(UserError, match=r"9 tensor\(s\) are not the checkpoint's, the first is wte"):
+    with pytest.raises(
+        UserError, match=r"9 tensor\(s\) are not the checkpoint's, the first is wte"
+    ):
         exported(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -400,27 +462,39 @@ def test_the_program_comes_out_of_the_log_byte_for_byte_and_runs_again_to_the_sa
     assert f"torch: {torch.__version__}" in said
     state = torch.load(home / "logs" / ID / "step_000007/state.pt", weights_only=True)
     assert json.loads((tmp_path / "out/knobs.json").read_text()) == state["knobs"]
-    assert "--lr=0.011" in command and "--early_stop_patience" not in command, "what is usual is left out"
+    assert "--lr=0.011" in command and "--early_stop_patience" not in command, (
+        "what is usual is left out"
+    )
 
-    done = subprocess.run(["sh", "-c", command], cwd="/", capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        ["sh", "-c", command], cwd="/", capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "out", f"replay-{ID}") == losses(home, ID)
     assert [row["status"] for row in rows(tmp_path / "out")] == ["finished"]
     log = (tmp_path / f"out/logs/replay-{ID}.txt").read_text()
-    assert f"command: {shlex.quote(sys.executable)} {tmp_path}/out/train_gpt.py" in log, "the program taken out ran"
+    assert f"command: {shlex.quote(sys.executable)} {tmp_path}/out/train_gpt.py" in log, (
+        "the program taken out ran"
+    )
 
 
 def test_every_start_of_a_resumed_run_can_be_taken_out(home, tmp_path):
     first, second = replay.read_starts(home / f"logs/{ID}.txt")
     assert (first.knobs["keep"], second.knobs["keep"]) == (2, 3)
     assert first.matches and second.matches
-    with pytest.raises(UserError, match=r"--start 3: .* holds 2 start\(s\) of the run; choose 1 to 2"):
+    with pytest.raises(
+        UserError, match=r"--start 3: .* holds 2 start\(s\) of the run; choose 1 to 2"
+    ):
         replay.main([str(home / f"logs/{ID}.txt"), str(tmp_path), "--start=3"])
 
 
-def test_ranks_settings_of_this_environment_and_another_torch_are_minded(monkeypatch, home, tmp_path, capfd):
+def test_ranks_settings_of_this_environment_and_another_torch_are_minded(
+    monkeypatch, home, tmp_path, capfd
+):
     text = (home / f"logs/{ID}.txt").read_text()
-    text = text.replace("device: 1 x ", "device: 2 x ").replace("Running pytorch ", "Running pytorch 0.")
+    text = text.replace("device: 1 x ", "device: 2 x ").replace(
+        "Running pytorch ", "Running pytorch 0."
+    )
     (tmp_path / "log.txt").write_text(text)
     monkeypatch.setenv("NUM_ITER", "999")
     monkeypatch.setenv("SEED", "5")
@@ -432,7 +506,9 @@ def test_ranks_settings_of_this_environment_and_another_torch_are_minded(monkeyp
     assert f"warning: {torch.__version__} is installed" in said
 
 
-def test_a_log_that_was_edited_does_not_match_and_is_exit_code_1(monkeypatch, home, tmp_path, capfd):
+def test_a_log_that_was_edited_does_not_match_and_is_exit_code_1(
+    monkeypatch, home, tmp_path, capfd
+):
     text = (home / f"logs/{ID}.txt").read_text().replace("relu().square()", "relu()", 1)
     (tmp_path / "log.txt").write_text(text)
     monkeypatch.setattr(replay, "rerun_command", lambda *_: ["true"])
@@ -443,10 +519,15 @@ def test_a_log_that_was_edited_does_not_match_and_is_exit_code_1(monkeypatch, ho
 @pytest.mark.parametrize("ends", [("", "\n"), ("\n\n", ""), ("\n", "\n\n")])
 def test_line_ends_that_the_log_leaves_out_are_put_back(ends):
     whole = [text + end for text, end in zip(("a\nb", "c"), ends, strict=True)]
-    assert replay.with_ends(["a\nb", "c"], hashlib.sha256("".join(whole).encode()).hexdigest()) == whole
+    assert (
+        replay.with_ends(["a\nb", "c"], hashlib.sha256("".join(whole).encode()).hexdigest())
+        == whole
+    )
 
 
-@pytest.mark.parametrize("last_words", ["git_commit: ", "hyperparameters:\n{", "Running pytorch ", "device: "])
+@pytest.mark.parametrize(
+    "last_words", ["git_commit: ", "hyperparameters:\n{", "Running pytorch ", "device: "]
+)
 def test_a_start_that_a_crash_cut_short_is_left_out(home, tmp_path, last_words):
     text = (home / f"logs/{ID}.txt").read_text()
     (tmp_path / "log.txt").write_text(text[: text.rindex(last_words) + 3])
@@ -455,7 +536,12 @@ def test_a_start_that_a_crash_cut_short_is_left_out(home, tmp_path, last_words):
 
 def test_what_is_no_log_and_what_is_in_the_way_is_refused(home, tmp_path):
     with pytest.raises(UserError, match="holds no program between lines of 100 '='"):
-        replay.main([str(ROOT / "README.md" if (ROOT / "README.md").exists() else ROOT / "LICENSE"), str(tmp_path)])
+        replay.main(
+            [
+                str(ROOT / "README.md" if (ROOT / "README.md").exists() else ROOT / "LICENSE"),
+                str(tmp_path),
+            ]
+        )
     with pytest.raises(UserError, match="No such file"):
         replay.main([str(tmp_path / "none.txt"), str(tmp_path)])
     (tmp_path / "plumbing.py").write_text("mine")
@@ -466,7 +552,9 @@ def test_what_is_no_log_and_what_is_in_the_way_is_refused(home, tmp_path):
 
 def test_a_trainer_is_called_as_in_the_command_or_as_its_docstring_says():
     start = replay.Start(['"""train_x.py -- words."""\n', ""], True, "", {}, "", 1)
-    named = lambda command: replay.trainer_name(replay.Start(start.sources, True, command, {}, "", 1))
+    named = lambda command: replay.trainer_name(
+        replay.Start(start.sources, True, command, {}, "", 1)
+    )
     assert named("/usr/bin/python -u '/a b/train_mine.py' --lr=1") == "train_mine.py"
     assert named("/usr/bin/python -c 'import train_x'") == "train_x.py"
     with pytest.raises(UserError, match="cannot be a trainer's file name"):
@@ -478,16 +566,35 @@ def test_a_trainer_is_called_as_in_the_command_or_as_its_docstring_says():
 
 
 def baseline(folder: Path, *flags: str, **env: str | int) -> subprocess.CompletedProcess:
-    clean = {key: value for key, value in os.environ.items() if key not in ("INPUT_BIN", "DEVICE", "PRESET")}
-    clean |= dict(OMP_NUM_THREADS="1", PYTHON=sys.executable) | {key: str(value) for key, value in env.items()}
+    clean = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("INPUT_BIN", "DEVICE", "PRESET")
+    }
+    clean |= dict(OMP_NUM_THREADS="1", PYTHON=sys.executable) | {
+        key: str(value) for key, value in env.items()
+    }
     return subprocess.run(
-        ["bash", BASELINE, *flags], cwd=folder, env=clean, capture_output=True, text=True, timeout=200
+        ["bash", BASELINE, *flags],
+        cwd=folder,
+        env=clean,
+        capture_output=True,
+        text=True,
+        timeout=200,
     )
 
 
 def pretend(folder: Path, gpus: int, code: int = 0, **plan) -> dict[str, str]:
     """An interpreter that has a plan and GPUs and writes down how it was called; the settings to use it."""
-    plan = dict(device="cuda", lr=0.0036, input_bin=f"{folder}/t_*.bin", input_val_bin=f"{folder}/v_*.bin") | plan
+    plan = (
+        dict(
+            device="cuda",
+            lr=0.0036,
+            input_bin=f"{folder}/t_*.bin",
+            input_val_bin=f"{folder}/v_*.bin",
+        )
+        | plan
+    )
     (folder / "plan.json").write_text(
         json.dumps(plan | dict(logs_folder=f"{folder}/logs"), indent=2) + "\nparameters: 1\n"
     )
@@ -508,15 +615,27 @@ def calls(folder: Path) -> list[str]:
 
 def test_baselines_on_a_cpu_train_without_a_gate_and_skip_what_is_complete(monkeypatch, tmp_path):
     run_here(monkeypatch, tmp_path, run_id="baseline-1337", stage="stage0")
-    env = {name.upper(): value for name, value in SMALL.items()} | dict(SCRIPT="train_gpt.py", ATTNGATE="headwise")
+    env = {name.upper(): value for name, value in SMALL.items()} | dict(
+        SCRIPT="train_gpt.py", ATTNGATE="headwise"
+    )
     env |= {name.upper(): value for name, value in write_data(tmp_path).items()}
-    env |= dict(LOGS_FOLDER=tmp_path / "logs", RESULTS_FILE=tmp_path / "results.csv", STAGE="stage0", COUNT=2)
+    env |= dict(
+        LOGS_FOLDER=tmp_path / "logs",
+        RESULTS_FILE=tmp_path / "results.csv",
+        STAGE="stage0",
+        COUNT=2,
+    )
     done = baseline(tmp_path, **env)
     assert done.returncode == 0, done.stderr
     assert "baseline-1337 is complete (finished, val_loss " in done.stdout
     assert "all 2 run(s) are complete" in done.stdout
-    found = [(r["run_id"], r["seed"], r["attn_gate"], r["stage"], r["learning_rate"]) for r in rows(tmp_path)]
-    assert found == [(f"baseline-{seed}", str(seed), "none", "stage0", "0.01") for seed in (1337, 1338)]
+    found = [
+        (r["run_id"], r["seed"], r["attn_gate"], r["stage"], r["learning_rate"])
+        for r in rows(tmp_path)
+    ]
+    assert found == [
+        (f"baseline-{seed}", str(seed), "none", "stage0", "0.01") for seed in (1337, 1338)
+    ]
 
 
 @pytest.mark.parametrize(("gpus", "asked", "launched"), [(8, None, 8), (8, 2, 2), (1, None, 1)])
@@ -525,9 +644,15 @@ def test_baselines_use_every_gpu_unless_nproc_says_otherwise(tmp_path, gpus, ask
     env = pretend(tmp_path, gpus) | (dict(NPROC=asked) if asked else {})
     done = baseline(tmp_path, "--lr", "0.1", **env, BASE_SEED=7)
     assert done.returncode == 0, done.stderr
-    torchrun = f"-m torch.distributed.run --standalone --nproc_per_node={launched} " if launched > 1 else ""
+    torchrun = (
+        f"-m torch.distributed.run --standalone --nproc_per_node={launched} "
+        if launched > 1
+        else ""
+    )
     own = "--attngate none --seed {0} --run_id baseline-{0} --dry_run 0"
-    assert calls(tmp_path) == [f"{torchrun}{ROOT}/train_gpt.py --lr 0.1 {own.format(seed)}" for seed in (7, 8, 9)]
+    assert calls(tmp_path) == [
+        f"{torchrun}{ROOT}/train_gpt.py --lr 0.1 {own.format(seed)}" for seed in (7, 8, 9)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -540,7 +665,11 @@ def test_baselines_use_every_gpu_unless_nproc_says_otherwise(tmp_path, gpus, ask
         (2, dict(COUNT="three"), "COUNT='three': expected a whole number >= 1"),
         (2, dict(BASE_SEED="-1"), "BASE_SEED='-1': expected a whole number >= 0"),
         (2, dict(SCRIPT="none.py"), "none.py: no such file"),
-        (2, dict(), "no token shards match .*t_.*bin; python cached_fineweb10B.py 9 downloads them, or set INPUT_BIN"),
+        (
+            2,
+            dict(),
+            "no token shards match .*t_.*bin; python cached_fineweb10B.py 9 downloads them, or set INPUT_BIN",
+        ),
     ],
 )
 def test_baselines_are_refused_in_one_line_before_anything_starts(tmp_path, gpus, env, words):
@@ -567,7 +696,10 @@ def test_a_complete_baseline_of_other_knobs_is_not_taken_for_the_one_asked_for(t
     plan = (tmp_path / "plan.json").read_text().split("\nparam")[0]
     log = tmp_path / "logs/baseline-1337.txt"
     log.write_text(f"hyperparameters:\n{plan}\n" * 2)
-    assert "baseline-1337 is complete (finished, val_loss 3.5), skipped" in baseline(tmp_path, **env).stdout
+    assert (
+        "baseline-1337 is complete (finished, val_loss 3.5), skipped"
+        in baseline(tmp_path, **env).stdout
+    )
     assert len(calls(tmp_path)) == 2
     log.write_text(log.read_text().replace("0.0036", "0.005"))
     done = baseline(tmp_path, **env)

@@ -22,17 +22,42 @@ STUDIES = sorted((ROOT / "experiments/studies").glob("*.toml"))
 def test_every_study_file_is_free_of_problems(path):
     study = run_study.read_study(path, {})
     assert {c.stage for c in study.cells} == set(study.stages)
-    assert all(any(c.is_baseline for c in study.cells if c.stage == s) or not study.baselines[s] for s in study.stages)
+    assert all(
+        any(c.is_baseline for c in study.cells if c.stage == s) or not study.baselines[s]
+        for s in study.stages
+    )
 
 
 def test_the_mini_hamt_study_runs_and_compares_each_mixer_with_attention(tmp_path):
-    study, logs, results = ROOT / "experiments/studies/hamt_mini.toml", tmp_path / "logs", tmp_path / "results.csv"
-    command = [sys.executable, ROOT / "scripts/run_study.py", study, "--logs_folder", logs, "--results_file", results]
-    done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    study, logs, results = (
+        ROOT / "experiments/studies/hamt_mini.toml",
+        tmp_path / "logs",
+        tmp_path / "results.csv",
+    )
+    command = [
+        sys.executable,
+        ROOT / "scripts/run_study.py",
+        study,
+        "--logs_folder",
+        logs,
+        "--results_file",
+        results,
+    ]
+    done = subprocess.run(
+        command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=280
+    )
     assert done.returncode == 0 and "3 of 3 done" in done.stdout, done.stdout + done.stderr
     command = re.search(r"^tables: python (.*)$", done.stdout, re.M)[1].split()
-    split = [sys.executable, str(ROOT / command[0]), *command[1:], "--out-dir", str(tmp_path / "out")]
-    made = subprocess.run(split, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    split = [
+        sys.executable,
+        str(ROOT / command[0]),
+        *command[1:],
+        "--out-dir",
+        str(tmp_path / "out"),
+    ]
+    made = subprocess.run(
+        split, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=100
+    )
     assert made.returncode == 0, made.stderr
     with open(tmp_path / "out/tables/hamt_mini.csv") as f:
         lines = {(r["mixer"], r["memory"]): r["baseline"] for r in csv.DictReader(f)}
@@ -51,7 +76,9 @@ GENERATED = dict(train_path="generate", val_path="generate", test_path="", num_i
         ("train_scaled.py", dict(data="nowhere.txt"), dict(data="wikipedia:xx")),
     ],
 )
-def test_a_study_hears_of_missing_data_and_not_of_data_that_a_run_would_fetch(trainer, bad, fine, tmp_path):
+def test_a_study_hears_of_missing_data_and_not_of_data_that_a_run_would_fetch(
+    trainer, bad, fine, tmp_path
+):
     t = run_study.load_trainer(trainer)
     place = dict(data_folder=str(tmp_path)) if trainer == "train_gpu.py" else {}
     assert "nowhere" in run_study.plan_of(t.module.Knobs(**bad, **place), t)[2]
@@ -59,16 +86,22 @@ def test_a_study_hears_of_missing_data_and_not_of_data_that_a_run_would_fetch(tr
 
 
 COLAB = [
-    line.strip() for line in (ROOT / "docs/colab.md").read_text().splitlines() if line.startswith("    python train")
+    line.strip()
+    for line in (ROOT / "docs/colab.md").read_text().splitlines()
+    if line.startswith("    python train")
 ]
 
 
 @pytest.mark.parametrize("line", COLAB, ids=lambda line: re.search(r"--run_id (\S+)", line)[1])
-def test_the_commands_of_the_colab_page_are_accepted_and_have_the_sizes_they_name(line, capsys, tmp_path):
+def test_the_commands_of_the_colab_page_are_accepted_and_have_the_sizes_they_name(
+    line, capsys, tmp_path
+):
     argv = [*shlex.split(line)[2:], "--data_folder", str(tmp_path), "--dry_run"]
     k = plumbing.read_knobs(train_gpu.Knobs, train_gpu.PRESETS, argv, {})
     assert train_gpu.show_plan(k) == 0
-    size = int(re.search(r"^parameters: +([\d,]+)$", capsys.readouterr().out, re.M)[1].replace(",", ""))
+    size = int(
+        re.search(r"^parameters: +([\d,]+)$", capsys.readouterr().out, re.M)[1].replace(",", "")
+    )
     assert abs(size / (int(k.preset.removesuffix("m")) * 1e6) - 1) < 0.03
 
 

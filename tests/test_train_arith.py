@@ -23,18 +23,37 @@ from support import ONE, ROOT, command, environment, newest_state, same_tensors
 
 import train_arith
 from plumbing import UserError
-from train_arith import EOS, CompactTransformer, Data, Knobs, encode, generate, load_model, lr_scale, problems_of
+from train_arith import (
+    EOS,
+    CompactTransformer,
+    Data,
+    Knobs,
+    encode,
+    generate,
+    load_model,
+    lr_scale,
+    problems_of,
+)
 
 sys.path.insert(0, str(ROOT / "scripts"))
 TINY = dict(
-    d_model=16, num_layers=2, num_heads=2, d_ff=24, batch_size=16, num_epochs=4, eval_interval=1, warmup_steps=3
+    d_model=16,
+    num_layers=2,
+    num_heads=2,
+    d_ff=24,
+    batch_size=16,
+    num_epochs=4,
+    eval_interval=1,
+    warmup_steps=3,
 )
 TINY |= dict(save_interval=2, lr=0.01, device="cpu", log_interval=1)
 EXPRS = ["1+2", "(12-34)*5", "9*(8+7)", "((6-50))", "77-8+9*10", "3*3*3", "(4+4)*(11-2)", "60-1"]
 
 
 def model_of(seed: int = 1, **knobs) -> CompactTransformer:
-    model = CompactTransformer(Knobs(**(dict(d_model=16, num_layers=3, num_heads=2, d_ff=24, dropout=0.0) | knobs)))
+    model = CompactTransformer(
+        Knobs(**(dict(d_model=16, num_layers=3, num_heads=2, d_ff=24, dropout=0.0) | knobs))
+    )
     model.init_weights(seed)
     with torch.no_grad():
         for p in model.parameters():  # larger than the init, so that attention and norms matter
@@ -52,13 +71,17 @@ def write_records(folder: Path) -> dict[str, str]:
     for name, count in (("train", 70), ("val", 12), ("test", 9)):
         problems, _ = train_arith.draw(k, rng, count, 4, 4)
         rows = zip(problems.exprs(k), problems.values_N.tolist(), strict=True)
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(dict(expr=e, result=v)) + "\n" for e, v in rows))
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps(dict(expr=e, result=v)) + "\n" for e, v in rows)
+        )
         paths[f"{name}_path"] = str(folder / f"{name}.jsonl")
     return paths
 
 
 def flags(folder: Path, **knobs) -> list[str]:
-    files = write_records(folder) | dict(results_file=str(folder / "results.csv"), logs_folder=str(folder / "logs"))
+    files = write_records(folder) | dict(
+        results_file=str(folder / "results.csv"), logs_folder=str(folder / "logs")
+    )
     return [f"--{name}={value}" for name, value in (TINY | files | knobs).items()]
 
 
@@ -71,13 +94,18 @@ def run_here(monkeypatch, folder: Path, *extra: str, **knobs) -> tuple[int, str]
 
 def run(nproc: int, folder: Path, **knobs) -> subprocess.CompletedProcess:
     line = [*command(nproc, "train_arith.py"), *flags(folder, **knobs)]
-    return subprocess.run(line, cwd=folder, env=environment(), capture_output=True, text=True, timeout=200)
+    return subprocess.run(
+        line, cwd=folder, env=environment(), capture_output=True, text=True, timeout=200
+    )
 
 
 def curve(folder: Path, run_id: str) -> list[tuple[str, ...]]:
     with open(folder / "logs" / run_id / "metrics.csv") as f:
         found = {int(row["step"]): row for row in csv.DictReader(f)}
-    return [tuple(row[c] for c in ("train_loss", "val_loss", "lr", "exact_match")) for _, row in sorted(found.items())]
+    return [
+        tuple(row[c] for c in ("train_loss", "val_loss", "lr", "exact_match"))
+        for _, row in sorted(found.items())
+    ]
 
 
 # ----------------------------------------------------------------------------
@@ -102,7 +130,12 @@ def plain_forward(model: CompactTransformer, ids: torch.Tensor) -> torch.Tensor:
                 for pos in range(T):
                     angle = pos / 10000 ** (torch.arange(0, D, 2) / D)
                     a, b = t[:, pos, : D // 2], t[:, pos, D // 2 :]
-                    rows.append(torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1))
+                    rows.append(
+                        torch.cat(
+                            [a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()],
+                            -1,
+                        )
+                    )
                 turned.append(torch.stack(rows, 1))
             scores = turned[0] @ turned[1].transpose(1, 2) / math.sqrt(D)
             mask = torch.tensor([[j > t for j in range(T)] for t in range(T)])
@@ -110,11 +143,17 @@ def plain_forward(model: CompactTransformer, ids: torch.Tensor) -> torch.Tensor:
         x = x + torch.cat(heads, -1) @ at("attn.out.weight").T
         h = F.layer_norm(x, (C,), at("ln2.weight"), at("ln2.bias"), 1e-5)
         z = h @ at("mlp.fc1.weight").T + at("mlp.fc1.bias")
-        z = z * torch.sigmoid(z) if k.ffn_type == "swiglu" else z * 0.5 * (1 + torch.erf(z / math.sqrt(2)))
+        z = (
+            z * torch.sigmoid(z)
+            if k.ffn_type == "swiglu"
+            else z * 0.5 * (1 + torch.erf(z / math.sqrt(2)))
+        )
         if k.ffn_type != "gelu":
             z = z * (h @ at("mlp.value.weight").T + at("mlp.value.bias"))
         x = x + z @ at("mlp.fc2.weight").T + at("mlp.fc2.bias")
-    return F.layer_norm(x, (C,), w["ln_final.weight"], w["ln_final.bias"], 1e-5) @ w["embed.weight"].T
+    return (
+        F.layer_norm(x, (C,), w["ln_final.weight"], w["ln_final.bias"], 1e-5) @ w["embed.weight"].T
+    )
 
 
 @pytest.mark.parametrize("attention", ["manual", "sdpa"])
@@ -186,7 +225,12 @@ def test_generation_stops_at_the_end_of_sequence():
     assert generate(model, [[1, 5], [1, 5, 6]], 9) == [[EOS], [EOS]] and model.calls == 2
     problems = problems_of(EXPRS, [train_arith.evaluate_expr(e) for e in EXPRS], Knobs(), 4)
     s = train_arith.summary(train_arith.score(AlwaysEnds(), problems, Knobs(), ONE))
-    assert s["eos_after_gold"] == 1.0 and s["exact_match"] == 0.0 and s["digit_accuracy"] == 0.0 and s["ended"] == 1.0
+    assert (
+        s["eos_after_gold"] == 1.0
+        and s["exact_match"] == 0.0
+        and s["digit_accuracy"] == 0.0
+        and s["ended"] == 1.0
+    )
 
 
 # ----------------------------------------------------------------------------
@@ -200,12 +244,17 @@ def test_hooks_have_transformerlens_names_and_shapes():
     shapes = {"hook_embed": (B, T, 16), "ln_final.hook_normalized": (B, T, 16)}
     for layer in range(3):
         shapes |= {
-            f"blocks.{layer}.hook_{x}": (B, T, 16) for x in "resid_pre attn_out resid_mid mlp_out resid_post".split()
+            f"blocks.{layer}.hook_{x}": (B, T, 16)
+            for x in "resid_pre attn_out resid_mid mlp_out resid_post".split()
         }
         shapes |= {f"blocks.{layer}.attn.hook_{x}": (B, T, 2, 8) for x in "qkvz"}
-        shapes |= {f"blocks.{layer}.attn.hook_{x}": (B, 2, T, T) for x in ("attn_scores", "pattern")}
+        shapes |= {
+            f"blocks.{layer}.attn.hook_{x}": (B, 2, T, T) for x in ("attn_scores", "pattern")
+        }
         shapes |= {f"blocks.{layer}.mlp.hook_{x}": (B, T, 24) for x in ("pre", "post")}
-    assert {name: tuple(x.shape) for name, x in cache.items()} == shapes and set(model.hook_names()) == set(shapes)
+    assert {name: tuple(x.shape) for name, x in cache.items()} == shapes and set(
+        model.hook_names()
+    ) == set(shapes)
     torch.testing.assert_close(logits, model(ids))
     assert cache["z", 2] is cache["blocks.2.attn.hook_z"] and cache["embed"] is cache["hook_embed"]
     assert cache["resid_post", 0] is cache["blocks.0.hook_resid_post"]
@@ -229,7 +278,8 @@ def test_a_hook_replaces_an_activation_or_writes_into_it_and_is_gone_afterwards(
     with model.hooks([("blocks.1.attn.hook_z", zero_head)]):
         written = model(ids)
     replaced = model.run_with_hooks(
-        ids, [(lambda n: n == "blocks.1.attn.hook_z", lambda z, hook: z * torch.tensor([[1.0], [0.0]]))]
+        ids,
+        [(lambda n: n == "blocks.1.attn.hook_z", lambda z, hook: z * torch.tensor([[1.0], [0.0]]))],
     )
     assert torch.equal(written, replaced) and not torch.allclose(written, before)
     with torch.no_grad():  # the same head cut out of the output projection
@@ -241,11 +291,15 @@ def test_hooks_are_gone_after_an_error_and_leave_those_of_an_outer_with():
     model, ids = model_of(), ids_of()
     clean, seen = model(ids), []
     with model.hooks([("hook_embed", lambda x, hook: seen.append(hook.name))]):
-        with pytest.raises(ZeroDivisionError), model.hooks([("blocks.0.mlp.hook_post", lambda x, hook: 1 / 0)]):
+        with (
+            pytest.raises(ZeroDivisionError),
+            model.hooks([("blocks.0.mlp.hook_post", lambda x, hook: 1 / 0)]),
+        ):
             model(ids)
         with pytest.raises(ValueError, match=re.escape("did you mean blocks.0.mlp.hook_post")):
             model.run_with_hooks(
-                ids, [("hook_embed", lambda x, h: None), ("blocks.0.mlp.hook_pots", lambda x, h: None)]
+                ids,
+                [("hook_embed", lambda x, h: None), ("blocks.0.mlp.hook_pots", lambda x, h: None)],
             )
         seen.clear()
         model(ids)
@@ -266,7 +320,9 @@ def test_cached_activations_share_memory_with_nothing():
     torch.testing.assert_close(cache["resid_post", 0], cache["mlp_out", 0])
     kept: list[torch.Tensor] = []
     keep = lambda x, hook: kept.append(x)
-    model.run_with_hooks(ids, [("blocks.0.hook_resid_post", keep), ("blocks.1.hook_resid_pre", wipe)])
+    model.run_with_hooks(
+        ids, [("blocks.0.hook_resid_post", keep), ("blocks.1.hook_resid_pre", wipe)]
+    )
     assert kept[0].any(), "a later hook wrote into what an earlier one was given"
     pointers = [x.untyped_storage().data_ptr() for x in cache.values()]
     assert len(set(pointers)) == len(pointers)
@@ -295,18 +351,25 @@ def test_the_schedule_starts_at_zero_and_falls_straight_to_zero():
         [0, 0.5, 0.99, 1, 0.5, 1 / 3050, 0]
     )
     trapezoid = Knobs(schedule="trapezoid", warmup_steps=10, warmdown_frac=0.4)
-    assert [lr_scale(s, trapezoid, 100) for s in (0, 5, 10, 60, 80, 100)] == pytest.approx([0, 0.5, 1, 1, 0.5, 0])
+    assert [lr_scale(s, trapezoid, 100) for s in (0, 5, 10, 60, 80, 100)] == pytest.approx(
+        [0, 0.5, 1, 1, 0.5, 0]
+    )
 
 
 def test_adamw_decays_everything_with_the_betas_of_the_file():
     adam, *none = train_arith.make_optimizers(CompactTransformer(Knobs()), Knobs(betas="0.8,0.99"))
     assert not none and len(adam.param_groups) == 1 and len(adam.param_groups[0]["params"]) == 43
-    assert adam.param_groups[0]["betas"] == (0.8, 0.99) and adam.param_groups[0]["weight_decay"] == 0.01
+    assert (
+        adam.param_groups[0]["betas"] == (0.8, 0.99)
+        and adam.param_groups[0]["weight_decay"] == 0.01
+    )
 
 
 def test_muon_takes_the_blocks_matrices_and_makes_orthogonal_updates_of_adamws_size():
     model = model_of()
-    adam, muon = train_arith.make_optimizers(model, Knobs(optimizer="muon", weight_decay=0.0, muon_lr=1.0))
+    adam, muon = train_arith.make_optimizers(
+        model, Knobs(optimizer="muon", weight_decay=0.0, muon_lr=1.0)
+    )
     assert [p.dim() for p in muon.param_groups[0]["params"]] == [2] * 12
     assert len(adam.param_groups[0]["params"]) == len(list(model.parameters())) - 12
     p, generator = model.blocks[0].attn.qkv.weight, torch.Generator().manual_seed(0)
@@ -331,7 +394,10 @@ def test_an_update_whose_flag_is_down_moves_nothing(optimizer):
         for p in model.parameters():
             p.grad = torch.full_like(p, value)
         assert train_arith.apply_update(optimizers, scaler, torch.tensor(moves))
-        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)) is not moves
+        assert (
+            all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+            is not moves
+        )
     assert all(p.isfinite().all() for p in model.parameters())
 
 
@@ -350,7 +416,9 @@ def test_the_schedule_waits_when_the_scaler_skips():
         train_arith.clip([p.grad for p in model.parameters()], 1.0)
         updates += train_arith.apply_update(adam, scaler, torch.tensor(True))
         scales.append(scaler.get_scale())
-        moved.append(not all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)))
+        moved.append(
+            not all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        )
     assert updates == 3 and moved == [True, False, True, True] and scales == [1024, 512, 512, 1024]
 
 
@@ -402,7 +470,10 @@ def test_a_yaml_key_is_honoured_or_refused_in_one_line(tmp_path, yaml, words):
         ("depth_min=2 depth_max=1", "DEPTH_MIN=2 is above DEPTH_MAX=1"),
         ("operands_max=6", "GRAMMAR=pilot ends at 4 operands"),
         ("grammar=trees operands_max=9 operand_max=99999", "values beyond 1e17"),
-        ("operands_weights=1,2", "OPERANDS_WEIGHTS='1,2': one number >= 0 per operand count, 3 with commas"),
+        (
+            "operands_weights=1,2",
+            "OPERANDS_WEIGHTS='1,2': one number >= 0 per operand count, 3 with commas",
+        ),
         ("operands_weights=1,2,-1", "OPERANDS_WEIGHTS='1,2,-1'"),
         ("operands_weights=1,2,x", "OPERANDS_WEIGHTS='1,2,x'"),
         ("fp16=1 bf16=1", "FP16=1 and BF16=1 exclude each other"),
@@ -427,8 +498,21 @@ def test_knobs_that_do_not_fit_together_are_refused_in_one_line(sets, words):
 
 def test_every_key_of_the_originals_files_reaches_its_knob():
     k = train_arith.read_all([], {}, str(ROOT / "configs/scale_10m.yaml"), [])
-    assert (k.d_model, k.num_layers, k.num_heads, k.d_ff, k.batch_size, k.num_epochs) == (384, 6, 6, 1536, 8, 50)
-    assert (k.eval_interval, k.save_interval, k.lr, k.warmup_steps, k.log_interval) == (2, 5, 1e-4, 500, 50)
+    assert (k.d_model, k.num_layers, k.num_heads, k.d_ff, k.batch_size, k.num_epochs) == (
+        384,
+        6,
+        6,
+        1536,
+        8,
+        50,
+    )
+    assert (k.eval_interval, k.save_interval, k.lr, k.warmup_steps, k.log_interval) == (
+        2,
+        5,
+        1e-4,
+        500,
+        50,
+    )
     pilot = train_arith.read_all([], {}, str(ROOT / "configs/pilot.yaml"), [])
     assert dataclasses.replace(pilot, config="") == Knobs()
     assert set(train_arith.YAML.values()) <= {f.name for f in dataclasses.fields(Knobs)}
@@ -453,7 +537,11 @@ def test_flag_beats_environment_beats_set_beats_yaml_beats_default(tmp_path):
 def test_records_that_cannot_be_used_are_refused_by_name_and_line(tmp_path):
     paths = write_records(tmp_path)
     bad = tmp_path / "bad.jsonl"
-    for text, words in (('{"expr": "1+2"}\n', "bad.jsonl:1: expected"), ("", "no records"), ("x\n", "found 'x'")):
+    for text, words in (
+        ('{"expr": "1+2"}\n', "bad.jsonl:1: expected"),
+        ("", "no records"),
+        ("x\n", "found 'x'"),
+    ):
         bad.write_text(text)
         with pytest.raises(UserError, match=re.escape(words)):
             Data(Knobs(**(paths | dict(train_path=str(bad)))))
@@ -488,7 +576,12 @@ def test_the_breakdown_counts_and_the_paren_blind_calculator_is_right_where_brac
 
 def test_enforcement_ends_the_real_trainer_with_the_documented_words(monkeypatch):
     program = importlib.import_module("test_gpu_enforcement")
-    wanted = ("--gpu-only", "--gpu-only --device cuda --fp16", "--device cuda --fp16", "--device cuda")
+    wanted = (
+        "--gpu-only",
+        "--gpu-only --device cuda --fp16",
+        "--device cuda --fp16",
+        "--device cuda",
+    )
     monkeypatch.setattr(program, "CASES", [case for case in program.CASES if case[0] in wanted])
     with redirect_stdout(StringIO()) as out:
         assert program.main() == 0, out.getvalue()
@@ -508,7 +601,10 @@ def test_the_verifier_tells_by_its_exit_code(monkeypatch, tmp_path):
         with redirect_stdout(StringIO()) as out:
             codes[name] = program.main()
         if name == "good":
-            assert "Total parameters: 10,651,776" in out.getvalue() and "Difference: 6.5%" in out.getvalue()
+            assert (
+                "Total parameters: 10,651,776" in out.getvalue()
+                and "Difference: 6.5%" in out.getvalue()
+            )
     assert codes == {"good": 0, "no gpu": 3, "small": 1}
 
 
@@ -516,7 +612,11 @@ def test_no_knob_is_a_prefix_of_a_flag_of_torchruns():
     from torch.distributed.run import get_args_parser
 
     theirs = [option for action in get_args_parser()._actions for option in action.option_strings]
-    ours = [f"--{f.name}" for f in dataclasses.fields(Knobs)] + ["--set", "--config", "--output-dir"]
+    ours = [f"--{f.name}" for f in dataclasses.fields(Knobs)] + [
+        "--set",
+        "--config",
+        "--output-dir",
+    ]
     spellings = {name.replace("_", sign) for name in ours for sign in "_-"}
     assert not [(a, b) for a in spellings for b in theirs if b.startswith(a)]
 
@@ -527,15 +627,26 @@ def test_no_knob_is_a_prefix_of_a_flag_of_torchruns():
 
 def test_models_are_saved_every_interval_and_best_whenever_it_is_best(monkeypatch, tmp_path):
     out = tmp_path / "runs/here"
-    code, text = run_here(monkeypatch, tmp_path, output_dir=out, num_epochs=5, eval_interval=3, save_interval=2)
+    code, text = run_here(
+        monkeypatch, tmp_path, output_dir=out, num_epochs=5, eval_interval=3, save_interval=2
+    )
     assert code == 0, text
     assert {p.name for p in out.glob("checkpoint_*.pt")} == {
-        *("checkpoint_epoch_2.pt", "checkpoint_epoch_4.pt", "checkpoint_latest.pt", "checkpoint_best.pt")
+        *(
+            "checkpoint_epoch_2.pt",
+            "checkpoint_epoch_4.pt",
+            "checkpoint_latest.pt",
+            "checkpoint_best.pt",
+        )
     }
     rows = json.loads((out / "metrics/training_metrics_seed42.json").read_text())
     assert [m["epoch"] for m in rows["metrics"]] == [3, 5] and rows["best_val_epoch"] in (3, 5)
     model, k, state = load_model(out / "checkpoint_best.pt")
-    assert state["epoch"] == rows["best_val_epoch"] and k.d_model == 16 and state["model_config"]["d_ff"] == 24
+    assert (
+        state["epoch"] == rows["best_val_epoch"]
+        and k.d_model == 16
+        and state["model_config"]["d_ff"] == 24
+    )
     s = train_arith.summary(train_arith.score(model, Data(k).val, k, ONE))
     assert s["loss"] == pytest.approx(rows["best_val_loss"], rel=1e-6)
     for line in (
@@ -550,33 +661,70 @@ def test_models_are_saved_every_interval_and_best_whenever_it_is_best(monkeypatc
     assert json.loads((out / "evaluation.json").read_text())["sets"][k.test_path]["n"] == 9
     with open(tmp_path / "results.csv") as f:
         (row,) = csv.DictReader(f)
-    assert row["status"] == "finished" and row["steps_done"] == "25" and float(row["best_val_loss"]) > 0
+    assert (
+        row["status"] == "finished"
+        and row["steps_done"] == "25"
+        and float(row["best_val_loss"]) > 0
+    )
     with pytest.raises(UserError, match=r"complete .*choose another OUTPUT_DIR"):
-        run_here(monkeypatch, tmp_path, output_dir=out, num_epochs=5, eval_interval=3, save_interval=2)
+        run_here(
+            monkeypatch, tmp_path, output_dir=out, num_epochs=5, eval_interval=3, save_interval=2
+        )
 
 
 def test_answer_only_complement_with_muon_learns_one_digit_sums(monkeypatch, tmp_path):
-    honest = dict(train_path="generate", val_path="generate", test_path="", num_iterations=250, operators="+")
-    honest |= dict(operand_min=1, operand_max=9, operands_max=2, depth_max=0, spaces=0, answer_only_loss=1, dropout=0)
-    honest |= dict(
-        answer_format="complement", optimizer="muon", lr=0.01, muon_lr=0.02, schedule="trapezoid", batch_size=64
+    honest = dict(
+        train_path="generate", val_path="generate", test_path="", num_iterations=250, operators="+"
     )
-    code, text = run_here(monkeypatch, tmp_path, run_id="sums", val_every=0, save_every=0, val_examples=2, **honest)
+    honest |= dict(
+        operand_min=1,
+        operand_max=9,
+        operands_max=2,
+        depth_max=0,
+        spaces=0,
+        answer_only_loss=1,
+        dropout=0,
+    )
+    honest |= dict(
+        answer_format="complement",
+        optimizer="muon",
+        lr=0.01,
+        muon_lr=0.02,
+        schedule="trapezoid",
+        batch_size=64,
+    )
+    code, text = run_here(
+        monkeypatch, tmp_path, run_id="sums", val_every=0, save_every=0, val_examples=2, **honest
+    )
     assert code == 0
     assert float(re.search(r"step:250/250 train_loss:([\d.]+)", text)[1]) < 0.35, "from ln 35 = 3.6"
 
 
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     """Fresh examples, a curriculum that depends on what was learnt, both optimizers, dropout."""
-    knobs = dict(train_path="generate", val_path="generate", val_examples=1, num_iterations=90, operand_max=2)
-    knobs |= dict(operators="+", answer_only_loss=1, curriculum_exact=0.3, answer_format="complement", dropout=0.1)
-    knobs |= dict(optimizer="muon", save_every=10, val_every=25, muon_lr=0.02, test_path="", batch_size=32)
+    knobs = dict(
+        train_path="generate", val_path="generate", val_examples=1, num_iterations=90, operand_max=2
+    )
+    knobs |= dict(
+        operators="+",
+        answer_only_loss=1,
+        curriculum_exact=0.3,
+        answer_format="complement",
+        dropout=0.1,
+    )
+    knobs |= dict(
+        optimizer="muon", save_every=10, val_every=25, muon_lr=0.02, test_path="", batch_size=32
+    )
     whole = run(1, tmp_path, run_id="whole", **knobs)
     assert whole.returncode == 0, whole.stderr
     line = [*command(1, "train_arith.py"), *flags(tmp_path, run_id="cut", **knobs)]
-    process = subprocess.Popen(line, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        line, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True
+    )
     switched = int(re.search(r"curriculum: 3 operands from step (\d+)", whole.stdout)[1])
-    kill_at = max(25, min(switched + 3, 80))  # the switch is in the checkpoint, or comes after the resume
+    kill_at = max(
+        25, min(switched + 3, 80)
+    )  # the switch is in the checkpoint, or comes after the resume
     for text in process.stdout:
         if text.startswith(f"step:{kill_at}/"):
             os.kill(process.pid, signal.SIGKILL)
@@ -584,13 +732,18 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     process.stdout.close()
     assert process.wait() == -signal.SIGKILL
     again = run(1, tmp_path, run_id="cut", **knobs)
-    assert again.returncode == 0 and re.search(r"resumed step:[1-9]0 ", again.stdout), again.stdout + again.stderr
+    assert again.returncode == 0 and re.search(r"resumed step:[1-9]0 ", again.stdout), (
+        again.stdout + again.stderr
+    )
     assert curve(tmp_path, "whole") == curve(tmp_path, "cut")
     one, two = (newest_state(tmp_path, run_id) for run_id in ("whole", "cut"))
     assert one["switches"] == two["switches"] and one["switches"][0] == switched
     assert same_tensors(one["model"], two["model"])
     for ours, theirs in zip(one["optimizers"], two["optimizers"], strict=True):
-        assert same_tensors(ours["state"], theirs["state"]) and ours["param_groups"] == theirs["param_groups"]
+        assert (
+            same_tensors(ours["state"], theirs["state"])
+            and ours["param_groups"] == theirs["param_groups"]
+        )
     assert one["history"] == two["history"]
 
 
@@ -627,35 +780,105 @@ def test_a_run_is_not_resumed_with_other_records_or_knobs(monkeypatch, tmp_path)
     monkeypatch.setattr(sys, "argv", ["train_arith.py", *flags(tmp_path, **stop)])
     lines = (tmp_path / "train.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "train.jsonl").write_text("".join(reversed(lines)))
-    with pytest.raises(UserError, match=r"other data .*another RUN_ID"), redirect_stdout(StringIO()):
+    with (
+        pytest.raises(UserError, match=r"other data .*another RUN_ID"),
+        redirect_stdout(StringIO()),
+    ):
         train_arith.main()
 
 
 def test_the_pilot_configuration_starts_to_learn_within_seconds(tmp_path):
     importlib.import_module("test_arith_data").make("generate_pilot_dataset.py", tmp_path / "data")
-    line = [*command(1, "train_arith.py"), "--config", str(ROOT / "configs/pilot.yaml"), "--output-dir", "runs/pilot"]
-    line += ["--set", "training.num_iterations=12", "--set", "training.optimizer.warmup_steps=4", "--seed", "42"]
-    line += ["--device", "cuda", "--results_file", str(tmp_path / "results.csv"), "--set", "data.test_path="]
+    line = [
+        *command(1, "train_arith.py"),
+        "--config",
+        str(ROOT / "configs/pilot.yaml"),
+        "--output-dir",
+        "runs/pilot",
+    ]
+    line += [
+        "--set",
+        "training.num_iterations=12",
+        "--set",
+        "training.optimizer.warmup_steps=4",
+        "--seed",
+        "42",
+    ]
+    line += [
+        "--device",
+        "cuda",
+        "--results_file",
+        str(tmp_path / "results.csv"),
+        "--set",
+        "data.test_path=",
+    ]
     t0 = time.process_time()
     done = subprocess.run(
-        line, cwd=tmp_path, env=environment(CUDA_VISIBLE_DEVICES=""), capture_output=True, text=True, timeout=200
+        line,
+        cwd=tmp_path,
+        env=environment(CUDA_VISIBLE_DEVICES=""),
+        capture_output=True,
+        text=True,
+        timeout=200,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("CUDA not available, using CPU\n") and "parameters: 664,192" in done.stdout
+    assert (
+        done.stdout.startswith("CUDA not available, using CPU\n")
+        and "parameters: 664,192" in done.stdout
+    )
     loss = float(re.search(r"step:12/12 val_loss:([\d.]+)", done.stdout)[1])
     assert loss < 3.2 < math.log(35) and time.process_time() - t0 < 60
-    assert (tmp_path / "runs/pilot/checkpoint_best.pt").exists() and (tmp_path / "runs/pilot.txt").exists()
+    assert (tmp_path / "runs/pilot/checkpoint_best.pt").exists() and (
+        tmp_path / "runs/pilot.txt"
+    ).exists()
 
 
 def test_the_honest_configuration_trains_on_fresh_examples_and_scores_its_three_test_sets(tmp_path):
-    sizes = ["--num-train", "0", "--num-val", "0", "--num-test", "20", "--minimal-pairs", "10", "--held-out", "--dedup"]
+    sizes = [
+        "--num-train",
+        "0",
+        "--num-val",
+        "0",
+        "--num-test",
+        "20",
+        "--minimal-pairs",
+        "10",
+        "--held-out",
+        "--dedup",
+    ]
     generator = importlib.import_module("test_arith_data")
-    generator.make("generate_pilot_dataset.py", tmp_path / "data", "--prefix", "study", "--operators", "+-", *sizes)
-    line = [*command(1, "train_arith.py"), "--config", str(ROOT / "configs/honest.yaml"), "--output-dir", "runs/honest"]
-    line += ["--set", "num_iterations=8", "--set", "val_examples=40", "--results_file", str(tmp_path / "results.csv")]
-    done = subprocess.run(line, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=200)
+    generator.make(
+        "generate_pilot_dataset.py",
+        tmp_path / "data",
+        "--prefix",
+        "study",
+        "--operators",
+        "+-",
+        *sizes,
+    )
+    line = [
+        *command(1, "train_arith.py"),
+        "--config",
+        str(ROOT / "configs/honest.yaml"),
+        "--output-dir",
+        "runs/honest",
+    ]
+    line += [
+        "--set",
+        "num_iterations=8",
+        "--set",
+        "val_examples=40",
+        "--results_file",
+        str(tmp_path / "results.csv"),
+    ]
+    done = subprocess.run(
+        line, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 0, done.stderr
-    assert "parameters: 664,192" in done.stdout and "answer: complement_bare, up to 3 digits" in done.stdout
+    assert (
+        "parameters: 664,192" in done.stdout
+        and "answer: complement_bare, up to 3 digits" in done.stdout
+    )
     sets = json.loads((tmp_path / "runs/honest/evaluation.json").read_text())["sets"]
     assert {Path(name).stem: found["n"] for name, found in sets.items()} == {
         "generate": 40, "study_test_flat": 20, "study_test_paren": 20, "study_test_pairs": 20

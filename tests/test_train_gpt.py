@@ -11,7 +11,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from plain_gpt import PlainGPT
-from support import ONE, ROOT, SHARED, copy_to_plain, knobs, losses, metrics, rows, run_here, write_data
+from support import (
+    ONE,
+    ROOT,
+    SHARED,
+    copy_to_plain,
+    knobs,
+    losses,
+    metrics,
+    rows,
+    run_here,
+    write_data,
+)
 
 import train_gpt
 from plumbing import Pulse, TokenShards, UserError, World, write_shard
@@ -22,7 +33,9 @@ CPU = torch.device("cpu")
 
 def loss(model: GPT, tokens_BT: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy by autograd through all logits."""
-    return F.cross_entropy(model.logits(tokens_BT[:, :-1]).flatten(0, 1), tokens_BT[:, 1:].flatten())
+    return F.cross_entropy(
+        model.logits(tokens_BT[:, :-1]).flatten(0, 1), tokens_BT[:, 1:].flatten()
+    )
 
 
 def fresh(seed: int = 1, **values) -> GPT:
@@ -44,7 +57,12 @@ def lively(model: torch.nn.Module) -> torch.nn.Module:
 
 @pytest.mark.parametrize(
     ("gate", "count"),
-    [("none", 123_568_128), ("headwise", 123_623_424), ("elementwise", 130_646_016), ("const", 123_577_344)],
+    [
+        ("none", 123_568_128),
+        ("headwise", 123_623_424),
+        ("elementwise", 130_646_016),
+        ("const", 123_577_344),
+    ],
 )
 @pytest.mark.parametrize("opt", ["muon", "adam"])
 def test_parameter_counts_at_the_default_size_are_exact(gate, count, opt):
@@ -80,13 +98,18 @@ def test_a_seed_gives_the_same_weights_to_everything_but_the_gate(gate, opt):
     C = plain.k.n_embd
     theirs = dict(gated.named_parameters())
     for name, p in plain.named_parameters():
-        assert torch.equal(p, theirs[name][: 3 * C] if name.endswith("qkvg") else theirs[name]), name
+        assert torch.equal(p, theirs[name][: 3 * C] if name.endswith("qkvg") else theirs[name]), (
+            name
+        )
     other = dict(fresh(seed=2).named_parameters())
     assert not torch.equal(plain.wte, other["wte"])
 
 
 def test_a_gate_starts_alike_whichever_optimizer_trains_it():
-    stacked, own = (dict(fresh(attngate="elementwise", gateopt=o).named_parameters()) for o in train_gpt.OPTIMIZERS)
+    stacked, own = (
+        dict(fresh(attngate="elementwise", gateopt=o).named_parameters())
+        for o in train_gpt.OPTIMIZERS
+    )
     for i in range(2):
         assert torch.equal(stacked[f"blocks.{i}.attn.qkvg"][96:], own[f"blocks.{i}.attn.gate"])
 
@@ -120,7 +143,10 @@ def test_model_and_gates_match_the_formulas_written_out(gate, position, activati
         assert torch.allclose(ours.wte.grad, plain.wte.grad, atol=1e-6, rtol=1e-3)
         if gate != "none":
             grad = qkvg[96:] if ours.k.gate_stacked else ours.blocks[0].attn.gate.grad
-            assert torch.allclose(grad, plain.blocks[0].gate.grad, atol=1e-6, rtol=1e-3) and grad.abs().max() > 1e-6
+            assert (
+                torch.allclose(grad, plain.blocks[0].gate.grad, atol=1e-6, rtol=1e-3)
+                and grad.abs().max() > 1e-6
+            )
 
 
 @pytest.mark.parametrize("position", train_gpt.POSITIONS)
@@ -132,10 +158,14 @@ def test_the_model_is_causal(position):
         y = x.clone()
         y[0, t] = (y[0, t] + 1) % 64
         after = model.logits(y)
-        assert torch.equal(before[:, :t], after[:, :t]) and not torch.equal(before[:, t], after[:, t])
+        assert torch.equal(before[:, :t], after[:, :t]) and not torch.equal(
+            before[:, t], after[:, t]
+        )
 
 
-@pytest.mark.parametrize(("gate", "position"), [("none", "sdpa"), ("headwise", "key"), ("elementwise", "value")])
+@pytest.mark.parametrize(
+    ("gate", "position"), [("none", "sdpa"), ("headwise", "key"), ("elementwise", "value")]
+)
 def test_generation_with_a_cache_equals_the_whole_forward(gate, position):
     model = lively(fresh(attngate=gate, gatepos=position))
     x = torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(3))
@@ -160,7 +190,9 @@ def test_the_chunked_head_gives_autograds_loss_and_gradients(monkeypatch, rows, 
     step = MicroStep(model, model.k, ONE, dtype=torch.float32)
     found = step.backward(x[:, :-1], x[:, 1:], 0.25)
     assert found.dtype == torch.float32 and torch.allclose(found, loss(model, x), rtol=1e-6)
-    assert torch.allclose(step.loss_sum(x[:, :-1], x[:, 1:]), 80 * loss(model, x).double(), rtol=1e-6)
+    assert torch.allclose(
+        step.loss_sum(x[:, :-1], x[:, 1:]), 80 * loss(model, x).double(), rtol=1e-6
+    )
     for name, p in model.named_parameters():
         assert torch.allclose(p.grad - 1, theirs[name], atol=2e-6, rtol=1e-4), name
 
@@ -217,9 +249,18 @@ def backward(model: GPT, seed: int = 0) -> None:
 def test_muon_agrees_with_torch_optim_muon(gate):
     model, adam, muon = small_optimizers(attngate=gate)
     names = [(n, i) for n, p in muon.params.items() for i in range(len(matrices(n, p, model.k)))]
-    twins = [torch.nn.Parameter(matrices(n, muon.params[n], model.k)[i].detach().clone()) for n, i in names]
+    twins = [
+        torch.nn.Parameter(matrices(n, muon.params[n], model.k)[i].detach().clone())
+        for n, i in names
+    ]
     oracle = torch.optim.Muon(
-        twins, lr=5 * 0.01, weight_decay=0.0, momentum=0.95, nesterov=True, ns_steps=5, adjust_lr_fn="match_rms_adamw"
+        twins,
+        lr=5 * 0.01,
+        weight_decay=0.0,
+        momentum=0.95,
+        nesterov=True,
+        ns_steps=5,
+        adjust_lr_fn="match_rms_adamw",
     )
     before = [t.detach().clone() for t in twins]
     for step in range(3):
@@ -239,7 +280,9 @@ def test_adamw_equals_torch_optim_adamw():
     model, adam, _ = small_optimizers(attngate="elementwise", gateopt="adam")
     twins = {n: torch.nn.Parameter(p.detach().clone()) for n, p in adam.params.items()}
     assert set(twins) == {"wte", "blocks.0.attn.gate", "blocks.1.attn.gate"}
-    oracle = torch.optim.AdamW(twins.values(), lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    oracle = torch.optim.AdamW(
+        twins.values(), lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0
+    )
     for step in range(3):
         adam.grads.zero_()
         backward(model, step)
@@ -276,7 +319,9 @@ def test_no_weight_moves_from_the_first_step_on_that_is_not_finite(monkeypatch, 
 
     init = train_gpt.MicroStep.__init__
     monkeypatch.setattr(
-        train_gpt.MicroStep, "__init__", lambda s, m, *rest: (seen.update(model=m), init(s, m, *rest))[1]
+        train_gpt.MicroStep,
+        "__init__",
+        lambda s, m, *rest: (seen.update(model=m), init(s, m, *rest))[1],
     )
     monkeypatch.setattr(Pulse, "send", bad_loss)
     monkeypatch.setattr(train_gpt.Run, "close", watched)
@@ -295,13 +340,19 @@ def test_muon_work_is_shared_out_evenly_at_full_size():
         loads[muon.places[name][0]] += sum(4 * m * m * n + 2 * m**3 for m, n in shapes)
     assert loads.max() / loads.mean() < 1.02
     spans = sorted((*muon.places[n], p.numel()) for n, p in muon.params.items())
-    assert all(a[0] != b[0] or a[1] + a[2] <= b[1] for a, b in itertools.pairwise(spans)), "no two share a place"
+    assert all(a[0] != b[0] or a[1] + a[2] <= b[1] for a, b in itertools.pairwise(spans)), (
+        "no two share a place"
+    )
 
 
-@pytest.mark.parametrize(("gate", "opt"), [("none", "muon"), ("elementwise", "muon"), ("headwise", "adam")])
+@pytest.mark.parametrize(
+    ("gate", "opt"), [("none", "muon"), ("elementwise", "muon"), ("headwise", "adam")]
+)
 def test_twenty_steps_follow_the_plain_implementation(monkeypatch, tmp_path, gate, opt):
     """All levers at once (stacked QKV, chunked loss, batched gram Newton-Schulz, prefetch) against none of them."""
-    values = dict(num_iterations=20, warmup_iters=0, warmdown_iters=0, val_every=0, attngate=gate, gateopt=opt)
+    values = dict(
+        num_iterations=20, warmup_iters=0, warmdown_iters=0, val_every=0, attngate=gate, gateopt=opt
+    )
     run_here(monkeypatch, tmp_path, run_id="a", data_order="stream", **values)
     ours = [float(t) for t, _ in losses(tmp_path, "a")]
     k = knobs(**values)
@@ -396,7 +447,9 @@ class RecordLoader:
 
 def test_record_order_is_what_the_records_loader_reads_with_8_ranks(tmp_path):
     B, T = 2, 16
-    lengths = [n + 8 * B * T * 5 for n in (1, 100, 130, 255, 31)]  # from "just fits" to "ranks part company"
+    lengths = [
+        n + 8 * B * T * 5 for n in (1, 100, 130, 255, 31)
+    ]  # from "just fits" to "ranks part company"
     for i, n in enumerate(lengths):
         write_shard(tmp_path / f"s_{i}.bin", np.arange(n, dtype=np.uint16) + 5000 * i)
     shards = TokenShards(str(tmp_path / "s_*.bin"))
@@ -419,7 +472,11 @@ def test_record_order_is_what_the_records_loader_reads_with_8_ranks(tmp_path):
 
 def test_in_record_order_ranks_6_and_7_leave_a_full_shard_one_batch_early():
     shards = object.__new__(TokenShards)
-    shards.paths, shards.lengths, shards.starts = ["a", "b"], [100_000_000] * 2, [0, 100_000_000, 200_000_000]
+    shards.paths, shards.lengths, shards.starts = (
+        ["a", "b"],
+        [100_000_000] * 2,
+        [0, 100_000_000, 200_000_000],
+    )
     batches = Batches(shards, Knobs(), ONE)
     assert batches.counts[:, 1].tolist() == [190] * 6 + [189] * 2
     assert batches.steps == 2 * 189 + 1
@@ -431,7 +488,10 @@ def test_in_record_order_ranks_6_and_7_leave_a_full_shard_one_batch_early():
 def test_any_number_of_ranks_reads_the_same_stream(tmp_path, order, data_seed, size):
     write_data(tmp_path, train=(1500, 1400))
     shards, k = TokenShards(str(tmp_path / "t_*.bin")), knobs(data_order=order, data_seed=data_seed)
-    whole, parts = Batches(shards, k, ONE), [Batches(shards, k, World(r, size, CPU)) for r in range(size)]
+    whole, parts = (
+        Batches(shards, k, ONE),
+        [Batches(shards, k, World(r, size, CPU)) for r in range(size)],
+    )
     for step in range(2 * whole.steps):
         for i in range(2):
             assert torch.equal(whole.make(step)[i], torch.cat([p.make(step)[i] for p in parts]))
@@ -443,25 +503,40 @@ def test_stream_order_repeats_nothing_and_skips_nothing_but_the_tail(tmp_path):
     shards = TokenShards(str(tmp_path / "s_*.bin"))
     batches = Batches(shards, knobs(data_order="stream"), ONE)
     seen = np.concatenate([batches.make(s)[0].flatten() for s in range(batches.steps)])
-    assert batches.steps == 2110 // 256 and np.array_equal(seen, shards.read(0, batches.steps * 256))
-    assert torch.equal(batches.make(0)[1], batches.make(0)[0].flatten().roll(-1).view(16, 16)) is False
+    assert batches.steps == 2110 // 256 and np.array_equal(
+        seen, shards.read(0, batches.steps * 256)
+    )
+    assert (
+        torch.equal(batches.make(0)[1], batches.make(0)[0].flatten().roll(-1).view(16, 16)) is False
+    )
     assert np.array_equal(batches.make(2)[1].flatten(), shards.read(2 * 256 + 1, 256))
 
 
 def test_data_seed_moves_the_data_and_not_the_weights(monkeypatch, tmp_path):
     write_data(tmp_path)
     shards = TokenShards(str(tmp_path / "t_*.bin"))
-    plain, a, b = (Batches(shards, knobs(data_order="stream", data_seed=s), ONE) for s in (None, 1, 2))
+    plain, a, b = (
+        Batches(shards, knobs(data_order="stream", data_seed=s), ONE) for s in (None, 1, 2)
+    )
     key = lambda batches, steps: [batches.starts(s)[0] for s in steps]
     one = range(plain.steps)
-    assert sorted(key(a, one)) == key(plain, one) and len({*map(tuple, (key(x, one) for x in (plain, a, b)))}) == 3
-    assert key(a, one) != key(a, range(plain.steps, 2 * plain.steps)), "another epoch, another order"
-    assert dataclasses.replace(knobs(), seed=5).data_seed is None, "off by default, whatever the seed"
+    assert (
+        sorted(key(a, one)) == key(plain, one)
+        and len({*map(tuple, (key(x, one) for x in (plain, a, b)))}) == 3
+    )
+    assert key(a, one) != key(a, range(plain.steps, 2 * plain.steps)), (
+        "another epoch, another order"
+    )
+    assert dataclasses.replace(knobs(), seed=5).data_seed is None, (
+        "off by default, whatever the seed"
+    )
 
 
 def test_running_out_of_data_is_refused_with_the_number_of_steps_it_can_feed(monkeypatch, tmp_path):
     long = dict(num_iterations=40, warmup_iters=0, warmdown_iters=0, val_every=0)
-    with pytest.raises(UserError, match=r"9,000 tokens feed 33 steps, NUM_ITERATIONS=40; .*EPOCHS_OK=1"):
+    with pytest.raises(
+        UserError, match=r"9,000 tokens feed 33 steps, NUM_ITERATIONS=40; .*EPOCHS_OK=1"
+    ):
         run_here(monkeypatch, tmp_path, **long)
     assert not (tmp_path / "results.csv").exists()
     assert run_here(monkeypatch, tmp_path, **long, epochs_ok=1)[0] == 0
@@ -470,7 +545,9 @@ def test_running_out_of_data_is_refused_with_the_number_of_steps_it_can_feed(mon
 
 def test_a_shard_too_small_for_record_order_is_refused(monkeypatch, tmp_path):
     write_data(tmp_path, train=(5000, 256))
-    with pytest.raises(UserError, match=r"t_000002.bin: 256 tokens, a batch in record order takes 257; .*stream"):
+    with pytest.raises(
+        UserError, match=r"t_000002.bin: 256 tokens, a batch in record order takes 257; .*stream"
+    ):
         run_here(monkeypatch, tmp_path)
 
 
@@ -489,12 +566,20 @@ def test_the_micro_batch_changes_rounding_only(monkeypatch, tmp_path, micro):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        (dict(device_batch_size=3), "DEVICE_BATCH_SIZE=3 does not divide a rank's 16 of BATCH_SIZE=16"),
+        (
+            dict(device_batch_size=3),
+            "DEVICE_BATCH_SIZE=3 does not divide a rank's 16 of BATCH_SIZE=16",
+        ),
         (dict(val_tokens=1008), "1,000 tokens, VAL_TOKENS=1,008 needs one more"),
-        (dict(vocab_size=200, input_bin="embedded", input_val_bin="embedded"), "VOCAB_SIZE=200 must be at least 256"),
+        (
+            dict(vocab_size=200, input_bin="embedded", input_val_bin="embedded"),
+            "VOCAB_SIZE=200 must be at least 256",
+        ),
     ],
 )
-def test_sizes_that_do_not_fit_the_data_or_the_ranks_are_refused(monkeypatch, tmp_path, values, words):
+def test_sizes_that_do_not_fit_the_data_or_the_ranks_are_refused(
+    monkeypatch, tmp_path, values, words
+):
     with pytest.raises(UserError, match=words):
         run_here(monkeypatch, tmp_path, **values)
 
@@ -508,7 +593,10 @@ def test_validation_does_not_depend_on_the_micro_batch(tmp_path):
     write_data(tmp_path)
     model, val = lively(fresh()), TokenShards(str(tmp_path / "v_*.bin"))
     k = knobs(val_tokens=16 * 37)
-    found = [train_gpt.evaluate(MicroStep(model, k, ONE), val, micro, k, ONE) for micro in (1, 4, 16, 37, 64)]
+    found = [
+        train_gpt.evaluate(MicroStep(model, k, ONE), val, micro, k, ONE)
+        for micro in (1, 4, 16, 37, 64)
+    ]
     assert max(found) - min(found) < 1e-4 * found[0]
     x = torch.from_numpy(val.read(0, 16 * 37 + 1).astype(np.int64))
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
@@ -518,26 +606,35 @@ def test_validation_does_not_depend_on_the_micro_batch(tmp_path):
 
 def test_dry_run_shows_sizes_and_trains_nothing(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(
-        "sys.argv", ["train_gpt.py", "--dry_run", "--attngate", "elementwise", "--input_bin", "none_*.bin"]
+        "sys.argv",
+        ["train_gpt.py", "--dry_run", "--attngate", "elementwise", "--input_bin", "none_*.bin"],
     )
     assert train_gpt.main() == 0
     out = capsys.readouterr().out
     assert (
-        "parameters:      130,646,016" in out and "tokens per step: 524,288" in out and "no token shards match" in out
+        "parameters:      130,646,016" in out
+        and "tokens per step: 524,288" in out
+        and "no token shards match" in out
     )
     assert '"attngate": "elementwise"' in out
 
 
 def test_target_loss_is_logged_once_with_step_and_time(monkeypatch, tmp_path):
     code, out = run_here(monkeypatch, tmp_path, target_loss=3.5, num_iterations=30, val_every=3)
-    assert code == 0 and out.count("target_loss:3.5 reached_step=") == 1 and "step:30/30 val_loss" in out
+    assert (
+        code == 0
+        and out.count("target_loss:3.5 reached_step=") == 1
+        and "step:30/30 val_loss" in out
+    )
     assert "reached_step=" in rows(tmp_path)[0]["notes"]
 
 
 # ---------------------------------------------------------------- on real tokens, and on a GPU
 
 
-@pytest.mark.skipif(not (SHARED / "data/fineweb_like").exists(), reason="needs ../shared/data/fineweb_like")
+@pytest.mark.skipif(
+    not (SHARED / "data/fineweb_like").exists(), reason="needs ../shared/data/fineweb_like"
+)
 def test_real_gpt2_tokens_fit_the_default_vocabulary_and_feed_the_record_order():
     shards = TokenShards(str(SHARED / "data/fineweb_like/fineweb_train_*.bin"))
     shards.check_ids(50304, ONE)
@@ -565,7 +662,9 @@ def functions(path):
 def test_the_trainer_can_be_read_in_one_sitting():
     found = functions(ROOT / "train_gpt.py")
     lines = {name: n.end_lineno - n.lineno + 1 for name, n in found.items()}
-    assert lines["train"] <= 60 and max(lines.values()) <= 60, max(lines.items(), key=lambda kv: kv[1])
+    assert lines["train"] <= 60 and max(lines.values()) <= 60, max(
+        lines.items(), key=lambda kv: kv[1]
+    )
     assert len((ROOT / "train_gpt.py").read_text().splitlines()) <= 940
 
 

@@ -15,7 +15,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hamt_support import KILLED, knobs, lively, loop, plain_attention, run, run_here, tokens
-from support import ONE, ROOT, SHARED, command, environment, losses, metrics, newest_state, rows, same_tensors
+from support import (
+    ONE,
+    ROOT,
+    SHARED,
+    command,
+    environment,
+    losses,
+    metrics,
+    newest_state,
+    rows,
+    same_tensors,
+)
 
 import plumbing
 import train_gpu
@@ -94,7 +105,9 @@ def test_a_states_size_does_not_grow_with_the_text():
     for part in tokens(1, 300).split(60, dim=1):
         _, state = model.stream(part, state)
         sizes.add(train_gpu.state_bytes(state))
-    per_layer = 2 * 5 * (24 // 2) + 3 * (2 * 24 + 2 * 2 * 5)  # H * S * E numbers of memory, 3 tokens of convolution
+    per_layer = 2 * 5 * (24 // 2) + 3 * (
+        2 * 24 + 2 * 2 * 5
+    )  # H * S * E numbers of memory, 3 tokens of convolution
     assert sizes == {2 * 8 * per_layer}
 
 
@@ -106,7 +119,9 @@ def test_nothing_before_a_changed_token_moves(name):
         y = x.clone()
         y[0, t] = (y[0, t] + 1) % 256
         after = model.logits(y)
-        assert torch.equal(before[:, :t], after[:, :t]) and not torch.equal(before[:, t], after[:, t])
+        assert torch.equal(before[:, :t], after[:, :t]) and not torch.equal(
+            before[:, t], after[:, t]
+        )
 
 
 @pytest.mark.parametrize("name", ["phasor", "delta", "hybrid", "bipolar"])
@@ -121,13 +136,18 @@ def test_nothing_before_a_changed_token_moves_in_the_streaming_form(name):
             logits, state = model.stream(part, state)
             parts.append(logits)
         outs.append(torch.cat(parts, 1))
-    assert torch.equal(outs[0][:, :14], outs[1][:, :14]) and not torch.equal(outs[0][:, 14:], outs[1][:, 14:])
+    assert torch.equal(outs[0][:, :14], outs[1][:, :14]) and not torch.equal(
+        outs[0][:, 14:], outs[1][:, 14:]
+    )
 
 
 def test_binding_is_circular_convolution():
     rng = torch.Generator().manual_seed(0)
     n = 12
-    key, item = torch.rand(n, generator=rng).double() * 6, torch.randn(2 * n, generator=rng).double()
+    key, item = (
+        torch.rand(n, generator=rng).double() * 6,
+        torch.randn(2 * n, generator=rng).double(),
+    )
     spectrum = torch.exp(1j * key)
     a, b = torch.fft.ifft(spectrum), torch.fft.ifft(torch.complex(item[:n], item[n:]))
     direct = torch.stack([sum(a[i] * b[(t - i) % n] for i in range(n)) for t in range(n)])
@@ -142,7 +162,9 @@ def test_the_conjugate_key_undoes_a_key_exactly(binding):
     at = torch.arange(7)
     key = mixer.key(phase, at + 100, at, read=False)
     item = torch.randn(7, 2, 12, dtype=torch.float64)
-    assert torch.allclose(train_gpu.turn(train_gpu.turn(item, key), train_gpu.conj(key)), item, atol=1e-6)
+    assert torch.allclose(
+        train_gpu.turn(train_gpu.turn(item, key), train_gpu.conj(key)), item, atol=1e-6
+    )
     assert (train_gpu.turn(item, key) - item).abs().max() > 0.5
     # a fixed key belongs to its position: head h reads with the one of h + 1 tokens before
     if binding != "phasor":
@@ -161,12 +183,16 @@ def test_an_item_stored_alone_is_read_back_unharmed_at_any_distance():
     phase, address = torch.randn(12, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
     address[2] = 1
     same = lambda t: t.expand(1, 20, 1, -1)
-    parts = dict(item=item, key=same(phase), query=same(phase), write=same(address), read=same(address))
+    parts = dict(
+        item=item, key=same(phase), query=same(phase), write=same(address), read=same(address)
+    )
     mixer.k = dataclasses.replace(mixer.k, chunk_length=4)
     r, _, _ = mixer.recall(parts, mixer.empty_state(1)[0], torch.zeros((), dtype=torch.long))
     for t in range(20):
         turned = train_gpu.turn(item[0, 3, 0], train_gpu.phasor(mixer.omega * (3 - t)))
-        assert torch.allclose(r[0, t, 0], turned if t >= 3 else torch.zeros_like(turned), atol=1e-10)
+        assert torch.allclose(
+            r[0, t, 0], turned if t >= 3 else torch.zeros_like(turned), atol=1e-10
+        )
 
 
 def test_the_strongest_decay_over_the_longest_chunk_stays_finite_and_exact():
@@ -177,7 +203,9 @@ def test_the_strongest_decay_over_the_longest_chunk_stays_finite_and_exact():
     exact = model.logits(x)
     found = model.float().logits(x)
     assert found.isfinite().all()
-    assert (found - exact).abs().max() < 1e-2  # sums of decay reach 128, where fp32 has steps of 1e-5
+    assert (
+        found - exact
+    ).abs().max() < 1e-2  # sums of decay reach 128, where fp32 has steps of 1e-5
     found.sum().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
     factors = train_gpu.decay_factors(torch.full((128, 3), -train_gpu.MAX_DECAY))
@@ -200,7 +228,9 @@ def test_without_its_memory_the_model_sees_one_token():
 
 @pytest.mark.parametrize("window", [None, 6])
 def test_attention_is_the_formula_written_out(window):
-    values = dict(mixer="attention") if window is None else dict(window_every=1, attention_window=window)
+    values = (
+        dict(mixer="attention") if window is None else dict(window_every=1, attention_window=window)
+    )
     mixer, x = lively(**values).blocks[0].mixer, vectors()
     found = mixer(x, mixer.empty_state(2), torch.zeros((), dtype=torch.long))[0]
     assert (found - plain_attention(mixer, x)).abs().max() < 1e-6
@@ -218,7 +248,11 @@ def count(**values) -> int:
 def test_a_preset_has_the_size_it_names_and_so_has_its_transformer(preset):
     named = 1e6 * float(preset.rstrip("m"))
     ours, theirs = count(**PRESETS[preset]), count(**PRESETS[preset], mixer="attention")
-    assert abs(ours / named - 1) < 0.03 and abs(theirs / named - 1) < 0.03 and abs(theirs / ours - 1) < 0.03
+    assert (
+        abs(ours / named - 1) < 0.03
+        and abs(theirs / named - 1) < 0.03
+        and abs(theirs / ours - 1) < 0.03
+    )
 
 
 SEED = (
@@ -239,14 +273,25 @@ def test_the_seeds_command_and_every_original_flag_are_accepted_without_a_gpu(tm
         env=environment(CUDA_VISIBLE_DEVICES=""), cwd=tmp_path, capture_output=True, text=True, timeout=100,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert re.search(r"^parameters: +73,106,944$", done.stdout, re.M) and "tokens per step: 131,072" in done.stdout
+    assert (
+        re.search(r"^parameters: +73,106,944$", done.stdout, re.M)
+        and "tokens per step: 131,072" in done.stdout
+    )
     assert "wikitext-103-raw-v1 is not there yet" in done.stdout and not list(tmp_path.iterdir())
 
 
 def test_flags_do_what_they_say(monkeypatch):
     k = plumbing.read_knobs(Knobs, PRESETS, [*SEED, *REST], {})
-    assert (k.compile, k.run_id, k.save_every, k.use_wandb, k.gradient_checkpointing) == (True, "hamt-100m", 1000, 1, 1)
-    assert k.logs_folder == "outputs/hamt_100m" and k.learning_rate == 3e-4 and k.vocabulary == 50304
+    assert (k.compile, k.run_id, k.save_every, k.use_wandb, k.gradient_checkpointing) == (
+        True,
+        "hamt-100m",
+        1000,
+        1,
+        1,
+    )
+    assert (
+        k.logs_folder == "outputs/hamt_100m" and k.learning_rate == 3e-4 and k.vocabulary == 50304
+    )
     off = "--no_use_gating --no-decay --no-conv --no-use-scheduler --no-save-epochs --lr 1 --sequence_length 9".split()
     k = plumbing.read_knobs(Knobs, PRESETS, [*off, "--max_steps", "7"], {})
     assert not any((k.use_gating, k.decay, k.conv, k.use_scheduler, k.save_epochs))
@@ -256,7 +301,11 @@ def test_flags_do_what_they_say(monkeypatch):
 def test_no_knob_is_a_prefix_of_torchruns_flags():
     from torch.distributed.run import get_args_parser
 
-    theirs = [o.lstrip("-").replace("-", "_") for a in get_args_parser()._actions for o in a.option_strings]
+    theirs = [
+        o.lstrip("-").replace("-", "_")
+        for a in get_args_parser()._actions
+        for o in a.option_strings
+    ]
     ours = [s for f in dataclasses.fields(Knobs) for s in (f.name, *f.metadata["alias"])]
     assert [(a, b) for a in ours for b in theirs if len(b) > 1 and b.startswith(a)] == []
 
@@ -264,7 +313,12 @@ def test_no_knob_is_a_prefix_of_torchruns_flags():
 def test_plan_of_a_run_with_data_names_steps_and_epochs(monkeypatch, tmp_path):
     code, out = run_here(monkeypatch, tmp_path, dry_run=1, num_iterations="auto", num_epochs=2)
     steps = int(re.search(r"training tokens: ([\d,]+) in (\d+) steps", out)[2])
-    assert code == 0 and "epochs:          2.00" in out and steps > 10 and "wikitext" not in out.split("}")[1]
+    assert (
+        code == 0
+        and "epochs:          2.00" in out
+        and steps > 10
+        and "wikitext" not in out.split("}")[1]
+    )
 
 
 # ---------------------------------------------------------------- loss, gradients, optimizer
@@ -346,7 +400,9 @@ def test_the_auxiliary_loss_is_blind_to_scale_and_falls_with_recall():
     phase = torch.randn(1, 16, 1, 12, dtype=torch.float64)
     state = torch.stack([torch.zeros(1, 1, 5, 24).double(), mixer.empty_state(1)[0]], 2)
     parts = dict(item=item, key=phase, query=phase, write=one, read=one)
-    _, state, _ = mixer.recall({n: p[:, :8] for n, p in parts.items()}, mixer.empty_state(1)[0], zero)
+    _, state, _ = mixer.recall(
+        {n: p[:, :8] for n, p in parts.items()}, mixer.empty_state(1)[0], zero
+    )
     before = torch.stack([torch.zeros_like(state), state], dim=2)
     for seed in range(30):
         torch.manual_seed(seed)
@@ -358,9 +414,19 @@ def test_the_auxiliary_loss_is_blind_to_scale_and_falls_with_recall():
 
 def test_the_auxiliary_loss_is_never_in_a_reported_loss_but_trains(monkeypatch, tmp_path):
     for name, on in (("with", 1), ("without", 0)):
-        run_here(monkeypatch, tmp_path, run_id=name, use_auxiliary_loss=on, aux_loss_weight=5.0, num_iterations=2)
+        run_here(
+            monkeypatch,
+            tmp_path,
+            run_id=name,
+            use_auxiliary_loss=on,
+            aux_loss_weight=5.0,
+            num_iterations=2,
+        )
     first = [metrics(tmp_path, name) for name in ("with", "without")]
-    assert first[0][1]["train_loss"] == first[1][1]["train_loss"] and first[0][0]["val_loss"] == first[1][0]["val_loss"]
+    assert (
+        first[0][1]["train_loss"] == first[1][1]["train_loss"]
+        and first[0][0]["val_loss"] == first[1][0]["val_loss"]
+    )
     assert first[0][2]["train_loss"] != first[1][2]["train_loss"]
     assert 0.1 < float(first[0][1]["aux_loss"]) < 2 and first[1][1]["aux_loss"] == ""
 
@@ -368,7 +434,11 @@ def test_the_auxiliary_loss_is_never_in_a_reported_loss_but_trains(monkeypatch, 
 def flat(nested) -> list[torch.Tensor]:
     """The tensors and numbers of nested dicts and lists."""
     if isinstance(nested, dict | list):
-        return [t for part in (nested.values() if isinstance(nested, dict) else nested) for t in flat(part)]
+        return [
+            t
+            for part in (nested.values() if isinstance(nested, dict) else nested)
+            for t in flat(part)
+        ]
     return [nested]
 
 
@@ -384,7 +454,9 @@ def small_adam(**values) -> tuple[Model, AdamW]:
 def test_adamw_is_torchs_with_decay_of_matrices_only_and_clipping():
     model, adam = small_adam(weight_decay=0.1, grad_clip=0.5)
     plain = lively(double=False)
-    decayed = {n for n, p in plain.named_parameters() if p.dim() == 2 and not n.endswith(("taps", "decay"))}
+    decayed = {
+        n for n, p in plain.named_parameters() if p.dim() == 2 and not n.endswith(("taps", "decay"))
+    }
     assert any(n.endswith("wte") for n in decayed) and not any("norm" in n for n in decayed)
     params = dict(plain.named_parameters())
     groups = [
@@ -395,12 +467,16 @@ def test_adamw_is_torchs_with_decay_of_matrices_only_and_clipping():
     for step, scale in enumerate((1.0, 256.0, 1.0, 64.0)):
         adam.grads.zero_()
         for name, p in model.named_parameters():
-            g = torch.randn(p.shape, generator=torch.Generator().manual_seed(step)) * (0.02 if step == 2 else 1.0)
+            g = torch.randn(p.shape, generator=torch.Generator().manual_seed(step)) * (
+                0.02 if step == 2 else 1.0
+            )
             p.grad.copy_(g * scale)
             params[name].grad = g
         norms = adam.reduce(torch.tensor(scale))
         norm = norms.square().sum().sqrt()
-        assert torch.allclose(norm, torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5), rtol=1e-4)
+        assert torch.allclose(
+            norm, torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5), rtol=1e-4
+        )
         adam.step(0.01, norm, torch.tensor(scale), torch.tensor(True))
         theirs.step()
     for name, p in model.named_parameters():
@@ -456,11 +532,22 @@ def test_an_epoch_uses_every_sequence_once_in_an_order_of_its_own(tmp_path):
     k = knobs(max_seq_length=10, batch_size=9)
     batches = Batches(stream(tmp_path), k, ONE)
     assert batches.sequences == 99 and batches.epoch_steps == 11
-    epochs = [[s for step in range(e * 11, e * 11 + 11) for s in batches.starts(step)] for e in (0, 1)]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(0, 990, 10)) and epochs[0] != epochs[1]
+    epochs = [
+        [s for step in range(e * 11, e * 11 + 11) for s in batches.starts(step)] for e in (0, 1)
+    ]
+    assert (
+        sorted(epochs[0]) == sorted(epochs[1]) == list(range(0, 990, 10)) and epochs[0] != epochs[1]
+    )
     x, y = batches.make(3)
-    assert x.shape == (9, 10) and torch.equal(x[:, 1:], y[:, :-1]) and int(x[0, 0]) == batches.starts(3)[0] % 256
-    assert Batches(stream(tmp_path), dataclasses.replace(k, max_train_samples=18), ONE).epoch_steps == 2
+    assert (
+        x.shape == (9, 10)
+        and torch.equal(x[:, 1:], y[:, :-1])
+        and int(x[0, 0]) == batches.starts(3)[0] % 256
+    )
+    assert (
+        Batches(stream(tmp_path), dataclasses.replace(k, max_train_samples=18), ONE).epoch_steps
+        == 2
+    )
 
 
 @pytest.mark.parametrize("carry", [False, True])
@@ -468,12 +555,17 @@ def test_any_number_of_ranks_reads_the_same_sequences(tmp_path, carry):
     k = knobs(max_seq_length=10, batch_size=12, carry_state=carry)
     one = Batches(stream(tmp_path), k, ONE)
     for step in (0, 5, 13):
-        parts = [Batches(stream(tmp_path), k, World(r, 3, torch.device("cpu"))).starts(step) for r in range(3)]
+        parts = [
+            Batches(stream(tmp_path), k, World(r, 3, torch.device("cpu"))).starts(step)
+            for r in range(3)
+        ]
         assert [s for part in parts for s in part] == one.starts(step)
 
 
 def test_with_a_carried_state_each_row_goes_on_where_it_stopped(tmp_path):
-    batches = Batches(stream(tmp_path), knobs(max_seq_length=10, batch_size=4, carry_state=True), ONE)
+    batches = Batches(
+        stream(tmp_path), knobs(max_seq_length=10, batch_size=4, carry_state=True), ONE
+    )
     assert batches.epoch_steps == 24
     for step in range(23):
         assert [a + 10 for a in batches.starts(step)] == batches.starts(step + 1)
@@ -484,7 +576,9 @@ def test_a_text_is_split_by_paragraph_and_nothing_is_lost(tmp_path):
     text = hamt.write_text(tmp_path).read_text()
     parts = train_gpu.by_paragraph([text])
     sizes = {name: part.count(".") for name, part in parts.items()}
-    assert sum(sizes.values()) == text.count(".") and 5 < sizes["val"] < 60 and 5 < sizes["test"] < 60
+    assert (
+        sum(sizes.values()) == text.count(".") and 5 < sizes["val"] < 60 and 5 < sizes["test"] < 60
+    )
     assert not set(parts["val"].split("\n\n")) & set(parts["train"].split("\n\n"))
 
 
@@ -500,14 +594,19 @@ def test_a_folder_of_wikitext_files_keeps_its_splits_and_counts_words_and_bytes(
     made = list((tmp_path / "data").glob("text-*"))
     assert train_gpu.open_text(k)["val"].shards.paths == splits["val"].shards.paths
     (tmp_path / "wiki.test.raw").write_text("changed text\n")
-    assert train_gpu.open_text(k)["test"].bytes == 13 and len(list((tmp_path / "data").glob("text-*"))) == len(made) + 1
+    assert (
+        train_gpu.open_text(k)["test"].bytes == 13
+        and len(list((tmp_path / "data").glob("text-*"))) == len(made) + 1
+    )
 
 
 WIKI = SHARED / "data/wikitext2/wiki.train.raw"
 BPE = SHARED / "data/gpt2_bpe/tiktoken_cache"
 
 
-@pytest.mark.skipif(not (WIKI.exists() and BPE.exists()), reason="needs ../shared/data/wikitext2 and gpt2_bpe")
+@pytest.mark.skipif(
+    not (WIKI.exists() and BPE.exists()), reason="needs ../shared/data/wikitext2 and gpt2_bpe"
+)
 def test_gpt2_tokens_made_in_pieces_are_those_of_the_whole_text(monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(BPE))
     import tiktoken
@@ -525,7 +624,11 @@ def test_windows_score_every_target_once_with_the_context_they_promise():
     assert train_gpu.windows(11, 4, 2) == [(0, 4, 4), (2, 4, 2), (4, 4, 2), (6, 4, 2)]
     assert train_gpu.windows(10, 4, 2) == [(0, 4, 4), (2, 4, 2), (4, 4, 2), (6, 3, 1)]
     for window, stride in ((4, 4), (5, 2), (7, 1), (50, 50)):
-        scored = [start + n - i for start, n, s in train_gpu.windows(23, window, stride) for i in range(s, 0, -1)]
+        scored = [
+            start + n - i
+            for start, n, s in train_gpu.windows(23, window, stride)
+            for i in range(s, 0, -1)
+        ]
         assert scored == list(range(22))
 
 
@@ -539,7 +642,9 @@ def test_perplexities_by_hand(tmp_path):
     model.wte.data.zero_()  # every token has probability 1/256
     found = train_gpu.perplexity(step_of(model), split, 3, ONE, 16, 16)
     assert found.tokens == 100 and math.isclose(found.nats, 100 * math.log(256), rel_tol=1e-6)
-    assert math.isclose(found.ppl, 256, rel_tol=1e-5) and math.isclose(found.loss, math.log(256), rel_tol=1e-6)
+    assert math.isclose(found.ppl, 256, rel_tol=1e-5) and math.isclose(
+        found.loss, math.log(256), rel_tol=1e-6
+    )
     # 101 tokens stand for 20 words and 120 bytes; 100 of them are scored
     assert math.isclose(found.word_ppl, 256 ** (101 / 20), rel_tol=1e-5)
     assert math.isclose(found.bits_per_byte, 8 * 101 / 120, rel_tol=1e-6)
@@ -577,14 +682,24 @@ def test_evaluation_has_no_dropout(tmp_path):
 
 
 def test_a_run_learns_and_its_record_holds_the_conventions(monkeypatch, tmp_path):
-    code, out = run_here(monkeypatch, tmp_path, run_id="a", num_iterations=40, val_every=20, final_test=1)
+    code, out = run_here(
+        monkeypatch, tmp_path, run_id="a", num_iterations=40, val_every=20, final_test=1
+    )
     row, m = rows(tmp_path)[0], metrics(tmp_path, "a")
     assert code == 0 and float(m[40]["val_loss"]) < float(m[0]["val_loss"]) - 1.5
-    assert re.search(r"step:40/40 val_loss:\S+ .* ppl:\S+ bits_per_byte:\S+ window:32 stride:32", out)
     assert re.search(
-        r"test_loss:\S+ nats:\S+ tokens:\d+ ppl:\S+ word_ppl:\S+ bits_per_byte:\S+ window:32 stride:32", out
+        r"step:40/40 val_loss:\S+ .* ppl:\S+ bits_per_byte:\S+ window:32 stride:32", out
     )
-    assert "val_stream_loss" in out and "tokens_per_s:" in out and "memory:" in out and "parameters: " in out
+    assert re.search(
+        r"test_loss:\S+ nats:\S+ tokens:\d+ ppl:\S+ word_ppl:\S+ bits_per_byte:\S+ window:32 stride:32",
+        out,
+    )
+    assert (
+        "val_stream_loss" in out
+        and "tokens_per_s:" in out
+        and "memory:" in out
+        and "parameters: " in out
+    )
     assert list(row) == train_gpu.RESULTS and row["mixer"] == "hamt" and row["status"] == "finished"
     assert float(row["val_ppl"]) == pytest.approx(math.exp(float(row["final_val_loss"])))
     bits = float(row["val_bits_per_byte"]) * math.log(2)
@@ -608,7 +723,9 @@ def test_a_killed_run_resumes_and_ends_bitwise_as_the_straight_one(monkeypatch, 
     assert "resumed step:4" in out
     a, b = newest_state(tmp_path, "straight"), newest_state(tmp_path, "killed")
     assert losses(tmp_path, "straight") == losses(tmp_path, "killed")
-    assert all(same(a[key], b[key]) for key in ("model", "adam", "scale", "rows", "step", "best_loss"))
+    assert all(
+        same(a[key], b[key]) for key in ("model", "adam", "scale", "rows", "step", "best_loss")
+    )
     assert bool(a["rows"]) == bool(extra.get("carry_state"))
 
 
@@ -623,7 +740,10 @@ def two_ranks(tmp_path_factory):
 
 def test_one_and_two_ranks_agree_within_rounding(monkeypatch, two_ranks):
     run_here(monkeypatch, two_ranks, run_id="one", carry_state=1)
-    a, b = (np.array([[float(v) for v in pair if v] for pair in losses(two_ranks, r)[1::4]]) for r in ("one", "two"))
+    a, b = (
+        np.array([[float(v) for v in pair if v] for pair in losses(two_ranks, r)[1::4]])
+        for r in ("one", "two")
+    )
     assert a.shape == b.shape and np.abs(a - b).max() < 1e-4
     one, two = (newest_state(two_ranks, r)["rows"] for r in ("one", "two"))
     for x, y in zip(flat(one), flat(two), strict=True):
@@ -664,10 +784,22 @@ def test_a_carried_state_is_used_and_no_gradient_flows_into_it(monkeypatch, tmp_
 
 
 def test_early_stop_time_budget_and_preemption_leave_their_status(monkeypatch, tmp_path):
-    code, _ = run_here(monkeypatch, tmp_path, run_id="a", early_stop_patience=1, learning_rate=0, val_every=1)
-    assert code == 0 and rows(tmp_path)[-1]["status"] == "early_stop" and rows(tmp_path)[-1]["steps_done"] == "1"
-    code, _ = run_here(monkeypatch, tmp_path, run_id="b", max_seconds=0.4, num_iterations=9999, val_every=0)
-    assert code == 0 and rows(tmp_path)[-1]["status"] == "finished" and int(rows(tmp_path)[-1]["steps_done"]) < 900
+    code, _ = run_here(
+        monkeypatch, tmp_path, run_id="a", early_stop_patience=1, learning_rate=0, val_every=1
+    )
+    assert (
+        code == 0
+        and rows(tmp_path)[-1]["status"] == "early_stop"
+        and rows(tmp_path)[-1]["steps_done"] == "1"
+    )
+    code, _ = run_here(
+        monkeypatch, tmp_path, run_id="b", max_seconds=0.4, num_iterations=9999, val_every=0
+    )
+    assert (
+        code == 0
+        and rows(tmp_path)[-1]["status"] == "finished"
+        and int(rows(tmp_path)[-1]["steps_done"]) < 900
+    )
     send = Pulse.send
 
     def stopped(self, step, values_n, clock):
@@ -702,8 +834,14 @@ def test_a_loss_that_is_not_finite_stops_before_its_update(monkeypatch, tmp_path
     [
         (dict(dataset="wikitext-3"), "DATASET=wikitext-3: neither wikitext-2"),
         (dict(dataset="/no/such/file.txt"), "no text there"),
-        (dict(num_attention_heads=5), "HCM_DIM=32 must be NUM_ATTENTION_HEADS=5 times an even number"),
-        (dict(mixer="attention", num_attention_heads=8, hidden_dim=40), "HIDDEN_DIM=40 must be NUM_ATTENTION_HEADS=8"),
+        (
+            dict(num_attention_heads=5),
+            "HCM_DIM=32 must be NUM_ATTENTION_HEADS=5 times an even number",
+        ),
+        (
+            dict(mixer="attention", num_attention_heads=8, hidden_dim=40),
+            "HIDDEN_DIM=40 must be NUM_ATTENTION_HEADS=8",
+        ),
         (dict(mixer="attention", memory="off"), "MIXER=attention has no memory"),
         (dict(mixer="attention", carry_state=1), "CARRY_STATE"),
         (dict(mixed_precision="fp16"), "fp16 needs a GPU"),
@@ -740,7 +878,9 @@ def test_running_out_of_memory_says_what_to_lower(monkeypatch, tmp_path):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(MicroStep, "backward", full)
-    with pytest.raises(UserError, match="DEVICE_BATCH_SIZE=4; lower it, set GRADIENT_CHECKPOINTING=1"):
+    with pytest.raises(
+        UserError, match="DEVICE_BATCH_SIZE=4; lower it, set GRADIENT_CHECKPOINTING=1"
+    ):
         run_here(monkeypatch, tmp_path)
     assert rows(tmp_path)[0]["status"] == "failed"
 
@@ -750,8 +890,14 @@ def test_without_a_network_wikitext_says_so(tmp_path):
         [sys.executable, str(ROOT / "train_gpu.py"), *hamt.flags(tmp_path, dataset="wikitext-2")],
         env=environment(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path)), capture_output=True, text=True, timeout=100,
     )  # fmt: skip
-    assert done.returncode == 2 and done.stderr.startswith("train_gpu.py: error: ") and done.stderr.count("\n") == 1
-    assert "Salesforce/wikitext" in done.stderr and "a text file or folder of your own" in done.stderr
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith("train_gpu.py: error: ")
+        and done.stderr.count("\n") == 1
+    )
+    assert (
+        "Salesforce/wikitext" in done.stderr and "a text file or folder of your own" in done.stderr
+    )
 
 
 def test_parquet_without_pyarrow_names_the_package(monkeypatch):

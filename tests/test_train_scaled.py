@@ -21,18 +21,61 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scaled_support import PlainPhase8, byte_memory, copy_phase8, cumsum_memory, dense_window, step_recurrence
-from support import ONE, ROOT, SHARED, command, environment, losses, metrics, newest_state, rows, same_tensors
+from scaled_support import (
+    PlainPhase8,
+    byte_memory,
+    copy_phase8,
+    cumsum_memory,
+    dense_window,
+    step_recurrence,
+)
+from support import (
+    ONE,
+    ROOT,
+    SHARED,
+    command,
+    environment,
+    losses,
+    metrics,
+    newest_state,
+    rows,
+    same_tensors,
+)
 
 import plumbing
 import train_scaled
 from plumbing import Pulse, TokenShards, UserError, World
-from train_scaled import ByteLM, ByteMemory, Knobs, LossScale, Stream, each, memory, window_attention
+from train_scaled import (
+    ByteLM,
+    ByteMemory,
+    Knobs,
+    LossScale,
+    Stream,
+    each,
+    memory,
+    window_attention,
+)
 
 CPU = torch.device("cpu")
 # A model and a run that take a second: every size is small, nothing is switched off.
-SMALL = dict(device="cpu", compile=0, d_model=32, n_layer=2, n_head=2, window=4, thinking_steps=1, batch_size=4)
-SMALL |= dict(device_batch_size=2, sequence_length=64, num_iterations=12, warmup_iters=2, val_every=4, val_bytes=1000)
+SMALL = dict(
+    device="cpu",
+    compile=0,
+    d_model=32,
+    n_layer=2,
+    n_head=2,
+    window=4,
+    thinking_steps=1,
+    batch_size=4,
+)
+SMALL |= dict(
+    device_batch_size=2,
+    sequence_length=64,
+    num_iterations=12,
+    warmup_iters=2,
+    val_every=4,
+    val_bytes=1000,
+)
 SMALL |= dict(save_every=4, lr=0.01, log_every=2, ngram_rows=64, mem_rows=64)
 PARTS = "mem_", "rope", "norm", "fus", "delta", "decoder", "ngram"
 SEED_FORM = {n: v for n, v in train_scaled.SEED_BLOCK.items() if n.startswith(PARTS)}
@@ -73,7 +116,10 @@ def repeats(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def write_text(folder: Path, train: int = 6000, val: int = 1500) -> Path:
     """Learnable text, Turkish letters included."""
-    rng, words = np.random.default_rng(5), "bir göl kıyı çok ağaç düş üzüm şey var yok ve ile".split()
+    rng, words = (
+        np.random.default_rng(5),
+        "bir göl kıyı çok ağaç düş üzüm şey var yok ve ile".split(),
+    )
     for name, n in (("train.txt", train), ("val.txt", val)):
         (folder / name).write_bytes(" ".join(rng.choice(words, n)).encode()[:n])
     return folder / "train.txt"
@@ -82,8 +128,13 @@ def write_text(folder: Path, train: int = 6000, val: int = 1500) -> Path:
 def flags(folder: Path, **knobs) -> list[str]:
     if not (folder / "train.txt").exists():
         write_text(folder)
-    values = SMALL | dict(data=folder / "train.txt", logs_folder=folder / "logs", results_file=folder / "results.csv")
-    return [f"--{name}={int(v) if v is True or v is False else v}" for name, v in (values | knobs).items()]
+    values = SMALL | dict(
+        data=folder / "train.txt", logs_folder=folder / "logs", results_file=folder / "results.csv"
+    )
+    return [
+        f"--{name}={int(v) if v is True or v is False else v}"
+        for name, v in (values | knobs).items()
+    ]
 
 
 def run_here(monkeypatch, folder: Path, **knobs) -> tuple[int, str]:
@@ -103,14 +154,24 @@ def memory_inputs(
     q, k = (F.normalize(torch.randn(B, H, N, E, generator=g), dim=-1) for _ in range(2))
     v, S = torch.randn(B, H, N, width, generator=g), torch.randn(B, H, E, width, generator=g)
     data = retention == "data"
-    a = F.logsigmoid(4 * torch.randn(B, H, N, generator=g)) if data else torch.full((H,), float(retention)).log()
+    a = (
+        F.logsigmoid(4 * torch.randn(B, H, N, generator=g))
+        if data
+        else torch.full((H,), float(retention)).log()
+    )
     return [t.requires_grad_() for t in (q, k, v, a, S)]
 
 
 @pytest.mark.parametrize("delta", [False, True])
 @pytest.mark.parametrize("retention", [1e-6, 0.1, 0.5, 0.9, 0.995, 0.9999983, 1.0, "data"])
 def test_chunkwise_memory_is_the_step_recurrence_with_its_gradients(retention, delta):
-    for N in (1, 5, 64, 150, 1100):  # one patch, less than a chunk, one, some and a rest, more than a group
+    for N in (
+        1,
+        5,
+        64,
+        150,
+        1100,
+    ):  # one patch, less than a chunk, one, some and a rest, more than a group
         ins = memory_inputs(N, retention)
         exact = [t.detach().double().requires_grad_() for t in ins]
         found, wanted = memory(*ins, delta), step_recurrence(*exact, delta)
@@ -144,7 +205,9 @@ def test_memory_in_parts_or_one_patch_at_a_time_equals_memory_at_once(delta):
         for part in zip(*(t.split(sizes, 2) for t in (q, k, v, a)), strict=True):
             o, state = memory(*part, state, delta)
             out.append(o)
-        assert torch.allclose(torch.cat(out, 2), whole[0], atol=1e-5) and torch.allclose(state, whole[1], atol=1e-5)
+        assert torch.allclose(torch.cat(out, 2), whole[0], atol=1e-5) and torch.allclose(
+            state, whole[1], atol=1e-5
+        )
 
 
 def test_memory_equals_the_originals_cumulative_sum_where_that_is_accurate():
@@ -154,7 +217,9 @@ def test_memory_equals_the_originals_cumulative_sum_where_that_is_accurate():
     for retention in (0.995, 0.9999983):
         a = torch.full((3,), retention).log()
         o, _ = memory(q, k, F.pad(v, (0, 1), value=1.0), a, torch.zeros(2, 3, 8, 9))
-        assert torch.allclose(o[..., :-1] / (o[..., -1:] + 1e-6), cumsum_memory(q, k, v, a), atol=1e-5)
+        assert torch.allclose(
+            o[..., :-1] / (o[..., -1:] + 1e-6), cumsum_memory(q, k, v, a), atol=1e-5
+        )
 
 
 def test_the_originals_clamp_ends_its_decay_and_ours_goes_on():
@@ -170,7 +235,8 @@ def test_the_originals_clamp_ends_its_decay_and_ours_goes_on():
 
 
 @pytest.mark.parametrize(
-    ("w", "N", "P"), [(4, 16, 0), (4, 18, 0), (4, 18, 3), (4, 18, 2), (4, 1, 3), (8, 5, 0), (8, 5, 7)]
+    ("w", "N", "P"),
+    [(4, 16, 0), (4, 18, 0), (4, 18, 3), (4, 18, 2), (4, 1, 3), (8, 5, 0), (8, 5, 7)],
 )
 @pytest.mark.parametrize("full", [False, True])
 def test_chunked_window_attention_equals_the_dense_mask(w, N, P, full):
@@ -179,7 +245,9 @@ def test_chunked_window_attention_equals_the_dense_mask(w, N, P, full):
     w = None if full else w
     found, wanted = window_attention(q, k, v, w), dense_window(q, k, v, w)
     assert torch.allclose(found, wanted, atol=2e-6)
-    for mine, theirs in zip(*(torch.autograd.grad(o.square().sum(), (q, k, v)) for o in (found, wanted)), strict=True):
+    for mine, theirs in zip(
+        *(torch.autograd.grad(o.square().sum(), (q, k, v)) for o in (found, wanted)), strict=True
+    ):
         assert torch.allclose(mine, theirs, atol=1e-5)
 
 
@@ -190,7 +258,9 @@ def test_window_attention_never_makes_all_pairs():
         q = torch.randn(1, 1, N, 8)
         with torch.profiler.profile(profile_memory=True) as p:
             window_attention(q, q, q, 16)
-        sizes.append(max(e.nbytes() for e in p.profiler.kineto_results.events() if e.name() == "[memory]"))
+        sizes.append(
+            max(e.nbytes() for e in p.profiler.kineto_results.events() if e.name() == "[memory]")
+        )
     assert sizes[1] < 5 * sizes[0]
 
 
@@ -239,7 +309,10 @@ def test_the_phase_8_model_is_the_plain_reference(form):
     for a, b in ((model.embed, plain.embed), (model.blocks[0].memory.qkv, plain.blocks[0].mem_qkv)):
         assert torch.allclose(a.weight.grad, b.weight.grad, atol=1e-6, rtol=1e-3)
     assert torch.allclose(
-        model.blocks[0].memory.retention.grad, plain.blocks[0].decay_logits.grad, atol=1e-8, rtol=1e-2
+        model.blocks[0].memory.retention.grad,
+        plain.blocks[0].decay_logits.grad,
+        atol=1e-8,
+        rtol=1e-2,
     )
 
 
@@ -253,7 +326,9 @@ def test_a_byte_moves_no_prediction_of_itself_or_before(variant):
             t = s.clone()
             t[0, p] = 97 + (t[0, p] - 96) % 3
             after = model.logits(t[:, :64], t[:, 4:])[0]
-            first = max(p - 3, 0)  # target index of byte p + 1, the first prediction that may have seen byte p
+            first = max(
+                p - 3, 0
+            )  # target index of byte p + 1, the first prediction that may have seen byte p
             assert torch.equal(before[:, :first], after[:, :first]), p
             assert p == 67 or not torch.equal(before[:, first:], after[:, first:]), p
 
@@ -270,7 +345,9 @@ def test_windows_with_carried_state_equal_one_long_forward(variant):
             parts.append(nll)
         assert torch.allclose(torch.cat(parts, 1), whole, atol=2e-5)
     same = []
-    each(lambda a, b: same.append(torch.allclose(a.float(), b.float(), atol=2e-5)) or a, state, last)
+    each(
+        lambda a, b: same.append(torch.allclose(a.float(), b.float(), atol=2e-5)) or a, state, last
+    )
     assert all(same) and len(same) > 4
     state = model.nll(x[:, :64], y[:, :64])[1]
     once, again = (model.nll(x[:, 64:], y[:, 64:], state)[0] for _ in range(2))
@@ -321,7 +398,9 @@ def test_the_byte_decoder_is_torchs_gru_over_the_last_bytes_before_a_patch_and_i
     before = torch.cat([seen, y[..., :3]], -1).flatten(0, 1)
     latent = decoder.latent(z).view(6, 1, 256).expand(-1, before.size(1), -1)
     hidden, _ = decoder.gru(torch.cat([decoder.embed(before), latent], -1))
-    assert torch.allclose(decoder(z, x, y)[0], decoder.out(hidden[:, -4:]).view(2, 3, 4, 256), atol=1e-5)
+    assert torch.allclose(
+        decoder(z, x, y)[0], decoder.out(hidden[:, -4:]).view(2, 3, 4, 256), atol=1e-5
+    )
 
 
 def test_the_n_gram_tables_are_read_by_the_last_3_to_6_bytes_alone():
@@ -337,7 +416,9 @@ def test_the_n_gram_tables_are_read_by_the_last_3_to_6_bytes_alone():
         for at in range(36):
             other = x.clone()
             other[0, at] ^= 1
-            moved = (model.logits(other[:, :-4], other[:, 4:])[0][0] != logits).any(-1).nonzero().flatten() + 4
+            moved = (model.logits(other[:, :-4], other[:, 4:])[0][0] != logits).any(
+                -1
+            ).nonzero().flatten() + 4
             assert moved.tolist() == [t for t in range(4, 36) if t - 6 <= at < t]
         rows = [model.decoder.grams.table[i << 16 : (i + 1) << 16] for i in range(4)]
         out = model.decoder.grams.out.weight.split(64, 1)
@@ -346,7 +427,11 @@ def test_the_n_gram_tables_are_read_by_the_last_3_to_6_bytes_alone():
             for t in range(8, 36):
                 key = x[:, t - 8 : t].clone()
                 key[:, : 8 - n] = 7  # what lies before the n-gram moves no row of its table
-                index = ((key + 1) * model.decoder.grams.hash.powers)[..., 8 - n :].sum(-1) % (2**31 - 1) % (1 << 16)
+                index = (
+                    ((key + 1) * model.decoder.grams.hash.powers)[..., 8 - n :].sum(-1)
+                    % (2**31 - 1)
+                    % (1 << 16)
+                )
                 seen[n][t] = rows[i][index] @ out[i].T
         whole = torch.cat([sum(seen[n][t] for n in seen) for t in range(8, 36)])
     torch.testing.assert_close(logits[4:], whole)
@@ -377,7 +462,9 @@ def test_the_memory_by_bytes_is_its_recurrence_with_its_gradients_whatever_the_c
         (out * logits[0]).sum().backward()
         for p, gradient in zip(memory.parameters(), gradients, strict=True):
             torch.testing.assert_close(p.grad, gradient, atol=1e-3, rtol=1e-4)
-        assert (wanted - logits[0].log_softmax(-1)).abs().max() > 1 and wanted.exp().sum(-1).allclose(torch.ones(126))
+        assert (wanted - logits[0].log_softmax(-1)).abs().max() > 1 and wanted.exp().sum(
+            -1
+        ).allclose(torch.ones(126))
 
 
 def test_the_memory_by_bytes_finds_what_followed_wherever_patches_begin_and_4000_bytes_later():
@@ -397,7 +484,9 @@ def test_histories_last_from_128_bytes_to_131072_at_first_and_decay_as_they_say(
     memory = ByteMemory(8)
     torch.testing.assert_close(memory.half_lives()[[0, -1]], torch.tensor([128.0, 131072.0]))
     logits, byte = torch.zeros(256), torch.full((5, 2), 7)
-    share = lambda logp: (logp[7].exp() - logp[8].exp()) / (256 * logp[8].exp())  # of the memory's mass to the model's
+    share = lambda logp: (
+        (logp[7].exp() - logp[8].exp()) / (256 * logp[8].exp())
+    )  # of the memory's mass to the model's
     for i, half_life in enumerate(memory.half_lives()):  # only one history is known
         now, later = (
             torch.full((5, 2), -1.0).index_put((torch.tensor(i), torch.tensor(0)), a)
@@ -414,16 +503,24 @@ def test_a_zeroed_memory_has_the_same_weights_and_leaves_the_window_alone():
     other = x.clone()
     other[:, :4] = (other[:, :4] + 1) % 256
     moved = lambda m: (m.nll(x, y)[0] - m.nll(other, y)[0]).abs()[:, 4 * (1 + 2 * 3) :].max()
-    assert moved(zero) == 0 and moved(full) > 0, "beyond 2 blocks x (window - 1) only memory carries"
+    assert moved(zero) == 0 and moved(full) > 0, (
+        "beyond 2 blocks x (window - 1) only memory carries"
+    )
     none, s = fresh(memory="zero", mem_rows=0), repeats(1, 132)
-    none.load_state_dict({name: t for name, t in full.state_dict().items() if not name.startswith("byte_memory.")})
+    none.load_state_dict(
+        {name: t for name, t in full.state_dict().items() if not name.startswith("byte_memory.")}
+    )
     silent, without, heard = (m.logits(s[:, :-4], s[:, 4:])[0] for m in (zero, none, full))
-    assert torch.equal(silent, without) and not torch.allclose(silent, heard), "nor does the memory by bytes"
+    assert torch.equal(silent, without) and not torch.allclose(silent, heard), (
+        "nor does the memory by bytes"
+    )
 
 
 def test_with_mem_delay_the_memory_holds_only_what_has_left_the_window():
     model = fresh("delay", n_layer=1, mem_conv=False)
-    state = model.trunk(text(1, 16), model.state(1))[1]  # 4 patches: the window is full, nothing has left
+    state = model.trunk(text(1, 16), model.state(1))[
+        1
+    ]  # 4 patches: the window is full, nothing has left
     assert state["layers"][0]["S"].abs().max() == 0
     assert model.trunk(text(1, 20), model.state(1))[1]["layers"][0]["S"].abs().max() > 0
 
@@ -432,11 +529,16 @@ def test_plasticity_multiplies_every_retention_and_is_saved():
     model = fresh("phase8", n_layer=1)
     model.plasticity.fill_(0.25)
     assert model.state_dict()["plasticity"] == 0.25
-    block, h = model.blocks[0].memory, torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(0))
+    block, h = (
+        model.blocks[0].memory,
+        torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(0)),
+    )
     S = block(h, block.state(1), model.plasticity)[1]["S"]
     q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in block.qkv(h).chunk(3, -1))
     a = (0.25 * (0.5 + 0.5 * torch.sigmoid(block.retention))).log()
-    _, wanted = step_recurrence(q, F.elu(k) + 1, F.pad(v, (0, 1), value=1.0), a, torch.zeros(1, 2, 16, 17))
+    _, wanted = step_recurrence(
+        q, F.elu(k) + 1, F.pad(v, (0, 1), value=1.0), a, torch.zeros(1, 2, 16, 17)
+    )
     assert torch.allclose(S, wanted, atol=1e-5)
 
 
@@ -460,9 +562,14 @@ def test_recomputing_blocks_changes_no_gradient():
 def test_precision_follows_the_devices_capability():
     choose = train_scaled.choose_precision
     assert choose("auto", "cpu", None)[0] == "fp32" and choose("auto", "cuda", (7, 5))[0] == "fp16"
-    assert choose("auto", "cuda", (8, 0))[0] == "bf16" and choose("auto", "cuda", (9, 0))[0] == "bf16"
+    assert (
+        choose("auto", "cuda", (8, 0))[0] == "bf16" and choose("auto", "cuda", (9, 0))[0] == "bf16"
+    )
     assert choose("fp32", "cuda", (9, 0))[0] == "fp32"
-    with pytest.raises(UserError, match=r"PRECISION=bf16: this GPU has compute capability 7\.5 and would emulate it"):
+    with pytest.raises(
+        UserError,
+        match=r"PRECISION=bf16: this GPU has compute capability 7\.5 and would emulate it",
+    ):
         choose("bf16", "cuda", (7, 5))
 
 
@@ -485,10 +592,17 @@ def test_the_schedules_are_what_their_names_say():
         s: [round(train_scaled.lr_scale(i, k(s)), 3) for i in (0, 1, 2, 6, 10)]
         for s in ("constant", "linear", "cosine")
     }
-    assert rates == dict(constant=[0.5, 1, 1, 1, 1], linear=[0.5, 1, 1, 0.5, 0], cosine=[0.5, 1, 1, 0.5, 0])
+    assert rates == dict(
+        constant=[0.5, 1, 1, 1, 1], linear=[0.5, 1, 1, 0.5, 0], cosine=[0.5, 1, 1, 0.5, 0]
+    )
     seed = Knobs(preset="phase8", **train_scaled.PRESETS["phase8"])
-    assert [seed.lr * train_scaled.lr_scale(s, seed) for s in (0, 499, 49999)] == pytest.approx([4e-7, 2e-4, 2e-4])
-    stages = [train_scaled.plasticity(s, small(curriculum=True, num_iterations=100)) for s in (0, 14, 15, 39, 40, 99)]
+    assert [seed.lr * train_scaled.lr_scale(s, seed) for s in (0, 499, 49999)] == pytest.approx(
+        [4e-7, 2e-4, 2e-4]
+    )
+    stages = [
+        train_scaled.plasticity(s, small(curriculum=True, num_iterations=100))
+        for s in (0, 14, 15, 39, 40, 99)
+    ]
     assert stages == [0.1, 0.1, 0.5, 0.5, 0.99, 0.99] and train_scaled.plasticity(0, small()) == 1
 
 
@@ -502,20 +616,34 @@ def shards(folder: Path, data: bytes, name: str = "t.txt") -> TokenShards:
 
 def test_carried_rows_read_their_strips_window_after_window(tmp_path):
     data = bytes(range(256)) * 5
-    batches = train_scaled.Batches(shards(tmp_path, data), small(batch_size=4, sequence_length=64), ONE)
+    batches = train_scaled.Batches(
+        shards(tmp_path, data), small(batch_size=4, sequence_length=64), ONE
+    )
     strip = (1280 - 4) // 4
-    assert batches.windows == strip // 64 and [batches.fresh(s) for s in range(5)] == [True, False, False, False, True]
+    assert batches.windows == strip // 64 and [batches.fresh(s) for s in range(5)] == [
+        True,
+        False,
+        False,
+        False,
+        True,
+    ]
     for step in range(10):
         x, y = batches.make(step)
         for row in range(4):
             at = row * strip + step % batches.windows * 64
-            assert bytes(x[row].tolist()) == data[at : at + 64] and bytes(y[row].tolist()) == data[at + 4 : at + 68]
+            assert (
+                bytes(x[row].tolist()) == data[at : at + 64]
+                and bytes(y[row].tolist()) == data[at + 4 : at + 68]
+            )
 
 
 @pytest.mark.parametrize("carry", [True, False])
 def test_any_number_of_ranks_reads_the_same_windows(tmp_path, carry):
     s, k = shards(tmp_path, bytes(range(256)) * 5), small(carry_state=carry)
-    whole, parts = train_scaled.Batches(s, k, ONE), [train_scaled.Batches(s, k, World(r, 2, CPU)) for r in range(2)]
+    whole, parts = (
+        train_scaled.Batches(s, k, ONE),
+        [train_scaled.Batches(s, k, World(r, 2, CPU)) for r in range(2)],
+    )
     seen = set()
     for step in range(6):
         for i in range(2):
@@ -532,7 +660,9 @@ def test_validation_is_every_byte_once_and_weighted_by_bytes(tmp_path, carry, si
     k = small(carry_state=carry, val_bytes=limit)
     total = min(size, (limit or size) + 4) - 4
     strip, nats, count = -(-total // 32) * 4, 0.0, 0
-    for start in range(0, total, strip):  # by hand: a strip at once if its state is carried, else window by window
+    for start in range(
+        0, total, strip
+    ):  # by hand: a strip at once if its state is carried, else window by window
         end = min(start + strip, total)
         for at in range(start, end, strip if carry else 64):
             n = min(end - at, strip if carry else 64)
@@ -544,7 +674,9 @@ def test_validation_is_every_byte_once_and_weighted_by_bytes(tmp_path, carry, si
     chars = len(data[4 : 4 + total].decode(errors="ignore"))
     for micro, ranks in ((2, 1), (3, 1), (8, 2)):
         step = train_scaled.MicroStep(model, k, ONE, torch.float32, print)
-        found = [train_scaled.evaluate(step, val, micro, k, Part(r, ranks, CPU)) for r in range(ranks)]
+        found = [
+            train_scaled.evaluate(step, val, micro, k, Part(r, ranks, CPU)) for r in range(ranks)
+        ]
         assert count == total and abs(sum(f[0] for f in found) - nats / total) < 1e-5
         assert abs(sum(f[1] for f in found) * total - chars) <= 1
 
@@ -571,7 +703,10 @@ def test_text_without_a_validation_file_is_split_by_paragraphs_once(tmp_path, mo
     assert len(a) + len(b) == sum(map(len, pieces)) and 0.01 < len(b) / len(a) < 0.12
     assert all((piece in a) != (piece in b) for piece in pieces), "invalid UTF-8 is text too"
     before = os.stat(train[0]).st_mtime_ns
-    assert train_scaled.split_files(str(tmp_path / "book.md"))[0] == train and os.stat(train[0]).st_mtime_ns == before
+    assert (
+        train_scaled.split_files(str(tmp_path / "book.md"))[0] == train
+        and os.stat(train[0]).st_mtime_ns == before
+    )
 
 
 def test_articles_are_cleaned_with_their_paragraphs_kept():
@@ -641,22 +776,33 @@ def test_the_rows_histories_are_on_the_bill_of_disk_and_memory():
     k, none = small(mem_rows=4096, memory="on", keep=3), small(mem_rows=0, keep=3)
     size = sum(t[:, :, :-1].nbytes for t in ByteMemory(4096).state(1).values())
     assert train_scaled.history_bytes(k) == size and train_scaled.history_bytes(none) == 0
-    assert train_scaled.disk_need(1000, k) - train_scaled.disk_need(1000, none) == 4 * k.batch_size * size
-    assert train_scaled.disk_need(1000, dataclasses.replace(k, carry_state=False)) == train_scaled.disk_need(1000, none)
+    assert (
+        train_scaled.disk_need(1000, k) - train_scaled.disk_need(1000, none)
+        == 4 * k.batch_size * size
+    )
+    assert train_scaled.disk_need(
+        1000, dataclasses.replace(k, carry_state=False)
+    ) == train_scaled.disk_need(1000, none)
     assert train_scaled.memory_mib(1000, 64, k) > train_scaled.memory_mib(1000, 64, none)
 
 
 def test_a_disk_too_small_for_the_checkpoints_is_refused(monkeypatch, tmp_path):
     usage = train_scaled.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(train_scaled.shutil, "disk_usage", lambda path: usage._replace(free=2**20))
-    with pytest.raises(UserError, match=r"1 MiB free, KEEP=2 checkpoints need \d+ MiB; free space, lower KEEP"):
+    with pytest.raises(
+        UserError, match=r"1 MiB free, KEEP=2 checkpoints need \d+ MiB; free space, lower KEEP"
+    ):
         run_here(monkeypatch, tmp_path)
 
 
-def test_weights_of_another_model_are_refused_and_those_of_this_one_are_taken(monkeypatch, tmp_path):
+def test_weights_of_another_model_are_refused_and_those_of_this_one_are_taken(
+    monkeypatch, tmp_path
+):
     run_here(monkeypatch, tmp_path, run_id="a", num_iterations=4)
     path = tmp_path / "logs/a/best_model_scaled.pth"
-    with pytest.raises(UserError, match=r"weights of another model \(PRESET=scaled: MEM_CONV=1, not MEM_CONV=0\)"):
+    with pytest.raises(
+        UserError, match=r"weights of another model \(PRESET=scaled: MEM_CONV=1, not MEM_CONV=0\)"
+    ):
         run_here(monkeypatch, tmp_path, run_id="b", init_from=path, mem_conv=0)
     found = torch.load(path)
     del found["knobs"]["decoder_reads"]
@@ -688,7 +834,9 @@ def interrupt(monkeypatch, folder: Path, at: int = 6, **knobs) -> None:
 
 
 def test_a_run_learns_and_leaves_its_files(monkeypatch, tmp_path):
-    code, out = run_here(monkeypatch, tmp_path, run_id="a", num_iterations=24, val_bytes="all", curriculum=1)
+    code, out = run_here(
+        monkeypatch, tmp_path, run_id="a", num_iterations=24, val_bytes="all", curriculum=1
+    )
     folder, row = tmp_path / "logs/a", rows(tmp_path)[0]
     found = json.loads((folder / "metrics_scaled.json").read_text())
     assert code == 0 and list(found) == ["train_bpc", "val_bpc", "steps", "lr", "val_steps"]
@@ -704,7 +852,13 @@ def test_a_run_learns_and_leaves_its_files(monkeypatch, tmp_path):
         *(f"checkpoint_step_{s:04d}.pth" for s in (20, 24)),
         "last_model_scaled.pth",
     ]
-    assert [steps[s]["plasticity"] for s in (1, 4, 5, 10, 11)] == ["0.1", "0.1", "0.5", "0.5", "0.99"]
+    assert [steps[s]["plasticity"] for s in (1, 4, 5, 10, 11)] == [
+        "0.1",
+        "0.1",
+        "0.5",
+        "0.5",
+        "0.99",
+    ]
     model = train_scaled.load_model(folder / "last_model_scaled.pth")
     assert model.plasticity == torch.tensor(0.99) and not model.training and model.k.d_model == 32
     val = train_scaled.open_data(model.k)[1]
@@ -728,7 +882,11 @@ def start_and_kill(folder: Path, run_id: str, at: int, **knobs) -> None:
     p = subprocess.Popen([*command(1, "train_scaled.py"), *flags(folder, run_id=run_id, **knobs)], cwd=folder,
                          env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip
     end, log = time.monotonic() + 100, folder / f"logs/{run_id}.txt"
-    while time.monotonic() < end and p.poll() is None and not (log.exists() and f"\nstep:{at}/" in log.read_text()):
+    while (
+        time.monotonic() < end
+        and p.poll() is None
+        and not (log.exists() and f"\nstep:{at}/" in log.read_text())
+    ):
         time.sleep(0.005)
     p.kill()
     assert p.wait() == -signal.SIGKILL, p.stderr.read()
@@ -742,7 +900,10 @@ def test_a_killed_run_resumes_bitwise(monkeypatch, tmp_path, carry):
     assert run_here(monkeypatch, tmp_path, run_id="cut", **values)[0] == 0
     assert losses(tmp_path, "cut") == losses(tmp_path, "whole")
     a, b = (newest_state(tmp_path, r) for r in ("cut", "whole"))
-    assert all(same_tensors(a[key], b[key]) for key in ("model", "adam", "metrics", "best_loss", "interval"))
+    assert all(
+        same_tensors(a[key], b[key])
+        for key in ("model", "adam", "metrics", "best_loss", "interval")
+    )
     assert (a["states"] is not None) == carry and a["step"] == 24
     same = []
     each(lambda s, t: same.append(torch.equal(s, t)) or s, a["states"] or {}, b["states"] or {})
@@ -763,7 +924,9 @@ def test_two_ranks_train_as_one(monkeypatch, tmp_path):
                        env=environment(), capture_output=True, text=True, timeout=200)  # fmt: skip
     assert p.returncode == 0, p.stderr
     for i in range(2):
-        a, b = (np.array([float(r[i] or 0) for r in losses(tmp_path, run)]) for run in ("one", "two"))
+        a, b = (
+            np.array([float(r[i] or 0) for r in losses(tmp_path, run)]) for run in ("one", "two")
+        )
         assert len(a) == len(b) == 12 and np.sqrt(np.mean((a - b) ** 2)) <= 1e-3
     a, b = (newest_state(tmp_path, r)["states"] for r in ("one", "two"))
     close = []
@@ -791,11 +954,17 @@ def test_a_loss_that_is_not_finite_stops_or_rolls_back_once(monkeypatch, tmp_pat
     with monkeypatch.context() as m:
         bad_loss(m, (7,))
         code, out = run_here(m, tmp_path, run_id="back", on_nan="rollback")
-    assert code == 0 and "rolled back to step:4" in out and "rolled_back=1" in rows(tmp_path)[1]["notes"]
+    assert (
+        code == 0
+        and "rolled back to step:4" in out
+        and "rolled_back=1" in rows(tmp_path)[1]["notes"]
+    )
     rates = {s: float(r["lr"]) for s, r in metrics(tmp_path, "back").items()}
     k = small()
     assert all(
-        math.isclose(rates[s], (1 if s <= 4 else 0.5) * k.lr * train_scaled.lr_scale(s - 1, k), rel_tol=1e-4)
+        math.isclose(
+            rates[s], (1 if s <= 4 else 0.5) * k.lr * train_scaled.lr_scale(s - 1, k), rel_tol=1e-4
+        )
         for s in rates
     )
     found = json.loads((tmp_path / "logs/back/metrics_scaled.json").read_text())
@@ -820,7 +989,10 @@ def test_a_compiler_that_fails_is_one_line_and_training_goes_on(monkeypatch, tmp
     monkeypatch.setattr(torch, "compile", broken)
     monkeypatch.setattr(plumbing, "check_compiler", lambda *args: None)
     code, out = run_here(monkeypatch, tmp_path, run_id="a", compile=1, num_iterations=2)
-    assert code == 0 and "compile: failed, training goes on without it (RuntimeError: no such backend)" in out
+    assert (
+        code == 0
+        and "compile: failed, training goes on without it (RuntimeError: no such backend)" in out
+    )
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
@@ -842,7 +1014,9 @@ def test_the_compiled_memory_by_bytes_is_the_plain_one():
 
 
 def test_dry_run_shows_sizes_and_trains_nothing(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["train_scaled.py", "--dry_run", "--preset", "phase8", "--data", "nothing.txt"])
+    monkeypatch.setattr(
+        sys, "argv", ["train_scaled.py", "--dry_run", "--preset", "phase8", "--data", "nothing.txt"]
+    )
     assert train_scaled.main() == 0
     out = capsys.readouterr().out
     assert "parameters:      129,302,416" in out and "tokens per step: 8,192 bytes" in out
@@ -863,7 +1037,11 @@ def test_rows_that_are_looked_up_cost_no_flops_and_bytes_that_are_read_do():
 
 def test_the_trainer_can_be_read_in_one_sitting():
     tree = ast.parse((ROOT / "train_scaled.py").read_text())
-    lines = {n.name: n.end_lineno - n.lineno + 1 for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}
+    lines = {
+        n.name: n.end_lineno - n.lineno + 1
+        for n in ast.walk(tree)
+        if isinstance(n, ast.FunctionDef)
+    }
     assert max(lines.values()) <= 60, max(lines.items(), key=lambda kv: kv[1])
 
 
@@ -872,7 +1050,12 @@ def test_every_lever_is_one_knob_between_the_seeds_block_and_the_default():
     values, x = dict(VARIANTS["phase8"]), text(1, 64)
     for name, v in itertools.chain(
         dict(mem_conv=True, norm="rmsnorm", rope="window", fusion="concat").items(),
-        [("mem_feature mem_norm", ("l2", "rmsnorm")), ("mem_gate", True), ("mem_decay", "data"), ("delta_rule", True)],
+        [
+            ("mem_feature mem_norm", ("l2", "rmsnorm")),
+            ("mem_gate", True),
+            ("mem_decay", "data"),
+            ("delta_rule", True),
+        ],
     ):
         values |= dict(zip(name.split(), v, strict=True)) if " " in name else {name: v}
         model = ByteLM(small(**values))
