@@ -1,0 +1,133 @@
+"""family.py -- the names of knobs that the trainers share, and which trainer has which knob.
+
+Promises one vocabulary: a knob of a canonical name has the same other spellings in every trainer,
+and a name that only a sibling trainer knows is told apart from one that means nothing. These are
+tables and pure functions of names; knobs.py decides what is refused.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+# Spellings that a knob of the canonical name accepts in every trainer. They come from the programs
+# that the trainers follow.
+ALIASES: dict[str, tuple[str, ...]] = {
+    "n_layer": ("num_layers", "n_layers"),
+    "n_head": ("num_heads", "num_attention_heads"),
+    "n_embd": ("d_model", "hidden_dim"),
+    "sequence_length": ("max_seq_length", "max_seq_len", "seq_len"),
+    "lr": ("learning_rate",),
+    "warmup_iters": ("warmup_steps",),
+    "num_iterations": ("num_iter", "max_steps"),
+    "grad_clip": ("clip",),
+    "data": ("dataset",),
+    "precision": ("mixed_precision",),
+    "time_budget_s": ("max_seconds",),
+    "tracker": ("track", "use_wandb"),
+}
+# Some of those programs also have another word for a value.
+ALIAS_VALUES = {
+    "use_wandb": {"1": "wandb", "0": "off"},
+    "mixed_precision": {"none": "fp32", "no": "fp32"},
+}
+# Words that people write where a choice is known under another one.
+MEANT = {
+    "gpu": "cuda",
+    "float32": "fp32",
+    "float16": "fp16",
+    "half": "fp16",
+    "bfloat16": "bf16",
+    "none": "off",
+    "true": "1",
+    "yes": "1",
+    "on": "1",
+    "false": "0",
+    "no": "0",
+    "off": "0",
+}
+
+# The knobs that every trainer has, and those that only some have, with spellings of their own
+# besides those of ALIASES. tests/plumbing/test_knobs.py compares the table with the trainers.
+COMMON = (
+    "preset batch_size num_iterations seed val_every save_every keep device compile run_id stage "
+    "logs_folder results_file dry_run"
+)
+FAMILY = {
+    "train_gpt.py": (
+        "n_layer n_head n_embd vocab_size attngate gatepos gateact gateopt mlp_match "
+        "device_batch_size sequence_length warmup_iters warmdown_iters time_budget_s lr "
+        "input_bin input_val_bin data_order data_seed epochs_ok val_tokens early_stop_patience "
+        "early_stop_min_delta target_loss runpod_instance_type"
+    ),
+    "train_gpu.py": (
+        "mixer hidden_dim hcm_dim num_layers num_slots num_attention_heads intermediate_dim "
+        "match_params vocab_size binding tie_keys position_share decay slowest_decay delta_rule "
+        "use_gating conv memory window_every attention_window chunk_length dropout "
+        "use_auxiliary_loss aux_loss_weight dataset tokenizer max_train_samples max_val_samples "
+        "num_workers max_seq_length device_batch_size carry_state num_epochs max_seconds "
+        "use_scheduler warmup_iters learning_rate weight_decay grad_clip mixed_precision "
+        "gradient_checkpointing final_test early_stop_patience early_stop_min_delta target_loss "
+        "save_steps save_epochs compile_model use_wandb tracker wandb_project run_name "
+        "data_folder output_dir"
+    ),
+    "train_scaled.py": (
+        "d_model n_layer n_head window rope norm fusion memory mem_conv mem_feature mem_norm "
+        "mem_align mem_gate mem_decay mem_range mem_init mem_rows mem_delay delta_rule "
+        "thinking_steps decoder_reads ngram_rows dropout device_batch_size sequence_length "
+        "carry_state warmup_iters schedule curriculum lr beta2 weight_decay decay_on clip data "
+        "init_from val_bytes log_every on_nan precision fla recompute tracker"
+    ),
+    "train_arith.py": (
+        "model_name d_model num_layers num_heads d_ff ffn_type dropout use_rope tie_weights "
+        "attention sequence_length answer_format answer_digits spaces train_path val_path "
+        "test_path train_examples val_examples grammar operators operand_min operand_max "
+        "operand_sampling operands_min operands_max operands_weights depth_min depth_max "
+        "curriculum curriculum_exact num_epochs schedule warmup_steps warmdown_frac "
+        "answer_only_loss optimizer lr muon_lr weight_decay betas grad_clip eval_interval "
+        "save_interval config output_dir fp16 bf16 gpu_only log_interval track track_project "
+        "wandb_project"
+    ),
+}
+# Names of this table that other programs put into the environment for reasons of their own. Where a
+# trainer lacks them they are not refused; one line says that they set nothing.
+ORDINARY = frozenset(
+    (
+        "CONFIG DATA DATASET MEMORY MIXER NORM NUM_WORKERS OUTPUT_DIR SCHEDULE TRACK WANDB_PROJECT "
+        "WINDOW"
+    ).split()
+)
+
+
+def squeezed(name: str) -> str:
+    return name.upper().replace("_", "")
+
+
+def near_name(name: str, known: Iterable[str]) -> str:
+    """The known name that `name` is probably meant to be, or ''. A name that differs only in
+    underscores and case comes before one that is merely similar."""
+    known = list(known)
+    for spelling in known:
+        if squeezed(spelling) == squeezed(name):
+            return spelling
+    close = get_close_matches(name, known, n=1, cutoff=0.85)
+    return close[0] if close else ""
+
+
+def sibling_problem(name: str, program: str, known: Iterable[str]) -> str:
+    """What is wrong with setting `name` for `program`, whose spellings are `known`, when it is a
+    knob of a sibling; '' for a name that no trainer has."""
+    plain = name.lower()
+    owners = [trainer for trainer, names in FAMILY.items() if plain in names.split()]
+    if plain in COMMON.split():
+        owners = list(FAMILY)
+    group = [n for n, others in ALIASES.items() if plain == n or plain in others]
+    if name != name.upper() or not (owners or group):
+        return ""
+    synonyms = [spelling for n in group for spelling in (n, *ALIASES[n])]
+    ours = [spelling.upper() for spelling in synonyms if spelling.upper() in known]
+    if owners:
+        what = f"{name} is a knob of {' and '.join(owners)}"
+    else:
+        what = f"{name} is another spelling of {group[0].upper()}"
+    if ours:
+        return f"{what}; {program} has {ours[0]}: set that, and unset {name} (env -u {name})"
+    return f"{what}; {program} has no such knob: unset it (env -u {name} for one command)"
