@@ -22,19 +22,22 @@ from plumbing.checkpoints import (
     write_whole,
 )
 from plumbing.data import Prefetch, TokenShards, check_disjoint, read_bytes, read_shard, write_shard
-from plumbing.device import check_compiler, choose_precision, choose_rows
+from plumbing.device import check_compiler, choose_precision, choose_rows, estimate_mib
 from plumbing.exchange import StepStats
 from plumbing.knobs import ROOT, UserError, describe, knob, knobs_json, read_knobs
 from plumbing.plan import planned_world, show_plan
 from plumbing.records import new_run_id
 from plumbing.results import append_result, check_results
+from plumbing.run_knobs import RUN_KNOBS, RunKnobs
 from plumbing.session import Session
 from plumbing.texts import embedded_corpus
 from plumbing.world import World, flat_gradients, join_world, launch
 
 __all__ = [
     "ROOT",
+    "RUN_KNOBS",
     "Prefetch",
+    "RunKnobs",
     "Session",
     "StepStats",
     "TokenShards",
@@ -49,6 +52,7 @@ __all__ = [
     "choose_rows",
     "describe",
     "embedded_corpus",
+    "estimate_mib",
     "flat_gradients",
     "join_world",
     "knob",

@@ -245,6 +245,14 @@ class TokenShards:
             return []
         return sorted(set(range(min(numbers), max(numbers))) - numbers)
 
+    def check_length(self, num_tokens: int, knob_name: str) -> None:
+        """Refuse shards with fewer than `num_tokens` tokens, which `knob_name` asks for."""
+        if self.total < num_tokens:
+            raise UserError(
+                f"{self.pattern}: {self.total:,} tokens, {knob_name} needs {num_tokens:,} (one more "
+                f"than it says); lower it, or get more"
+            )
+
     def check_ids(self, vocab_size: int, world: World, last: int | None = None) -> None:
         """Refuse, by name, a shard with ids beyond the vocabulary, looking at the stream up to
         position `last`. The ranks share the reading, which also warms the page cache."""

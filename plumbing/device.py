@@ -5,18 +5,28 @@ back to something slower in silence.
 """
 
 import importlib.util
+import math
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+from torch import nn
 
 from plumbing.knobs import UserError
 
 if TYPE_CHECKING:
     from plumbing.world import World
+
+    class BatchKnobs(Protocol):
+        """The knobs that choose_rows reads."""
+
+        batch_size: int
+        device_batch_size: int | None
+
 
 # Dense bf16 (T4, V100: fp16) tensor-core peaks in FLOP/s, from the vendors' data sheets. The first
 # name that occurs in the device's name counts.
@@ -59,8 +69,8 @@ def check_compiler(compile: bool, device_kind: str) -> None:
             )
 
 
-def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
-    """The precision of matrix products, bf16, fp16 or fp32, and why it was chosen.
+def choose_precision(wanted: str, device: torch.device) -> str:
+    """The precision of matrix products: bf16, fp16 or fp32.
 
     auto is fp32 on a CPU, bf16 from compute capability 8.0 on, and fp16 below, where bf16 would be
     emulated (torch.cuda.is_bf16_supported() calls that support). Raises UserError for a precision
@@ -69,66 +79,64 @@ def choose_precision(wanted: str, device: torch.device) -> tuple[str, str]:
     if device.type == "cpu":
         if wanted == "fp16":
             raise UserError("PRECISION=fp16 needs a GPU; with DEVICE=cpu use bf16 or fp32")
-        if wanted == "auto":
-            return "fp32", "auto, CPU"
-        return wanted, "as asked, CPU"
+        return "fp32" if wanted == "auto" else wanted
     major, minor = torch.cuda.get_device_capability(device)
-    where = f"compute capability {major}.{minor}"
+    where = f"this GPU has compute capability {major}.{minor}"
     if wanted == "auto":
-        return ("bf16" if major >= 8 else "fp16"), f"auto, {where}"
+        return "bf16" if major >= 8 else "fp16"
     if wanted == "bf16" and major < 8:
-        raise UserError(
-            f"PRECISION=bf16: this GPU has {where} and would emulate it; use PRECISION=fp16"
-        )
+        raise UserError(f"PRECISION=bf16: {where} and would emulate it; use PRECISION=fp16")
     if wanted == "fp16" and major < 7:
-        raise UserError(f"PRECISION=fp16: this GPU has {where} and no fp16 units; use fp32")
-    return wanted, f"as asked, {where}"
+        raise UserError(f"PRECISION=fp16: {where} and no fp16 units; use PRECISION=fp32")
+    return wanted
 
 
 def choose_rows(
-    device_batch_size: int | None,
-    batch_size: int,
-    attempt: Callable[[int], None],
-    estimate_mib: Callable[[int], int],
-    world: "World",
+    cfg: "BatchKnobs", world: "World", model: nn.Module, run_step: Callable[[nn.Module, int], None]
 ) -> int:
-    """Rows of a micro-batch: DEVICE_BATCH_SIZE, but no more than a rank's share of the batch. None
-    (auto) is the largest whose step fits; it changes memory and speed, not the training.
+    """Rows of a micro-batch: DEVICE_BATCH_SIZE, but no more than a rank's share of BATCH_SIZE.
+
+    auto (None) is the largest power of two whose forward and backward pass, run_step(model, rows),
+    fits: tried out on CUDA; on a CPU its estimate must fit into half of the free memory. It changes
+    memory and speed, not the training. Gradients that it leaves behind are the caller's to zero.
     """
-    most = max(1, -(-batch_size // world.size))
-    if device_batch_size is not None:
-        return min(device_batch_size, most)
-    return largest_that_fits(most, attempt, estimate_mib, world)
+    most = max(1, -(-cfg.batch_size // world.size))
+    if cfg.device_batch_size is not None:
+        return min(cfg.device_batch_size, most)
+    num_params = sum(p.numel() for p in model.parameters())
+    rows = 2 ** int(math.log2(most))
+    while rows > 1 and not _step_fits(rows, num_params, partial(run_step, model), world.device):
+        rows //= 2
+    return min(world.gather(rows))
 
 
-def largest_that_fits(
-    n: int, attempt: Callable[[int], None], estimate_mib: Callable[[int], int], world: "World"
-) -> int:
-    """The largest divisor of n whose step fits into memory on every rank, at least 1.
-
-    On CUDA it is tried out, from where a third of the estimate would fit; on a CPU the estimate
-    must need no more than half of the memory that is free.
+def estimate_mib(num_params: int, rows: int, run_step: Callable[[int], None]) -> int:
+    """Rough peak of a rank: 18 bytes per parameter (weight, gradient, two moments, a copy for the
+    products), and what one row keeps for its backward pass, counted, times the rows.
     """
-    fits = 1
-    for size in range(n, 0, -1):
-        if n % size == 0 and _step_fits(size, attempt, estimate_mib(size), world.device):
-            fits = size
-            break
-    return min(world.gather(fits))
+    saved_bytes = 0
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal saved_bytes
+        if not isinstance(tensor, torch.nn.Parameter):
+            saved_bytes += tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        run_step(1)
+    return (18 * num_params + rows * saved_bytes) // 2**20
 
 
 def _step_fits(
-    size: int, attempt: Callable[[int], None], estimate_mib: int, device: torch.device
+    rows: int, num_params: int, run_step: Callable[[int], None], device: torch.device
 ) -> bool:
     if device.type == "cpu":
         lines = Path("/proc/meminfo").read_text().splitlines()
-        available_kib = next(int(line.split()[1]) for line in lines if "MemAvailable" in line)
+        free_kib = next(int(line.split()[1]) for line in lines if "MemAvailable" in line)
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        return estimate_mib * processes <= available_kib // 2048
-    if estimate_mib // 3 * 2**20 > torch.cuda.get_device_properties(device).total_memory:
-        return False
+        return estimate_mib(num_params, rows, run_step) * processes <= free_kib // 2048
     try:
-        attempt(size)
+        run_step(rows)
     except torch.OutOfMemoryError:
         return False
     finally:

@@ -6,9 +6,12 @@ the run would be refused.
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
+from torch import nn
 
+from plumbing.device import estimate_mib
 from plumbing.knobs import UserError, knobs_json
 from plumbing.world import World
 
@@ -16,6 +19,22 @@ from plumbing.world import World
 def planned_world() -> World:
     """Rank 0 of as many ranks as WORLD_SIZE says, on a CPU and without a process group."""
     return World(0, int(os.environ.get("WORLD_SIZE", 1)), torch.device("cpu"))
+
+
+def plan_facts(
+    cfg: object, world: World, model: nn.Module, run_step: Callable[[nn.Module, int], None]
+) -> dict[str, object]:
+    """What can be said of a model on the meta device: its size, and the memory of a rank, counted
+    by one run_step(model, 1) of it.
+    """
+    num_params = sum(p.numel() for p in model.parameters())
+    rows = cfg.device_batch_size or 1
+    memory = estimate_mib(num_params, rows, partial(run_step, model))
+    return {
+        "parameters": f"{num_params:,}",
+        "batch": f"{cfg.batch_size} sequences on {world.size} rank(s)",
+        "memory": f"about {memory:,} MiB per rank with {rows} of them at a time",
+    }
 
 
 def show_plan(cfg: object, plan: Callable[..., Mapping[str, object]]) -> int:
