@@ -52,15 +52,16 @@ def _refusal(url: str, status: int | None) -> str:
 
 
 def _proxy_problem(error: BaseException) -> str:
-    """What to say of an error that comes from the proxy settings, before any request is made."""
+    """What to say of an error that the proxy settings cause before any request is made; '' where
+    the environment names no proxy."""
     names = [name for name in (*PROXIES, *map(str.upper, PROXIES)) if os.environ.get(name)]
+    if not names:
+        return ""
     settings = ", ".join(f"{name}={os.environ[name]}" for name in names)
     advice = "correct or unset it"
     if "socks" in str(error).lower():
         advice = "pip install socksio, or unset it"
-    return (
-        f"the proxy of the environment cannot be used ({settings or _in_one_line(error)}); {advice}"
-    )
+    return f"the proxy of the environment cannot be used ({settings}: {error}); {advice}"
 
 
 def hub_persist(repo: str, name: str, attempt: Callable[[], T], otherwise: str) -> T:
@@ -90,7 +91,7 @@ def hub_persist(repo: str, name: str, attempt: Callable[[], T], otherwise: str) 
             if isinstance(error, hub.errors.OfflineModeIsEnabled):
                 break
         except (ImportError, ValueError) as error:
-            raise UserError(_proxy_problem(error)) from None
+            raise UserError(_proxy_problem(error) or f"{url}: {_in_one_line(error)}") from None
         if number < ATTEMPTS:
             print(
                 f"{what_failed}: attempt {number} of {ATTEMPTS} failed, trying again: {fault}",
