@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed.run
 from support import ONE, ROOT, environment, run_here, same_tensors, write_data
 
 import plumbing
@@ -26,26 +25,17 @@ import train_arith
 import train_gpt
 import train_gpu
 import train_scaled
-from plumbing import Clock, Prefetch, RunLog, TokenShards, UserError, read_knobs, write_shard
+from plumbing import Clock, RunLog, UserError, read_knobs, write_shard
 from train_gpt import PRESETS, Knobs
 
 # ---------------------------------------------------------------- knobs
 
-CPU = {"DEVICE": "cpu"}
-
 
 TRAINERS = (train_gpt, train_scaled, train_gpu, train_arith)
-EVERY_KNOB = [(t, f) for t in TRAINERS for f in dataclasses.fields(t.Knobs)]
-every_knob = pytest.mark.parametrize(
-    ("trainer", "f"), EVERY_KNOB, ids=[f"{t.__name__}-{f.name}" for t, f in EVERY_KNOB]
-)
 
 
 def read(argv=(), env=None, trainer=train_gpt):
     return read_knobs(trainer.Knobs, trainer.PRESETS, list(argv), env or {})
-
-
-BAD = {int: "1.5", float: "0,3", bool: "yes"}
 
 
 @pytest.mark.parametrize(
