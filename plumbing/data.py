@@ -278,21 +278,17 @@ def _sample_hash(shard: np.ndarray) -> str:
 def check_disjoint(train: TokenShards, val: TokenShards) -> None:
     """Refuse, by name, a file that is in both training and validation data: the same file by
     whatever path, or another one with the same content (as TokenShards.content sees it)."""
-    trained_on: dict[object, str] = {}
-    for path, (_, _, sample) in zip(train.paths, train.content, strict=True):
-        trained_on.setdefault(os.path.realpath(path), path)
-        trained_on.setdefault(sample, path)
-    for path, (_, _, sample) in zip(val.paths, val.content, strict=True):
-        other = trained_on.get(os.path.realpath(path)) or trained_on.get(sample)
-        if other is None:
+    real_paths = {os.path.realpath(path) for path in train.paths}
+    by_sample = {facts[-1]: path for path, facts in zip(train.paths, train.content, strict=True)}
+    for path, facts in zip(val.paths, val.content, strict=True):
+        if os.path.realpath(path) in real_paths:
+            what = "is"
+        elif facts[-1] in by_sample:
+            what = f"is a copy of {by_sample[facts[-1]]}, which is"
+        else:
             continue
-        same = (
-            "is"
-            if os.path.realpath(path) == os.path.realpath(other)
-            else f"is a copy of {other}, which is"
-        )
         raise UserError(
-            f"{path}: {same} training data too, so a validation on it would measure memory; narrow "
+            f"{path}: {what} training data too, so a validation on it would measure memory; narrow "
             f"the pattern of the training shards ({train.pattern}) or choose other validation data"
         )
 

@@ -2,7 +2,6 @@
 
 import ast
 import csv
-import dataclasses
 import errno
 import math
 import multiprocessing
@@ -26,7 +25,7 @@ import train_gpt
 import train_gpu
 import train_scaled
 from plumbing import Clock, RunLog, UserError, read_knobs, write_shard
-from train_gpt import PRESETS, Knobs
+from train_gpt import Knobs
 
 # ---------------------------------------------------------------- knobs
 

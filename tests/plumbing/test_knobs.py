@@ -41,7 +41,7 @@ class Knobs:
     attngate: str = knob("none", "gate of the attention", choices=GATES)
     lr: float = knob(0.0036, "peak learning rate", group="Schedule", low=0)
     num_iterations: int = knob(100, "number of optimizer steps", low=0)
-    warmup_iters: int = knob(0, "steps of linear warm-up", low=0)
+    warmup_iters: int = knob(0, "steps " + "of linear warm-up " * 9, low=0)
     dropout: float = knob(0.0, "share of activations set to zero", low=0, high=0.9)
     time_budget_s: float | None = knob(None, "seconds of training", above=0, none="off")
     device: str = knob("cuda", "where to train", group="Run", choices=("cuda", "cpu"))
