@@ -68,12 +68,12 @@ def _foreign_format(path: str | Path, size: int) -> str:
         return f"a shard written with big-endian numbers. Convert it: {load}"
     if little[0] == LLAMA_MAGIC or (little[0] == MAGIC and little[1] == 7):
         return (
-            "a shard of uint32 tokens (llm.c, version 7, for Llama's tokenizer). Its ids do not fit "
+            "a shard of uint32 tokens (llm.c version 7, for Llama's tokenizer). Its ids do not fit "
             f"into the 65,536 of this format; tokenize the text again: {own_text}"
         )
     if little[0] == MAGIC and little[1] != VERSION:
         return (
-            f"a shard of version {little[1]}, which is not the version {VERSION} that is read here; "
+            f"a shard of version {little[1]}, which is not the version {VERSION} read here; "
             f"delete it and make or download it again ({own_text})"
         )
     if _is_text(head):
@@ -128,7 +128,7 @@ def read_shard(path: str | Path) -> np.ndarray:
 
 
 def read_bytes(path: str | Path) -> np.ndarray:
-    """Map any file as uint8 tokens, its bytes. Raises UserError, naming the file, if it is empty."""
+    """Map a file as uint8 tokens, its bytes. Raises UserError, naming the file, if it is empty."""
     if not os.path.getsize(path):
         raise UserError(f"{path}: is empty; leave it out, or put text into it")
     return np.memmap(path, np.uint8, "r")

@@ -43,8 +43,8 @@ def _refusal(url: str, status: int | None) -> str:
     """What an HTTP status means that another attempt will not change; '' for the others."""
     if status in (401, 403):
         return (
-            f"{url}: access was refused (HTTP {status}); set HF_TOKEN to a token of an account that "
-            f"may read it (accept the terms on the dataset's page), or check HF_ENDPOINT"
+            f"{url}: access was refused (HTTP {status}); set HF_TOKEN to a token of an account "
+            f"that may read it (accept the terms on the dataset's page), or check HF_ENDPOINT"
         )
     if status == 404:
         return f"{url}: the hub has no such file (HTTP 404); ask for others, or check HF_ENDPOINT"

@@ -252,7 +252,7 @@ def _python_text(stdlib: Path) -> Iterator[str]:
 
 
 def _known_corpus(folder: Path, made_from: str) -> tuple[str, str, str] | None:
-    """The corpus in `folder` that was made from the same Python, so that nothing is parsed twice."""
+    """The corpus in `folder` made from the same Python, so that nothing is parsed twice."""
     for note in sorted(folder.glob("embedded-*/made_from.json")):
         patterns = [str(note.parent / f"embedded_{part}_*.bin") for part in ("train", "val")]
         try:

@@ -60,8 +60,8 @@ class OldKnobs:
     """Of a trainer that still has the names of the program that it follows."""
 
     num_layers: int = knob(8, "blocks", low=1)
-    sequence_length: int = knob(8, "tokens", low=1)
     max_seq_len: int = knob(9, "tokens of something else", low=1)
+    sequence_length: int = knob(8, "tokens", low=1)
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Knobs)}
