@@ -2,12 +2,13 @@
 
     python cached_fineweb10B.py            all 103 training shards and the validation shard, 20.8 GB
     python cached_fineweb10B.py 9          the first 9 of them and the validation shard, 2.0 GB
-    python cached_fineweb10B.py --small    the start of one training shard and of the validation shard, 41 MB
+    python cached_fineweb10B.py --small    the start of a training and of the validation shard, 41 MB
     HF_ENDPOINT=... python cached_fineweb10B.py 9      from a mirror of the hub
 
-Safe to rerun, to interrupt and to start twice: a shard gets its final name only when its header, its length
-and its SHA-256 agree with the hub's, checked.json remembers which did, and a lock lets one process at a time
-into the folder. A shard cut short by --small has the name of the whole one, so a later run replaces it.
+Safe to rerun, to interrupt and to start twice: a shard gets its final name only when its header,
+its length and its SHA-256 agree with the hub's, checked.json remembers which did, and a lock lets
+one process at a time into the folder. A shard cut short by --small has the name of the whole one,
+so a later run replaces it.
 Raises   UserError naming the shard: no hub, no such shard, no room, or bytes that stay wrong
 Source   dataset kjj0/fineweb10B-gpt2; the command line of modded-nanogpt's script of the same name
 """
@@ -20,7 +21,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
-# Plain HTTP, the way whose faults tests/test_data.py acts out. The library reads this when it is imported.
+# Plain HTTP, the way whose faults tests/hub_server.py acts out. The library reads this when it is
+# imported.
 os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
 
 import numpy as np
@@ -29,8 +31,10 @@ from huggingface_hub import HfFileMetadata
 from huggingface_hub.utils import get_session, hf_raise_for_status
 from tqdm import tqdm
 
-import plumbing
-from plumbing import HEADER_BYTES, MAGIC, VERSION, UserError, launch, read_shard, write_shard
+from plumbing.data import HEADER_BYTES, MAGIC, VERSION, read_shard, write_shard
+from plumbing.hub import hub_facts, hub_fetch, hub_persist, hub_problem
+from plumbing.knobs import ROOT, UserError
+from plumbing.world import launch
 
 REPO = "kjj0/fineweb10B-gpt2"
 NUM_TRAIN = 103
@@ -39,7 +43,7 @@ OTHERWISE = (
     "copy fineweb_*.bin files into the folder by hand (trainers read what is there), or train with PRESET=demo, which "
     "needs no download"
 )
-persist = partial(plumbing.hub_persist, REPO, otherwise=OTHERWISE)
+persist = partial(hub_persist, REPO, otherwise=OTHERWISE)
 
 
 def problem(path: Path, meta: HfFileMetadata | None = None) -> str:
@@ -52,7 +56,7 @@ def problem(path: Path, meta: HfFileMetadata | None = None) -> str:
         return str(error)
     if meta and size != meta.size:
         return f"{path}: {num_tokens:,} tokens in {size:,} bytes, but the hub's shard has {meta.size:,} bytes"
-    return plumbing.hub_problem(path, meta) if meta else ""
+    return hub_problem(path, meta) if meta else ""
 
 
 def fetch_start(path: Path, meta: HfFileMetadata, size: int) -> None:
@@ -103,7 +107,7 @@ def bring(folder: Path, goal: dict[str, int], verify: bool) -> None:
             held >= HEADER_BYTES + 2 * least if least else held == checked.get(name) and not verify
         ):
             continue
-        meta = plumbing.hub_facts(REPO, name, OTHERWISE)
+        meta = hub_facts(REPO, name, OTHERWISE)
         size = min(HEADER_BYTES + 2 * least, meta.size) if least else meta.size
         if held and least:
             fault = (
@@ -131,7 +135,7 @@ def bring(folder: Path, goal: dict[str, int], verify: bool) -> None:
         if goal[path.name]:
             fetch_start(path, meta, size)
         else:
-            plumbing.hub_fetch(REPO, path.name, path, problem, OTHERWISE, meta)
+            hub_fetch(REPO, path.name, path, problem, OTHERWISE, meta)
             remember(path)
 
 
@@ -142,9 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument(
         "n", nargs="?", type=int, metavar="N", help=f"training shards, 1 to {NUM_TRAIN} (all)"
     )
-    p.add_argument(
-        "--dir", type=Path, default=Path(__file__).resolve().parent / "data" / "fineweb10B"
-    )
+    p.add_argument("--dir", type=Path, default=ROOT / "data" / "fineweb10B")
     p.add_argument(
         "--verify", action="store_true", help="compare the SHA-256 of shards already there, too"
     )

@@ -68,12 +68,12 @@ def _foreign_format(path: str | Path, size: int) -> str:
         return f"a shard written with big-endian numbers. Convert it: {load}"
     if little[0] == LLAMA_MAGIC or (little[0] == MAGIC and little[1] == 7):
         return (
-            "a shard of uint32 tokens (llm.c, version 7, for Llama's tokenizer). Its ids do not fit "
+            "a shard of uint32 tokens (llm.c version 7, for Llama's tokenizer). Its ids do not fit "
             f"into the 65,536 of this format; tokenize the text again: {own_text}"
         )
     if little[0] == MAGIC and little[1] != VERSION:
         return (
-            f"a shard of version {little[1]}, which is not the version {VERSION} that is read here; "
+            f"a shard of version {little[1]}, which is not the version {VERSION} read here; "
             f"delete it and make or download it again ({own_text})"
         )
     if _is_text(head):
@@ -128,7 +128,7 @@ def read_shard(path: str | Path) -> np.ndarray:
 
 
 def read_bytes(path: str | Path) -> np.ndarray:
-    """Map any file as uint8 tokens, its bytes. Raises UserError, naming the file, if it is empty."""
+    """Map a file as uint8 tokens, its bytes. Raises UserError, naming the file, if it is empty."""
     if not os.path.getsize(path):
         raise UserError(f"{path}: is empty; leave it out, or put text into it")
     return np.memmap(path, np.uint8, "r")
@@ -286,21 +286,17 @@ def _sample_hash(shard: np.ndarray) -> str:
 def check_disjoint(train: TokenShards, val: TokenShards) -> None:
     """Refuse, by name, a file that is in both training and validation data: the same file by
     whatever path, or another one with the same content (as TokenShards.content sees it)."""
-    trained_on: dict[object, str] = {}
-    for path, (_, _, sample) in zip(train.paths, train.content, strict=True):
-        trained_on.setdefault(os.path.realpath(path), path)
-        trained_on.setdefault(sample, path)
-    for path, (_, _, sample) in zip(val.paths, val.content, strict=True):
-        other = trained_on.get(os.path.realpath(path)) or trained_on.get(sample)
-        if other is None:
+    real_paths = {os.path.realpath(path) for path in train.paths}
+    by_sample = {facts[-1]: path for path, facts in zip(train.paths, train.content, strict=True)}
+    for path, facts in zip(val.paths, val.content, strict=True):
+        if os.path.realpath(path) in real_paths:
+            what = "is"
+        elif facts[-1] in by_sample:
+            what = f"is a copy of {by_sample[facts[-1]]}, which is"
+        else:
             continue
-        same = (
-            "is"
-            if os.path.realpath(path) == os.path.realpath(other)
-            else f"is a copy of {other}, which is"
-        )
         raise UserError(
-            f"{path}: {same} training data too, so a validation on it would measure memory; narrow "
+            f"{path}: {what} training data too, so a validation on it would measure memory; narrow "
             f"the pattern of the training shards ({train.pattern}) or choose other validation data"
         )
 

@@ -43,8 +43,8 @@ def _refusal(url: str, status: int | None) -> str:
     """What an HTTP status means that another attempt will not change; '' for the others."""
     if status in (401, 403):
         return (
-            f"{url}: access was refused (HTTP {status}); set HF_TOKEN to a token of an account that "
-            f"may read it (accept the terms on the dataset's page), or check HF_ENDPOINT"
+            f"{url}: access was refused (HTTP {status}); set HF_TOKEN to a token of an account "
+            f"that may read it (accept the terms on the dataset's page), or check HF_ENDPOINT"
         )
     if status == 404:
         return f"{url}: the hub has no such file (HTTP 404); ask for others, or check HF_ENDPOINT"
@@ -52,15 +52,16 @@ def _refusal(url: str, status: int | None) -> str:
 
 
 def _proxy_problem(error: BaseException) -> str:
-    """What to say of an error that comes from the proxy settings, before any request is made."""
+    """What to say of an error that the proxy settings cause before any request is made; '' where
+    the environment names no proxy."""
     names = [name for name in (*PROXIES, *map(str.upper, PROXIES)) if os.environ.get(name)]
+    if not names:
+        return ""
     settings = ", ".join(f"{name}={os.environ[name]}" for name in names)
     advice = "correct or unset it"
     if "socks" in str(error).lower():
         advice = "pip install socksio, or unset it"
-    return (
-        f"the proxy of the environment cannot be used ({settings or _in_one_line(error)}); {advice}"
-    )
+    return f"the proxy of the environment cannot be used ({settings}: {error}); {advice}"
 
 
 def hub_persist(repo: str, name: str, attempt: Callable[[], T], otherwise: str) -> T:
@@ -90,7 +91,7 @@ def hub_persist(repo: str, name: str, attempt: Callable[[], T], otherwise: str) 
             if isinstance(error, hub.errors.OfflineModeIsEnabled):
                 break
         except (ImportError, ValueError) as error:
-            raise UserError(_proxy_problem(error)) from None
+            raise UserError(_proxy_problem(error) or f"{url}: {_in_one_line(error)}") from None
         if number < ATTEMPTS:
             print(
                 f"{what_failed}: attempt {number} of {ATTEMPTS} failed, trying again: {fault}",

@@ -86,7 +86,7 @@ def spellings(cls: type) -> dict[str, Field]:
         known[field.name.upper()] = field
         for alias in (*field.metadata["alias"], *family.ALIASES.get(field.name, ())):
             if alias not in fields:
-                known.setdefault(alias.upper(), field)
+                known[alias.upper()] = field
     return known
 
 

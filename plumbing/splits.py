@@ -5,7 +5,7 @@ them, and that files which say by their names what they are for (train, val or v
 taken at their word. The text is checked as texts.py says. What is downloaded or made lies under the
 data folder, whole or not at all, and is used again.
 
-    open_splits        train.bin, val.bin and test.bin by a tokenizer, with counts of words and bytes
+    open_splits        train, val and test as token shards, with their counts of words and bytes
     open_byte_files    training and validation text as files that are mapped byte by byte
 """
 
@@ -378,8 +378,8 @@ def open_byte_files(
     train, val = split_files(source, data_folder)
     if os.path.getsize(val[0]) <= least:
         raise UserError(
-            f"{data}: its validation part has {os.path.getsize(val[0])} bytes; use more text, or put "
-            f"a file val.txt beside it"
+            f"{data}: its validation part has {os.path.getsize(val[0])} bytes; use more text, or "
+            f"put a file val.txt beside it"
         )
     hint = "set DATA to a text file, a folder, a pattern, wikipedia:tr or embedded"
     train_shards = TokenShards(train, hint, open_file=read_bytes)

@@ -252,7 +252,7 @@ def _python_text(stdlib: Path) -> Iterator[str]:
 
 
 def _known_corpus(folder: Path, made_from: str) -> tuple[str, str, str] | None:
-    """The corpus in `folder` that was made from the same Python, so that nothing is parsed twice."""
+    """The corpus in `folder` made from the same Python, so that nothing is parsed twice."""
     for note in sorted(folder.glob("embedded-*/made_from.json")):
         patterns = [str(note.parent / f"embedded_{part}_*.bin") for part in ("train", "val")]
         try:
@@ -314,7 +314,6 @@ class Tokenizer:
     size: int  # ids
     padded_size: int  # ids, to a multiple of 64: the VOCAB_SIZE to train with
     separator: int  # the id that stands before every document
-    special: tuple[str, ...]  # names of special tokens that a text may hold by mistake
     encode: Callable[[str], np.ndarray]  # (N,) uint16
     piece: Callable[[int], bytes]  # the bytes of one id
 
@@ -337,7 +336,7 @@ def tokenizer(name: str) -> Tokenizer:
     tiktoken). Raises UserError where tiktoken or its files are not there."""
     if name == "bytes":
         encode = lambda text: np.frombuffer(text.encode(), np.uint8).astype(np.uint16)
-        return Tokenizer("bytes", 256, 256, 0, (), encode, lambda token: bytes([token]))
+        return Tokenizer("bytes", 256, 256, 0, encode, lambda token: bytes([token]))
     assert name == "gpt2", name
     try:
         import tiktoken
@@ -356,9 +355,8 @@ def tokenizer(name: str) -> Tokenizer:
         parts = [np.array(gpt2.encode_ordinary(piece), np.uint16) for piece in _pieces(text)]
         return np.concatenate(parts) if parts else np.zeros(0, np.uint16)
 
-    special = tuple(sorted(gpt2.special_tokens_set))
     piece = gpt2.decode_single_token_bytes
-    return Tokenizer("gpt2", 50257, 50304, 50256, special, encode_gpt2, piece)
+    return Tokenizer("gpt2", 50257, 50304, 50256, encode_gpt2, piece)
 
 
 def encoder(name: str) -> Callable[[str], np.ndarray]:

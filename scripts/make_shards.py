@@ -1,14 +1,17 @@
-"""make_shards.py -- text files of your own to token shards the trainers read.
+"""make_shards.py -- text files of your own as token shards that the trainers read.
 
     python scripts/make_shards.py book.txt --tokenizer bytes --out data/book
     python scripts/make_shards.py corpus/ --tokenizer gpt2 --split file --out data/corpus
+    python scripts/make_shards.py dump.txt --tokenizer gpt2 --split '<|endoftext|>' --out data/dump
 
-Writes NAME_train_000001.bin, ... and NAME_val_000000.bin into --out and prints the settings to train on them.
-Documents are what empty lines separate (--split paragraph, the default: it finds many even in one file), or
-whole files (--split file: keeps the chapters of a book together). Before every document stands a separator
-token: 50256 for gpt2, byte 0 for bytes. A document's SHA-256 puts it into training or validation, so equal
-documents are never on both sides and the same text always gives the same shards. Memory: one shard per side
-and one document. Nothing appears under its final name until everything is tokenized.
+Writes NAME_train_000001.bin, ... and NAME_val_000000.bin into --out and prints the settings to
+train on them. Documents are what empty lines separate (--split paragraph, the default: it finds
+many even in one file), whole files (--split file: keeps the chapters of a book together), or what
+lines that hold a marker separate (--split MARKER). Before every document stands a separator token:
+50256 for gpt2, byte 0 for bytes. A document's SHA-256 puts it into training or validation, so equal
+documents are never on both sides and the same text always gives the same shards. The text is UTF-8;
+a byte order mark is dropped and line ends become LF. Memory: one shard per side and one document.
+Nothing appears under its final name until everything is tokenized.
 Raises   UserError naming file and line: nothing to read, not UTF-8, no tokenizer, shards in the way
 """
 
@@ -16,28 +19,27 @@ import argparse
 import hashlib
 import os
 import re
+import sys
 import tempfile
 from array import array
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from lib_runs import GPT2  # and with it the repository's root is on the path
 
-from plumbing import UserError, launch, write_shard
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from plumbing.data import write_shard
+from plumbing.knobs import UserError
+from plumbing.texts import check_text, tokenizer
+from plumbing.world import launch
 
-Encode = Callable[[str], "list[int] | bytes"]
-
-
-# name -> (how to make the encoder, separator token, the VOCAB_SIZE to train with)
-TOKENIZERS = {
-    "gpt2": (lambda: GPT2().encode, GPT2.separator, 50304),
-    "bytes": (lambda: str.encode, 0, 256),
-}
+SPECIAL = re.compile(r"<\|\w+\|>")  # what tokenizers of this family write their special tokens as
 
 
 def text_files(given: list[Path]) -> list[Path]:
-    """The files named, and each .txt below the folders named, in name order. Raises UserError for none."""
+    """The files named, and each .txt below the folders named, in name order. Raises UserError for
+    none."""
     files = []
     for path in given:
         if not path.exists():
@@ -51,29 +53,31 @@ def text_files(given: list[Path]) -> list[Path]:
 
 
 def documents(path: Path, split: str) -> Iterator[str]:
-    """The file's documents, without the empty lines between them. Raises UserError at the first bad line."""
+    """The file's documents, without the lines that separate them. Raises UserError, before the
+    first one, for a file that is no UTF-8 text."""
+    check_text(path)
+    if split == "file":
+        text = "".join(open_lines(path))
+        if text.strip():
+            yield text
+        return
+    marker = "" if split == "paragraph" else split
     lines: list[str] = []
-    with open(path, "rb") as f:
-        for number, raw in enumerate(f, 1):
-            if b"\0" in raw:
-                raise UserError(
-                    f"{path}: line {number} has a zero byte, this is no text file; leave it out"
-                )
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{path}: line {number} is not UTF-8 (byte 0x{raw[error.start]:02x}, {error.reason}); "
-                    f"convert it, for example: iconv -f latin1 -t utf-8 {path.name} > new.txt"
-                ) from None
-            if split == "paragraph" and not line.strip():
-                if lines:
-                    yield "".join(lines).rstrip("\r\n")
-                lines = []
-            else:
-                lines.append(line)
+    for line in open_lines(path):
+        if line.strip() != marker:
+            lines.append(line)
+            continue
+        if "".join(lines).strip():
+            yield "".join(lines).strip("\n")
+        lines = []
     if "".join(lines).strip():
-        yield "".join(lines) if split == "file" else "".join(lines).rstrip("\r\n")
+        yield "".join(lines).strip("\n")
+
+
+def open_lines(path: Path) -> Iterator[str]:
+    """The lines of a text, without a byte order mark and with LF at their ends."""
+    with open(path, encoding="utf-8-sig", newline=None) as file:
+        yield from file
 
 
 class Side:
@@ -85,11 +89,11 @@ class Side:
         self.num_documents = self.num_tokens = 0
         self.names: list[str] = []
 
-    def add(self, separator: int, tokens: list[int] | bytes) -> None:
+    def add(self, separator: int, tokens_N: np.ndarray) -> None:
         self.buffer.append(separator)
-        self.buffer.extend(tokens)
+        self.buffer.frombytes(tokens_N.tobytes())
         self.num_documents += 1
-        self.num_tokens += 1 + len(tokens)
+        self.num_tokens += 1 + len(tokens_N)
         while (
             len(self.buffer) >= self.shard_tokens
         ):  # documents run on over the edge, as in FineWeb
@@ -113,10 +117,14 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument(
         "text", nargs="+", type=Path, metavar="TEXT", help="UTF-8 files, or folders of .txt files"
     )
-    p.add_argument("--tokenizer", choices=sorted(TOKENIZERS), required=True)
+    p.add_argument("--tokenizer", choices=("bytes", "gpt2"), required=True)
     p.add_argument("--out", type=Path, required=True, metavar="DIR")
     p.add_argument(
-        "--split", choices=("paragraph", "file"), default="paragraph", help="what one document is"
+        "--split",
+        default="paragraph",
+        metavar="{paragraph,file,MARKER}",
+        help="what one document is: what empty lines separate, a file, or what lines that hold "
+        "MARKER separate, such as '<|endoftext|>' (default paragraph)",
     )
     p.add_argument(
         "--val-fraction", type=float, default=0.1, help="of the documents, about (default 0.1)"
@@ -141,8 +149,10 @@ def main(argv: list[str] | None = None) -> None:
             f"{a.out}: already has {', '.join(found[:3])}; delete them or choose another --name"
         )
     files = text_files(a.text)
-    make, separator, vocab_size = TOKENIZERS[a.tokenizer]
-    encode = make()
+    if not a.split.strip():
+        raise UserError("--split '': expected paragraph, file, or a marker such as '<|endoftext|>'")
+    tokens = tokenizer(a.tokenizer)
+    specials: Counter[str] = Counter()
 
     try:
         a.out.mkdir(parents=True, exist_ok=True)
@@ -153,24 +163,35 @@ def main(argv: list[str] | None = None) -> None:
             Side(Path(aside), stem, 1 - k, a.shard_tokens) for k, stem in enumerate(stems)
         )
         for path in files:
-            for text in documents(path, a.split):
+            for text in documents(path, a.split.strip()):
+                specials.update(set(SPECIAL.findall(text)))
                 place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
-                (val if place < a.val_fraction else train).add(separator, encode(text))
+                (val if place < a.val_fraction else train).add(
+                    tokens.separator, tokens.encode(text)
+                )
         for side, what in ((train, "training"), (val, "validation")):
             side.close()
             if not side.num_documents:
                 found = f"{train.num_documents + val.num_documents} documents in {len(files)} files"
                 raise UserError(
-                    f"{found}, none for {what}; give more text, change --val-fraction, or split by paragraph"
+                    f"{found}, none for {what}; give more text, change --val-fraction, or split by "
+                    f"paragraph"
                 )
         for shard in train.names + val.names:
             os.replace(Path(aside) / shard, a.out / shard)
 
+    for name, count in specials.most_common(5):
+        print(
+            f"{name} stands in {count:,} documents and was taken as plain text; if it separates "
+            f"documents, run again with --split '{name}'"
+        )
     for side, what in ((train, "training"), (val, "validation")):
         shards = ", ".join(side.names)
         print(f"{what}: {side.num_documents:,} documents, {side.num_tokens:,} tokens: {shards}")
     patterns = [f"{a.out}/{stem}_*.bin" for stem in stems]
-    print(f"INPUT_BIN='{patterns[0]}' INPUT_VAL_BIN='{patterns[1]}' VOCAB_SIZE={vocab_size}")
+    print(
+        f"INPUT_BIN='{patterns[0]}' INPUT_VAL_BIN='{patterns[1]}' VOCAB_SIZE={tokens.padded_size}"
+    )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,14 @@ It shows how the client behaves against these answers, not that the live hub giv
 import hashlib
 import json
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import huggingface_hub.constants
+import huggingface_hub.file_download
+import pytest
 
 REPO = "kjj0/fineweb10B-gpt2"
 COMMIT = "c0ffee" * 6 + "beef"
@@ -30,6 +37,7 @@ class Hub:
     def __init__(self, files: dict[str, bytes], repo: str = REPO):
         self.files, self.repo = files, repo
         self.faults: dict[str, list[str] | str] = {}
+        self.refusals: dict[str, int] = {}  # name -> HTTP status that it is refused with
         self.gets: list[str] = []  # names, in order
         self.sent = 0  # bytes of bodies
         hub = self
@@ -85,6 +93,11 @@ class Hub:
             r.send_header("Content-Length", "0")
             r.end_headers()
             return
+        if status := self.refusals.get(name):
+            r.send_response(status)
+            r.send_header("Content-Length", "0")
+            r.end_headers()
+            return
         data, fault = self.files[name], ""
         digest = hashlib.sha256(data).hexdigest()
         if body:
@@ -120,3 +133,18 @@ class Hub:
         if fault == "cut":
             r.close_connection = True
             r.connection.shutdown(2)
+
+
+@contextmanager
+def serving(files: dict[str, bytes], cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub with these files that this process's huggingface_hub talks to, and no waits between
+    attempts."""
+    with Hub(dict(files)) as server:
+        constants = huggingface_hub.constants
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        # This is the module `time` itself, so it holds for everybody.
+        monkeypatch.setattr(huggingface_hub.file_download.time, "sleep", lambda s: None)
+        yield server

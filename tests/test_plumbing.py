@@ -2,7 +2,6 @@
 
 import ast
 import csv
-import dataclasses
 import errno
 import math
 import multiprocessing
@@ -18,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed.run
 from support import ONE, ROOT, environment, run_here, same_tensors, write_data
 
 import plumbing
@@ -26,87 +24,17 @@ import train_arith
 import train_gpt
 import train_gpu
 import train_scaled
-from plumbing import Clock, Prefetch, RunLog, TokenShards, UserError, read_knobs, write_shard
-from train_gpt import PRESETS, Knobs
+from plumbing import Clock, RunLog, UserError, read_knobs, write_shard
+from train_gpt import Knobs
 
 # ---------------------------------------------------------------- knobs
 
-CPU = {"DEVICE": "cpu"}
-
 
 TRAINERS = (train_gpt, train_scaled, train_gpu, train_arith)
-EVERY_KNOB = [(t, f) for t in TRAINERS for f in dataclasses.fields(t.Knobs)]
-every_knob = pytest.mark.parametrize(
-    ("trainer", "f"), EVERY_KNOB, ids=[f"{t.__name__}-{f.name}" for t, f in EVERY_KNOB]
-)
 
 
 def read(argv=(), env=None, trainer=train_gpt):
     return read_knobs(trainer.Knobs, trainer.PRESETS, list(argv), env or {})
-
-
-def test_flag_beats_environment_beats_preset_beats_default():
-    assert read().lr == 0.0036
-    assert read(env={"PRESET": "demo"}).lr == PRESETS["demo"]["lr"]
-    assert read(env={"PRESET": "demo", "LR": "0.5"}).lr == 0.5
-    assert read(["--lr", "0.25"], {"PRESET": "demo", "LR": "0.5"}).lr == 0.25
-    assert read(["--warmup-iters=3", "--compile=0"]).warmup_iters == 3
-
-
-BAD = {int: "1.5", float: "0,3", bool: "yes"}
-
-
-@every_knob
-def test_every_knob_refuses_a_bad_value_and_says_what_would_do(trainer, f):
-    kind = plumbing._kind(f)
-    bad = ["no-such-choice"] if f.metadata["choices"] else [BAD[kind]] if kind in BAD else []
-    bad += [str(f.metadata["low"] - 1)] if f.metadata["low"] is not None else []
-    bad += [str(f.metadata["above"])] if f.metadata["above"] is not None else []
-    bad += ["nan", "inf"] if kind is float else []
-    for text in bad:
-        with pytest.raises(UserError, match=rf"{f.name.upper()}='{text}': expected .*default is"):
-            read(env={f.name.upper(): text}, trainer=trainer)
-        with pytest.raises(UserError, match=f.name.upper()):
-            read([f"--{f.name}={text}"], trainer=trainer)
-    assert bad or kind is str
-
-
-@every_knob
-def test_every_misspelt_knob_is_refused_with_the_right_name(trainer, f):
-    name = f.name.upper()
-    with pytest.raises(UserError, match="is not a flag"):
-        read([f"--{f.name}x=1"], trainer=trainer)
-    if len(name) > 5:
-        wrong = name[:3] + name[4:]
-        with pytest.raises(
-            UserError, match=f"{wrong} is set, but it is not a knob; did you mean {name}?"
-        ):
-            read(env={wrong: "1"}, trainer=trainer)
-
-
-@pytest.mark.parametrize("name", ["ATTN_GATE", "attngate", "NUM_ITERATION", "DEVICE_BATCHSIZE"])
-def test_near_misses_in_the_environment_are_refused(name):
-    with pytest.raises(UserError, match=f"{name} is set, but it is not a knob; did you mean"):
-        read(env={name: "none"})
-
-
-def test_a_switch_is_turned_off_by_its_no_form_and_the_environment_loses_to_it():
-    assert (
-        not read(["--no-compile"]).compile and not read(["--no_compile"], {"COMPILE": "1"}).compile
-    )
-    with pytest.raises(UserError, match="--no-lr is not a flag"):
-        read(["--no-lr"])
-
-
-def test_a_wrong_choice_names_the_near_one():
-    with pytest.raises(UserError, match="did you mean headwise"):
-        read(env={"ATTNGATE": "headwize"})
-
-
-def test_two_spellings_of_one_knob_must_agree():
-    assert read(env={"NUM_ITER": "1500", "NUM_ITERATIONS": "1500"}).num_iterations == 1500
-    with pytest.raises(UserError, match="one knob with two values"):
-        read(env={"NUM_ITER": "1500", "NUM_ITERATIONS": "1600"})
 
 
 @pytest.mark.parametrize(
@@ -125,20 +53,6 @@ def test_two_spellings_of_one_knob_must_agree():
 def test_knobs_that_do_not_fit_together_are_refused(env, words):
     with pytest.raises(UserError, match=words):
         read(env=env)
-
-
-def test_no_flag_is_a_prefix_of_one_of_torchruns():
-    """torchrun reads the whole command line, and refuses a prefix of two of its flags even behind the script's name."""
-    theirs = [o for a in torch.distributed.run.get_args_parser()._actions for o in a.option_strings]
-    names = {
-        s
-        for t in TRAINERS
-        for f in dataclasses.fields(t.Knobs)
-        for s in (f.name, *f.metadata["alias"])
-    }
-    for name in sorted(names | {f"no_{name}" for name in names}):
-        for flag in (f"--{name}", f"--{name.replace('_', '-')}"):
-            assert not any(o.startswith(flag) for o in theirs), flag
 
 
 def blocks(path: Path) -> dict[str, ast.AST]:
@@ -213,17 +127,6 @@ def test_without_a_gpu_the_way_out_is_named(monkeypatch, tmp_path):
 # ---------------------------------------------------------------- shards
 
 
-def test_tokens_run_over_shard_edges(tmp_path):
-    for i, n in enumerate((5, 3, 7)):
-        write_shard(tmp_path / f"s_{i}.bin", np.arange(n, dtype=np.uint16) + 100 * i)
-    shards = TokenShards(str(tmp_path / "s_*.bin"))
-    whole = [0, 1, 2, 3, 4, 100, 101, 102, *range(200, 207)]
-    assert shards.total == 15
-    for start in range(15):
-        for n in range(1, 16 - start):
-            assert shards.read(start, n).tolist() == whole[start : start + n]
-
-
 def damage(path: Path, how: str) -> None:
     data = bytearray(path.read_bytes())
     if how == "magic":
@@ -268,19 +171,6 @@ def test_gaps_in_the_numbering_are_reported(monkeypatch, tmp_path):
 def test_missing_shards_name_the_command_that_gets_some(monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"no token shards match .*nope.*cached_fineweb10B.py"):
         run_here(monkeypatch, tmp_path, input_bin=str(tmp_path / "nope_*.bin"))
-
-
-def test_prefetched_batches_come_in_order_and_errors_reach_the_trainer():
-    def make(step):
-        if step == 5:
-            raise OSError("the disk is gone")
-        return (torch.tensor([step]),)
-
-    batches = Prefetch(make, 2, torch.device("cpu"))
-    assert [batches.get(step)[0].item() for step in (2, 3, 4)] == [2, 3, 4]
-    with pytest.raises(OSError, match="the disk is gone"):
-        batches.get(5)
-    batches.close()
 
 
 # ---------------------------------------------------------------- run log and results
