@@ -8,6 +8,7 @@ orders are tested against an independent rewriting of the record's loader.
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,29 +21,33 @@ from plumbing.world import World
 VIRTUAL_RANKS = 8  # of the record order
 
 
+class BatchKnobs(Protocol):
+    """The knobs that TokenBatches reads."""
+
+    batch_size: int  # sequences, over all ranks
+    sequence_length: int
+    num_iterations: int
+    data_order: str
+    data_seed: int | None
+    epochs_ok: bool
+
+
 class TokenBatches:
-    """Batches of `batch_size` sequences of `sequence_length` tokens, by step.
+    """Batches of BATCH_SIZE sequences of SEQUENCE_LENGTH tokens, by step.
 
     stream: one clean pass over the shards. record: what the 8-GPU record of 2024-10 trains on,
     quirks included: each of 8 virtual ranks strides through a shard by itself and leaves it when
     less than a whole batch is left behind its own position (so ranks 6 and 7 leave FineWeb's shards
-    one batch early), and the first batch is used twice. `data_seed` shuffles the order of the
-    batches, anew in each epoch; None leaves it. Raises UserError when a shard is too short.
+    one batch early), and the first batch is used twice. DATA_SEED shuffles the order of the
+    batches, anew in each epoch. Raises UserError when a shard is too short.
     """
 
-    def __init__(
-        self,
-        shards: TokenShards,
-        world: World,
-        batch_size: int,
-        sequence_length: int,
-        order: str,
-        data_seed: int | None,
-    ):
-        self.shards, self.world, self.data_seed = shards, world, data_seed
-        self.batch_size, self.sequence_length = batch_size, sequence_length
-        self.batch_tokens = batch_size * sequence_length
-        self.is_record = order == "record"
+    def __init__(self, shards: TokenShards, cfg: BatchKnobs, world: World):
+        self.shards, self.world, self.data_seed = shards, world, cfg.data_seed
+        self.batch_size, self.sequence_length = cfg.batch_size, cfg.sequence_length
+        self.batch_tokens = cfg.batch_size * cfg.sequence_length
+        self.epochs_ok, self.num_iterations = cfg.epochs_ok, cfg.num_iterations
+        self.is_record = cfg.data_order == "record"
         self.shuffled = lru_cache(maxsize=2)(self._shuffled)
         # Of each span of the batch: the stream positions where its part of each batch begins.
         if self.is_record:
@@ -88,26 +93,29 @@ class TokenBatches:
             positions.append(starts[span] + row_in_span * self.sequence_length)
         return read_rows(self.shards, positions, self.sequence_length)
 
-    def check_steps(self, num_iterations: int, epochs_ok: bool) -> None:
-        """Raise UserError when the shards do not feed the run."""
-        if self.epoch_steps > 0 and (num_iterations <= self.num_steps or epochs_ok):
-            return
-        raise UserError(
-            f"{len(self.shards.paths)} shard(s) match {self.shards.pattern}; their "
-            f"{self.shards.total:,} tokens feed {self.num_steps} steps, "
-            f"NUM_ITERATIONS={num_iterations}; download more, lower NUM_ITERATIONS, or set "
-            f"EPOCHS_OK=1 to start over when they run out"
-        )
-
-    def check_ids(self, vocab_size: int, num_iterations: int) -> None:
-        """Refuse shards that the run reads and that hold ids beyond the vocabulary."""
+    def check(self, vocab_size: int) -> None:
+        """Raise UserError when the shards do not feed the run, or hold ids beyond the vocabulary
+        where the run reads them.
+        """
+        if self.epoch_steps == 0 or self.used_up(self.num_iterations - 1):
+            raise UserError(
+                f"{len(self.shards.paths)} shard(s) match {self.shards.pattern}; their "
+                f"{self.shards.total:,} tokens feed {self.num_steps} steps, "
+                f"NUM_ITERATIONS={self.num_iterations}; download more, lower NUM_ITERATIONS, or "
+                f"set EPOCHS_OK=1 to start over when they run out"
+            )
         last = None
-        if self.data_seed is None and num_iterations <= self.num_steps:
-            last = max(self.starts(max(num_iterations - 1, 0))) + self.batch_tokens + 1
+        if self.data_seed is None and self.num_iterations <= self.num_steps:
+            last = max(self.starts(max(self.num_iterations - 1, 0))) + self.batch_tokens + 1
         self.shards.check_ids(vocab_size, self.world, last)
 
-    def summary(self, num_iterations: int) -> str:
-        epochs = num_iterations / self.epoch_steps
+    def used_up(self, step: int) -> bool:
+        """Whether a step would have to start over, and must not."""
+        return step >= self.num_steps and not self.epochs_ok
+
+    @property
+    def summary(self) -> str:
+        epochs = self.num_iterations / self.epoch_steps
         words = f"{self.shards.total:,} tokens in {len(self.shards.paths)} shard(s)"
         if gaps := self.shards.gaps():
             words += f", whose numbering lacks {gaps}"

@@ -26,6 +26,7 @@ finished. A row of metrics is on disk before the checkpoint that follows it.
 
 import dataclasses
 import faulthandler
+import hashlib
 import math
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -41,6 +42,7 @@ from plumbing.exchange import StepExchange, StepStats
 from plumbing.knobs import UserError, changed_knobs
 from plumbing.records import COMPLETE, RunLog, new_run_id, read_sources
 from plumbing.results import append_result, check_results, knob_columns
+from plumbing.run_knobs import RUN_KNOBS
 from plumbing.world import World
 
 WATCHDOG_S = 1800  # without a step for so long, every thread's stack is printed
@@ -105,6 +107,7 @@ class Session:
         self.row: dict[str, object] = {}  # further columns of the results row
         self.notes: list[str] = []  # further words of its column `notes`
         self.described = False
+        self.data_sha256 = hashlib.sha256(repr(self.data).encode()).hexdigest()[:12]
         self.clock = Clock(world)
         self.exchange = StepExchange(world)
         check_results(Path(cfg.results_file), self.columns, world)
@@ -124,12 +127,15 @@ class Session:
     # ------------------------------------------------------------------
     # Start
 
-    def describe(self, model: nn.Module, flops_per_token: float, **facts: object) -> None:
+    def describe(
+        self, model: nn.Module, flops_per_token: float, facts: Mapping[str, object]
+    ) -> None:
         """Write the header of the log: all sources, the knobs, the machine, the trainer's facts."""
         self.parameter_names = [name for name, _ in model.named_parameters()]
         self.num_params = sum(p.numel() for p in model.parameters())
-        facts = {"run_id": self.run_id, "parameters": f"{self.num_params:,}", **facts}
-        self.log.header(self.cfg, read_sources(self.sources), flops_per_token, facts)
+        known = {"run_id": self.run_id, "parameters": f"{self.num_params:,}"}
+        known |= {**facts, "data_sha256": self.data_sha256}
+        self.log.header(self.cfg, read_sources(self.sources), flops_per_token, known)
         self.described = True
 
     def restore(self, **objects: object) -> dict | None:
@@ -161,7 +167,9 @@ class Session:
     # ------------------------------------------------------------------
     # The half of the loop with the clock stopped
 
-    def between_steps(self, step: int, finished: bool = False) -> list[StepStats]:
+    def between_steps(
+        self, step: int, finished: bool = False, out_of_data: bool = False
+    ) -> list[StepStats]:
         """Hear of the steps before and decide what comes next. If anything is due, the clock stops
         and all queued steps are heard of. Returns what was heard.
         """
@@ -172,6 +180,9 @@ class Session:
         heard = self._hear(keep=1)
         if finished and not self.stopping:
             self.status = "finished"
+        if out_of_data and not self.stopping:
+            line = "the data are used up: get more, or set EPOCHS_OK=1, and start this run again"
+            self.stop("preempted", f"step:{step} {line}")
         if self.should_validate or self.should_save or self.stopping:
             self.clock.stop()
             heard += self._hear(keep=0)
@@ -269,7 +280,6 @@ class Session:
         self,
         step: int,
         loss: Tensor,
-        *,
         lr: float,
         grad_norms: Tensor,
         overflow: Tensor | None = None,
@@ -399,8 +409,9 @@ class Session:
         }
         if self.steps_per_epoch:
             row["epochs"] = round(step / self.steps_per_epoch, 4)
-        hidden = {*knobs_in_columns, *self.resume_may_differ}
+        hidden = {*knobs_in_columns, *RUN_KNOBS}
         words = changed_knobs(self.cfg, self.presets, hidden)
+        words.append(f"data_sha256={self.data_sha256}")
         if self.progress.reached:
             words.append(self.progress.reached)
         row["notes"] = " ".join([*words, *self.notes])
