@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from lib_runs import GPT2  # and with it the repository's root is on the path
+from lib.runs import GPT2  # and with it the repository's root is on the path
 
 from plumbing import UserError, launch, write_shard
 

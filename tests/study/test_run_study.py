@@ -14,12 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support import ROOT, SMALL, environment, losses, rows, run_here, write_data
-
-sys.path.insert(0, str(ROOT / "scripts"))
 import run_study
-
-from plumbing import UserError
+from lib.board import Board
+from lib.program import UserError
+from lib.progress import Progress
+from lib.study import read_study
+from support import ROOT, SMALL, environment, losses, rows, run_here, write_data
 
 PRETENDER = """
 import json, os, signal, sys, time
@@ -152,7 +152,7 @@ def started(tmp_path: Path) -> list[str]:
 
 def problems(path: Path) -> str:
     with pytest.raises(UserError) as error:
-        run_study.read_study(path, {})
+        read_study(path, {})
     return str(error.value)
 
 
@@ -288,10 +288,10 @@ def test_too_few_shards_are_noticed_before_the_first_run(tmp_path):
 
 
 def test_the_studies_that_come_along_hold_the_runs_they_should(capsys, tmp_path):
-    study = run_study.read_study(ROOT / "experiments/studies/gating.toml", {})
-    count = {stage: sum(c.stage == stage for c in study.cells) for stage in study.stages}
+    study = read_study(ROOT / "experiments/studies/gating.toml", {})
+    count = {stage: sum(c.stage == stage for c in study.runs) for stage in study.stages}
     assert count == dict(stage1=10, stage2=16, stage2_5=4, stage3=6, stage4=24)
-    of = {stage: [c for c in study.cells if c.stage == stage] for stage in study.stages}
+    of = {stage: [c for c in study.runs if c.stage == stage] for stage in study.stages}
     facts = lambda c: (
         c.knobs.num_iterations,
         c.knobs.warmup_iters,
@@ -319,7 +319,7 @@ def test_the_studies_that_come_along_hold_the_runs_they_should(capsys, tmp_path)
     assert sum(c.knobs.time_budget_s is not None for c in of["stage4"]) == 6, (
         "equal time: both arms, three seeds"
     )
-    assert len({c.key for c in study.cells}) == 60
+    assert len({c.key for c in study.runs}) == 60
 
     mini = str(ROOT / "experiments/studies/mini.toml")
     assert (
@@ -333,10 +333,10 @@ def test_the_studies_that_come_along_hold_the_runs_they_should(capsys, tmp_path)
 
 
 def test_the_table_fits_on_the_screen_and_shows_what_is_going_on():
-    study = run_study.read_study(ROOT / "experiments/studies/gating.toml", {})
-    cells = [run_study.Progress(c, c.default_id) for c in study.cells]
+    study = read_study(ROOT / "experiments/studies/gating.toml", {})
+    cells = [Progress(c, c.default_id) for c in study.runs]
     for p in cells[:40]:
-        p.state, p.step, p.loss = "done", p.cell.steps, 3.2927
+        p.state, p.step, p.loss = "done", p.run.steps, 3.2927
     running = cells[40]
     running.state, running.step, running.loss, running.tokens_per_s = (
         "running",
@@ -345,7 +345,7 @@ def test_the_table_fits_on_the_screen_and_shows_what_is_going_on():
         1_310_000.0,
     )
     running.began, running.wall_s = time.monotonic() - 100, 110.0
-    board = run_study.Board(study, cells)
+    board = Board(study, cells)
     for width, height in ((79, 24), (119, 50), (60, 10)):
         table = board.table(width, height, colour=False)
         assert len(table) < height and max(map(len, table)) <= width
@@ -370,13 +370,13 @@ def test_the_first_seed_of_every_cell_comes_first_and_the_baseline_before_the_ot
 
 
 def test_each_gate_of_a_sweep_runs_beside_the_baseline_of_its_own_rate(pretend):
-    study = run_study.read_study(
+    study = read_study(
         pretend(
             TWO_BY_TWO.replace("[1, 2]", "[1]").replace("grid = {", "grid = { lr = [0.1, 0.2],")
         ),
         {},
     )
-    assert [c.label for c in study.cells] == [
+    assert [c.label for c in study.runs] == [
         "lr=0.1 none",
         "lr=0.1 some",
         "lr=0.2 none",
@@ -552,7 +552,7 @@ def test_a_study_killed_twice_ends_with_one_row_per_cell_and_the_losses_of_an_un
         "--results_file",
         str(tmp_path / "results.csv"),
     )
-    cells = run_study.read_study(study, {}).cells
+    cells = read_study(study, {}).runs
 
     def saved(cell) -> bool:
         return bool(list((tmp_path / "logs" / cell.default_id).glob("step_??????")))
