@@ -17,7 +17,7 @@ from lib.tables import Table, make_table
 ROOT = Path(__file__).resolve().parents[2]
 
 
-REFERENCE = Path(__file__).resolve().parents[2] / "shared/reference/gating"
+REFERENCE = ROOT.parent / "shared/reference/gating"
 
 
 ORIGINAL = REFERENCE / "original_experiments"
