@@ -9,7 +9,7 @@
 A study file (TOML, Python 3.11) says what is compared with what:
 
     title = "Which gate"
-    trainer = "train_gpt.py"                     # relative to the repository; any program with Knobs, PRESETS, FREE
+    trainer = "train_gpt.py"                     # relative to the repository; docs/studies.md says which
     nproc = 8                                    # processes of a run (default 1); --nproc overrides
 
     [knobs]                                      # of every run; names as in `python TRAINER --help`
@@ -38,7 +38,8 @@ import argparse
 import dataclasses
 import itertools
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lib.launcher import Runner
@@ -46,55 +47,74 @@ from lib.program import UserError, count, launch
 from lib.progress import Progress, Records
 from lib.slurm import write_slurm
 from lib.study import Study, read_study
-from lib.trainers import near, plan_of
+from lib.trainers import Plan, near, plan_of
 
 
 def check_data(study: Study, runs: Sequence[Progress]) -> None:
     """Raise UserError when the data of runs that are to do are missing or too few: better now
     than in every one."""
     problems: dict[str, list[str]] = {}
-    for label, p in {(p.run.stage, p.run.label): p for p in runs if p.state != "done"}.items():
-        if problem := plan_of(p.run.knobs, study.trainer)[2]:
-            problems.setdefault(problem, []).append(f"[stage.{label[0]}] {label[1]}")
-    words = [
-        f"{w[0]}{f' (and {len(w) - 1} more)' * (len(w) > 1)}: {problem}"
-        for problem, w in problems.items()
-    ]
+    todo = {(p.run.stage, p.run.label): p for p in runs if p.state != "done"}
+    for (stage, label), p in todo.items():
+        if problem := plan_of(p.run.knobs, study.trainer).problem:
+            problems.setdefault(problem, []).append(f"[stage.{stage}] {label}")
+    words = []
+    for problem, labels in problems.items():
+        more = f" (and {len(labels) - 1} more)" if len(labels) > 1 else ""
+        words.append(f"{labels[0]}{more}: {problem}")
+    if len(words) == 1:
+        raise UserError(words[0])
     if words:
-        raise UserError(
-            words[0] if len(words) == 1 else "\n  ".join([f"{len(words)} problems:", *words])
-        )
+        raise UserError("\n  ".join([f"{len(words)} problems:", *words]))
+
+
+def show_stage(title: str, group: Sequence[Progress], plans: Mapping[str, Plan]) -> None:
+    """The runs of a stage with their states and sizes, as a table."""
+    print(f"\n{title}".rstrip())
+    rows = []
+    for p in group:
+        plan = plans[p.run.label]
+        rows.append({
+            "cell": p.run.label + "*" * p.run.is_baseline,
+            "seed": str(p.run.seed),
+            "state": f"{p.state} {p.note}".rstrip(),
+            "steps": str(p.run.steps),
+            "params": plan.parameters,
+            "tokens": f"{plan.tokens:,}" if plan.tokens else "",
+            "run id": p.run_id,
+        })  # fmt: skip
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
+    for row in [{name: name for name in widths}, *rows]:
+        words = []
+        for name, width in widths.items():
+            left = name in ("cell", "state", "run id")
+            words.append(row[name].ljust(width) if left else row[name].rjust(width))
+        print("  " + "  ".join(words).rstrip())
 
 
 def show_study(study: Study, runs: Sequence[Progress], ignored: str) -> None:
     """--dry_run: every run, its state, its size."""
-    print(
-        f"{study.title}: {study.path}, {study.trainer.path.name}, code {study.trainer.code[:6]}{ignored}"
-    )
+    code = f"{study.trainer.path.name}, code {study.trainer.code[:6]}"
+    print(f"{study.title}: {study.path}, {code}{ignored}")
+    todo = [p for p in runs if p.state != "done"]
     missing = total = 0
-    problems: dict[str, int] = {}
+    problems: Counter[str] = Counter()
     for stage, group in itertools.groupby(runs, key=lambda p: p.run.stage):
-        print(f"\n{stage}  {study.stages[stage]}".rstrip())
-        rows = [("cell", "seed", "state", "steps", "params", "tokens", "run id")]
-        plans: dict[str, tuple[str, str, str]] = {}  # the same for all seeds
+        group = list(group)
+        plans = {}  # the same for all seeds
         for p in group:
             if p.run.label not in plans:
                 plans[p.run.label] = plan_of(p.run.knobs, study.trainer)
-            params, tokens, problem = plans[p.run.label]
-            size = int(tokens.replace(",", "") or 0)
-            total += size
-            if p.state != "done":
-                missing += size
-                problems[problem] = problems.get(problem, 0) + 1
-            label, state = p.run.label + "*" * p.run.is_baseline, f"{p.state} {p.note}".rstrip()
-            rows.append((label, str(p.run.seed), state, str(p.run.steps), params, tokens, p.run_id))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        for row in rows:
-            cols = [f"{t:{'<' if i in (0, 2, 6) else '>'}{widths[i]}}" for i, t in enumerate(row)]
-            print("  " + "  ".join(cols).rstrip())
-    done = sum(p.state == "done" for p in runs)
-    print(f"\n* baseline\n{count(len(runs), 'run')}, {done} done, {len(runs) - done} to do", end="")
-    print(f"; {missing:,} of {total:,} training tokens to do" if total else "")
+            plan = plans[p.run.label]
+            total += plan.tokens
+            if p in todo:
+                missing += plan.tokens
+                problems[plan.problem] += 1
+        show_stage(f"{stage}  {study.stages[stage]}", group, plans)
+    summary = f"{count(len(runs), 'run')}, {len(runs) - len(todo)} done, {len(todo)} to do"
+    if total:
+        summary += f"; {missing:,} of {total:,} training tokens to do"
+    print(f"\n* baseline\n{summary}")
     for problem, n in problems.items():
         if problem:
             print(f"data of {count(n, 'run')}: {problem}")
@@ -146,8 +166,8 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError(f"--set {wrong[0]}: expected KNOB=VALUE, such as --set num_iterations=100")
     if a.nodes and not a.slurm:
         raise UserError(
-            "--nodes goes with --slurm DIR, which writes job files; this machine alone runs without it (on several "
-            "machines by hand, see torchrun --nnodes)"
+            "--nodes goes with --slurm DIR, which writes job files; this machine alone runs "
+            "without it (on several machines by hand, see torchrun --nnodes)"
         )
     return a
 
@@ -158,9 +178,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if a.stage:
         names = [s.strip() for s in a.stage.split(",") if s.strip()]
         if unknown := [s for s in names if s not in study.stages]:
-            raise UserError(
-                f"--stage {unknown[0]}: {a.file} has {', '.join(study.stages)}{near(unknown[0], study.stages)}"
-            )
+            hint = near(unknown[0], study.stages)
+            raise UserError(f"--stage {unknown[0]}: {a.file} has {', '.join(study.stages)}{hint}")
         study = dataclasses.replace(study, runs=tuple(c for c in study.runs if c.stage in names))
     defaults = {f.name: f.default for f in dataclasses.fields(study.trainer.module.Knobs)}
     for name in (

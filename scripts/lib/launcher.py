@@ -212,9 +212,9 @@ class Runner:
         out = self.a.logs_folder / f"{p.run_id}.out"
         p.log = out
         for attempt in range(1 + self.a.retries):
-            if code_sha256(self.study.trainer.path) != self.study.trainer.code:
+            if code_sha256(self.study.trainer.module) != self.study.trainer.code:
                 raise UserError(
-                    f"{self.study.trainer.path.name} or plumbing.py was changed while the study ran; what is finished "
+                    f"{self.study.trainer.path.name} or plumbing was changed while the study ran; what is finished "
                     f"counts for the code as it was (--ignore-code accepts it), the rest was not started"
                 )
             verb = "start" if not (p.step or attempt) else "resume" if p.step else "again"

@@ -14,7 +14,7 @@ from lib.cells import key_value, keys_of
 from lib.program import UserError, write_whole
 from lib.results import Row, read_results
 from lib.study import Run, Study
-from plumbing import DONE
+from plumbing.records import COMPLETE, read_status
 
 
 @dataclass
@@ -62,14 +62,11 @@ class Records:
                 rows, _ = read_results(self.results)
             except UserError as error:
                 raise UserError(error) from None
-            self.rows = {row["run_id"]: row for row in rows if row.status in DONE}
+            self.rows = {row["run_id"]: row for row in rows if row.status in COMPLETE}
             self.stamp = (info.st_mtime_ns, info.st_size)
 
     def status(self, run_id: str) -> dict:
-        try:
-            return json.loads((self.logs / run_id / "status.json").read_text())
-        except (OSError, ValueError):
-            return {}
+        return read_status(self.logs / run_id / "status.json")
 
     def ids(self, content: str, code: str = "*") -> list[str]:
         """Runs of this content, with a row or a folder, newest row last."""
@@ -85,7 +82,7 @@ class Records:
         others = [i for i in self.ids(p.run.content) if i not in own] if ignore_code else []
         for run_id in [*own, *others[::-1]]:
             row, status = self.rows.get(run_id), self.status(run_id)
-            if row is None and status.get("status") not in DONE:
+            if row is None and status.get("status") not in COMPLETE:
                 continue
             p.state, p.run_id, p.note = "done", run_id, ""
             p.loss = (

@@ -10,15 +10,14 @@ import importlib.util
 import json
 import sys
 from collections.abc import Iterable, Mapping
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from difflib import get_close_matches
-from io import StringIO
 from pathlib import Path
 from types import ModuleType
 
 import plumbing
 from lib.program import ROOT, UserError
+from plumbing.records import read_sources, sources_sha256
 
 OWNED = dict(  # knobs that a study file does not set, and what does
     run_id="made of the run's content",
@@ -56,15 +55,21 @@ class Trainer:
     code: str
 
     @property
-    def free(self) -> list[str]:
-        return self.module.FREE.split()
+    def free(self) -> set[str]:
+        """Knobs that make no other run of the study. (A resume accepts other paths of the same
+        data; in a study, other data are another run.)"""
+        return set(self.module.RESUME_MAY_DIFFER) - {"data", "input_bin", "input_val_bin"}
 
 
-def code_sha256(path: Path) -> str:
-    """As RunLog.header computes it, and as it stands in the results row."""
-    return hashlib.sha256(
-        (path.read_text() + Path(plumbing.__file__).read_text()).encode()
-    ).hexdigest()
+def sources_of(module: ModuleType) -> list[Path]:
+    """The trainer's own files: its program, and the data modules beside it that it imports."""
+    beside = [Path(m.__file__) for m in vars(module).values() if getattr(m, "__file__", None)]
+    return [Path(module.__file__), *sorted({p for p in beside if p.parent == ROOT})]
+
+
+def code_sha256(module: ModuleType) -> str:
+    """As the run's log computes it, and as it stands in the results row."""
+    return sources_sha256(read_sources(sources_of(module)))
 
 
 def load_trainer(name: str) -> Trainer:
@@ -82,7 +87,9 @@ def load_trainer(name: str) -> Trainer:
         raise UserError(
             f"trainer = {name!r}: cannot be imported ({type(error).__name__}: {error})"
         ) from None
-    if missing := [word for word in ("Knobs", "PRESETS", "FREE") if not hasattr(module, word)]:
+    if missing := [
+        word for word in ("Knobs", "PRESETS", "RESUME_MAY_DIFFER") if not hasattr(module, word)
+    ]:
         raise UserError(
             f"trainer = {name!r}: defines no {', '.join(missing)}, so it is no trainer of this house"
         )
@@ -90,10 +97,11 @@ def load_trainer(name: str) -> Trainer:
     if missing := [word.upper() for word in NEEDED if word not in {f.name for f in fields}]:
         raise UserError(f"trainer = {name!r}: has no knob {', '.join(missing)}, which a study sets")
     known = {s.upper(): f for f in fields for s in (f.name, *f.metadata["alias"])}
-    return Trainer(path, module, known, code_sha256(path))
+    return Trainer(path, module, known, code_sha256(module))
 
 
 def near(word: str, words: Iterable[str]) -> str:
+    """'; did you mean ...?' for a word that is nearly one of these, else ''."""
     found = get_close_matches(word, list(words), n=1)
     return f"; did you mean {found[0]}?" if found else ""
 
@@ -136,26 +144,31 @@ def effective_knobs(trainer: Trainer, env: Mapping[str, str]) -> object:
         raise UserError(str(error)) from None
 
 
-def content_of(stage: str, k: object, trainer: Trainer) -> str:
+def content_of(stage: str, cfg: object, trainer: Trainer) -> str:
     """8 hex digits of the stage and of all knobs that can move a loss. Paths inside the
     repository count relative to it, so that a study stays finished when its folder is moved or
     mounted elsewhere."""
-    moving = {n: v for n, v in dataclasses.asdict(k).items() if n not in trainer.free}
+    moving = {n: v for n, v in dataclasses.asdict(cfg).items() if n not in trainer.free}
     text = json.dumps([stage, moving], sort_keys=True).replace(str(ROOT), ".")
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def plan_of(k: object, trainer: Trainer) -> tuple[str, str, str]:
-    """Parameters, training tokens and what is wrong with the data, as the trainer's own
-    --dry_run says; else ''."""
-    if not hasattr(trainer.module, "show_plan"):
-        return "", "", ""
-    with redirect_stdout(StringIO()) as out:
-        trainer.module.show_plan(k)
-    found: dict[str, str] = {}
-    for line in out.getvalue().splitlines():
-        name, colon, text = line.partition(":")
-        if colon and not line.startswith((" ", "{")):
-            found[name] = text.strip()
-    tokens = found.get("training tokens", "").partition(" ")[0]
-    return found.get("parameters", ""), tokens, found.get("problem", "")
+@dataclass(frozen=True)
+class Plan:
+    """What a run would be, as far as its trainer says: '' and 0 for what it does not."""
+
+    parameters: str = ""
+    tokens: int = 0  # of training, over all ranks
+    problem: str = ""  # why the trainer would refuse to run
+
+
+def plan_of(cfg: object, trainer: Trainer) -> Plan:
+    """From the trainer's own plan(), which --dry_run shows."""
+    if not hasattr(trainer.module, "plan"):
+        return Plan()
+    try:
+        facts = trainer.module.plan(cfg, plumbing.planned_world())
+    except plumbing.UserError as error:
+        return Plan(problem=str(error))
+    tokens = str(facts.get("training tokens", "0")).partition(" ")[0].replace(",", "")
+    return Plan(str(facts.get("parameters", "")), int(tokens))

@@ -4,7 +4,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests")]
 
 import report  # noqa: E402
 from page_support import ATTACKS, options_of  # noqa: E402
+from pretender import PRETENDER  # noqa: E402
 from study_support import TWO_BY_TWO, make_study, result, write_log, write_results  # noqa: E402
 
 
@@ -50,3 +51,17 @@ def served(tmp_path, study) -> Iterator[tuple[int, list[str]]]:
     yield server.server_address[1], study
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture
+def pretend(tmp_path) -> Callable[..., Path]:
+    """Write the pretending trainer and a study of it; returns the study's path."""
+    trainer = tmp_path / "pretender.py"
+    trainer.write_text(PRETENDER.replace("@", str(tmp_path)))
+
+    def study(stages: str, knobs: str = "") -> Path:
+        path = tmp_path / "study.toml"
+        path.write_text(f'title = "T"\ntrainer = "{trainer}"\n[knobs]\n{knobs}\n{stages}')
+        return path
+
+    return study

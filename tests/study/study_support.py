@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -237,3 +238,11 @@ def make_study(folder: Path, runs: Sequence[tuple] = TWO_BY_TWO, **given: object
         write_log(folder / "logs", run_id, loss, MS.get(gate, 420.0))
     path = write_results(folder / "results.csv", [result(*run, **given) for run in runs])
     return ["--results", str(path), "--logs", str(folder / "logs")]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    return os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)) | extra
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    return lines_of(folder / "results.csv")
