@@ -22,9 +22,15 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-import lib_results as lib
-import lib_stats as stats
-from lib_results import Cell, Row, Stage, UserError
+from lib.cells import Cell, key_value, keys_of, make_cells
+from lib.comparisons import Effect
+from lib.curves import Curves
+from lib.program import ROOT, UserError, count, launch, listing
+from lib.render import grid, rounded
+from lib.results import Row, canon, read_results
+from lib.stages import Stage, read_stages, sort_into_stages, stages_by_iters
+from lib.stats import ALPHA, Ratio, p_below
+from lib.tables import Table, table_of
 
 WIDTH = 110
 
@@ -32,9 +38,9 @@ WIDTH = 110
 def value_of(row: Row, name: str) -> str:
     """A column of the row, or a knob in its notes; '' where there is neither."""
     if name in row.values:
-        return lib.canon(row[name])
+        return canon(row[name])
     return next(
-        (lib.canon(w.split("=", 1)[1]) for w in row["notes"].split() if w.split("=")[0] == name), ""
+        (canon(w.split("=", 1)[1]) for w in row["notes"].split() if w.split("=")[0] == name), ""
     )
 
 
@@ -47,7 +53,8 @@ def names_in(rows: Sequence[Row]) -> list[str]:
 
 
 def select(rows: Sequence[Row], text: str, arm: str) -> list[Row]:
-    """The rows that `text` names. Raises UserError when a part of it names none, saying what there is."""
+    """The rows that `text` names. Raises UserError when a part of it names none, saying what
+    there is."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not parts:
         raise UserError(f"{arm} is empty: give run ids or COLUMN=VALUE")
@@ -56,7 +63,7 @@ def select(rows: Sequence[Row], text: str, arm: str) -> list[Row]:
         raise UserError(f"{arm}={text}: run ids and COLUMN=VALUE in one; give one kind")
     if conditions:
         return _meeting(
-            rows, [(name.strip(), lib.canon(value)) for name, value in conditions], f"{arm}: {text}"
+            rows, [(name.strip(), canon(value)) for name, value in conditions], f"{arm}: {text}"
         )
     found: dict[int, Row] = {}
     for part in parts:
@@ -82,7 +89,7 @@ def _meeting(rows: Sequence[Row], conditions: Sequence[tuple[str, str]], where: 
             hint = f"; did you mean {near[0]}?" if near else ""
             there = sorted({value_of(row, name) or "''" for row in rows})
             told = (
-                f"its values here: {lib.listing(there)}"
+                f"its values here: {listing(there)}"
                 if name in known
                 else f"no column or note {name}{hint}"
             )
@@ -92,16 +99,17 @@ def _meeting(rows: Sequence[Row], conditions: Sequence[tuple[str, str]], where: 
 
 
 def arm_of(rows: Sequence[Row], arm: str, text: str) -> Cell:
-    """The one configuration of these rows. Raises UserError when none is finished, or when there are several."""
+    """The one configuration of these rows. Raises UserError when none is finished, or when there
+    are several."""
     counted = [
         r for r in rows if r.status == "finished" and math.isfinite(r.number("final_val_loss"))
     ]
     if not counted:
-        how = lib.listing(sorted({f"{row['run_id']} ({row.status})" for row in rows}))
+        how = listing(sorted({f"{row['run_id']} ({row.status})" for row in rows}))
         raise UserError(
-            f"{arm}: {text} matches {lib.count(len(rows), 'run')}, none finished with a loss: {how}"
+            f"{arm}: {text} matches {count(len(rows), 'run')}, none finished with a loss: {how}"
         )
-    cells = lib.make_cells(counted, Stage(arm))
+    cells = make_cells(counted, Stage(arm))
     if len(cells) > 1:
         varied = {
             k: sorted({c.key[k] for c in cells})
@@ -109,8 +117,7 @@ def arm_of(rows: Sequence[Row], arm: str, text: str) -> Cell:
             if len({c.key[k] for c in cells}) > 1
         }
         told = "; ".join(
-            f"{k}: {lib.listing([v or chr(39) * 2 for v in values])}"
-            for k, values in varied.items()
+            f"{k}: {listing([v or chr(39) * 2 for v in values])}" for k, values in varied.items()
         )
         raise UserError(
             f"{arm}: {text} matches {len(cells)} configurations, which differ in {told}; name one"
@@ -121,8 +128,8 @@ def arm_of(rows: Sequence[Row], arm: str, text: str) -> Cell:
 def differing(a: Cell, b: Cell) -> list[str]:
     """Where the configurations differ, as NAME: of A -> of B."""
     out = []
-    for key in lib.keys_of([*a.rows, *b.rows]):
-        values = [lib.key_value(c.rows[0], key) for c in (a, b)]
+    for key in keys_of([*a.rows, *b.rows]):
+        values = [key_value(c.rows[0], key) for c in (a, b)]
         if key == "notes":
             words = [value.split() for value in values]
             out += [
@@ -142,11 +149,11 @@ def described(cell: Cell, arm: str, text: str, num_matched: int) -> list[str]:
     """What an arm is, and of which runs."""
     runs = [f"{row['run_id']} (seed {row['seed']})" for row in cell.rows]
     left = f", {num_matched - len(runs)} not finished" if num_matched > len(runs) else ""
-    line = f"{arm}  {text}: {lib.count(len(runs), 'run')}{left}: {lib.listing(runs)}"
+    line = f"{arm}  {text}: {count(len(runs), 'run')}{left}: {listing(runs)}"
     return textwrap.wrap(line, WIDTH, subsequent_indent="   ", break_on_hyphens=False)
 
 
-def report(a: Cell, b: Cell, table: lib.Table) -> list[str]:
+def report(a: Cell, b: Cell, table: Table) -> list[str]:
     """The comparison line by line: A, B, their difference, its interval and p."""
     base, line = table.lines
     c, n = line.comparison, [base.numbers, line.numbers]
@@ -161,7 +168,7 @@ def report(a: Cell, b: Cell, table: lib.Table) -> list[str]:
         p: float = math.nan,
         by="",
     ) -> None:
-        values = [lib.rounded(x, key, form) if key else "-" for x in n]
+        values = [rounded(x, key, form) if key else "-" for x in n]
         if key == "sd":
             values = [
                 "n=1" if x["seeds"] == 1 else value for x, value in zip(n, values, strict=True)
@@ -172,7 +179,7 @@ def report(a: Cell, b: Cell, table: lib.Table) -> list[str]:
         row["95% CI"] = "[" + ", ".join(form.format(x) for x in interval) + "]" if finite else "-"
         rows.append(row | {"p": "-" if math.isnan(p) else f"{p:.2g}", "by": by or "-"})
 
-    def effect(name: str, found: lib.Effect, key: str = "", rel: float = math.nan) -> None:
+    def effect(name: str, found: Effect, key: str = "", rel: float = math.nan) -> None:
         j = found.judged
         t = j.chosen
         diff = f"{j.diff:+.4f}" + ("" if math.isnan(rel) else f" ({rel:+.2f}%)")
@@ -180,7 +187,7 @@ def report(a: Cell, b: Cell, table: lib.Table) -> list[str]:
         if j.test:
             show(name, "{:.4f}", key, diff, (t.lo, t.hi) if t else (), t.p if t else math.nan, how)
 
-    def shares(name: str, form: str, key: str, found: lib.Ratio) -> None:
+    def shares(name: str, form: str, key: str, found: Ratio) -> None:
         if any(x[key] != "" for x in n):
             diff = "-" if math.isnan(found.pct) else f"{found.pct:+.1f}%"
             show(
@@ -193,7 +200,7 @@ def report(a: Cell, b: Cell, table: lib.Table) -> list[str]:
             )
 
     show("seeds (n)", "{}", "seeds")
-    effect("final loss", lib.Effect(c), "final_loss", c.rel_pct)
+    effect("final loss", Effect(c), "final_loss", c.rel_pct)
     show("  sd between seeds", "{:.5f}", "sd")
     if c.equal_steps.how != "final losses":
         effect("loss at equal steps", c.equal_steps)
@@ -212,19 +219,19 @@ def report(a: Cell, b: Cell, table: lib.Table) -> list[str]:
             "peak_memory_mib",
             f"{c.memory_mib:+.0f} ({c.memory_pct:+.1f}%)",
         )
-    out = lib.grid(rows, [k for k in rows[0] if any(row[k] != "-" for row in rows)], 28)
+    out = grid(rows, [k for k in rows[0] if any(row[k] != "-" for row in rows)], 28)
     if max(map(len, out)) > WIDTH:
-        out = lib.grid(rows, list(rows[0]), 20, numbers=True)
+        out = grid(rows, list(rows[0]), 20, numbers=True)
     return out
 
 
-def conclusions(a: Cell, b: Cell, table: lib.Table) -> list[str]:
+def conclusions(a: Cell, b: Cell, table: Table) -> list[str]:
     """What the numbers allow one to say, and what limits them."""
     line = table.lines[1]
     c, out = line.comparison, []
     if c.chosen:
         word = "below" if c.diff < 0 else "above"
-        sure = "distinguishable" if c.chosen.p < stats.ALPHA else "not distinguishable"
+        sure = "distinguishable" if c.chosen.p < ALPHA else "not distinguishable"
         out.append(f"final loss: {sure} at 5%; B is {word} A by {abs(c.diff):.4f} nats per token")
         out.append(
             f"smallest difference that this n and spread show 4 times in 5: {c.least:.4f} nats ({c.test} t)"
@@ -244,7 +251,7 @@ def conclusions(a: Cell, b: Cell, table: lib.Table) -> list[str]:
         )
     if math.isfinite(line.target):
         for arm, cell in (("A", a), ("B", b)):
-            p = stats.p_below(list(cell.values("final_val_loss").values()), line.target)
+            p = p_below(list(cell.values("final_val_loss").values()), line.target)
             if math.isfinite(p):
                 out.append(
                     f"mean final loss of {arm} is below {line.target:g}: one-sided t, p={p:.2g}"
@@ -256,11 +263,11 @@ def stage_rows(rows: Sequence[Row], a: argparse.Namespace) -> tuple[list[Row], S
     """The rows of --stage, and the stage; all rows without one."""
     if not a.stage:
         return list(rows), Stage("comparison")
-    stages = lib.read_stages(a.stages, rows) if a.stages else lib.stages_by_iters("1500", "800")
-    found, _ = lib.sort_into_stages(rows, stages)
+    stages = read_stages(a.stages, rows) if a.stages else stages_by_iters("1500", "800")
+    found, _ = sort_into_stages(rows, stages)
     stage, own = found.get(a.stage, (None, []))
     if not own:
-        names = lib.listing(sorted(name for name, (_, of) in found.items() if of)) or "none"
+        names = listing(sorted(name for name, (_, of) in found.items() if of)) or "none"
         raise UserError(f"--stage {a.stage}: no row belongs to it; stages with rows: {names}")
     return own, Stage(stage.name, train_tokens=stage.train_tokens, target_loss=stage.target_loss)
 
@@ -274,18 +281,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--stage", help="only rows of this stage")
     p.add_argument("--stages", type=Path, metavar="TOML", help="as of split_results.py")
     p.add_argument(
-        "--source",
-        nargs="+",
-        type=Path,
-        metavar="CSV",
-        default=[lib.REPO / "experiments/results.csv"],
+        "--source", nargs="+", type=Path, metavar="CSV", default=[ROOT / "experiments/results.csv"]
     )
     p.add_argument(
-        "--logs",
-        type=Path,
-        default=lib.REPO / "logs",
-        metavar="DIR",
-        help="run folders, for curves",
+        "--logs", type=Path, default=ROOT / "logs", metavar="DIR", help="run folders, for curves"
     )
     p.add_argument(
         "--curves", nargs="+", type=Path, default=[], metavar="CSV", help="validations of many runs"
@@ -299,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     every: dict[tuple, Row] = {}
     problems: list[str] = []
     for source in o.source:
-        rows, torn = lib.read_results(source)
+        rows, torn = read_results(source)
         problems += torn
         every |= {
             (row.columns, row.line): row for row in rows
@@ -312,17 +311,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = {arm: select(rows, text, arm) for arm, text in (("A", o.a), ("B", o.b))}
     if both := sorted({r["run_id"] for r in found["A"]} & {r["run_id"] for r in found["B"]}):
         raise UserError(
-            f"{lib.count(len(both), 'run')} in both A and B: {lib.listing(both)}; make A and B exclude them"
+            f"{count(len(both), 'run')} in both A and B: {listing(both)}; make A and B exclude them"
         )
     a, b = (arm_of(found[arm], arm, text) for arm, text in (("A", o.a), ("B", o.b)))
     matched = [*found["A"], *found["B"]]
-    whole = lib.make_cells(
+    whole = make_cells(
         [r for r in rows if r.status == "finished" and math.isfinite(r.number("final_val_loss"))],
         stage,
     )
-    table = lib.table_of(
-        matched, [(a, None), (b, a)], whole, stage, lib.Curves(o.logs, o.curves), o.target
-    )
+    table = table_of(matched, [(a, None), (b, a)], whole, stage, Curves(o.logs, o.curves), o.target)
     out = described(a, "A", o.a, len(found["A"])) + described(b, "B", o.b, len(found["B"]))
     differ = differing(a, b)
     out += textwrap.wrap(f"they differ in {'; '.join(differ) or 'nothing that is recorded'}", WIDTH)
@@ -335,4 +332,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    lib.launch(main)
+    launch(main)

@@ -34,13 +34,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
-import lib_plots as plots
-import lib_results
-import lib_runs as lib
-import lib_stats
 import numpy as np
 import torch
 import torch.nn.functional as F
+from lib import plots, program, stats
+from lib import runs as lib
 from torch import Tensor
 
 import plumbing
@@ -607,14 +605,14 @@ def quality_figure(rows: Sequence[dict], title: str):
 
 def save_figure(out: Path, name: str, figure) -> None:
     for kind in ("png", "svg"):
-        lib_results.write_whole(out / f"{name}.{kind}", plots.figure_bytes(figure, kind))
+        program.write_whole(out / f"{name}.{kind}", plots.figure_bytes(figure, kind))
 
 
 def facts(a: argparse.Namespace) -> dict:
     """With what, where and when."""
     device = torch.cuda.get_device_name() if a.device == "cuda" else f"CPU ({os.cpu_count()} cores)"
     commit = subprocess.run(
-        ["git", "-C", str(lib.REPO), "rev-parse", "HEAD"], capture_output=True, text=True
+        ["git", "-C", str(program.ROOT), "rev-parse", "HEAD"], capture_output=True, text=True
     )
     found = dict(command=shlex.join(sys.orig_argv), git_commit=commit.stdout.strip() or "unknown")
     found |= dict(
@@ -779,15 +777,15 @@ def write_comparison(
     if speeds:
         page += f"\nOne sequence, {machine_line(start)}; memory is each process's own.\n\n{markdown(speeds, INFERENCE)}"
     show(f"\n{page}")
-    lib_results.write_whole(out / "comparison.md", page)
-    lib_results.write_whole(out / "quality.csv", csv_of(rows))
+    program.write_whole(out / "comparison.md", page)
+    program.write_whole(out / "quality.csv", csv_of(rows))
     everything = start | dict(text=text, quality=rows, inference=speeds, note=NOTE)
-    lib_results.write_whole(out / "comparison.json", json.dumps(everything, indent=1) + "\n")
+    program.write_whole(out / "comparison.json", json.dumps(everything, indent=1) + "\n")
     save_figure(
         out, "quality", quality_figure(scored_rows, f"{Path(a.dataset).name}, {a.split} split")
     )
     if speeds:
-        lib_results.write_whole(out / "inference.csv", csv_of(speeds))
+        program.write_whole(out / "inference.csv", csv_of(speeds))
         panels = dict(
             prefill_tokens_per_s="prefill\n(tokens/s)", decode_ms="decode\n(ms per token)"
         )
@@ -856,7 +854,7 @@ def training_speed(
 
 def ratio_of(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
     """Ratio of paired times, with its 95% interval: Student's, of the mean difference of logarithms."""
-    test = lib_stats.paired([math.log(t) for t in above], [math.log(t) for t in below])
+    test = stats.paired([math.log(t) for t in above], [math.log(t) for t in below])
     mean = float(np.mean(np.log(above) - np.log(below)))
     low, high = (math.exp(test.lo), math.exp(test.hi)) if test else (math.nan, math.nan)
     return dict(ratio=math.exp(mean), ratio_low=low, ratio_high=high)
@@ -954,15 +952,15 @@ def speed_only(a: argparse.Namespace, out: Path) -> None:
         if not rows:
             continue
         page += f"\n{markdown(rows, columns)}"
-        lib_results.write_whole(out / f"{part}.csv", csv_of(rows))
+        program.write_whole(out / f"{part}.csv", csv_of(rows))
         drawn = [
             r | (dict(state_mib=r["state_bytes"] / 2**20) if part == "decoding" else {})
             for r in rows
         ]
         save_figure(out, part, lines_figure(drawn, panels, x, label, title, machine_line(start)))
     show(f"\n{page}")
-    lib_results.write_whole(out / "speed.md", page)
-    lib_results.write_whole(
+    program.write_whole(out / "speed.md", page)
+    program.write_whole(
         out / "speed.json", json.dumps(start | dict(sizes=sizes) | found, indent=1) + "\n"
     )
 
@@ -1060,7 +1058,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("repeats", type=one_number, default=5, metavar="N", help="measurements of each time (5)")
     add("quality_only", action="store_true", help="no speed, no memory")
-    add("logs_folder", default=str(lib.REPO / "logs"), metavar="DIR")
+    add("logs_folder", default=str(program.ROOT / "logs"), metavar="DIR")
     add("output_dir", metavar="DIR", help="default: experiments/comparison/<date and time>")
     add("speed_only", action="store_true", help="measure untrained models of a preset instead")
     add("preset", choices=tuple(train_gpu.PRESETS), default="33m", help="of train_gpu.py (33m)")
@@ -1124,12 +1122,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if not a.speed_only and min(a.contexts) <= a.decode:
         raise UserError(f"--contexts {min(a.contexts)} must be longer than --decode {a.decode}")
-    default = lib.REPO / f"experiments/comparison/{datetime.now(timezone.utc):%Y%m%d-%H%M%S}"
+    default = program.ROOT / f"experiments/comparison/{datetime.now(timezone.utc):%Y%m%d-%H%M%S}"
     out = Path(a.output_dir or default)
     try:
-        lib_results.need("matplotlib.figure", "a figure")  # said before anything is measured
+        program.need("matplotlib.figure", "a figure")  # said before anything is measured
         (speed_only if a.speed_only else compare)(a, out)
-    except lib_results.UserError as error:
+    except program.UserError as error:
         raise UserError(error) from None
     show(f"\n{out}")
 

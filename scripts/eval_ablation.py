@@ -24,8 +24,8 @@ from dataclasses import dataclass
 
 import lib_heads as heads
 import numpy as np
+from lib.stats import holm
 from lib_heads import KINDS, LABELS, METRICS, Place, Subject, TestSet
-from lib_stats import holm
 
 SETS = "flat paren pairs depth3 depth4 depth5".split()
 

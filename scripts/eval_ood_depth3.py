@@ -19,8 +19,8 @@ from collections.abc import Sequence
 
 import lib_heads as heads
 import numpy as np
+from lib.plots import COLOURS
 from lib_heads import KINDS, LABELS, METRICS, Place, Subject, TestSet
-from lib_results import COLOURS
 
 from plumbing import UserError
 from train_arith import evaluate_expr

@@ -24,8 +24,8 @@ from dataclasses import replace
 
 import lib_heads as heads
 import numpy as np
+from lib.plots import COLOURS
 from lib_heads import Subject
-from lib_results import COLOURS
 
 import train_arith as arith
 from plumbing import UserError

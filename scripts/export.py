@@ -20,8 +20,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import lib_runs as lib
 import torch
+from lib import runs as lib
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn

@@ -29,9 +29,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import lib_plots as plots
-import lib_results as results
-import lib_stats as stats
+from lib import plots, stats
+from lib.program import UserError as ProgramError
+from lib.program import write_whole
 
 import plumbing
 import train_arith as arith
@@ -55,7 +55,7 @@ def launch(main: Callable[[], int | None]) -> None:
     def run() -> int | None:
         try:
             return main()
-        except stats.UserError as error:
+        except ProgramError as error:
             raise UserError(str(error)) from None
 
     plumbing.launch(run)
@@ -493,17 +493,17 @@ def write_csv(path: Path, rows: Sequence[dict]) -> None:
     writer.writeheader()
     show = lambda v: f"{v:.6g}" if isinstance(v, float) else "" if v is None else v
     writer.writerows({key: show(value) for key, value in row.items()} for row in rows)
-    results.write_whole(path, text.getvalue())
+    write_whole(path, text.getvalue())
 
 
 def write_json(path: Path, content: dict) -> None:
-    results.write_whole(path, json.dumps(content, indent=1) + "\n")
+    write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def write_figure(path: Path, figure) -> None:
     """PNG and SVG beside each other."""
     for kind in ("png", "svg"):
-        results.write_whole(path.with_suffix(f".{kind}"), plots.figure_bytes(figure, kind))
+        write_whole(path.with_suffix(f".{kind}"), plots.figure_bytes(figure, kind))
     print(path.with_suffix(".png"))
 
 

@@ -25,10 +25,24 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import lib_plots as plots
-import lib_results as lib
-from lib_plots import Group, RunLog
-from lib_results import Curve, Row, Stage, Table, UserError
+from lib.cells import find_baseline, is_baseline, make_cells
+from lib.curves import Curve, make_curve
+from lib.figures import final_figure, forest_figure, overhead_figure, rate_figure
+from lib.groups import Group, labels_of
+from lib.logs import RunLog, from_curves, read_logs
+from lib.plots import (
+    X_AXES,
+    figure_bytes,
+    loss_figure,
+    plain,
+    restyle,
+    side_by_side_figure,
+    trace_figure,
+)
+from lib.program import ROOT, UserError, launch, write_whole
+from lib.results import Row, read_results
+from lib.stages import Stage, read_stages, sort_into_stages, stages_by_iters
+from lib.tables import Table, make_table
 
 # File name and title of each kind, in the order in which they are drawn.
 KINDS = {
@@ -57,10 +71,11 @@ def kinds_wanted(text: str) -> list[str]:
 
 
 def rows_wanted(a: argparse.Namespace) -> tuple[list[Row], list[str], Stage]:
-    """The rows of the runs to draw, one per run, the ids of runs that results.csv does not know, and the stage."""
+    """The rows of the runs to draw, one per run, the ids of runs that results.csv does not know,
+    and the stage."""
     rows: list[Row] = []
     if a.results.exists() or a.stage:
-        rows, problems = lib.read_results(a.results)
+        rows, problems = read_results(a.results)
         for problem in problems:
             print(problem, file=sys.stderr)
     latest = {
@@ -69,8 +84,8 @@ def rows_wanted(a: argparse.Namespace) -> tuple[list[Row], list[str], Stage]:
     if not a.stage:
         known = [latest[r] for r in a.runs if r in latest]
         return known, [r for r in a.runs if r not in latest], Stage("plot")
-    stages = lib.read_stages(a.stages, rows) if a.stages else lib.stages_by_iters("1500", "800")
-    found, _ = lib.sort_into_stages(list(latest.values()), stages)
+    stages = read_stages(a.stages, rows) if a.stages else stages_by_iters("1500", "800")
+    found, _ = sort_into_stages(list(latest.values()), stages)
     stage, own = found.get(a.stage, (Stage(a.stage), []))
     own = [row for row in own if row.status == "finished"]
     if not own:
@@ -86,17 +101,18 @@ def rows_wanted(a: argparse.Namespace) -> tuple[list[Row], list[str], Stage]:
 def make_groups(
     rows: Sequence[Row], others: Sequence[str], stage: Stage, logs: dict[str, RunLog], each: bool
 ) -> list[Group]:
-    """A group per cell, or per run. Runs that were not finished count here, since they were asked for."""
-    cells = lib.make_cells(rows, stage)
+    """A group per cell, or per run. Runs that were not finished count here, since they were
+    asked for."""
+    cells = make_cells(rows, stage)
     groups: list[Group] = []
     made: dict[int, Group] = {}
-    for cell, label in zip(cells, plots.labels_of(cells), strict=True):
+    for cell, label in zip(cells, labels_of(cells), strict=True):
         runs = {row["run_id"]: logs[row["run_id"]] for row in cell.rows if row["run_id"] in logs}
         if each:
             groups += [Group(f"{label} seed {log.seed}".strip(), len(groups) + i, (log,)) for i, log in
                        enumerate(runs.values())]  # fmt: skip
         elif runs:
-            base = None if lib.is_baseline(cell, stage) else lib.find_baseline(cell, cells, stage)
+            base = None if is_baseline(cell, stage) else find_baseline(cell, cells, stage)
             groups.append(Group(label, len(groups), tuple(runs.values()), made.get(id(base))))
             made[id(cell)] = groups[-1]
     return groups + [
@@ -105,7 +121,7 @@ def make_groups(
 
 
 def curve_of(group: Group) -> Curve:
-    return lib.make_curve(plots.plain(group.label), [log.val for log in group.runs])
+    return make_curve(plain(group.label), [log.val for log in group.runs])
 
 
 def draw(kind: str, groups: Sequence[Group], table: Table, title: str):
@@ -113,15 +129,15 @@ def draw(kind: str, groups: Sequence[Group], table: Table, title: str):
     if kind == "loss":
         if not groups:
             return None
-        figure = lib.loss_figure([curve_of(g) for g in groups], plots.plain(title))
-        plots.restyle(figure)
+        figure = side_by_side_figure([curve_of(g) for g in groups], plain(title))
+        restyle(figure)
         return figure
-    if kind in plots.X_AXES:
-        return plots.loss_figure(groups, kind, title)
+    if kind in X_AXES:
+        return loss_figure(groups, kind, title)
     if kind == "traces":
-        return plots.trace_figure(groups, title)
-    of_table: dict[str, Callable] = dict(final=plots.final_figure, forest=plots.forest_figure)
-    of_table |= dict(lr=plots.rate_figure, overhead=plots.overhead_figure)
+        return trace_figure(groups, title)
+    of_table: dict[str, Callable] = dict(final=final_figure, forest=forest_figure)
+    of_table |= dict(lr=rate_figure, overhead=overhead_figure)
     return of_table[kind](table, title)
 
 
@@ -136,28 +152,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     p.add_argument("--stages", type=Path, metavar="TOML", help="as of split_results.py")
     p.add_argument("--each", action="store_true", help="one line per run, no means")
-    p.add_argument("--logs", type=Path, default=lib.REPO / "logs", metavar="DIR")
-    p.add_argument(
-        "--results", type=Path, default=lib.REPO / "experiments/results.csv", metavar="CSV"
-    )
+    p.add_argument("--logs", type=Path, default=ROOT / "logs", metavar="DIR")
+    p.add_argument("--results", type=Path, default=ROOT / "experiments/results.csv", metavar="CSV")
     p.add_argument(
         "--curves", nargs="+", type=Path, default=[], metavar="CSV", help="as of split_results.py"
     )
-    p.add_argument("--out", type=Path, default=lib.REPO / "experiments/figures", metavar="DIR")
+    p.add_argument("--out", type=Path, default=ROOT / "experiments/figures", metavar="DIR")
     a = p.parse_args(argv)
     if bool(a.runs) == bool(a.stage):
         raise UserError("give run ids, or --stage NAME (one of the two)")
     kinds = kinds_wanted(a.only)
     a.runs = list(dict.fromkeys(a.runs))
     rows, others, stage = rows_wanted(a)
-    given, wrong = plots.from_curves(a.curves, rows)
+    given, wrong = from_curves(a.curves, rows)
     missing = [r for r in rows if r["run_id"] not in given]
-    logs, problems = plots.read_logs(missing, [r for r in others if r not in given], a.logs)
+    logs, problems = read_logs(missing, [r for r in others if r not in given], a.logs)
     logs |= {run_id: log for run_id, log in given.items() if log.val.step}
     for problem in [*wrong, *problems]:
         print(problem, file=sys.stderr)
     groups = make_groups(rows, others, stage, logs, a.each)
-    table = lib.make_table(rows, stage)
+    table = make_table(rows, stage)
     what = a.stage or (a.runs[0] if len(a.runs) == 1 else "runs")
     figures = {kind: draw(kind, groups, table, f"{KINDS[kind][1]}, {what}") for kind in kinds}
     if not any(figures.values()):
@@ -173,9 +187,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             continue
         for suffix in ("png", "svg"):
             path = a.out / f"{KINDS[kind][0]}_{what}.{suffix}"
-            lib.write_whole(path, plots.figure_bytes(figure, suffix))
+            write_whole(path, figure_bytes(figure, suffix))
             print(path)
 
 
 if __name__ == "__main__":
-    lib.launch(main)
+    launch(main)

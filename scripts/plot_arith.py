@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import lib_heads as heads
-import lib_plots as plots
-import lib_results as results
-from lib_results import Row
+from lib import plots
+from lib.cells import key_value, keys_of
+from lib.results import Row, read_results
 
 from plumbing import HERE, UserError
 
@@ -55,7 +55,7 @@ class Trained:
 
 
 def rows_wanted(a: argparse.Namespace) -> list[Row]:
-    rows, problems = results.read_results(a.results)
+    rows, problems = read_results(a.results)
     for line in problems:
         print(line)
     wanted, column = (a.run, "run_id") if a.run else (a.stage, "stage")
@@ -70,11 +70,7 @@ def rows_wanted(a: argparse.Namespace) -> list[Row]:
 
 def labels_of(rows: Sequence[Row]) -> list[str]:
     """What differs between the rows, in the results file's order of columns; alike for seeds of one configuration."""
-    keys = [
-        key
-        for key in results.keys_of(rows)
-        if len({results.key_value(row, key) for row in rows}) > 1
-    ]
+    keys = [key for key in keys_of(rows) if len({key_value(row, key) for row in rows}) > 1]
     shown = [key for key in keys if key not in SAME] or keys
     return [", ".join(words_of(row, shown)) or "all" for row in rows]
 
@@ -82,8 +78,7 @@ def labels_of(rows: Sequence[Row]) -> list[str]:
 def words_of(row: Row, keys: Sequence[str]) -> list[str]:
     fresh = dict(train_examples="fresh examples") if row["train_examples"] == "0" else {}
     return [
-        fresh.get(key) or f"{key.replace('_', ' ')} {results.key_value(row, key) or '-'}"
-        for key in keys
+        fresh.get(key) or f"{key.replace('_', ' ')} {key_value(row, key) or '-'}" for key in keys
     ]
 
 
@@ -182,8 +177,8 @@ def by_examples(runs: Sequence[Trained]) -> list[list[Trained]]:
     """Runs that differ in TRAIN_EXAMPLES, and in nothing else but the seed, from few to many."""
     groups: dict[tuple, list[Trained]] = {}
     for run in runs:
-        keys = [key for key in results.keys_of([run.row]) if key != "train_examples"]
-        groups.setdefault(tuple(results.key_value(run.row, key) for key in keys), []).append(run)
+        keys = [key for key in keys_of([run.row]) if key != "train_examples"]
+        groups.setdefault(tuple(key_value(run.row, key) for key in keys), []).append(run)
     found = [sorted(group, key=lambda run: run.train_examples) for group in groups.values()]
     return [group for group in found if group[0].train_examples < group[-1].train_examples]
 

@@ -216,7 +216,7 @@ def totals(
 
 def draw(path: Path, rows: list[dict[str, object]], reach: int | None, source: str) -> None:
     """Two panels: bits per byte, and what each control needs more."""
-    import lib_plots as plots
+    from lib import plots
 
     figure, (top, bottom) = plots.new_figure(5.4, 2, sharex=True)
     for i, name in enumerate(dict.fromkeys(r["model"] for r in rows)):

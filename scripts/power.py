@@ -14,7 +14,9 @@ Raises   UserError for numbers without an answer
 import argparse
 from collections.abc import Sequence
 
-import lib_stats as stats
+from lib.power import seeds_needed, smallest_difference
+from lib.program import launch
+from lib.stats import ALPHA, POWER
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -27,12 +29,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument(
         "--delta", type=float, required=True, metavar="NATS", help="true difference to be found"
     )
-    p.add_argument(
-        "--power", type=float, default=stats.POWER, help="chance to find it (default 0.8)"
-    )
-    p.add_argument(
-        "--alpha", type=float, default=stats.ALPHA, help="level of the test (default 0.05)"
-    )
+    p.add_argument("--power", type=float, default=POWER, help="chance to find it (default 0.8)")
+    p.add_argument("--alpha", type=float, default=ALPHA, help="level of the test (default 0.05)")
     p.add_argument(
         "--one-sided", action="store_true", help="only better counts (default: two-sided)"
     )
@@ -42,17 +40,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     a = p.parse_args(argv)
     sides = 1 if a.one_sided else 2
     cases = [("unpaired", None)] + [(f"paired, rho {r:g}", r) for r in sorted({0.0, a.rho})]
-    needed = [stats.seeds_needed(a.delta, a.sd, a.power, a.alpha, sides, rho) for _, rho in cases]
+    needed = [seeds_needed(a.delta, a.sd, a.power, a.alpha, sides, rho) for _, rho in cases]
     print(
         f"a difference of {a.delta:g} nats, sd {a.sd:g} between seeds, power {a.power:g}, "
         f"{'one' if a.one_sided else 'two'}-sided alpha {a.alpha:g}"
     )
     print(f"{'':18}  seeds per arm  so many see")
     for (name, rho), n in zip(cases, needed, strict=True):
-        least = stats.smallest_difference(n, a.sd, a.power, a.alpha, sides, rho)
+        least = smallest_difference(n, a.sd, a.power, a.alpha, sides, rho)
         print(f"{name:18}  {n:>13}  {least:.2g} nats or more")
     print("Measured rho of four studies of gates: 0.2 to 0.65. Decide n before the first run.")
 
 
 if __name__ == "__main__":
-    stats.launch(main)
+    launch(main)

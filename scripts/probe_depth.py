@@ -33,8 +33,8 @@ from pathlib import Path
 import lib_heads as heads
 import numpy as np
 import torch
+from lib.plots import COLOURS
 from lib_heads import Subject
-from lib_results import COLOURS
 
 import train_arith as arith
 from plumbing import HERE, UserError

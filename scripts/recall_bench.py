@@ -33,13 +33,12 @@ from datetime import datetime, timezone
 from itertools import pairwise
 from pathlib import Path
 
-import lib_plots as plots
 import lib_recall as tasks
-import lib_results
-import lib_runs as lib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from lib import plots, program
+from lib import runs as lib
 from lib_recall import Alphabet, Sequences
 from torch import Tensor
 
@@ -96,7 +95,7 @@ class Bench:
     run: str = knob(
         "", "measure the slots of this run's checkpoint on its own text, and train nothing"
     )
-    logs_folder: str = knob(str(lib.REPO / "logs"), "where that run is")
+    logs_folder: str = knob(str(program.ROOT / "logs"), "where that run is")
     device: str = knob("cpu", "where", choices=("cpu", "cuda"))
     out: str = knob("", "folder of the results; empty: experiments/recall/<date and time>")
 
@@ -577,7 +576,7 @@ def facts(b: Bench, w: World) -> dict:
     """With what, where and when."""
     found = dict(
         command=shlex.join(sys.orig_argv),
-        git_commit=plumbing._output("git", "-C", str(lib.REPO), "rev-parse", "HEAD"),
+        git_commit=plumbing._output("git", "-C", str(program.ROOT), "rev-parse", "HEAD"),
     )
     found |= dict(
         date=f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S}",
@@ -724,7 +723,7 @@ def bench(b: Bench, w: World, out: Path) -> None:
             f"\nslots, seed 0, {b.slot_sequences} sequences, change in nats per question with its 95% interval"
         )
         show_slots([r for r in heads if r["seed"] == 0])
-    lib_results.write_whole(out / "results.csv", table(rows))
+    program.write_whole(out / "results.csv", table(rows))
     trained = [
         {f.name: getattr(m, f.name) for f in dataclasses.fields(m) if f.name != "model"}
         for m in models
@@ -732,21 +731,21 @@ def bench(b: Bench, w: World, out: Path) -> None:
     save(b, w, out, heads, slots, dict(chosen=rates, over_seeds=means, models=trained))
     for name, figure in figures(b, means, models, rates):
         for kind in ("png", "svg"):
-            lib_results.write_whole(out / f"{name}.{kind}", plots.figure_bytes(figure, kind))
+            program.write_whole(out / f"{name}.{kind}", plots.figure_bytes(figure, kind))
 
 
 def save(b: Bench, w: World, out: Path, heads: list[dict], slots: list[dict], more: dict) -> None:
     if slots:
-        lib_results.write_whole(out / "slots.csv", table(slots))
+        program.write_whole(out / "slots.csv", table(slots))
     found = facts(b, w) | more | dict(slots=heads)
-    lib_results.write_whole(out / "result.json", json.dumps(found, indent=1) + "\n")
+    program.write_whole(out / "result.json", json.dumps(found, indent=1) + "\n")
 
 
 def main() -> int:
     b = plumbing.read_knobs(Bench, env={}, doc=__doc__)
     out = Path(
         b.out
-        or lib.REPO
+        or program.ROOT
         / f"experiments/recall/{datetime.now(timezone.utc):%Y%m%d-%H%M%S}-{b.run or b.task}"
     )
     if b.device == "cuda" and not torch.cuda.is_available():
@@ -757,7 +756,7 @@ def main() -> int:
         0, 1, torch.device(b.device)
     )  # not plumbing.world: there is nothing to save before a Ctrl-C
     try:
-        lib_results.need("matplotlib.figure", "a figure")  # said before anything is trained
+        program.need("matplotlib.figure", "a figure")  # said before anything is trained
         if not b.run:
             bench(b, w, out)
         else:
@@ -765,7 +764,7 @@ def main() -> int:
             show(f"{what['checkpoint']}, {what['sequences']} sequences of its validation text")
             show_slots(heads)
             save(b, w, out, heads, slots, what)
-    except lib_results.UserError as error:
+    except program.UserError as error:
         raise UserError(error) from None
     show(f"\n{out}")
     return 0

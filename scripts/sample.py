@@ -19,9 +19,9 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 
-import lib_runs as lib
 import torch
-from lib_runs import pick
+from lib import runs as lib
+from lib.runs import pick
 from torch import Tensor, nn
 
 import plumbing

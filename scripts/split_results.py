@@ -32,8 +32,12 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import lib_results as lib
-from lib_results import Row, UserError
+from lib.curves import Curves
+from lib.program import ROOT, UserError, count, launch, listing, write_whole
+from lib.render import table_md, table_text
+from lib.results import Row, read_results, results_text
+from lib.stages import read_stages, sort_into_stages, stages_by_iters
+from lib.tables import hardware_changes, make_table, table_csv
 
 
 def check_targets(targets: Sequence[Path], sources: Sequence[Path], rows: Sequence[Row]) -> None:
@@ -49,14 +53,14 @@ def check_targets(targets: Sequence[Path], sources: Sequence[Path], rows: Sequen
             )
         if not target.exists():
             continue
-        old, _ = lib.read_results(target)
+        old, _ = read_results(target)
         lost = [row for row in old if (row.columns, row.line) not in verbatim]
         if lost:  # perhaps only written otherwise, as where schemas were mixed
             known = known or {fields(row) for row in rows}
             lost = [row for row in lost if fields(row) not in known]
         if lost:
             raise UserError(
-                f"{target} holds {lib.count(len(lost), 'row')} that no source has ({lost[0].where}, "
+                f"{target} holds {count(len(lost), 'row')} that no source has ({lost[0].where}, "
                 f"run {lost[0]['run_id']}); add it to --source, move it away, or choose another --out-dir"
             )
 
@@ -66,24 +70,16 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument(
-        "--source",
-        nargs="+",
-        type=Path,
-        metavar="CSV",
-        default=[lib.REPO / "experiments/results.csv"],
+        "--source", nargs="+", type=Path, metavar="CSV", default=[ROOT / "experiments/results.csv"]
     )
-    p.add_argument("--out-dir", type=Path, metavar="DIR", default=lib.REPO / "experiments")
+    p.add_argument("--out-dir", type=Path, metavar="DIR", default=ROOT / "experiments")
     p.add_argument("--stage1-iters", metavar="N,N", help="num_iterations of stage1 (default 1500)")
     p.add_argument("--stage2-iters", metavar="N,N", help="num_iterations of stage2 (default 800)")
     p.add_argument(
         "--stages", type=Path, metavar="TOML", help="a file that defines the stages instead"
     )
     p.add_argument(
-        "--logs",
-        type=Path,
-        default=lib.REPO / "logs",
-        metavar="DIR",
-        help="run folders, for curves",
+        "--logs", type=Path, default=ROOT / "logs", metavar="DIR", help="run folders, for curves"
     )
     p.add_argument(
         "--curves", nargs="+", type=Path, default=[], metavar="CSV", help="validations of many runs"
@@ -108,10 +104,10 @@ def say_what_is_left_out(
             f"{row['run_id']} ({row.where}, num_iterations {row['num_iterations']})"
             for row in homeless
         ]
-        print(f"{lib.count(len(homeless), 'row')} in no stage: {lib.listing(which, '; ')}")
+        print(f"{count(len(homeless), 'row')} in no stage: {listing(which, '; ')}")
     times = Counter(id(row) for own in used.values() for row in own)
     if several := [row["run_id"] for row in rows if times[id(row)] > 1]:
-        print(f"{lib.count(len(several), 'row')} in more than one stage: {lib.listing(several)}")
+        print(f"{count(len(several), 'row')} in more than one stage: {listing(several)}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -127,39 +123,39 @@ def main(argv: Sequence[str] | None = None) -> None:
         "1500" if a.stage1_iters is None else a.stage1_iters,
         "800" if a.stage2_iters is None else a.stage2_iters,
     )
-    stages = [] if a.stages else lib.stages_by_iters(*iters)
+    stages = [] if a.stages else stages_by_iters(*iters)
 
     rows: list[Row] = []
     problems: list[str] = []
     for source in a.source:
-        found = lib.read_results(source)
+        found = read_results(source)
         rows += found[0]
         problems += found[1]
-    stages = lib.read_stages(a.stages, rows) if a.stages else stages
-    sorted_rows, homeless = lib.sort_into_stages(rows, stages)
+    stages = read_stages(a.stages, rows) if a.stages else stages
+    sorted_rows, homeless = sort_into_stages(rows, stages)
 
     extras: dict[str, list[Row]] = {}
     extra_paths = []
     for name, (stage, _) in sorted_rows.items():
         for extra in stage.extra_csv:
             extra_paths.append(a.source[0].parent / extra)
-            more, torn = lib.read_results(extra_paths[-1])
+            more, torn = read_results(extra_paths[-1])
             extras[name] = extras.get(name, []) + more
             problems += torn
     used = {name: own for name, (_, own) in sorted_rows.items() if own}
     targets = {name: a.out_dir / f"results_{name}.csv" for name in used}
     check_targets(list(targets.values()), [*a.source, *extra_paths], rows)
 
-    curves = lib.Curves(a.logs, a.curves)
+    curves = Curves(a.logs, a.curves)
     tables = [
-        lib.make_table([*own, *extras.get(name, [])], stage, curves, a.target)
+        make_table([*own, *extras.get(name, [])], stage, curves, a.target)
         for name, (stage, own) in sorted_rows.items()
         if own
     ]
-    made = {table.stage.name: table for table in lib.hardware_changes(tables)}
+    made = {table.stage.name: table for table in hardware_changes(tables)}
     written = []
     for name, target in targets.items():
-        lib.write_whole(target, lib.results_text(used[name]))
+        write_whole(target, results_text(used[name]))
         written.append(target)
     for name, (stage, own) in sorted_rows.items():
         if not own:
@@ -167,16 +163,14 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(f"{name}: no rows\n")
             continue
         table = made[name]
-        print(lib.table_text(table))
+        print(table_text(table))
         if name in extras:
-            print(
-                f"  {lib.count(len(extras[name]), 'row')} of these from {', '.join(stage.extra_csv)}"
-            )
+            print(f"  {count(len(extras[name]), 'row')} of these from {', '.join(stage.extra_csv)}")
         print()
         sources = [path.name for path in a.source] + list(stage.extra_csv)
-        for suffix, text in (("csv", lib.table_csv(table)), ("md", lib.table_md(table, sources))):
+        for suffix, text in (("csv", table_csv(table)), ("md", table_md(table, sources))):
             written.append(a.out_dir / "tables" / f"{name}.{suffix}")
-            lib.write_whole(written[-1], text)
+            write_whole(written[-1], text)
 
     say_what_is_left_out(a.source, rows, homeless, used)
     for problem in problems:
@@ -186,4 +180,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    lib.launch(main)
+    launch(main)

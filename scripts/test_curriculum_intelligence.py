@@ -26,8 +26,8 @@ from pathlib import Path
 import lib_bytes as lib
 import numpy as np
 import torch
+from lib.runs import pick
 from lib_bytes import ByteLM, UserError
-from lib_runs import pick
 
 import plumbing
 from train_scaled import PATCH, Stream

@@ -27,8 +27,8 @@ import patch_heads
 import plot_arith
 import probe_depth
 import view_attention
+from lib.stats import holm
 from lib_heads import Place, Subject
-from lib_stats import holm
 
 import train_arith as arith
 from plumbing import UserError

@@ -32,7 +32,8 @@ TEXT = "\n\n".join(
 FAKE = """
 import json, os
 from types import SimpleNamespace
-import torch, train_gpu, lib_runs
+import torch, train_gpu
+from lib import runs
 from pathlib import Path
 
 def here(name, local_files_only):
@@ -49,7 +50,7 @@ class AutoTokenizer:
 class Model(torch.nn.Module):
     def __init__(self, path):
         super().__init__()
-        self.inner, _ = lib_runs.load(path)
+        self.inner, _ = runs.load(path)
         self.config = SimpleNamespace(max_position_embeddings=64, vocab_size=256)
 
     def forward(self, input_ids, past_key_values=None, use_cache=True, logits_to_keep=0):

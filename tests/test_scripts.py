@@ -31,9 +31,9 @@ from support import (
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import export
-import lib_runs as lib
 import replay
 import sample
+from lib import runs as lib
 from safetensors.torch import load_file, save_file
 
 import plumbing

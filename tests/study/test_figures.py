@@ -1,89 +1,21 @@
-"""What plot.py promises about its figures, read from the figure objects.
+"""Figures, read from the figure objects.
 
-Two cells of two seeds, 100 steps, validated every 10; times, rates and losses are formulas, so that what a figure
-must show is known. (tests/test_results.py has the tests of plot.py's first figure.)
+Two cells of two seeds, 100 steps, validated every 10; times, rates and losses are formulas, so
+that what a figure must show is known.
 """
 
-import csv
-import io
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import plot
 import pytest
-
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO / "scripts"))
-import lib_plots as plots  # noqa: E402
-import lib_results as lib  # noqa: E402
-import plot  # noqa: E402
-
-COLUMNS = (
-    "step,train_loss,val_loss,lr,train_time_s,tokens,tokens_per_s,mfu,grad_norm,peak_memory_mib"
-)
-MS = {"none": 400.0, "elementwise": 440.0}
-
-
-def result(
-    run_id: str, seed: int, loss: float | str, gate: str = "none", **given: object
-) -> dict[str, str]:
-    """A row of results.csv."""
-    row = dict(
-        run_id=run_id, date="2026-01-01 00:00:00", seed=seed, final_val_loss=loss, attn_gate=gate
-    )
-    row |= dict(
-        gate_pos="sdpa",
-        gate_act="sigmoid",
-        learning_rate=0.0036,
-        batch_size=512,
-        sequence_length=1024,
-    )
-    row |= dict(
-        num_iterations=1500,
-        warmup_iters=0,
-        warmdown_iters=1450,
-        status="finished",
-        gpu_name="NVIDIA H200",
-    )
-    row |= dict(train_time_ms=600000, ms_per_step=MS.get(gate, 420.0), torch="2.13.0", n_gpus=1)
-    return {name: str(value) for name, value in (row | given).items()}
-
-
-def write_log(
-    folder: Path, run_id: str, final: float, ms: float = 400.0, steps: int = 100, every: int = 10
-) -> None:
-    """metrics.csv of a run: from 16 nats at step 0 down to `final`."""
-    lines = [COLUMNS, "0,,16.0,,,0,,,,"]
-    for s in range(1, steps + 1):
-        val = f"{final + 2 * (1 - s / steps):.6f}" if s % every == 0 else ""
-        lines.append(f"{s},{final + 2.1 - 2 * s / steps:.4f},{val},{0.0036 * (1 - s / steps):.6g},{s * ms / 1000:.3f},"
-                     f"{s * 524288},{524288000 / ms:.0f},0.4,1.0,5")  # fmt: skip
-    (folder / run_id).mkdir(parents=True, exist_ok=True)
-    (folder / run_id / "metrics.csv").write_text("\n".join(lines) + "\n")
-
-
-def write_results(path: Path, rows: Sequence[dict[str, str]]) -> Path:
-    text = io.StringIO()
-    writer = csv.DictWriter(
-        text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n"
-    )
-    writer.writeheader()
-    writer.writerows(rows)
-    path.write_text(text.getvalue())
-    return path
-
-
-TWO_BY_TWO = [("a1", 1, 3.30, "none"), ("a2", 2, 3.32, "none"), ("b1", 1, 3.25, "elementwise"),
-              ("b2", 2, 3.28, "elementwise")]  # fmt: skip
-
-
-def make_study(folder: Path, runs: Sequence[tuple] = TWO_BY_TWO, **given: object) -> list[str]:
-    """The options that name it."""
-    for run_id, _, loss, gate in runs:
-        write_log(folder / "logs", run_id, loss, MS.get(gate, 420.0))
-    path = write_results(folder / "results.csv", [result(*run, **given) for run in runs])
-    return ["--results", str(path), "--logs", str(folder / "logs")]
+from lib.groups import MOST_LINES, interpolate
+from lib.logs import read_log
+from lib.plots import style_of
+from lib.program import UserError
+from lib.stats import paired
+from study_support import COLUMNS, TWO_BY_TWO, make_study, result, write_log, write_results
 
 
 @pytest.fixture
@@ -92,23 +24,20 @@ def study(tmp_path) -> list[str]:
 
 
 def drawn(monkeypatch, argv: Sequence[str]) -> dict:
-    """The figures that plot.py makes with these arguments, by file name without folder and suffix."""
+    """The figures that plot.py makes with these arguments, by file name without folder and
+    suffix."""
     figures = {}
     monkeypatch.setattr(
-        plots, "figure_bytes", lambda figure, kind: figures.setdefault(len(figures), figure) and b""
+        plot, "figure_bytes", lambda figure, kind: figures.setdefault(len(figures), figure) and b""
     )
     names = []
-    monkeypatch.setattr(lib, "write_whole", lambda path, data: names.append(path.stem))
+    monkeypatch.setattr(plot, "write_whole", lambda path, data: names.append(path.stem))
     plot.main(argv)
     return dict(zip(names, figures.values(), strict=True))
 
 
 def caption_of(figure) -> str:
     return figure.get_supxlabel().replace("\n", " ")
-
-
-# ----------------------------------------------------------------------------
-# Files and options
 
 
 def test_every_kind_is_written_as_png_and_svg(tmp_path, study, capsys):
@@ -145,7 +74,7 @@ def test_only_draws_the_kinds_named_and_says_which_have_no_data(monkeypatch, stu
     ],
 )
 def test_a_wrong_kind_is_one_line(study, only, message):
-    with pytest.raises(lib.UserError, match=message):
+    with pytest.raises(UserError, match=message):
         plot.main(["--stage", "stage1", "--only", only, *study])
 
 
@@ -161,10 +90,6 @@ def test_curves_from_one_file_stand_for_logs_elsewhere(monkeypatch, tmp_path, st
     assert list(figure.axes[0].lines[0].get_xdata()) == pytest.approx(
         [0, 50 * 0.524288, 100 * 0.524288]
     )
-
-
-# ----------------------------------------------------------------------------
-# Curves
 
 
 @pytest.mark.parametrize(
@@ -242,7 +167,7 @@ def test_a_single_run_has_no_band_and_the_caption_says_n_1(monkeypatch, study):
 
 
 def test_lines_differ_in_dash_and_marker_not_only_in_colour():
-    styles = [plots.style_of(i) for i in range(12)]
+    styles = [style_of(i) for i in range(12)]
     assert len({(s["linestyle"], s["marker"]) for s in styles}) == 12
     assert len({s["color"] for s in styles}) == 7
 
@@ -252,7 +177,7 @@ def test_more_cells_than_can_be_told_apart_are_left_out_and_counted(monkeypatch,
     argv = ["--stage", "stage1", "--only", "steps", *make_study(tmp_path, runs)]
     figure = drawn(monkeypatch, argv)["loss_by_steps_stage1"]
     labels = [line.get_label() for line in figure.axes[0].lines]
-    assert len(labels) == plots.MOST_LINES and "none (n=1)" in labels and "gate0 (n=1)" in labels
+    assert len(labels) == MOST_LINES and "none (n=1)" in labels and "gate0 (n=1)" in labels
     assert "18 more cells not drawn" in caption_of(figure)
 
 
@@ -263,10 +188,6 @@ def test_traces_show_rate_and_throughput_with_units(monkeypatch, study):
     assert rate.lines[0].get_ydata()[0] == pytest.approx(0.0036 * 0.99)
     assert speed.lines[0].get_ydata()[0] == pytest.approx(524.288 / 0.4)
     assert "n=2" in caption_of(figure)
-
-
-# ----------------------------------------------------------------------------
-# Tables as pictures
 
 
 def test_final_loss_shows_each_seed_and_the_95_percent_interval_of_the_mean(monkeypatch, study):
@@ -292,7 +213,7 @@ def test_the_forest_has_the_difference_and_interval_of_the_table(monkeypatch, st
         "difference_stage1"
     ]
     axes = figure.axes[0]
-    test = lib.paired([3.25, 3.28], [3.30, 3.32])
+    test = paired([3.25, 3.28], [3.30, 3.32])
     assert list(axes.lines[0].get_xdata()) == pytest.approx([test.lo, test.hi])
     assert axes.collections[0].get_offsets()[0, 0] == pytest.approx(-0.045)
     assert "n=2, paired, Holm p=" in axes.get_yticklabels()[0].get_text()
@@ -356,17 +277,13 @@ def test_a_dollar_in_a_name_is_text_not_a_formula(tmp_path):
     ).exists()
 
 
-# ----------------------------------------------------------------------------
-# Logs
-
-
 def test_a_log_with_everything_wrong_gives_what_is_right_and_names_the_rest(tmp_path):
     path = tmp_path / "metrics.csv"
     write_log(tmp_path, "x", 3.0)
     lines = (tmp_path / "x/metrics.csv").read_text().split("\n")
     bad = ["101,nan,nan,0.1,40.5,1,1,0.4,1.0,5", "50,3.0,2.5,0.1,21.0,1,1,0.4,1.0,5", "7,1", "torn"]
     path.write_text("\r\n".join([*lines[:-1], *bad]))
-    log = plots.read_log(path, "x")
+    log = read_log(path, "x")
     assert (
         log.val.step == list(range(0, 101, 10))
         and log.val.loss[5] == 2.5
@@ -382,7 +299,7 @@ def test_a_log_with_everything_wrong_gives_what_is_right_and_names_the_rest(tmp_
 def test_a_trace_is_thinned_by_means_and_medians(tmp_path):
     rows = "".join(f"{s},{s},,{s},{s},{s},{1 if s % 4 else 1000},,,\n" for s in range(1, 1001))
     (tmp_path / "metrics.csv").write_text(f"{COLUMNS}\n{rows}")
-    trace = plots.read_log(tmp_path / "metrics.csv", "x", most=100).trace
+    trace = read_log(tmp_path / "metrics.csv", "x", most=100).trace
     assert len(trace["step"]) == 100 and trace["step"][:2] == [10, 20] and trace["lr"][0] == 10
     assert trace["train_loss"][0] == 5.5 and set(trace["tokens_per_s"]) == {1.0}
     assert math.isnan(trace["grad_norm"][0])
@@ -393,12 +310,12 @@ def test_a_trace_is_thinned_by_means_and_medians(tmp_path):
 )
 def test_what_is_no_log_is_named(tmp_path, text, message):
     (tmp_path / "metrics.csv").write_text(text)
-    with pytest.raises(lib.UserError, match=message):
-        plots.read_log(tmp_path / "metrics.csv", "x")
+    with pytest.raises(UserError, match=message):
+        read_log(tmp_path / "metrics.csv", "x")
 
 
 @pytest.mark.parametrize(
     "x, y", [(0, 5.0), (1, 4.0), (2, 3.0), (3, 2.5), (4, 2.0), (-1, math.nan), (4.1, math.nan)]
 )
 def test_interpolation_is_linear_inside_and_nothing_outside(x, y):
-    assert plots.interpolate(x, [0, 2, 4], [5.0, 3.0, 2.0]) == pytest.approx(y, nan_ok=True)
+    assert interpolate(x, [0, 2, 4], [5.0, 3.0, 2.0]) == pytest.approx(y, nan_ok=True)

@@ -1,6 +1,6 @@
-"""lib_runs.py -- shared by the programs that read a run's checkpoints: find one that verifies, build its model,
-whichever trainer wrote it.
+"""Runs as programs read them: find a checkpoint that verifies, build its model, whoever wrote it.
 
+Needs torch.
 Raises   UserError: no such run (with those there are), no checkpoint yet, none that verifies, another program's
 """
 
@@ -12,15 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
-from torch import Tensor, nn  # noqa: E402
+import plumbing
+from lib.program import ROOT
+from plumbing import UserError
 
-import plumbing  # noqa: E402
-from plumbing import UserError  # noqa: E402
-
-# By trainer: its model's class, and the knobs that shape the model ('' for all; what generates, compares or converts
+# By trainer: its model's class, and the knobs that shape the model ('' for all; what generates,
+# compares or converts
 # needs no others). A trainer is imported when a run of it is read.
 MODELS = {
     "train_gpt": (
@@ -35,7 +34,7 @@ MODELS = {
 def add_run_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--run", required=True, metavar="ID", help="the run's id")
     p.add_argument(
-        "--logs_folder", "--logs-folder", type=Path, default=REPO / "logs", metavar="DIR"
+        "--logs_folder", "--logs-folder", type=Path, default=ROOT / "logs", metavar="DIR"
     )
     p.add_argument("--checkpoint", metavar="step_NNNNNN", help="default: the newest that verifies")
 
@@ -55,7 +54,8 @@ def find_run(logs: Path, run_id: str) -> Path:
 
 
 def find_checkpoint(folder: Path, name: str | None = None) -> Path:
-    """The checkpoint `name` of a run, or its newest that verifies; a bad one is named on stderr and skipped."""
+    """The checkpoint `name` of a run, or its newest that verifies; a bad one is named on stderr
+    and skipped."""
     paths = sorted(folder.glob("step_??????"), reverse=True)
     if not paths:
         raise UserError(
@@ -82,7 +82,8 @@ def find_checkpoint(folder: Path, name: str | None = None) -> Path:
 
 
 def shape_of(trainer: str, knobs: Mapping[str, object]) -> dict[str, object]:
-    """Of a run's knobs, those that shape its model. Raises ValueError when they are not this trainer's."""
+    """Of a run's knobs, those that shape its model. Raises ValueError when they are not this
+    trainer's."""
     known = [f.name for f in dataclasses.fields(importlib.import_module(trainer).Knobs)]
     wanted = MODELS[trainer][1].split() or known
     if other := sorted(knobs.keys() - set(known)) or [name for name in wanted if name not in knobs]:
@@ -103,7 +104,8 @@ def trainer_of(model: nn.Module) -> str:
 
 
 def load(path: Path) -> tuple[nn.Module, dict]:
-    """The model of a checkpoint that verifies, fp32 on the CPU, and the checkpoint's whole state."""
+    """The model of a checkpoint that verifies, fp32 on the CPU, and the checkpoint's whole
+    state."""
     state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
     trainer = state.get("trainer", "train_gpt")  # the first ones did not say, and were that
     if trainer not in MODELS:
@@ -142,8 +144,8 @@ def fixed_logits(model: nn.Module, num_tokens: int = 64) -> Tensor:
 def pick(
     logits_V: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator
 ) -> int:
-    """One token: the likeliest at temperature 0, else drawn from the top_k likeliest (0: all), of those from the
-    fewest that hold top_p of the probability."""
+    """One token: the likeliest at temperature 0, else drawn from the top_k likeliest (0: all),
+    of those from the fewest that hold top_p of the probability."""
     if temperature == 0:
         return int(logits_V.argmax())
     logits_K, ids_K = logits_V.sort(descending=True, stable=True)
@@ -169,7 +171,8 @@ class Bytes:
 
 
 class GPT2:
-    """GPT-2's byte-pair encoding; special tokens in a text are plain text. Raises UserError if it is not there."""
+    """GPT-2's byte-pair encoding; special tokens in a text are plain text. Raises UserError if
+    it is not there."""
 
     name, size, separator = "gpt2", 50257, 50256
 

@@ -7,10 +7,9 @@ import subprocess
 import sys
 
 import pytest
+from lib.study import read_study
+from lib.trainers import load_trainer, plan_of
 from support import ROOT, environment
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import run_study
 
 import plumbing
 import train_gpu
@@ -20,10 +19,10 @@ STUDIES = sorted((ROOT / "experiments/studies").glob("*.toml"))
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
 def test_every_study_file_is_free_of_problems(path):
-    study = run_study.read_study(path, {})
-    assert {c.stage for c in study.cells} == set(study.stages)
+    study = read_study(path, {})
+    assert {c.stage for c in study.runs} == set(study.stages)
     assert all(
-        any(c.is_baseline for c in study.cells if c.stage == s) or not study.baselines[s]
+        any(c.is_baseline for c in study.runs if c.stage == s) or not study.baselines[s]
         for s in study.stages
     )
 
@@ -79,10 +78,10 @@ GENERATED = dict(train_path="generate", val_path="generate", test_path="", num_i
 def test_a_study_hears_of_missing_data_and_not_of_data_that_a_run_would_fetch(
     trainer, bad, fine, tmp_path
 ):
-    t = run_study.load_trainer(trainer)
+    t = load_trainer(trainer)
     place = dict(data_folder=str(tmp_path)) if trainer == "train_gpu.py" else {}
-    assert "nowhere" in run_study.plan_of(t.module.Knobs(**bad, **place), t)[2]
-    assert run_study.plan_of(t.module.Knobs(**fine, **place), t)[2] == ""
+    assert "nowhere" in plan_of(t.module.Knobs(**bad, **place), t)[2]
+    assert plan_of(t.module.Knobs(**fine, **place), t)[2] == ""
 
 
 COLAB = [

@@ -1,0 +1,249 @@
+"""Figures of a table: final losses, differences with intervals, learning rates, step time."""
+
+import math
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from lib.cells import Cell
+from lib.groups import MOST_LINES, labels_of
+from lib.plots import add_legend, finish, new_figure, plain, style_of
+from lib.program import count, need
+from lib.results import Row
+from lib.stats import mean, sd
+from lib.tables import Line, Table
+
+MOST_CELLS = 60  # of a figure with a line of text per cell
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A cell's final losses: one per seed, their mean, and half the 95% interval of the mean
+    (nan at n=1)."""
+
+    values: list[float]
+    mean: float
+    half: float
+
+
+def spread_of(cell: Cell) -> Spread:
+    values = list(cell.values("final_val_loss").values())
+    n = len(values)
+    half = math.nan
+    if n > 1:
+        half = (
+            float(need("scipy.stats", "a confidence interval").t.ppf(0.975, n - 1))
+            * sd(values)
+            / n**0.5
+        )
+    return Spread(values, mean(values), half)
+
+
+def _ladder(table: Table, lines: Sequence[Line], words: Callable[[Line], str]):
+    """A figure with a line of text per cell, from top to bottom."""
+    labels = dict(
+        zip(map(id, table.lines), labels_of([line.cell for line in table.lines]), strict=True)
+    )
+    texts = [f"{textwrap.fill(labels[id(line)], 40)}\n{words(line)}" for line in lines]
+    figure, (axes,) = new_figure(1.5 + sum(0.14 + 0.16 * (1 + t.count("\n")) for t in texts))
+    axes.set_yticks(range(len(lines)), [plain(t) for t in texts])
+    axes.set_ylim(len(lines) - 0.4, -0.6)
+    axes.locator_params(axis="x", nbins=7)
+    return figure, axes
+
+
+def _cut(lines: Sequence[Line]) -> tuple[list[Line], str]:
+    more = len(lines) - MOST_CELLS
+    return list(lines[:MOST_CELLS]), f"; {count(more, 'more cell')} not drawn" if more > 0 else ""
+
+
+def final_figure(table: Table, title: str):
+    """Final loss per cell: a dot per seed, the mean, its 95% interval."""
+    lines, more = _cut(table.lines)
+    if not lines:
+        return None
+    spreads = [spread_of(line.cell) for line in lines]
+    count = dict(zip(map(id, lines), (len(s.values) for s in spreads), strict=True))
+    figure, axes = _ladder(
+        table, lines, lambda line: f"n={count[id(line)]}" + ", baseline" * line.is_baseline
+    )
+    for i, s in enumerate(spreads):
+        style = style_of(i)
+        if math.isfinite(s.half):
+            axes.errorbar(
+                s.mean, i, xerr=s.half, color=style["color"], capsize=4, elinewidth=1.8, zorder=2
+            )
+        filled = (
+            dict(color=style["color"])
+            if len(s.values) > 1
+            else dict(facecolor="white", color=style["color"])
+        )
+        axes.scatter([s.mean], [i], marker=style["marker"], s=60, zorder=3, **filled)
+        if len(s.values) > 1:
+            places = [i + 0.22] * len(s.values)
+            axes.scatter(
+                s.values, places, marker="o", s=14, facecolor="white", edgecolor="0.15", zorder=4
+            )
+    axes.margins(x=0.08)
+    axes.set_xlabel(
+        "final validation loss (nats per token); the axis does not start at zero", fontsize=10
+    )
+    one = "; n=1 (open marker): no interval" if 1 in count.values() else ""
+    finish(
+        figure,
+        [axes],
+        title,
+        f"large: mean over n seeds, bar: its 95% interval (t); small dots: seeds{one}{more}",
+    )
+    return figure
+
+
+def forest_figure(table: Table, title: str):
+    """Difference to the baseline per cell, with the interval and the test of the table."""
+    lines, more = _cut([line for line in table.lines if line.comparison])
+    if not lines:
+        return None
+
+    def words(line: Line) -> str:
+        c, n = (
+            line.comparison,
+            [len(x.values("final_val_loss")) for x in (line.cell, line.baseline)],
+        )
+        ns = f"n={n[0]}" if n[0] == n[1] else f"n={n[0]} against {n[1]}"
+        return (
+            f"{ns}, {c.test}, Holm p={c.p_holm:.2g}" if c.chosen else f"{ns}: {c.test}, no interval"
+        )
+
+    figure, axes = _ladder(table, lines, words)
+    places = {id(line): i for i, line in enumerate(table.lines)}
+    for i, line in enumerate(lines):
+        c, style = line.comparison, style_of(places[id(line)])
+        if c.chosen:
+            axes.plot(
+                [c.chosen.lo, c.chosen.hi],
+                [i, i],
+                color=style["color"],
+                linewidth=1.8,
+                marker="|",
+                zorder=2,
+            )
+        filled = (
+            dict(color=style["color"])
+            if c.chosen
+            else dict(facecolor="white", color=style["color"])
+        )
+        axes.scatter([c.diff], [i], marker=style["marker"], s=50, zorder=3, **filled)
+    axes.axvline(0, color="0.4", linewidth=1)
+    axes.margins(x=0.08)
+    axes.set_xlabel("difference to the baseline (nats per token); left of 0 is better", fontsize=10)
+    finish(
+        figure,
+        [axes],
+        title,
+        f"bar: 95% confidence interval of one difference; p is adjusted for all (Holm){more}",
+    )
+    return figure
+
+
+def rate_figure(table: Table, title: str):
+    """Final loss against the learning rate, a line per configuration. None where the rate does
+    not vary."""
+    series: dict[tuple[str, ...], list[tuple[float, Line]]] = {}
+    for line in table.lines:
+        if (rate := Row(line.cell.key, "", "").number("learning_rate")) > 0:
+            rest = tuple(v for k, v in line.cell.key.items() if k != "learning_rate")
+            series.setdefault(rest, []).append((rate, line))
+    rates = sorted({rate for points in series.values() for rate, _ in points})
+    if len(rates) < 2:
+        return None
+    figure, (axes,) = new_figure(4.2)
+    ns = set()
+    for i, (rest, points) in enumerate(series.items()):
+        points.sort(key=lambda p: p[0])
+        spreads = [spread_of(line.cell) for _, line in points]
+        style, x = style_of(i), [rate for rate, _ in points]
+        mine = sorted({len(s.values) for s in spreads})
+        ns |= set(mine)
+        n = f"n={mine[0]}" if len(mine) == 1 else f"n={mine[0]} to {mine[-1]}"
+        label = " ".join(w for w in rest if w not in ("", "-"))
+        axes.plot(x, [s.mean for s in spreads], label=plain(f"{label} ({n} per rate)"), **style)
+        known = [(a, s) for a, s in zip(x, spreads, strict=True) if math.isfinite(s.half)]
+        if known:
+            a, y, half = zip(*((a, s.mean, s.half) for a, s in known), strict=True)
+            axes.errorbar(
+                a, y, yerr=half, color=style["color"], linestyle="none", capsize=4, elinewidth=1
+            )
+        for a, s in zip(x, spreads, strict=True):
+            if len(s.values) > 1:
+                beside = a + 0.012 * (1 + i % 3) * (rates[-1] - rates[0])
+                axes.scatter(
+                    [beside] * len(s.values),
+                    s.values,
+                    s=12,
+                    facecolor="white",
+                    edgecolor="0.15",
+                    zorder=4,
+                )
+    if rates[-1] / rates[0] >= 4:
+        axes.set_xscale("log")
+    if len(rates) <= 8:
+        axes.set_xticks(rates, [f"{r:g}" for r in rates])
+        axes.set_xticks([], minor=True)
+    axes.set_xlabel(
+        "peak learning rate (AdamW" + ("; log scale)" if axes.get_xscale() == "log" else ")"),
+        fontsize=10,
+    )
+    axes.set_ylabel("final validation loss\n(nats per token)", fontsize=10)
+    add_legend(axes, axes, len(series))
+    words = "line: mean over seeds; bar: its 95% interval (t); small dots beside: seeds; n in the legend"
+    finish(figure, [axes], title, words + ("; n=1 has no interval" if 1 in ns else ""))
+    return figure
+
+
+def overhead_figure(table: Table, title: str):
+    """What a change costs per step against what it gains."""
+    lines = [
+        x
+        for x in table.lines
+        if x.comparison and math.isfinite(x.comparison.overhead_pct + x.comparison.diff)
+    ]
+    more = len(lines) - MOST_LINES
+    lines = sorted(lines, key=lambda x: x.comparison.diff)[:MOST_LINES]
+    if not lines:
+        return None
+    labels = labels_of([line.cell for line in table.lines])
+    places = {id(line): i for i, line in enumerate(table.lines)}
+    figure, (axes,) = new_figure(4.2 if len(lines) < 6 else 5.0)
+    for line in lines:
+        c, i = line.comparison, places[id(line)]
+        style = style_of(i) | dict(linestyle="none", markersize=7)
+        if not c.chosen:
+            style["markerfacecolor"] = "white"
+        n = len(line.cell.values("final_val_loss"))
+        axes.plot([c.overhead_pct], [c.diff], label=plain(f"{labels[i]} (n={n})"), **style)
+        if c.chosen:
+            axes.plot(
+                [c.overhead_pct] * 2,
+                [c.chosen.lo, c.chosen.hi],
+                color=style["color"],
+                linewidth=1.4,
+                marker="_",
+            )
+        if math.isfinite(c.step_time.lo + c.step_time.hi):
+            axes.plot(
+                [c.step_time.lo, c.step_time.hi],
+                [c.diff] * 2,
+                color=style["color"],
+                linewidth=1.4,
+                marker="|",
+            )
+    for zero in (axes.axhline, axes.axvline):
+        zero(0, color="0.4", linewidth=1)
+    axes.margins(0.1)
+    axes.set_xlabel("step time above the baseline's (%); left is faster", fontsize=10)
+    axes.set_ylabel("difference in final loss\n(nats per token); down is better", fontsize=10)
+    one = "; open marker, n=1: no interval" if any(not x.comparison.chosen for x in lines) else ""
+    rest = f"; {count(more, 'more cell')} not drawn" if more > 0 else ""
+    finish(figure, [axes], title, f"bars: 95% confidence intervals, n seeds per cell{one}{rest}")
+    add_legend(axes, axes, len(lines))
+    return figure

@@ -1,0 +1,199 @@
+"""Everything that the page is made from: rows, stages, logs, states, and what is wrong with them.
+
+A bad file never stops the page: what is wrong with it becomes one of the page's problems.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lib.logs import MOST_POINTS, RunLog, from_curves, read_log
+from lib.program import UserError, listing
+from lib.results import Row, canon, read_results
+from lib.stages import Stage, read_stages, sort_into_stages, stages_by_iters
+
+STALE_S = 120  # a running run tells its status every two seconds
+
+
+NO_STAGE = "no stage"
+
+
+@dataclass
+class Cache:
+    """What was read, by file, with the time and size that the file had then."""
+
+    files: dict[Path, tuple[tuple[int, int], object]] = field(default_factory=dict)
+
+    def read(self, path: Path, reader):
+        try:
+            stat = path.stat()
+            mark = (stat.st_mtime_ns, stat.st_size)
+        except OSError:
+            mark = (0, 0)
+        if path not in self.files or self.files[path][0] != mark:
+            try:
+                found = reader(path)
+            except UserError as error:
+                found = error
+            self.files[path] = (mark, found)
+        return self.files[path][1]
+
+
+def read_status(path: Path) -> dict[str, object]:
+    """A run's status.json; {} when there is none, {'problem': ...} when it cannot be read."""
+    try:
+        status = json.loads(path.read_text(errors="replace"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        return {"problem": f"{path}: cannot be read ({error})"}
+    return status if isinstance(status, dict) else {"problem": f"{path}: expected an object"}
+
+
+def read_text_log(path: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Knobs and environment as a run's log has them, from its last start; empty where there is
+    no log."""
+    try:
+        with open(path, "rb") as f:
+            data = f.read(4_000_000)
+    except OSError:
+        return {}, {}
+    start = data.rfind(b"\nhyperparameters:\n{")
+    if start < 0:
+        return {}, {}
+    text = data[start : start + 60_000].decode("utf-8", errors="replace")
+    before = data[max(0, start - 4000) : start].decode("utf-8", errors="replace").split("\n")
+    try:
+        knobs, end = json.JSONDecoder().raw_decode(text, text.index("{"))
+    except ValueError:
+        return {}, {}
+    env = dict(
+        line.split(": ", 1)
+        for line in before
+        if line.startswith(("git_commit: ", "code_sha256: ", "command: "))
+    )
+    head, _, tail = text[end:].partition("\n" + "=" * 100)
+    torch, _, smi = head.strip().partition("\n")
+    env["torch"] = torch
+    if (smi := smi.removeprefix("nvidia-smi:").strip()) and smi != "not found":
+        env["nvidia-smi"] = smi
+    for line in tail.strip("=\n").split("\n"):
+        name, colon, value = line.partition(": ")
+        if not colon or line.startswith("step:") or " " in name:
+            break
+        env[name] = value
+    return {str(k): json.dumps(v) if not isinstance(v, str) else v for k, v in knobs.items()}, env
+
+
+@dataclass
+class Findings:
+    """Everything the page is made from."""
+
+    rows: list[Row] = field(default_factory=list)
+    stages: dict[str, tuple[Stage, list[Row]]] = field(default_factory=dict)
+    logs: dict[str, RunLog] = field(default_factory=dict)
+    status: dict[str, dict[str, object]] = field(default_factory=dict)
+    loose: list[str] = field(default_factory=list)  # runs with a log and no row
+    problems: list[str] = field(default_factory=list)
+
+
+def some(what: str, names: Sequence[str], most: int = 4) -> str:
+    return f"{what}: {listing(list(names), ', ', most)}"
+
+
+def read_findings(a: argparse.Namespace, cache: Cache) -> Findings:
+    """Results, logs and states, and what was wrong with them. Raises nothing for a bad file."""
+    findings = Findings()
+    for path in a.results:
+        found = cache.read(path, read_results)
+        if isinstance(found, UserError):
+            findings.problems.append(str(found))
+            continue
+        findings.rows += found[0]
+        findings.problems += found[1][:20]
+        if len(found[1]) > 20:
+            findings.problems.append(f"{path.name}: {len(found[1]) - 20} more lines like these")
+        if not found[0]:
+            findings.problems.append(f"{path}: no rows yet")
+    stages = read_stages(a.stages, findings.rows) if a.stages else stages_by_iters("1500", "800")
+    sorted_rows, homeless = sort_into_stages(findings.rows, stages)
+    findings.stages = {name: (stage, own) for name, (stage, own) in sorted_rows.items() if own}
+    if homeless:
+        findings.stages[NO_STAGE] = (Stage(NO_STAGE), homeless)
+
+    for stage, own in findings.stages.values():
+        for extra in stage.extra_csv:
+            more = cache.read(a.results[0].parent / extra, read_results)
+            if isinstance(more, UserError):
+                findings.problems.append(str(more))
+            else:
+                own += more[0]
+                findings.problems += more[1]
+
+    seeds = {row["run_id"]: canon(row["seed"]) for row in findings.rows}
+    try:
+        folders = {p.name for p in a.logs.iterdir() if p.is_dir()}
+    except OSError:
+        folders = set()
+        findings.problems.append(f"{a.logs}: no such folder of logs; there are no curves")
+    findings.loose = sorted(
+        r for r in folders - seeds.keys() if (a.logs / r / "metrics.csv").exists()
+    )
+    aside: dict[str, list[str]] = {}  # problem: runs
+    try:
+        findings.logs, wrong = from_curves(a.curves, findings.rows)
+        findings.problems += wrong
+    except UserError as error:
+        findings.problems.append(str(error))
+    for run_id in [*seeds, *findings.loose]:
+        if run_id not in folders or run_id in findings.logs:
+            continue  # the tables' remarks name runs without a curve
+        log = cache.read(
+            a.logs / run_id / "metrics.csv", lambda p: read_log(p, p.parent.name, "", MOST_POINTS)
+        )
+        status = cache.read(a.logs / run_id / "status.json", read_status)
+        findings.status[run_id] = status
+        if "problem" in status:
+            findings.problems.append(str(status["problem"]))
+        if isinstance(log, UserError):
+            findings.problems.append(str(log))
+            continue
+        for problem in log.problems:
+            aside.setdefault(f"metrics.csv, {problem}", []).append(run_id)
+        findings.logs[run_id] = RunLog(
+            run_id, seeds.get(run_id, ""), log.val, log.tokens, log.trace, log.problems
+        )
+    findings.problems += [
+        some(f"{what} ({len(runs)})" if len(runs) > 4 else what, runs)
+        for what, runs in aside.items()
+    ]
+    now = time.time()
+    stale = [
+        r for r in findings.status if going(findings, r) and age(findings.status[r], now) > STALE_S
+    ]
+    if stale:
+        findings.problems.append(
+            some(f"said to be running, but silent for over {STALE_S} s (killed?)", stale)
+        )
+    return findings
+
+
+def going(findings: Findings, run_id: str) -> bool:
+    return findings.status.get(run_id, {}).get("status") == "running"
+
+
+def age(status: Mapping[str, object], now: float) -> float:
+    updated = status.get("updated")
+    return now - updated if isinstance(updated, int | float) else math.inf
+
+
+def is_number(text: str) -> bool:
+    """Whether the text is a finite number."""
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False

@@ -1,0 +1,64 @@
+"""What every program of scripts/ needs around its work: errors, whole files, words for counts.
+
+Without plumbing, which imports torch: tables are also made on machines that have none.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
+
+ROOT = Path(__file__).resolve().parents[2]  # the checkout
+
+
+class UserError(ValueError):
+    """What a user can cause and mend; the message is all that is shown."""
+
+
+def launch(main: Callable[[], int | None]) -> NoReturn:
+    """Run main(), whose result is the exit code; a UserError is one line on stderr and code 2."""
+    try:
+        sys.exit(main() or 0)
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def need(module: str, what: str) -> ModuleType:
+    """Import an optional library. Raises UserError saying what to install."""
+    try:
+        importlib.import_module(module.split(".")[0])
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError(
+            f"{what} needs {module.split('.')[0]}: pip install scipy matplotlib (or -r requirements-dev.txt)"
+        ) from None
+
+
+def write_whole(path: Path, data: str | bytes) -> None:
+    """Replace `path` in one rename, LF line ends. Raises UserError when it cannot be written."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(data.encode() if isinstance(data, str) else data)
+        os.replace(part, path)
+    except OSError as error:
+        if path.parent.is_dir():
+            part.unlink(missing_ok=True)
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); choose another folder"
+        ) from None
+
+
+def listing(names: Sequence[str], separator: str = ", ", most: int = 6) -> str:
+    """The first few names, and how many more."""
+    more = f"{separator}and {len(names) - most} more" if len(names) > most else ""
+    return separator.join(names[:most]) + more
+
+
+def count(n: int, noun: str) -> str:
+    """'1 run', '2 runs'."""
+    return f"{n} {noun}{'s' * (n != 1)}"

@@ -1,0 +1,257 @@
+"""A table for eyes: rounded, in pieces, on a terminal and as Markdown."""
+
+import math
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
+
+from lib.program import count
+from lib.results import canon
+from lib.tables import Table
+
+MEANS = ("n", "final_loss", "sd", "train_time", "ms/step", "MiB")
+
+
+VERSUS = ("diff", "rel", "95% CI", "p", "Holm p", "test", "can see", "flags")
+
+
+COSTS = ("step time", "peak memory", "equal steps", "equal time", "equal time by")
+
+
+TARGET = ("reached", "steps", "time", "steps vs", "time vs")
+
+
+PIECES = {
+    "": MEANS,
+    "against the baseline": VERSUS,
+    "time and memory": COSTS,
+    "to the target loss": TARGET,
+}
+
+
+def cells_of(table: Table, most: int | None = None) -> list[dict[str, str]]:
+    """The table for eyes: one dict per line (at `most` so many), rounded. The knobs that all
+    cells share are left out of the notes."""
+    common = shared_notes(table)
+    shown = []
+    for line in table.lines[:most]:
+        key = {k: v or ("?" if k != "notes" else "-") for k, v in line.cell.key.items()}
+        if key.get("notes"):
+            key["notes"] = " ".join(w for w in key["notes"].split() if w not in common) or "-"
+        n, c = line.numbers, line.comparison
+        no_diff = "baseline" if line.is_baseline else "no baseline"
+        span = lambda name, form, n=n: (
+            "[" + ", ".join(form.format(n[f"{name}ci_{end}"]) for end in ("lo", "hi")) + "]"
+        )
+        percent = lambda name, n=n, span=span: (
+            rounded(n, f"{name}_pct", "{:+.1f}%")
+            + (" " + span(f"{name}_", "{:+.1f}") if n[f"{name}_ci_lo"] != "" else "")
+        )
+        effect = lambda name, n=n, span=span: (
+            rounded(n, f"{name}_diff", "{:+.4f}")
+            + (" " + span(f"{name}_", "{:+.4f}") if n[f"{name}_ci_lo"] != "" else "")
+        )
+        out = {**key, "n": f"{n['seeds']}{'*' * (n['duplicate_rows'] > 0)}"}
+        out |= {"final_loss": rounded(n, "final_loss", "{:.4f}")}
+        out |= {"sd": rounded(n, "sd", "{:.5f}") if n["seeds"] > 1 else "n=1"}
+        out |= {"train_time": str(n["train_time"]), "ms/step": rounded(n, "ms_per_step", "{:.2f}")}
+        out |= {"MiB": rounded(n, "peak_memory_mib", "{:.0f}")}
+        out |= {
+            "diff": rounded(n, "diff", "{:+.4f}") if c else no_diff,
+            "rel": rounded(n, "rel_pct", "{:+.2f}%"),
+        }
+        out |= {"95% CI": span("", "{:+.4f}") if c and c.chosen else c.test if c else "-"}
+        out |= {"p": rounded(n, "p", "{:.2g}"), "Holm p": rounded(n, "p_holm", "{:.2g}")}
+        out |= {
+            "test": c.test if c and c.chosen else "-",
+            "can see": rounded(n, "least_diff", "{:.4f}"),
+        }
+        out |= {"flags": str(n["flags"]) or "-", "step time": percent("overhead")}
+        out |= {"peak memory": rounded(n, "memory_pct", "{:+.1f}%")}
+        # after as many steps as both have, the final losses are the answer, and stand under diff
+        out |= {
+            "equal steps": effect("equal_steps")
+            if c and c.equal_steps.how != "final losses"
+            else "-"
+        }
+        out |= {
+            "equal time": effect("equal_time"),
+            "equal time by": str(n["equal_time_how"]) or "-",
+        }
+        told = math.isfinite(line.target) or n["reached"]
+        out |= {"reached": f"{n['reached']} of {n['seeds']}" if told else "-"}
+        out |= {
+            "steps": rounded(n, "steps_to_target", "{:.0f}"),
+            "time": rounded(n, "seconds_to_target", "{:.1f} s"),
+        }
+        out |= {"steps vs": percent("steps_to_target"), "time vs": percent("seconds_to_target")}
+        shown.append(out)
+    return shown
+
+
+def rounded(numbers: Mapping[str, object], name: str, form: str) -> str:
+    return "-" if numbers[name] == "" else form.format(numbers[name])
+
+
+def shared_notes(table: Table) -> list[str]:
+    notes = [line.cell.key.get("notes", "").split() for line in table.lines]
+    return [w for w in notes[0] if all(w in other for other in notes)] if len(notes) > 1 else []
+
+
+def pieces_of(
+    shown: Sequence[Mapping[str, str]], table: Table
+) -> list[tuple[str, list[str], list[Mapping[str, str]]]]:
+    """Title, columns and lines of each piece of the table. What no line knows is left out."""
+    out = []
+    num_tested = sum(1 for line in table.lines if line.comparison and line.comparison.chosen)
+    always = {"p", "test", "sd", "ms/step", *(["Holm p"] if num_tested > 1 else [])}
+    for title, columns in PIECES.items():
+        rows = [
+            row
+            for row, x in zip(shown, table.lines, strict=False)
+            if x.comparison or columns in (MEANS, TARGET)
+        ]
+        known = {c for c in columns if c != "Holm p" and any(row[c] != "-" for row in rows)}
+        if known and rows:
+            out.append((title, [c for c in columns if c in known | always], rows))
+    return out
+
+
+def legend_of(table: Table) -> list[str]:
+    """What the columns mean, the remarks, and the knobs left out."""
+    compared = [line.comparison for line in table.lines if line.comparison]
+    num_tested = sum(1 for c in compared if c.chosen)
+    out = []
+    if compared:
+        out.append(
+            "final_loss in nats per token, mean over n seeds; diff, rel, CI and p: against the baseline, below 0 is "
+            "better; paired t where both ran the same seeds, Welch's t otherwise"
+            + (f"; Holm over {num_tested} comparisons" if num_tested > 1 else "")
+            + (
+                "; can see: the smallest difference that this n and spread show 4 times in 5"
+                if num_tested
+                else ""
+            )
+        )
+        out.append(
+            "step time, and steps and time to a target: ratios of means, [95% CI] by Welch's t on logarithms"
+        )
+    if any(c.equal_time.how.startswith("interpolated") for c in compared):
+        out.append(
+            "equal time, interpolated, un-annealed: the slower arm's curve where the faster arm ends, its rate not yet "
+            "down; only runs with TIME_BUDGET_S show who wins"
+        )
+    if any(line.numbers["reached"] for line in table.lines):
+        targets = {line.target for line in table.lines}
+        by = (
+            "on straight lines between validations"
+            if math.isfinite(min(targets))
+            else "the first validation there"
+        )
+        out.append(
+            f"target loss {', '.join(canon(t) for t in targets)}: {by}".replace(
+                "loss nan", "loss of each run"
+            )
+        )
+    if common := shared_notes(table):
+        out.append(f"all cells: {' '.join(common)}")
+    return out + list(table.remarks)
+
+
+def grid(
+    rows: Sequence[Mapping[str, str]], columns: Sequence[str], most: int, numbers: bool = False
+) -> list[str]:
+    """Aligned plain text; numbers to the right, words to the left. Words longer than `most`
+    characters are folded, and so are intervals where `numbers` says so."""
+    right = {
+        c: all(re.match(r"[-+\[]?[\d.]|-$|n=1$|no spread$|(no )?baseline$", row[c]) for row in rows)
+        for c in columns
+    }
+
+    def fold(text: str, c: str) -> list[str]:
+        if len(text) <= most or (right[c] and not numbers):
+            return [text]
+        return textwrap.wrap(text, most, break_on_hyphens=False)
+
+    folded = [{c: fold(row[c], c) for c in columns} for row in rows]
+    width = {c: max([len(c), *(len(part) for row in folded for part in row[c])]) for c in columns}
+    place = lambda text, c: text.rjust(width[c]) if right[c] else text.ljust(width[c])
+    out = [
+        "  ".join(place(c, c) for c in columns).rstrip(),
+        "  ".join("-" * width[c] for c in columns),
+    ]
+    for row in folded:
+        for i in range(max(len(parts) for parts in row.values())):
+            out.append(
+                "  ".join(place((row[c][i : i + 1] or [""])[0], c) for c in columns).rstrip()
+            )
+    return out
+
+
+def table_text(table: Table, width: int = 110, most: int = 500) -> str:
+    """The table for a terminal of `width` characters, in pieces: means, comparisons, costs, the
+    target loss. Cells whose keys do not fit are numbered, with a list of what they are. No more
+    than `most` cells."""
+    heading = f"{table.stage.name}: {count(table.num_rows, 'row')}, {table.num_finished} counted, "
+    out = [heading + count(len(table.lines), "cell")]
+    numbered = [{"cell": str(i), **row} for i, row in enumerate(cells_of(table, most), start=1)]
+    pieces = pieces_of(numbered, table)
+
+    def fitting(keys: Sequence[str]) -> list[str] | None:
+        """All pieces, each folded no more than it must be; None where one does not fit."""
+        lines: list[str] = []
+        for title, columns, rows in pieces:
+            most = (
+                ((36, False), (16, False), (24, True), (10, True))
+                if keys == ["cell"]
+                else ((36, False), (24, False))
+            )
+            tries = (grid(rows, [*keys, *columns], *how) for how in most)
+            if not (found := next((t for t in tries if max(map(len, t)) <= width), None)):
+                return None
+            lines += ["", title] * bool(title) + found
+        return lines
+
+    if numbered:
+        lines = fitting(table.keys)
+        if lines is None:
+            out += [
+                line
+                for i, row in enumerate(numbered, start=1)
+                for line in _legend(i, row, table.keys, width)
+            ]
+            lines = fitting(["cell"])
+        out += lines or []
+    if len(table.lines) > most:
+        out.append(
+            f"  {count(len(table.lines) - most, 'further cell')}: in the table's .csv and .md"
+        )
+    for note in legend_of(table):
+        out += textwrap.wrap(
+            note, width, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False
+        )
+    return "\n".join(out)
+
+
+def _legend(number: int, row: Mapping[str, str], keys: Sequence[str], width: int) -> list[str]:
+    text = f"cell {number}: " + " ".join(row[k] if k == "notes" else f"{k}={row[k]}" for k in keys)
+    return textwrap.wrap(text, width, subsequent_indent="    ", break_on_hyphens=False)
+
+
+def table_md(table: Table, sources: Sequence[str]) -> str:
+    """The table as Markdown, in one piece."""
+    rows = cells_of(table)
+    columns = table.keys + [c for _, shown, _ in pieces_of(rows, table) for c in shown]
+    words = {*table.keys, "test", "flags", "equal time by"}
+    out = [f"# {table.stage.name}", ""]
+    counts = f"{count(table.num_rows, 'row')}, {table.num_finished} counted, {count(len(table.lines), 'cell')}"
+    out += [f"Made by `scripts/split_results.py` from {', '.join(sources)}: {counts}.", ""]
+    if rows:
+        out.append("| " + " | ".join(columns) + " |")
+        out.append("| " + " | ".join("---" if c in words else "---:" for c in columns) + " |")
+        out += [
+            "| " + " | ".join(row[c].replace("|", "\\|") for c in columns) + " |" for row in rows
+        ]
+        out.append("")
+    out += [f"- {note.replace('*', chr(92) + '*')}" for note in legend_of(table)]
+    return "\n".join(out).rstrip() + "\n"

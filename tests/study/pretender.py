@@ -1,0 +1,125 @@
+"""A trainer that only pretends, and what the tests of launchers share.
+
+The pretender is a program without torch that starts in no time and does as its knobs say.
+"""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import run_study
+from study_support import ROOT, environment
+
+PRETENDER = """
+import json, os, signal, sys, time
+from pathlib import Path
+from filelock import FileLock
+
+if __name__ != "__main__":
+    from dataclasses import dataclass
+    from plumbing import knob
+
+    PRESETS = {"usual": {}}
+    RESUME_MAY_DIFFER = "preset seconds fault runpod_instance_type run_id stage".split()
+    RESUME_MAY_DIFFER += ["logs_folder", "results_file"]
+
+    class Knobs:
+        preset: str = knob("usual", "", choices=tuple(PRESETS))
+        gate: str = knob("none", "", choices=("none", "some", "more"))
+        lr: float = knob(0.1, "", low=0, alias=("learning_rate",))
+        num_iterations: int = knob(10, "", low=1)
+        warmup_iters: int = knob(0, "", low=0)
+        fast: bool = knob(False, "")
+        seed: int = knob(1, "", low=0)
+        seconds: float = knob(0.0, "")
+        fault: str = knob("none", "")
+        runpod_instance_type: str = knob("unknown", "")
+        run_id: str = knob("", "")
+        stage: str = knob("", "")
+        logs_folder: str = knob("@/logs", "")
+        results_file: str = knob("@/results.csv", "")
+
+        def __post_init__(self):
+            if self.warmup_iters > self.num_iterations:
+                raise ValueError(f"WARMUP_ITERS={self.warmup_iters} does not fit into {self.num_iterations}")
+
+    Knobs = dataclass(frozen=True)(Knobs)
+
+else:
+    e = os.environ
+    folder, run, gate = Path(e["LOGS_FOLDER"], e["RUN_ID"]), e["RUN_ID"], e.get("GATE", "none")
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def say(name, line):
+        with open(folder.parent / name, "a") as f:
+            f.write(line + "\\n")
+
+    def status(word, step):
+        text = json.dumps(dict(run_id=run, status=word, step=step, num_iterations=10, train_loss=2.0, val_loss=2.5))
+        (folder / "status.tmp").write_text(text)
+        os.replace(folder / "status.tmp", folder / "status.json")
+
+    def hear(number, frame):
+        say("heard.txt", f"{run} {number}")
+        if e.get("FAULT") != "deaf":
+            status("preempted", 5)
+            sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, hear)
+    signal.signal(signal.SIGINT, hear)
+    say("started.txt", f"{run} {e.get('LR')} {e.get('RUNPOD_INSTANCE_TYPE')}")
+    status("running", 1)
+    time.sleep(float(e.get("SECONDS", 0)))
+    first = (folder / "second").exists() is False
+    (folder / "second").touch()
+    if e.get("FAULT") == gate or e.get("FAULT") == "once" and first:
+        raise RuntimeError(f"{gate} breaks")
+    if e.get("FAULT") == "nan":
+        status("nan", 3)
+        sys.exit(1)
+    if e.get("FAULT") == "refused":
+        print("pretender.py: error: LR=1: no such thing", file=sys.stderr)
+        sys.exit(2)
+    path = Path(e["RESULTS_FILE"])
+    with FileLock(f"{path}.lock"):
+        text = "" if path.exists() else "run_id,seed,stage,final_val_loss,status,steps_done\\n"
+        with open(path, "a") as f:
+            f.write(f"{text}{run},{e['SEED']},{e['STAGE']},2.5,finished,10\\n")
+    status("finished", 10)
+"""
+
+
+TWO_BY_TWO = (
+    '[stage.a]\nseeds = [1, 2]\nbaseline = { gate = "none" }\ngrid = { gate = ["some", "none"] }\n'
+)
+
+
+def go(path: Path, *options: str) -> int:
+    return run_study.main([str(path), *options])
+
+
+def launcher(path: Path, *options: str) -> subprocess.Popen:
+    """run_study.py in a process group of its own, its output in a pipe."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts/run_study.py"), str(path), *options],
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def wait_for(what: Callable[[], object], seconds: float = 60) -> object:
+    end = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+    return found
+
+
+def lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def started(tmp_path: Path) -> list[str]:
+    """The runs' labels in the order of their starts: 'a-none-s1'."""
+    return [line.split()[0].rsplit("-", 2)[0] for line in lines(tmp_path / "logs/started.txt")]

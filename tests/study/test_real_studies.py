@@ -1,0 +1,177 @@
+"""Studies with a real trainer: too few shards, killed twice, the files that come along."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+import run_study
+from lib.board import Board
+from lib.program import UserError
+from lib.progress import Progress
+from lib.study import read_study
+from pretender import go, launcher, lines, wait_for
+from support import ROOT, SMALL, losses, rows, run_here, write_data
+
+
+def test_too_few_shards_are_noticed_before_the_first_run(tmp_path):
+    data = write_data(tmp_path)
+    knobs = (SMALL | data | dict(num_iterations=40)).items()
+    study = tmp_path / "study.toml"
+    text = "\n".join(f"{k} = {json.dumps(v)}" for k, v in knobs)
+    study.write_text(
+        f'title = "T"\ntrainer = "train_gpt.py"\n[knobs]\n{text}\n[stage.a]\nseeds = [1, 2]'
+    )
+    options = (
+        "--logs_folder",
+        str(tmp_path / "logs"),
+        "--results_file",
+        str(tmp_path / "results.csv"),
+    )
+    with pytest.raises(
+        UserError,
+        match=r"\[stage.a\] all: 2 shard\(s\) .* feed 33 steps, NUM_ITERATIONS=40; download",
+    ):
+        go(study, *options)
+    assert not (tmp_path / "logs").exists()
+
+
+def test_the_studies_that_come_along_hold_the_runs_they_should(capsys, tmp_path):
+    study = read_study(ROOT / "experiments/studies/gating.toml", {})
+    count = {stage: sum(c.stage == stage for c in study.runs) for stage in study.stages}
+    assert count == dict(stage1=10, stage2=16, stage2_5=4, stage3=6, stage4=24)
+    of = {stage: [c for c in study.runs if c.stage == stage] for stage in study.stages}
+    facts = lambda c: (
+        c.knobs.num_iterations,
+        c.knobs.warmup_iters,
+        c.knobs.warmdown_iters,
+        c.knobs.lr,
+    )
+    assert {facts(c) for c in of["stage1"]} == {(1500, 0, 1450, 0.0036)}
+    assert {(c.knobs.attngate, c.knobs.gateact) for c in of["stage1"]} == {
+        ("none", "sigmoid"), ("headwise", "sigmoid"), ("headwise", "ns_sigmoid"), ("elementwise", "sigmoid"),
+        ("const", "sigmoid"),
+    }  # fmt: skip
+    assert {facts(c) for c in of["stage2"]} == {
+        (800, 150, 232, 0.0036 * m / 10) for m in (10, 11, 12, 13)
+    }
+    assert {facts(c) for c in of["stage2_5"]} == {(1500, 0, 1450, 0.00468)}
+    assert {facts(c) for c in of["stage3"]} == {(5100, 0, 1450, 0.00468)}
+    seeds = {stage: list(dict.fromkeys(c.seed for c in cells)) for stage, cells in of.items()}
+    assert seeds["stage1"] == [1337, 1338] and seeds["stage2"] == seeds["stage2_5"] == [1337, 2337]
+    assert seeds["stage3"] == [1337, 2337, 3337]
+    controls = {
+        (c.knobs.mlp_match, c.knobs.gateopt, c.knobs.gatepos, c.knobs.gateact) for c in of["stage4"]
+    }
+    assert {(True, "muon", "sdpa", "sigmoid"), (False, "adam", "sdpa", "sigmoid")} <= controls
+    assert {(False, "muon", "value", "sigmoid"), (False, "muon", "sdpa", "ns_sigmoid")} <= controls
+    assert sum(c.knobs.time_budget_s is not None for c in of["stage4"]) == 6, (
+        "equal time: both arms, three seeds"
+    )
+    assert len({c.key for c in study.runs}) == 60
+
+    mini = str(ROOT / "experiments/studies/mini.toml")
+    assert (
+        run_study.main(
+            [mini, "--dry_run", "--logs_folder", str(tmp_path), "--results_file", f"{tmp_path}/r"]
+        )
+        == 0
+    )
+    out = capsys.readouterr().out
+    assert "4 runs, 0 done, 4 to do" in out and "622,592" in out and not list(tmp_path.iterdir())
+
+
+def test_the_table_fits_on_the_screen_and_shows_what_is_going_on():
+    study = read_study(ROOT / "experiments/studies/gating.toml", {})
+    cells = [Progress(c, c.default_id) for c in study.runs]
+    for p in cells[:40]:
+        p.state, p.step, p.loss = "done", p.run.steps, 3.2927
+    running = cells[40]
+    running.state, running.step, running.loss, running.tokens_per_s = (
+        "running",
+        250,
+        4.1234,
+        1_310_000.0,
+    )
+    running.began, running.wall_s = time.monotonic() - 100, 110.0
+    board = Board(study, cells)
+    for width, height in ((79, 24), (119, 50), (60, 10)):
+        table = board.table(width, height, colour=False)
+        assert len(table) < height and max(map(len, table)) <= width
+        row = next(line for line in table if "running" in line and "250/1500" in line)
+        assert "4.1234" in row and "1.3M" in row and "8m20s" in row
+    table = board.table(79, 10**6, colour=False)
+    assert table[0].startswith("Gated attention, 124M: 40 of 60 done, 1 running, 19 waiting, ETA")
+    assert len(table) == 60 + 5 + 1
+
+
+def test_a_study_killed_twice_ends_with_one_row_per_cell_and_the_losses_of_an_undisturbed_one(
+    monkeypatch, tmp_path
+):
+    size = dict(
+        num_iterations=60,
+        warmdown_iters=30,
+        val_every=20,
+        save_every=5,
+        device_batch_size=16,
+        epochs_ok=1,
+    )
+    common = {k: v for k, v in (SMALL | size).items() if k != "compile"} | write_data(tmp_path)
+    knobs = "\n".join(f"{k} = {json.dumps(v)}" for k, v in common.items()) + "\ncompile = false\n"
+    stage = '[stage.a]\nseeds = [1, 2]\nbaseline = { attngate = "none" }\ngrid = { attngate = ["none", "headwise"] }\n'
+    study = tmp_path / "study.toml"
+    study.write_text(f'title = "T"\ntrainer = "train_gpt.py"\n[knobs]\n{knobs}{stage}')
+    options = (
+        "--logs_folder",
+        str(tmp_path / "logs"),
+        "--results_file",
+        str(tmp_path / "results.csv"),
+    )
+    cells = read_study(study, {}).runs
+
+    def saved(cell) -> bool:
+        return bool(list((tmp_path / "logs" / cell.default_id).glob("step_??????")))
+
+    def status(cell) -> dict:
+        return json.loads((tmp_path / "logs" / cell.default_id / "status.json").read_text())
+
+    p = launcher(study, *options)
+    wait_for(lambda: saved(cells[0]))
+    os.killpg(
+        status(cells[0])["pid"], signal.SIGKILL
+    )  # the machine is gone: trainer and launcher at once
+    os.killpg(p.pid, signal.SIGKILL)
+    p.communicate(timeout=20)
+    assert status(cells[0])["status"] == "running" and not lines(tmp_path / "results.csv")
+
+    p = launcher(study, *options)
+    wait_for(lambda: saved(cells[1]))
+    p.send_signal(signal.SIGTERM)
+    out = p.communicate(timeout=60)[0]
+    assert (
+        p.returncode == 128 + signal.SIGTERM and f"stopped: {cells[1].default_id} at step" in out
+    ), out
+    assert f"resume: {cells[0].default_id} at step" in out
+    assert [(r["run_id"], r["status"]) for r in rows(tmp_path)] == [
+        (cells[0].default_id, "finished"), (cells[1].default_id, "preempted"),
+    ]  # fmt: skip
+
+    p = launcher(study, *options)
+    out = p.communicate(timeout=120)[0]
+    assert p.returncode == 0 and "T: 4 of 4 done" in out, out
+    finished = [r for r in rows(tmp_path) if r["status"] == "finished"]
+    assert [r["run_id"] for r in finished] == [c.default_id for c in cells]
+    stages = tmp_path / "tables/study.toml"
+    assert f"--stages {os.path.relpath(stages)}" in out
+    assert 'baseline = { attn_gate = "none" }' in stages.read_text()
+
+    straight = tmp_path / "straight"
+    straight.mkdir()
+    for cell, row in zip(cells, finished, strict=True):
+        knobs = size | dict(seed=cell.seed, attngate=cell.knobs.attngate, run_id=cell.default_id)
+        data = dict(input_bin=common["input_bin"], input_val_bin=common["input_val_bin"])
+        assert run_here(monkeypatch, straight, **knobs, **data)[0] == 0
+        assert losses(straight, cell.default_id) == losses(tmp_path, cell.default_id)
+        assert rows(straight)[-1]["final_val_loss"] == row["final_val_loss"]
+        assert row["code_sha256"][:6] == cell.code
