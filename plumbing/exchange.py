@@ -112,18 +112,17 @@ class _QueuedStep:
             skipped=bool(overflow[0, 0]),
             spent_s=host[0, 1].item(),
             signal=int(host[:, 0].max()),
-            problem=_what_is_not_finite(shares, norms[0], parameter_names),
+            problem=_what_is_not_finite(shares, norms, parameter_names),
         )
 
 
-def _what_is_not_finite(shares_WX: Tensor, norms_P: Tensor, names: Sequence[str]) -> str:
+def _what_is_not_finite(shares_WX: Tensor, norms_WP: Tensor, names: Sequence[str]) -> str:
     """Names the first rank and the first gradient that are not finite; empty where all are."""
-    if shares_WX.isfinite().all() and norms_P.isfinite().all():
+    is_bad_W = ~torch.cat([shares_WX, norms_WP], dim=1).isfinite().all(dim=1)
+    if not is_bad_W.any():
         return ""
-    bad_ranks = (~shares_WX.isfinite()).any(dim=1).tolist()
-    rank = bad_ranks.index(True) if any(bad_ranks) else 0
-    bad_gradients = [
-        name for name, norm in zip(names, norms_P.tolist(), strict=True) if not math.isfinite(norm)
-    ]
+    rank = is_bad_W.tolist().index(True)
+    norms = zip(names, norms_WP[rank].tolist(), strict=True)
+    bad_gradients = [name for name, norm in norms if not math.isfinite(norm)]
     gradient = bad_gradients[0] if bad_gradients else "none"
     return f"loss {shares_WX[rank, 0]:g} on rank {rank}, first bad gradient {gradient}"

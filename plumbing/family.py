@@ -55,8 +55,8 @@ FAMILY = {
     "train_gpt.py": (
         "n_layer n_head n_embd vocab_size attngate gatepos gateact gateopt mlp_match "
         "device_batch_size sequence_length warmup_iters warmdown_iters time_budget_s lr "
-        "input_bin input_val_bin data_order data_seed epochs_ok val_tokens early_stop_patience "
-        "early_stop_min_delta target_loss runpod_instance_type"
+        "input_bin input_val_bin data_order data_seed epochs_ok val_tokens precision tracker "
+        "early_stop_patience early_stop_min_delta target_loss runpod_instance_type"
     ),
     "train_gpu.py": (
         "mixer hidden_dim hcm_dim num_layers num_slots num_attention_heads intermediate_dim "

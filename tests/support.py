@@ -43,7 +43,7 @@ SMALL |= dict(
     save_every=4,
     lr=0.01,
 )
-SMALL |= dict(device="cpu", compile=0)
+SMALL |= dict(device="cpu", precision="fp32", compile=0)
 
 
 def write_data(
@@ -132,9 +132,8 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 
 def newest_state(folder: Path, run_id: str) -> dict:
-    path = sorted((folder / "logs" / run_id).glob("step_??????"))[-1]
-    assert plumbing.checkpoint_problem(path) is None
-    return torch.load(path / "state.pt", weights_only=True)
+    _, path = plumbing.list_checkpoints(folder / "logs" / run_id)[-1]
+    return plumbing.read_checkpoint(path)
 
 
 def same_tensors(a, b) -> bool:
@@ -153,19 +152,14 @@ def knobs(**values) -> train_gpt.Knobs:
 
 
 def copy_to_plain(model: train_gpt.GPT, plain: torch.nn.Module) -> None:
-    """Give the plain model the weights of ours: unstack Q, K, V and gate."""
-    k, ours = model.k, dict(model.named_parameters())
+    """Give the plain model the weights of ours: unstack Q, K and V."""
     with torch.no_grad():
         plain.wte.copy_(model.wte)
-        for i, block in enumerate(plain.blocks):
-            name = f"blocks.{i}.attn.qkvg"
-            for part, weight in zip("qkv", train_gpt.matrices(name, ours[name], k), strict=False):
-                getattr(block, part).copy_(weight)
-            block.o.copy_(ours[f"blocks.{i}.attn.proj"])
-            block.up.copy_(ours[f"blocks.{i}.up"])
-            block.down.copy_(ours[f"blocks.{i}.down"])
-            if k.attngate != "none":
-                gate = (
-                    ours[name][3 * k.n_embd :] if k.gate_stacked else ours[f"blocks.{i}.attn.gate"]
-                )
-                block.gate.copy_(gate)
+        for block, ours in zip(plain.blocks, model.blocks, strict=True):
+            for name, weight in zip("qkv", ours.attn.in_proj.chunk(3), strict=True):
+                getattr(block, name).copy_(weight)
+            block.o.copy_(ours.attn.out_proj)
+            block.up.copy_(ours.up_proj)
+            block.down.copy_(ours.down_proj)
+            if model.cfg.attngate != "none":
+                block.gate.copy_(ours.attn.gate)
