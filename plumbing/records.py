@@ -360,7 +360,7 @@ def _open_for_appending(path: Path) -> io.TextIOWrapper:
         data = path.read_bytes()
         if data and not data.endswith(b"\n"):
             os.truncate(path, data.rfind(b"\n") + 1)
-    return open(path, "a", newline="", encoding="utf-8")
+    return open(path, "a", newline="", encoding="utf-8", errors="backslashreplace")
 
 
 def _print_above_the_bar(line: str, file: object = None) -> None:

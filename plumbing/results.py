@@ -75,7 +75,7 @@ def _append_row(path: Path, columns: Sequence[str], row: Mapping[str, object]) -
             if file.read(1) != b"\n":
                 text.write("\n")
         csv.DictWriter(text, columns, lineterminator="\n").writerow(known)
-        rest = memoryview(text.getvalue().encode())
+        rest = memoryview(text.getvalue().encode(errors="backslashreplace"))
         try:
             while rest:  # a disk that fills up writes less than it was asked to
                 rest = rest[os.write(file.fileno(), rest) :]
