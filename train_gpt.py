@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc_per_node=8 train_gpt.py        8 GPUs, the speedrun baseline
     ATTNGATE=elementwise LR=0.00468 torchrun --standalone --nproc_per_node=8 train_gpt.py
-    PRESET=demo python train_gpt.py                              a laptop, a minute, no download
+    PRESET=demo python train_gpt.py                              a laptop, no download
 
 Expect   val_loss 3.2927 +- 0.0011 (no gate) and 3.2723 +- 0.0011 (elementwise) in the original
          study: 5100 steps at LR 0.00468, n=3 seeds each, 8x RTX PRO 6000 (docs/experiments.md)

@@ -11,11 +11,16 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import torch
 from filelock import FileLock
 
 from plumbing.knobs import describe
 from plumbing.world import World
+
+if TYPE_CHECKING:
+    from plumbing.session import Session
 
 
 def check_results(path: Path, columns: Sequence[str], world: World) -> None:
@@ -100,3 +105,33 @@ def knob_columns(
             row[column] = describe(fields[name], getattr(cfg, name))
             used.add(name)
     return row, used
+
+
+def measured_columns(session: "Session") -> dict[str, object]:
+    """What a session knows of its run, under the names of the results columns."""
+    world, clock, step = session.world, session.clock, session.step_now
+    columns = {
+        "run_id": session.run_id,
+        "date": session.log.started,
+        "git_commit": session.log.git_commit,
+        "num_iterations": session.total_steps,
+        "final_val_loss": session.progress.val_loss,
+        "best_val_loss": session.progress.best_loss,
+        "train_time_ms": 1000 * clock.train_s(step),
+        "ms_per_step": 1000 * clock.step_avg_s,
+        "tokens_per_s": session.tokens_per_step / clock.step_avg_s,
+        "gpu_name": world.device_name(),
+        "n_gpus": world.size if world.device.type == "cuda" else 0,
+        "status": session.status,
+        "steps_done": step,
+        "n_params": session.num_params,
+        "tokens_seen": step * session.tokens_per_step,
+        "peak_memory_mib": world.peak_memory_mib(),
+        "torch": torch.__version__,
+        "world_size": world.size,
+        "code_sha256": session.log.code_sha256,
+        "dirty": int(session.log.dirty),
+    }
+    if session.steps_per_epoch:
+        columns["epochs"] = round(step / session.steps_per_epoch, 4)
+    return columns

@@ -41,7 +41,7 @@ from plumbing.clock import Clock
 from plumbing.exchange import StepExchange, StepStats
 from plumbing.knobs import UserError, changed_knobs
 from plumbing.records import COMPLETE, RunLog, new_run_id, read_sources
-from plumbing.results import append_result, check_results, knob_columns
+from plumbing.results import append_result, check_results, knob_columns, measured_columns
 from plumbing.run_knobs import RUN_KNOBS
 from plumbing.world import World
 
@@ -383,32 +383,8 @@ class Session:
 
     def _results_row(self) -> dict[str, object]:
         """The run's row: its knobs, what was measured, and what the trainer adds in `row`."""
-        world, clock, step = self.world, self.clock, self.step_now
         row, knobs_in_columns = knob_columns(self.cfg, self.columns, self.column_knobs)
-        row |= {
-            "run_id": self.run_id,
-            "date": self.log.started,
-            "git_commit": self.log.git_commit,
-            "num_iterations": self.total_steps,
-            "final_val_loss": self.progress.val_loss,
-            "best_val_loss": self.progress.best_loss,
-            "train_time_ms": 1000 * clock.train_s(step),
-            "ms_per_step": 1000 * clock.step_avg_s,
-            "tokens_per_s": self.tokens_per_step / clock.step_avg_s,
-            "gpu_name": world.device_name(),
-            "n_gpus": world.size if world.device.type == "cuda" else 0,
-            "status": self.status,
-            "steps_done": step,
-            "n_params": self.num_params,
-            "tokens_seen": step * self.tokens_per_step,
-            "peak_memory_mib": world.peak_memory_mib(),
-            "torch": torch.__version__,
-            "world_size": world.size,
-            "code_sha256": self.log.code_sha256,
-            "dirty": int(self.log.dirty),
-        }
-        if self.steps_per_epoch:
-            row["epochs"] = round(step / self.steps_per_epoch, 4)
+        row |= measured_columns(self)
         hidden = {*knobs_in_columns, *RUN_KNOBS}
         words = changed_knobs(self.cfg, self.presets, hidden)
         words.append(f"data_sha256={self.data_sha256}")

@@ -69,11 +69,11 @@ def test_a_new_logged_figure_leaves_the_gradient_norm_alone(tmp_path):
     exchange = StepExchange(ONE)
     norms = torch.tensor([3.0, 4.0])
     more = {"accuracy": torch.tensor(0.5), "entropy": torch.tensor(7.0)}
-    for metrics in ({}, more):
-        exchange.send(1, torch.tensor(2.0), 0.1, norms, None, metrics, 0.0)
+    for extra in ({}, more):
+        exchange.send(1, torch.tensor(2.0), 0.1, norms, None, extra, 0.0)
         (found,) = exchange.read(["a", "b"], keep=0)
         assert found.grad_norm == 5.0 and found.loss == 2.0
-        assert found.metrics == {name: value.item() for name, value in metrics.items()}
+        assert found.metrics == {name: value.item() for name, value in extra.items()}
 
 
 TRACKERS = {
