@@ -1,0 +1,441 @@
+"""arithmetic.py -- the language of train_arith.py: expressions, their values, and data sets of them.
+
+Promises that a value is always the value of its text, that every answer can be read back as it was
+written, and that no expression of a test or validation set is ever drawn for training. Files of
+records are checked line by line. Nothing here knows of models.
+
+    problems = draw_split(Language(operators="+-"), np.random.default_rng(0), 1000, "train")
+
+Shapes   N problems, T tokens, M operands, W digits of an operand
+Sources  tokenizer, templates: github.com/Nishal14/Step-free-arithmetic-transformers. Answers: Lee et
+         al., arXiv 2307.03381. Constants of the hash: SplitMix64 (Steele et al. 2014)
+"""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from plumbing.knobs import ROOT, UserError, knob
+
+VOCABULARY = ["<PAD>", "<BOS>", "<EOS>", "<UNK>", *"0123456789+-*/()=ABCDEFabcdef ,"]
+PAD, BOS, EOS, UNK, ZERO = 0, 1, 2, 3, 4
+IDS = {character: i for i, character in enumerate(VOCABULARY)}
+# A hash of the expression without its brackets falls into one of so many buckets, which makes all
+# groupings of the same numbers share one. One bucket is kept for tests, and one for validation.
+BUCKETS = 32
+BUCKET_OF = {"test": 0, "val": 1}
+GRAMMARS = ("pilot", "redundant")  # the original's 18 templates, or all bracketings
+FORMATS = ("plain", "reversed", "complement", "complement_bare")
+
+
+@dataclass(frozen=True)
+class Language:
+    """Which expressions are drawn, how often, and how a problem is written down."""
+
+    grammar: str = knob("pilot", "which bracketings there are", group="Language", choices=GRAMMARS)
+    operators: str = knob("+-*", "operators to draw from, some of + - *")
+    operand_min: int = knob(1, "smallest operand", low=0)
+    operand_max: int = knob(99, "largest operand", low=1)
+    operands_min: int = knob(2, "fewest operands of an expression", low=2)
+    operands_max: int = knob(4, "most operands of an expression", low=2, high=9)
+    operands_weights: str = knob("", "weight of each operand count, such as 1,1,1.5; empty: alike")
+    depth_min: int = knob(0, "smallest depth of nested brackets", low=0)
+    depth_max: int = knob(2, "largest depth of nested brackets", low=0, high=8)
+    answer_format: str = knob("plain", "how a value is written", choices=FORMATS)
+    answer_digits: int | None = knob(None, "digits of an answer", low=1, high=17, none="auto")
+    spaces: bool = knob(True, "write a space on both sides of '='")
+
+    def __post_init__(self):
+        if not self.operators or set(self.operators) - set("+-*"):
+            raise ValueError(f"OPERATORS={self.operators!r}: expected some of + - *, such as +-")
+        for name in ("operand", "operands", "depth"):
+            low, high = getattr(self, f"{name}_min"), getattr(self, f"{name}_max")
+            if low > high:
+                name = name.upper()
+                raise ValueError(f"{name}_MIN={low} is above {name}_MAX={high}; swap them")
+        if self.grammar == "pilot" and (self.operands_max > 4 or self.depth_max > 2):
+            raise ValueError("GRAMMAR=pilot ends at 4 operands and depth 2; use GRAMMAR=redundant")
+        if self.largest > 10**17:
+            most = f"OPERAND_MAX={self.operand_max} and OPERANDS_MAX={self.operands_max}"
+            raise ValueError(f"{most} give values beyond 1e17; lower one of the two")
+        count = self.operands_max - self.operands_min + 1
+        numbers = re.fullmatch(r"\d+\.?\d*(,\d+\.?\d*)*", self.operands_weights)
+        if self.operands_weights and (not numbers or len(self.weights) != count):
+            what = f"one number >= 0 per operand count, {count} with commas"
+            raise ValueError(f"OPERANDS_WEIGHTS={self.operands_weights!r}: expected {what}")
+
+    @property
+    def weights(self) -> list[float]:
+        return [float(text) for text in self.operands_weights.split(",") if text]
+
+    @property
+    def largest(self) -> int:
+        """No drawn value is larger."""
+        summed = self.operands_max * self.operand_max
+        return max(summed, self.operand_max**self.operands_max) if "*" in self.operators else summed
+
+    @property
+    def separator(self) -> str:
+        return " = " if self.spaces else "="
+
+    @property
+    def digits(self) -> int:
+        return self.answer_digits or self.digits_for(self.largest)
+
+    def digits_for(self, largest: int) -> int:
+        """Digits that values up to +-largest need. The last digit of a bare complement also holds
+        the sign, so it reaches half as far."""
+        return len(str(2 * largest if self.answer_format == "complement_bare" else largest))
+
+
+# ----------------------------------------------------------------------------
+# Tokens, values and answers
+
+
+def encode(text: str, special: bool = True) -> list[int]:
+    """Character ids, between BOS and EOS when `special`; an unknown character is UNK."""
+    ids = [IDS.get(character, UNK) for character in text]
+    return [BOS, *ids, EOS] if special else ids
+
+
+def decode(ids: Sequence[int]) -> str:
+    """The text without PAD, BOS and EOS."""
+    return "".join(VOCABULARY[int(i)] for i in ids if int(i) not in (PAD, BOS, EOS))
+
+
+EXPRESSION = re.compile(r"\(*N\)*([-+*]\(*N\)*)*".replace("N", "(0|[1-9][0-9]{0,17})"))
+
+
+def evaluate_expr(expr: str) -> int:
+    """The value of an expression of + - * and brackets over numbers of at most 18 digits.
+
+    Raises ValueError for any other text. Where the pattern matches, brackets open before a number
+    and close behind one, and one operator stands between two numbers: all that is left for Python
+    to refuse is a bracket without its partner.
+    """
+    problem = f"not an arithmetic expression: {expr!r:.60}"
+    if len(expr) > 200 or not EXPRESSION.fullmatch(expr):
+        raise ValueError(f"{problem}; expected numbers, + - * and brackets, as in (12-7)*30")
+    try:
+        value = eval(expr, {"__builtins__": {}})
+    except SyntaxError:
+        raise ValueError(f"{problem}; its brackets do not match") from None
+    if abs(value) >= 2**63:
+        raise ValueError(f"{problem} of 64-bit integers")
+    return value
+
+
+def depth_labels(expr: str) -> list[int]:
+    """Nesting depth of each character: '(' counts itself, ')' does not."""
+    steps = [(character == "(") - (character == ")") for character in expr]
+    return np.cumsum(steps, dtype=int).tolist()
+
+
+def digit_tokens(numbers: np.ndarray, width: int, strip: bool) -> np.ndarray:
+    """(..., W) ids, most significant digit first; `strip` makes leading zeros holes (-1)."""
+    powers_W = 10 ** np.arange(width - 1, -1, -1)
+    digits = numbers[..., None] // powers_W % 10 + ZERO
+    if strip:
+        digits[(numbers[..., None] < powers_W) & (powers_W > 1)] = -1
+    return digits
+
+
+def answer_tokens(values_N: np.ndarray, language: Language) -> np.ndarray:
+    """Ids of the written values, with holes (-1). plain: the number. reversed: |value|, least
+    significant digit first, then the sign. complement: value mod 10^digits (ten's complement),
+    written alike, so that each digit depends on lower ones only. complement_bare: without the sign,
+    which the last digit tells: from 5 on the value is negative."""
+    sign_N = np.where(values_N < 0, IDS["-"], IDS["+"])
+    if language.answer_format == "plain":
+        width = len(str(max(language.largest, abs(values_N).max())))
+        minus_N = np.where(values_N < 0, sign_N, -1)
+        return np.column_stack([minus_N, digit_tokens(abs(values_N), width, strip=True)])
+    bodies_N = values_N % 10**language.digits
+    if language.answer_format == "reversed":
+        bodies_N = abs(values_N)
+    written = digit_tokens(bodies_N, language.digits, strip=False)[:, ::-1]
+    if language.answer_format == "complement_bare":
+        return written
+    return np.column_stack([written, sign_N])
+
+
+def read_answer(text: str, answer_format: str) -> int | None:
+    """The value that `text` writes; None where it writes none."""
+    if answer_format == "plain":
+        return int(text) if re.fullmatch(r"-?[0-9]+", text) else None
+    if answer_format == "complement_bare" and text:
+        text += "-" if text[-1] >= "5" else "+"
+    if not re.fullmatch(r"[0-9]+[+-]", text):
+        return None
+    body = int(text[-2::-1])
+    if text[-1] == "+":
+        return body
+    return -body if answer_format == "reversed" else body - 10 ** (len(text) - 1)
+
+
+@dataclass(frozen=True)
+class Problems:
+    """N sequences: BOS, expression, separator, answer, EOS, then PAD."""
+
+    tokens_NT: np.ndarray  # uint8
+    lengths_N: np.ndarray  # tokens from BOS to EOS
+    starts_N: np.ndarray  # position of the answer's first token
+    values_N: np.ndarray  # int64
+
+    def __len__(self) -> int:
+        return len(self.lengths_N)
+
+    @property
+    def columns(self) -> tuple[np.ndarray, ...]:
+        return self.tokens_NT, self.lengths_N, self.starts_N, self.values_N
+
+    def rows(self, index: np.ndarray | slice) -> "Problems":
+        return Problems(*(column[index] for column in self.columns))
+
+    def exprs(self, language: Language) -> list[str]:
+        ends = self.starts_N - len(language.separator)
+        return [decode(row[1:end]) for row, end in zip(self.tokens_NT, ends, strict=True)]
+
+
+def pack(heads: np.ndarray, values_N: np.ndarray, language: Language) -> Problems:
+    """Problems from the ids of what stands before the answer, with holes (-1)."""
+    ends = np.full((len(heads), 1), EOS)
+    wide = np.concatenate([heads, answer_tokens(values_N, language), ends], 1)
+    so_far = (wide >= 0).cumsum(1)  # how many tokens there are up to every column
+    rows, columns = np.nonzero(wide >= 0)
+    tokens_NT = np.zeros(wide.shape, np.uint8)
+    tokens_NT[rows, so_far[rows, columns] - 1] = wide[rows, columns]
+    return Problems(tokens_NT, so_far[:, -1], so_far[:, heads.shape[1] - 1], values_N)
+
+
+def problems_of(exprs: Sequence[str], values: Sequence[int], language: Language) -> Problems:
+    """Written expressions and their values as token sequences."""
+    texts = [[BOS, *encode(expr + language.separator, special=False)] for expr in exprs]
+    heads = np.full((len(texts), max(map(len, texts))), -1)
+    for row, text in zip(heads, texts, strict=True):
+        row[: len(text)] = text
+    return pack(heads, np.array(values, np.int64), language)
+
+
+# ----------------------------------------------------------------------------
+# Grammar: a template is a bracketing, with N for an operand and o for an operator
+
+PILOT = (  # the original's templates, in its order
+    "NoN NoNoN NoNoNoN (NoN) (NoN)oN No(NoN) (NoNoN) (NoN)o(NoN) (NoNoN)oN No(NoNoN) ((NoN)) "
+    "((NoN)oN) (No(NoN)) ((NoN))oN No((NoN)) ((NoN)o(NoN)) (No(NoN))oN No((NoN)oN)"
+)
+
+
+@cache
+def nestings(n: int, depth: int) -> list[str]:
+    """Templates of n operands nested at most `depth` deep; a bracket holds at least two operands."""
+
+    def items(m: int) -> list[str]:
+        if m == 1:
+            return ["N"]
+        return [f"({text})" for text in nestings(m, depth - 1)] if depth else []
+
+    splits = [(first, m) for m in range(1, n) for first in items(m)]
+    return [f"{first}o{rest}" for first, m in splits for rest in nestings(n - m, depth)] + items(n)
+
+
+@cache
+def templates(n: int, depth: int, grammar: str) -> list[str]:
+    """All templates of exactly n operands and exactly this depth."""
+    texts = PILOT.split() if grammar == "pilot" else nestings(n, depth)
+    return [text for text in texts if text.count("N") == n and max(depth_labels(text)) == depth]
+
+
+@lru_cache(maxsize=16)
+def shares(language: Language, most: int) -> dict[str, float]:
+    """The probability of each template of at most `most` operands: the operand count is drawn by
+    its weight, then a depth that it allows, then a template. Raises UserError when none fits."""
+    counts = range(language.operands_min, most + 1)
+    depths = range(language.depth_min, language.depth_max + 1)
+    found = {}
+    for i, n in enumerate(counts):
+        cells = [cell for depth in depths if (cell := templates(n, depth, language.grammar))]
+        for cell in cells:
+            weight = language.weights[i] if language.weights else 1.0
+            found |= dict.fromkeys(cell, weight / len(cells) / len(cell))
+    total = sum(found.values())
+    if total <= 0:
+        what = f"no template has {counts} operands and depth {depths}"
+        raise UserError(f"GRAMMAR={language.grammar}: {what}; change a range")
+    return {text: share / total for text, share in found.items()}
+
+
+# ----------------------------------------------------------------------------
+# Drawing
+
+
+def hash_of(operands_NM: np.ndarray, operators_NM: np.ndarray, counts_N: np.ndarray) -> np.ndarray:
+    """uint64 of operands and operators in their order. Brackets do not enter, so that minimal pairs
+    and controls fall on the same side as what they are compared with."""
+    hashes_N = np.full(len(counts_N), 0x9E3779B97F4A7C15, np.uint64)
+    for i, (operand_N, operator_N) in enumerate(zip(operands_NM.T, operators_NM.T, strict=True)):
+        operator_N = np.where(i + 1 < counts_N, operator_N, 0)
+        x = hashes_N ^ (operand_N * 64 + operator_N).astype(np.uint64)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        hashes_N = np.where(i < counts_N, x ^ (x >> np.uint64(31)), hashes_N)
+    return hashes_N
+
+
+def hash_expr(expr: str) -> int:
+    """hash_of a written expression; modulo BUCKETS it is the expression's bucket."""
+    operands = [int(text) for text in re.findall(r"[0-9]+", expr)]
+    operators = [IDS[text] for text in re.findall(r"[-+*]", expr)] + [0]
+    return int(hash_of(np.array([operands]), np.array([operators]), np.array([len(operands)]))[0])
+
+
+def draw(
+    language: Language, rng: np.random.Generator, count: int, most: int | None = None
+) -> tuple[Problems, np.ndarray]:
+    """`count` problems of at most `most` operands, and their hashes; nothing is held out."""
+    chances = shares(language, most or language.operands_max)
+    texts = list(chances)
+    which_N = rng.choice(len(texts), count, p=list(chances.values()))
+    counts_N = np.array([text.count("N") for text in texts])[which_N]
+    shape = (count, language.operands_max)
+    operands_NM = rng.integers(language.operand_min, language.operand_max + 1, shape)
+    drawn_NM = rng.integers(0, len(language.operators), shape)
+    drawn_NM[np.arange(shape[1]) >= counts_N[:, None] - 1] = 0
+    written = digit_tokens(operands_NM, len(str(language.operand_max)), strip=True)
+    separator = encode(language.separator, special=False)
+    longest = max(map(len, texts)) + shape[1] * (written.shape[2] - 1)
+    heads = np.full((count, 1 + longest + len(separator)), -1)
+    heads[:, 0] = BOS
+    heads[:, 1 + longest :] = separator
+    values_N = np.empty(count, np.int64)
+    # Problems of the same template and operators are written and evaluated together.
+    patterns = np.column_stack([which_N, drawn_NM])
+    patterns, pattern_N = np.unique(patterns, axis=0, return_inverse=True)
+    for i, (which, *operators) in enumerate(patterns):
+        rows = np.flatnonzero(pattern_N == i)
+        code = texts[which]
+        for m, operator in enumerate(operators):
+            code = code.replace("N", f"x{m}", 1).replace("o", language.operators[operator], 1)
+        operands = {f"x{m}": column for m, column in enumerate(operands_NM[rows].T)}
+        values_N[rows] = eval(code, {"__builtins__": {}}, operands)
+        columns = []
+        for part in re.findall(r"x\d|.", code):
+            is_operand = part in operands
+            ids = written[rows, int(part[1])] if is_operand else np.full((len(rows), 1), IDS[part])
+            columns.append(ids)
+        block = np.concatenate(columns, 1)
+        heads[rows, 1 : 1 + block.shape[1]] = block
+    operators_NM = np.array(encode(language.operators, special=False))[drawn_NM]
+    return pack(heads, values_N, language), hash_of(operands_NM, operators_NM, counts_N)
+
+
+def draw_split(
+    language: Language,
+    rng: np.random.Generator,
+    count: int,
+    split: str,
+    excluded: np.ndarray | None = None,
+    most: int | None = None,
+) -> Problems:
+    """`count` problems of train, val or test, each from its own buckets. Training problems also
+    avoid the hashes `excluded`; validation and test problems are all different. Raises UserError
+    when the split has too few."""
+    found: list[Problems] = []
+    missing = count
+    seen = np.empty(0, np.uint64) if excluded is None else excluded
+    for _ in range(200):
+        wanted = missing * 1.1 if split == "train" else missing * BUCKETS
+        problems, hashes_N = draw(language, rng, min(int(wanted) + 16, 65536), most)
+        buckets_N = hashes_N % np.uint64(BUCKETS)
+        good_N = ~np.isin(hashes_N, seen)
+        if split == "train":
+            good_N &= ~np.isin(buckets_N, list(BUCKET_OF.values()))
+        else:
+            first = np.zeros_like(good_N)
+            first[np.unique(hashes_N, return_index=True)[1]] = True
+            good_N &= first & (buckets_N == BUCKET_OF[split])
+            seen = np.concatenate([seen, hashes_N[good_N]])
+        found.append(problems.rows(np.flatnonzero(good_N)[:missing]))
+        missing -= len(found[-1])
+        if missing == 0:
+            columns = zip(*(part.columns for part in found), strict=True)
+            return Problems(*map(np.concatenate, columns))
+    different = f"{count - missing} of {count} different {split} expressions"
+    raise UserError(f"only {different} were found; widen the ranges")
+
+
+# ----------------------------------------------------------------------------
+# Records, and what can be known of problems without a model
+
+
+def how_to_make(path: str) -> str:
+    """The command that writes a file of records, by the file's name."""
+    prefix = Path(path).name.split("_")[0]
+    sizes = "--num-train 0 --num-val 0 --num-test 1000 --minimal-pairs 1000"
+    program = "generate_pilot_dataset.py"
+    if "_depth" in Path(path).name:
+        sizes = "--depths 3 4 5 --size 1000 --controls"
+        program = "generate_depth3_dataset.py"
+    command = f"make it with: python scripts/arith/{program} --output-dir {Path(path).parent}"
+    if prefix == "pilot":
+        return command
+    return f"{command} --prefix {prefix} --operators=+- --held-out --dedup {sizes}"
+
+
+def read_records(path: str) -> tuple[list[str], list[int]]:
+    """Expressions and values of a .jsonl file, looked for here and then in the repository. Raises
+    UserError, with the line's number, for what is no record."""
+    place = Path(path) if Path(path).exists() else ROOT / path
+    exprs: list[str] = []
+    values: list[int] = []
+    try:
+        lines = place.read_bytes().removeprefix(b"\xef\xbb\xbf").rstrip().splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {how_to_make(path)}") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            expr, value = record["expr"], record["result"]
+            if type(expr) is not str or type(value) is not int or evaluate_expr(expr) != value:
+                raise ValueError(f"{value!r:.60} is not the value of {expr!r:.60}")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            wanted = 'expected a record such as {"expr": "1+2", "result": 3}'
+            raise UserError(f"{path}:{number}: {wanted} ({error!s:.160})") from None
+        exprs.append(expr)
+        values.append(value)
+    if not exprs:
+        raise UserError(f"{path}: no records; {how_to_make(path)}")
+    return exprs, values
+
+
+def entropy_floor(problems: Problems, language: Language) -> float:
+    """The lowest mean loss, in nats per token, of whoever does not know the expressions: the
+    generator's own -log probability of operands, operators and brackets, with separator, answer and
+    end for nothing. nan where the language cannot make an expression."""
+    chances = shares(language, language.operands_max)
+    operand_nats = math.log(language.operand_max - language.operand_min + 1)
+    total = 0.0
+    for expr in problems.exprs(language):
+        numbers = [int(text) for text in re.findall(r"[0-9]+", expr)]
+        template = re.sub(r"[-+*]", "o", re.sub(r"[0-9]+", "N", expr))
+        in_range = language.operand_min <= min(numbers) <= max(numbers) <= language.operand_max
+        if template not in chances or not in_range:
+            return math.nan
+        operator_nats = (len(numbers) - 1) * math.log(len(language.operators))
+        total += len(numbers) * operand_nats + operator_nats - math.log(chances[template])
+    return total / float((problems.lengths_N - 1).sum())
+
+
+def baselines(problems: Problems, language: Language, common: int) -> dict[str, float]:
+    """Exact match of a calculator that reads no brackets, and of always answering `common`."""
+    blind = [evaluate_expr(re.sub(r"[()]", "", expr)) for expr in problems.exprs(language)]
+    return {
+        "paren_blind": float(np.mean(problems.values_N == blind)),
+        "most_frequent": float(np.mean(problems.values_N == common)),
+    }
