@@ -1,8 +1,8 @@
-"""arithmetic.py -- the language of train_arith.py: expressions, their values, and data sets of them.
+"""arithmetic.py -- the language of train_arith.py: expressions, their values and answers, drawing.
 
 Promises that a value is always the value of its text, that every answer can be read back as it was
-written, and that no expression of a test or validation set is ever drawn for training. Files of
-records are checked line by line. Nothing here knows of models.
+written, and that no expression of a test or validation set is ever drawn for training. Nothing here
+knows of files or models; arithmetic_data.py makes data sets of it.
 
     problems = draw_split(Language(operators="+-"), np.random.default_rng(0), 1000, "train")
 
@@ -11,17 +11,14 @@ Sources  tokenizer, templates: github.com/Nishal14/Step-free-arithmetic-transfor
          al., arXiv 2307.03381. Constants of the hash: SplitMix64 (Steele et al. 2014)
 """
 
-import json
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from pathlib import Path
 
 import numpy as np
 
-from plumbing.knobs import ROOT, UserError, knob
+from plumbing.knobs import UserError, knob
 
 VOCABULARY = ["<PAD>", "<BOS>", "<EOS>", "<UNK>", *"0123456789+-*/()=ABCDEFabcdef ,"]
 PAD, BOS, EOS, UNK, ZERO = 0, 1, 2, 3, 4
@@ -368,74 +365,3 @@ def draw_split(
             return Problems(*map(np.concatenate, columns))
     different = f"{count - missing} of {count} different {split} expressions"
     raise UserError(f"only {different} were found; widen the ranges")
-
-
-# ----------------------------------------------------------------------------
-# Records, and what can be known of problems without a model
-
-
-def how_to_make(path: str) -> str:
-    """The command that writes a file of records, by the file's name."""
-    prefix = Path(path).name.split("_")[0]
-    sizes = "--num-train 0 --num-val 0 --num-test 1000 --minimal-pairs 1000"
-    program = "generate_pilot_dataset.py"
-    if "_depth" in Path(path).name:
-        sizes = "--depths 3 4 5 --size 1000 --controls"
-        program = "generate_depth3_dataset.py"
-    command = f"make it with: python scripts/arith/{program} --output-dir {Path(path).parent}"
-    if prefix == "pilot":
-        return command
-    return f"{command} --prefix {prefix} --operators=+- --held-out --dedup {sizes}"
-
-
-def read_records(path: str) -> tuple[list[str], list[int]]:
-    """Expressions and values of a .jsonl file, looked for here and then in the repository. Raises
-    UserError, with the line's number, for what is no record."""
-    place = Path(path) if Path(path).exists() else ROOT / path
-    exprs: list[str] = []
-    values: list[int] = []
-    try:
-        lines = place.read_bytes().removeprefix(b"\xef\xbb\xbf").rstrip().splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {how_to_make(path)}") from None
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            expr, value = record["expr"], record["result"]
-            if type(expr) is not str or type(value) is not int or evaluate_expr(expr) != value:
-                raise ValueError(f"{value!r:.60} is not the value of {expr!r:.60}")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            wanted = 'expected a record such as {"expr": "1+2", "result": 3}'
-            raise UserError(f"{path}:{number}: {wanted} ({error!s:.160})") from None
-        exprs.append(expr)
-        values.append(value)
-    if not exprs:
-        raise UserError(f"{path}: no records; {how_to_make(path)}")
-    return exprs, values
-
-
-def entropy_floor(problems: Problems, language: Language) -> float:
-    """The lowest mean loss, in nats per token, of whoever does not know the expressions: the
-    generator's own -log probability of operands, operators and brackets, with separator, answer and
-    end for nothing. nan where the language cannot make an expression."""
-    chances = shares(language, language.operands_max)
-    operand_nats = math.log(language.operand_max - language.operand_min + 1)
-    total = 0.0
-    for expr in problems.exprs(language):
-        numbers = [int(text) for text in re.findall(r"[0-9]+", expr)]
-        template = re.sub(r"[-+*]", "o", re.sub(r"[0-9]+", "N", expr))
-        in_range = language.operand_min <= min(numbers) <= max(numbers) <= language.operand_max
-        if template not in chances or not in_range:
-            return math.nan
-        operator_nats = (len(numbers) - 1) * math.log(len(language.operators))
-        total += len(numbers) * operand_nats + operator_nats - math.log(chances[template])
-    return total / float((problems.lengths_N - 1).sum())
-
-
-def baselines(problems: Problems, language: Language, common: int) -> dict[str, float]:
-    """Exact match of a calculator that reads no brackets, and of always answering `common`."""
-    blind = [evaluate_expr(re.sub(r"[()]", "", expr)) for expr in problems.exprs(language)]
-    return {
-        "paren_blind": float(np.mean(problems.values_N == blind)),
-        "most_frequent": float(np.mean(problems.values_N == common)),
-    }

@@ -1,7 +1,7 @@
 """view_attention.py -- where every head looks while the model reads one expression and writes its value.
 
-    python scripts/view_attention.py --checkpoint runs/honest --expr '(12-7)+30'
-    python scripts/view_attention.py --checkpoint runs/honest --expr '12-(7+30)' --layer 2 --gold
+    python scripts/arith/view_attention.py --checkpoint runs/honest --expr '(12-7)+30'
+    python scripts/arith/view_attention.py --checkpoint runs/honest --expr '12-(7+30)' --layer 2 --gold
 
 A panel per head: rows look, columns are looked at; the text is the prompt and the model's own greedy answer (--gold:
 the right one). A row's colours are its attention probabilities; they sum to 1. What a head looks at is not what it
@@ -15,43 +15,40 @@ import argparse
 from collections.abc import Sequence
 
 import lib_heads as heads
+import lib_tables as tables
 import numpy as np
 import torch
 from lib_heads import Subject
 
-import train_arith as arith
+import arithmetic
 from plumbing import UserError
 from train_arith import BOS, EOS
 
 NAMES = {
     BOS: "^",
     EOS: "$",
-    arith.IDS[" "]: "_",
+    arithmetic.IDS[" "]: "_",
 }  # what a token without a visible character is called
 
 
 def read_and_answer(s: Subject, expr: str, gold: bool) -> tuple[list[int], str, int]:
     """The tokens to look at, the model's answer and the value. Raises UserError for what is no expression."""
     try:
-        value = arith.evaluate_expr(expr)
+        value = arithmetic.evaluate_expr(expr)
     except ValueError as error:
-        raise UserError(
-            f"--expr {expr!r}: {error}; give one of digits, + - * and brackets, such as '(12-7)+30'"
-        ) from None
+        raise UserError(f"--expr {expr!r}: {error}") from None
     problems = heads.as_read(s, [expr], [value], "--expr")
     start, text = int(problems.starts_N[0]), problems.tokens_NT[0, : problems.lengths_N[0]].tolist()
-    own = arith.generate(s.model, [text[:start]], len(text) - start + 2)[0]
-    return (text if gold else text[:start] + own), arith.decode(own), value
+    (own,) = heads.generate(s, [text[:start]], len(text) - start + 2)
+    return (text if gold else text[:start] + own), arithmetic.decode(own), value
 
 
 @torch.no_grad()
 def patterns(s: Subject, tokens: Sequence[int]) -> np.ndarray:
     """(L, H, T, T) attention probabilities."""
-    ids = torch.tensor([tokens], device=s.w.device)
+    ids = torch.tensor([tokens], device=s.world.device)
     _, cache = s.model.run_with_cache(ids, lambda name: name.endswith("hook_pattern"))
-    return (
-        torch.stack([cache["pattern", l][0] for l in range(s.k.num_layers)]).float().cpu().numpy()
-    )
+    return torch.stack([cache["pattern", l][0] for l in range(s.cfg.n_layer)]).float().cpu().numpy()
 
 
 def figure_of(
@@ -59,7 +56,7 @@ def figure_of(
 ):
     H, T = x_LHTT.shape[1:3]
     side = max(1.7, 0.13 * T)
-    figure, axes = heads.new_figure(0.6 + side * H, 0.8 + side * len(layers), len(layers), H)
+    figure, axes = tables.new_figure(0.6 + side * H, 0.8 + side * len(layers), len(layers), H)
     for row, layer in zip(axes, layers, strict=True):
         for head, panel in enumerate(row):
             image = panel.imshow(x_LHTT[layer, head], cmap="Blues", vmin=0, vmax=1)
@@ -87,24 +84,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     a = arguments(argv)
     heads.need("matplotlib")
     s = heads.load(a.checkpoint, a.device)
-    layers = range(s.k.num_layers) if a.layer is None else [a.layer]
-    if a.layer is not None and not 0 <= a.layer < s.k.num_layers:
+    layers = range(s.cfg.n_layer) if a.layer is None else [a.layer]
+    if a.layer is not None and not 0 <= a.layer < s.cfg.n_layer:
         raise UserError(
-            f"--layer {a.layer}: {s.name} has layers 0 to {s.k.num_layers - 1}; choose one"
+            f"--layer {a.layer}: {s.name} has layers 0 to {s.cfg.n_layer - 1}; choose one"
         )
     tokens, answer, value = read_and_answer(s, a.expr, a.gold)
-    found = arith.read_answer(answer, s.k.answer_format)
+    found = arithmetic.read_answer(answer, s.cfg.answer_format)
     says = f"{answer!r}" if found is None else str(found)
     title = f"{s.name}: {a.expr} = {value}; the model says {says}, {'right' if found == value else 'wrong'}"
-    x_LHTT, names = patterns(s, tokens), [NAMES.get(i, arith.decode([i])) for i in tokens]
-    out = heads.out_folder(a, "attention", [s])
-    content = heads.provenance([s], []) | dict(
+    x_LHTT, names = patterns(s, tokens), [NAMES.get(i, arithmetic.decode([i])) for i in tokens]
+    out = tables.out_folder(a, "attention", [s])
+    content = tables.provenance([s], []) | dict(
         expr=a.expr, value=value, answer=answer, answer_value=found, tokens=names
     )
-    heads.write_json(
+    tables.write_json(
         out / "attention.json", content | dict(patterns=np.round(x_LHTT.astype(float), 4).tolist())
     )
-    heads.write_figure(out / "attention.png", figure_of(s, x_LHTT, layers, names, title))
+    tables.write_figure(out / "attention.png", figure_of(s, x_LHTT, layers, names, title))
     print(title)
     return 0
 

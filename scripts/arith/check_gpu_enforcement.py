@@ -1,6 +1,6 @@
-"""test_gpu_enforcement.py -- launches train_arith.py in every way that must end, and checks texts and exit codes.
+"""check_gpu_enforcement.py -- launches train_arith.py in every way that must end, and checks texts and exit codes.
 
-    python scripts/test_gpu_enforcement.py             a table; exit code 0 when all are as promised
+    python scripts/arith/check_gpu_enforcement.py             a table; exit code 0 when all are as promised
 
 GPUs are hidden from the launches (CUDA_VISIBLE_DEVICES=''), so the table is the same on any machine. The configuration
 named does not exist: whatever is refused must be refused before it is opened. A program, not a test for pytest.
@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-TRAINER = Path(__file__).resolve().parents[1] / "train_arith.py"
+TRAINER = Path(__file__).resolve().parents[2] / "train_arith.py"
 MISSING = "no-such-folder/no-such-config.yaml"
 ONLY = "RuntimeError: GPU-only mode requires --device cuda. Aborting to prevent accidental CPU training."
 NONE = "RuntimeError: CUDA requested but not available. GPU-only mode cannot fall back to CPU. Aborting."

@@ -1,7 +1,7 @@
 """generate_depth3_dataset.py -- expressions nested deeper than the training's: the original's depth-3 file by default.
 
-    python scripts/generate_depth3_dataset.py         data/pilot_test_depth3.jsonl, byte for byte the original's
-    python scripts/generate_depth3_dataset.py --prefix study --depths 3 4 5 --size 1000 --operators +- --dedup \\
+    python scripts/arith/generate_depth3_dataset.py         data/pilot_test_depth3.jsonl, byte for byte the original's
+    python scripts/arith/generate_depth3_dataset.py --prefix study --depths 3 4 5 --size 1000 --operators +- --dedup \\
         --held-out --controls                         data/study_test_depth3.jsonl, _depth3_control, _depth4 ...
 
 With --controls a depth's templates are all nestings of the fewest operands (four or more) for which there is a control:
@@ -14,12 +14,12 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import lib_arith as lib
 
+from arithmetic import depth_labels
 from plumbing import UserError, launch
-from train_arith import depth_labels
 
 MOST = 6  # operands of a controlled expression
 
@@ -88,7 +88,7 @@ def arguments() -> argparse.Namespace:
     lib.check_arguments(a)
     if bad := [d for d in a.depths if d < 3]:
         raise UserError(
-            f"--depths {bad[0]}: 3 and deeper are made here; scripts/generate_pilot_dataset.py makes 0 to 2"
+            f"--depths {bad[0]}: 3 and deeper are made here; scripts/arith/generate_pilot_dataset.py makes 0 to 2"
         )
     if not a.controls and a.depths != [3]:
         raise UserError(

@@ -1,7 +1,7 @@
 """plot_arith.py -- learning curves of exact match, and what it reaches for how many different training examples.
 
-    python scripts/plot_arith.py --stage arith_answers arith_examples     runs of experiments/results_arith.csv
-    python scripts/plot_arith.py --run honest_s1 honest_s2 --logs-folder runs
+    python scripts/arith/plot_arith.py --stage arith_answers arith_examples     runs of experiments/results_arith.csv
+    python scripts/arith/plot_arith.py --run honest_s1 honest_s2 --logs-folder runs
 
 Runs whose knobs are the same are one configuration: a line per run, one colour and label for all of them.
 
@@ -20,11 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import lib_heads as heads
-from lib import plots
-from lib.cells import key_value, keys_of
-from lib.results import Row, read_results
+import lib_plots as plots
+import lib_results as results
+import lib_tables as tables
+from lib_results import tables.Row
 
-from plumbing import HERE, UserError
+from plumbing import ROOT, UserError
 
 SAME = (
     "num_iterations",
@@ -40,7 +41,7 @@ SAME = (
 class Trained:
     """A run: its row, what tells it from the others, and its curves."""
 
-    row: Row
+    row: tables.Row
     label: str
     examples: list[float]  # seen, at each validation
     exact: list[float]
@@ -54,8 +55,8 @@ class Trained:
         return self.row.number("train_examples") or math.inf
 
 
-def rows_wanted(a: argparse.Namespace) -> list[Row]:
-    rows, problems = read_results(a.results)
+def rows_wanted(a: argparse.Namespace) -> list[tables.Row]:
+    rows, problems = tables.read_results(a.results)
     for line in problems:
         print(line)
     wanted, column = (a.run, "run_id") if a.run else (a.stage, "stage")
@@ -68,21 +69,26 @@ def rows_wanted(a: argparse.Namespace) -> list[Row]:
     return [row for row in rows if row[column] in wanted and row.status == "finished"]
 
 
-def labels_of(rows: Sequence[Row]) -> list[str]:
+def labels_of(rows: Sequence[tables.Row]) -> list[str]:
     """What differs between the rows, in the results file's order of columns; alike for seeds of one configuration."""
-    keys = [key for key in keys_of(rows) if len({key_value(row, key) for row in rows}) > 1]
+    keys = [
+        key
+        for key in tables.keys_of(rows)
+        if len({tables.key_value(row, key) for row in rows}) > 1
+    ]
     shown = [key for key in keys if key not in SAME] or keys
     return [", ".join(words_of(row, shown)) or "all" for row in rows]
 
 
-def words_of(row: Row, keys: Sequence[str]) -> list[str]:
+def words_of(row: tables.Row, keys: Sequence[str]) -> list[str]:
     fresh = dict(train_examples="fresh examples") if row["train_examples"] == "0" else {}
     return [
-        fresh.get(key) or f"{key.replace('_', ' ')} {key_value(row, key) or '-'}" for key in keys
+        fresh.get(key) or f"{key.replace('_', ' ')} {tables.key_value(row, key) or '-'}"
+        for key in keys
     ]
 
 
-def read_run(row: Row, label: str, logs: Path) -> Trained:
+def read_run(row: tables.Row, label: str, logs: Path) -> Trained:
     """Raises UserError where the run's metrics.csv is not there or is another trainer's."""
     path = logs / row["run_id"] / "metrics.csv"
     try:
@@ -122,7 +128,7 @@ def table_of(runs: Sequence[Trained]) -> list[dict]:
     out = []
     for run in runs:
         end = run.exact[-1]
-        low, high = heads.wilson(end * run.items, run.items) if run.items else (math.nan, math.nan)
+        low, high = tables.wilson(end * run.items, run.items) if run.items else (math.nan, math.nan)
         row = dict(
             run_id=run.row["run_id"],
             stage=run.row["stage"],
@@ -146,9 +152,9 @@ def table_of(runs: Sequence[Trained]) -> list[dict]:
 
 def learning_figure(runs: Sequence[Trained]):
     labels = list(dict.fromkeys(run.label for run in runs))
-    figure, axes = heads.new_figure(7.2, 3.6 + 0.1 * len(labels))
+    figure, axes = tables.new_figure(7.2, 3.6 + 0.1 * len(labels))
     for run in runs:
-        style = plots.style_of(labels.index(run.label))
+        style = tables.style_of(labels.index(run.label))
         colour = style["color"]
         panel, first = axes[0, 0], run is next(r for r in runs if r.label == run.label)
         panel.plot(
@@ -177,15 +183,15 @@ def by_examples(runs: Sequence[Trained]) -> list[list[Trained]]:
     """Runs that differ in TRAIN_EXAMPLES, and in nothing else but the seed, from few to many."""
     groups: dict[tuple, list[Trained]] = {}
     for run in runs:
-        keys = [key for key in keys_of([run.row]) if key != "train_examples"]
-        groups.setdefault(tuple(key_value(run.row, key) for key in keys), []).append(run)
+        keys = [key for key in tables.keys_of([run.row]) if key != "train_examples"]
+        groups.setdefault(tuple(tables.key_value(run.row, key) for key in keys), []).append(run)
     found = [sorted(group, key=lambda run: run.train_examples) for group in groups.values()]
     return [group for group in found if group[0].train_examples < group[-1].train_examples]
 
 
 def examples_figure(groups: Sequence[Sequence[Trained]]):
     """The validation set's exact match and the training batches', for each group of by_examples()."""
-    figure, axes = heads.new_figure(5.4, 3.6)
+    figure, axes = tables.new_figure(5.4, 3.6)
     panel, seen = axes[0, 0], max(run.examples[-1] for group in groups for run in group)
     for i, group in enumerate(groups):
         x = [min(run.train_examples, seen) for run in group]
@@ -194,10 +200,10 @@ def examples_figure(groups: Sequence[Sequence[Trained]]):
         panel.plot(
             x,
             [run.exact[-1] for run in group],
-            **plots.style_of(2 * i),
+            **tables.style_of(2 * i),
             label=f"validation set{which}",
         )
-        panel.plot(x, trained, **plots.style_of(2 * i + 1), label=f"training batches{which}")
+        panel.plot(x, trained, **tables.style_of(2 * i + 1), label=f"training batches{which}")
     panel.set_xscale("log")
     panel.set_ylim(0, 1.02)
     panel.set_xlabel(f"different training examples ({int(seen):,} seen in all)", fontsize=9)
@@ -217,12 +223,12 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     which.add_argument("--run", nargs="+", metavar="ID", help="these runs")
     p.add_argument(
-        "--results", type=Path, default=HERE / "experiments/results_arith.csv", metavar="FILE"
+        "--results", type=Path, default=ROOT / "experiments/results_arith.csv", metavar="FILE"
     )
     p.add_argument(
         "--logs-folder",
         type=Path,
-        default=HERE / "logs",
+        default=ROOT / "logs",
         metavar="DIR",
         help="where the runs are; default logs/",
     )
@@ -240,16 +246,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         read_run(row, label, a.logs_folder)
         for row, label in zip(rows, labels_of(rows), strict=True)
     ]
-    out = a.out or heads.OUT / "curves" / "+".join(a.stage or a.run)[:100]
+    out = a.out or tables.OUT / "curves" / "+".join(a.stage or a.run)[:100]
     table = table_of(runs)
-    heads.write_csv(out / "runs.csv", table)
+    tables.write_csv(out / "runs.csv", table)
     for r in table:
         ends = f" [{r['low']:.3f}, {r['high']:.3f}] of {r['items']}" if r["items"] else ""
         print(f"{r['configuration']}, seed {r['seed']}: exact match {r['exact_match']:.3f}{ends} after "
               f"{r['examples_seen']:,} examples")  # fmt: skip
-    heads.write_figure(out / "learning.png", learning_figure(runs))
+    tables.write_figure(out / "learning.png", learning_figure(runs))
     if groups := by_examples(runs):
-        heads.write_figure(out / "examples.png", examples_figure(groups))
+        tables.write_figure(out / "examples.png", examples_figure(groups))
     return 0
 
 

@@ -1,7 +1,7 @@
 """patch_heads.py -- activation patching on minimal pairs: what carries the grouping from the brackets to the answer.
 
-    python scripts/patch_heads.py --checkpoint runs/honest                       pairs of data/study_test_pairs.jsonl
-    python scripts/patch_heads.py --checkpoint runs/honest --pair 17             the map by position of one pair
+    python scripts/arith/patch_heads.py --checkpoint runs/honest                       pairs of data/study_test_pairs.jsonl
+    python scripts/arith/patch_heads.py --checkpoint runs/honest --pair 17             the map by position of one pair
 
 A pair is two expressions of the same operands, operators and length that differ in grouping and value; each is once
 the clean and once the corrupt one. Both are followed by the answer tokens that the two values share; the logit
@@ -30,13 +30,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import lib_heads as heads
+import lib_tables as tables
 import numpy as np
 import torch
 from lib_heads import Subject, TestSet
+from lib_hooks import Point
 from torch import Tensor
 
+from arithmetic import BOS, EOS, decode
 from plumbing import UserError
-from train_arith import BOS, EOS, Hook, autocast, decode
+from train_arith import autocast
 
 PLACES = ("all", "before", "span", "after", "read")
 
@@ -136,7 +139,10 @@ def logit_difference(
     s: Subject, ids_PT: Tensor, x: Pairs, fwd_hooks: Sequence[tuple] = ()
 ) -> np.ndarray:
     """(P,) logit of the clean answer's token minus that of the corrupt one's, at the position that is read."""
-    with s.model.hooks([*heads.nothing(x.prompt_P, 0), *fwd_hooks]), autocast(s.k, s.w):
+    with (
+        s.model.hooks([*heads.nothing(x.prompt_P, 0), *fwd_hooks]),
+        autocast(s.cfg, s.world.device),
+    ):
         logits = s.model(ids_PT)
     at = torch.arange(len(x), device=ids_PT.device)
     logits = logits[at, x.read_P].double()
@@ -147,7 +153,7 @@ def logit_difference(
 def clean_run(s: Subject, x: Pairs) -> dict[str, Tensor]:
     """The clean texts' activations at all sites."""
     names = {site.hook for site in sites(s)}
-    with autocast(s.k, s.w):
+    with autocast(s.cfg, s.world.device):
         return s.model.run_with_cache(x.clean_PT, lambda name: name in names)[1]
 
 
@@ -156,7 +162,7 @@ def patched(
 ) -> np.ndarray:
     """(P,) logit differences of the corrupt texts with the clean activation at `site` where the mask is set."""
 
-    def put(act: Tensor, hook: Hook) -> None:
+    def put(act: Tensor, point: Point) -> None:
         of_site = (lambda a: a) if site.head is None else (lambda a: a[:, :, site.head])
         of_site(act)[mask_PT] = of_site(clean[site.hook])[mask_PT]
 
@@ -169,7 +175,7 @@ def recovery(
     """Ratio of means, and the ends of its 95% bootstrap interval; both directions of a pair are drawn together."""
     by_pair = lambda v: v.reshape(-1, 2).mean(1)
     gained, whole = by_pair(after_P - corrupt_P), by_pair(clean_P - corrupt_P)
-    w = heads.resamplings(len(gained))
+    w = tables.resamplings(len(gained))
     low, high = np.quantile((w @ gained) / (w @ whole), [0.025, 0.975])
     return float(gained.mean() / whole.mean()), float(low), float(high)
 
@@ -253,12 +259,12 @@ def position_figure(s: Subject, x: Pairs, grid: np.ndarray, all_sites: Sequence[
         ("mlp_out", "MLP"),
     ]
     T, counts = grid.shape[1], [sum(site.kind == kind for site in all_sites) for kind, _ in shown]
-    figure, axes = heads.new_figure(1.6 + 0.36 * T, 1.6 + 0.2 * sum(counts) + 0.7 * len(shown), len(shown), 1,
+    figure, axes = tables.new_figure(1.6 + 0.36 * T, 1.6 + 0.2 * sum(counts) + 0.7 * len(shown), len(shown), 1,
                                     gridspec_kw=dict(height_ratios=counts))  # fmt: skip
     ticks = [f"{letter(x.clean_PT[:, at])}\n{letter(x.corrupt_PT[:, at])}" for at in range(T)]
     for panel, (kind, label) in zip(axes[:, 0], shown, strict=True):
         rows = [i for i, site in enumerate(all_sites) if site.kind == kind]
-        image = heads.heat(panel, grid[rows], 1.0, None)
+        image = tables.heat(panel, grid[rows], 1.0, None)
         panel.set_yticks(range(len(rows)), [str(all_sites[i]) for i in rows], fontsize=6)
         panel.set_xticks(
             range(T), ticks if panel is axes[-1, 0] else [], fontsize=9, family="monospace"
@@ -279,8 +285,8 @@ def place_figure(s: Subject, rows: Sequence[dict], title: str):
     names = list(dict.fromkeys(row["site"] for row in rows))
     value = {(row["site"], row["place"]): row for row in rows}
     get = lambda key: np.array([[value[n, p][key] for p in PLACES] for n in names])
-    figure, axes = heads.new_figure(5.2, 1.3 + 0.22 * len(names))
-    image = heads.heat(
+    figure, axes = tables.new_figure(5.2, 1.3 + 0.22 * len(names))
+    image = tables.heat(
         axes[0, 0], get("recovery"), 1.0, marked_YX=(get("low") > 0) | (get("high") < 0)
     )
     axes[0, 0].set_xticks(range(len(PLACES)), PLACES)
@@ -338,15 +344,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     a, t0 = arguments(argv), time.process_time()
     heads.need("scipy", "matplotlib")
     s = heads.load(a.checkpoint, a.device)
-    t, out = heads.read_set(s, a.data, "pairs", a.limit), heads.out_folder(a, "patch", [s])
+    t, out = heads.read_set(s, a.data, "pairs", a.limit), tables.out_folder(a, "patch", [s])
     which, fit = usable(s, t, a)
-    content = heads.provenance([s], [t.path]) | dict(
+    content = tables.provenance([s], [t.path]) | dict(
         gate=heads.GATE, competent=fit, pairs=len(which), of=t.n
     )
     if not which:
-        heads.write_json(out / "patch.json", content)
+        tables.write_json(out / "patch.json", content)
         return 1
-    x = make_pairs(t, which, s.w.device)
+    x = make_pairs(t, which, s.world.device)
     rows, clean, corrupt = by_place(s, x)
     group = [which.index(a.pair)] if a.pair is not None else largest_group(t, which, x)
     part = x.rows(np.array(oriented(t, which, group)))
@@ -358,19 +364,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         map_pairs=[which[n] for n in group],
         map_example=[t.exprs[2 * which[group[0]] + j] for j in (0, 1)],
     )
-    heads.write_json(out / "patch.json", content)
-    heads.write_csv(out / "patch.csv", rows)
-    heads.write_csv(out / "positions.csv", positions)
+    tables.write_json(out / "patch.json", content)
+    tables.write_csv(out / "patch.csv", rows)
+    tables.write_csv(out / "positions.csv", positions)
     mark = "" if fit else "; BELOW THE COMPETENCE GATE"
     title = (
         f"{len(group)} pairs of one form"
         if len(group) > 1
         else " against ".join(content["map_example"])
     )
-    heads.write_figure(
+    tables.write_figure(
         out / "positions.png", position_figure(s, part, grid, all_sites, f"{s.name}: {title}{mark}")
     )
-    heads.write_figure(
+    tables.write_figure(
         out / "places.png", place_figure(s, rows, f"{s.name}: {len(which)} pairs, both ways{mark}")
     )
     spent = time.process_time() - t0

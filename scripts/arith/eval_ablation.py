@@ -1,8 +1,8 @@
 """eval_ablation.py -- what every head and MLP is worth: each replaced by zero, its mean, or another item's output.
 
-    python scripts/eval_ablation.py --checkpoint runs/honest                          sets data/study_test_*.jsonl
-    python scripts/eval_ablation.py --checkpoint runs/honest_s1 runs/honest_s2        seeds, and how far heads agree
-    python scripts/eval_ablation.py --checkpoint runs/pilot --data data/pilot --sets flat paren depth3 \\
+    python scripts/arith/eval_ablation.py --checkpoint runs/honest                          sets data/study_test_*.jsonl
+    python scripts/arith/eval_ablation.py --checkpoint runs/honest_s1 runs/honest_s2        seeds, and how far heads agree
+    python scripts/arith/eval_ablation.py --checkpoint runs/pilot --data data/pilot --sets flat paren depth3 \\
         --kinds zero --allow-incompetent                                              the original's scan
 
 Writes   ablation.csv: per model, set, kind and place the drop of exact match, answer log-probability and the legacy
@@ -17,31 +17,18 @@ Raises   UserError: no such checkpoint or data set, models of different shape
 """
 
 import argparse
-import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+import lib_ablation as ablation
 import lib_heads as heads
+import lib_tables as tables
 import numpy as np
-from lib.stats import holm
-from lib_heads import KINDS, LABELS, METRICS, Place, Subject, TestSet
+from lib_ablation import KINDS
+from lib_agreement import Result, agreement, seed_rows
+from lib_heads import LABELS, METRICS, Subject, TestSet
 
 SETS = "flat paren pairs depth3 depth4 depth5".split()
-
-
-@dataclass(frozen=True)
-class Result:
-    """One model on one set. Rows of the tables are units, in the set's order."""
-
-    s: Subject
-    set: TestSet
-    base_NM: np.ndarray
-    ablated: dict[tuple[str, Place], np.ndarray]  # by kind and place; empty below the gate
-    competent: bool
-
-    def drops(self, kind: str, place: Place) -> np.ndarray:
-        return self.base_NM - self.ablated[kind, place]
 
 
 def ablate(
@@ -60,10 +47,10 @@ def ablate(
         )
     exact = float(items[:, 0].mean())
     fit = heads.competent(exact, allow, s, t.name)
-    ablated, bank = {}, heads.Bank(s, t.problems, seed)
+    ablated, bank = {}, ablation.Bank(s, t.problems, seed)
     if fit or allow:
         for place in sorted(
-            heads.places(s), key=lambda p: p.layer
+            ablation.places(s), key=lambda p: p.layer
         ):  # the bank holds one layer at a time
             for kind in kinds if mlps or place.head is not None else ():
                 table = heads.measure(s, t.problems, bank.hooks(place, kind))
@@ -90,15 +77,15 @@ def rows_of(r: Result, kinds: Sequence[str]) -> list[dict]:
         for is_head in (True, False):
             family = [
                 p
-                for p in heads.places(r.s)
+                for p in ablation.places(r.s)
                 if (p.head is not None) == is_head and (kind, p) in r.ablated
             ]
-            tests = [heads.mcnemar(r.base_NM[:, 0], r.ablated[kind, p][:, 0]) for p in family]
-            adjusted = holm([p for _, _, p in tests])
+            tests = [tables.mcnemar(r.base_NM[:, 0], r.ablated[kind, p][:, 0]) for p in family]
+            adjusted = tables.holm([p for _, _, p in tests])
             for place, (lost, gained, p), p_holm in zip(family, tests, adjusted, strict=True):
                 row = dict(
                     model=r.s.name,
-                    seed=r.s.k.seed,
+                    seed=r.s.cfg.seed,
                     set=r.set.name,
                     units=r.set.n,
                     kind=kind,
@@ -109,7 +96,7 @@ def rows_of(r: Result, kinds: Sequence[str]) -> list[dict]:
                     competent=int(r.competent), lost=lost, gained=gained, mcnemar_p=p, holm_p=p_holm
                 )
                 drop = r.drops(kind, place)
-                low, high = heads.intervals(drop)
+                low, high = tables.intervals(drop)
                 for m, name in enumerate(METRICS):
                     row |= {f"{name}_base": float(r.base_NM[:, m].mean())}
                     row |= {f"{name}_drop": float(drop[:, m].mean())}
@@ -127,7 +114,7 @@ def impact_rows(found: Sequence[Result], kinds: Sequence[str]) -> list[dict]:
             continue
         for kind, place in paren.ablated:
             drops = [r.drops(kind, place) for r in (paren, flat)]
-            boot = [heads.resamplings(len(d), seed) @ d for seed, d in enumerate(drops)]
+            boot = [tables.resamplings(len(d), seed) @ d for seed, d in enumerate(drops)]
             low, high = np.quantile(boot[0] - boot[1], [0.025, 0.975], axis=0)
             row = dict(
                 model=s.name,
@@ -164,111 +151,6 @@ def named(rows: Sequence[dict]) -> list[dict]:
 
 
 # ----------------------------------------------------------------------------
-# Seeds
-
-
-def concordance(ranks_SH: np.ndarray) -> np.ndarray:
-    """Kendall's W of S rankings of H heads (..., S, H), ties corrected for: 0 unrelated, 1 the same. nan where each
-    ranking is all ties."""
-    S, H = ranks_SH.shape[-2:]
-    one = ranks_SH.reshape(-1, S, H)[0]  # the others are shuffles of it: as many ties
-    ties = sum((c**3 - c).sum() for c in (np.unique(row, return_counts=True)[1] for row in one))
-    spread = ((ranks_SH.sum(-2) - S * (H + 1) / 2) ** 2).sum(-1)
-    most = S**2 * (H**3 - H) - S * ties
-    return 12 * spread / most if most else np.full(spread.shape, math.nan)
-
-
-def ranked(effects_SLH: np.ndarray) -> np.ndarray:
-    """(S, L, H) ranks over a model's heads, ties at their mean rank."""
-    from scipy.stats import rankdata
-
-    flat = effects_SLH.reshape(len(effects_SLH), -1)
-    return rankdata(flat, axis=1).reshape(effects_SLH.shape)
-
-
-def shuffled_p(ranks_SLH: np.ndarray, within: bool, draws: int = 2000) -> float:
-    """The chance of a W as large when a head's number means nothing: shuffled over the model, or within layers."""
-    S, L, H = ranks_SLH.shape
-    groups = ranks_SLH if within else ranks_SLH.reshape(S, 1, L * H)
-    many = np.random.default_rng(0).permuted(
-        np.broadcast_to(groups, (draws, *groups.shape)), axis=-1
-    )
-    hits = (
-        concordance(many.reshape(draws, S, L * H))
-        >= concordance(ranks_SLH.reshape(S, L * H)) - 1e-12
-    )
-    return float((1 + hits.sum()) / (1 + draws))
-
-
-def agreement(found: Sequence[Result], kinds: Sequence[str]) -> list[dict]:
-    """Per set, kind and metric over models that were ablated there: mean Kendall and Spearman correlation of the heads'
-    effects over pairs of seeds, W, and its p under both shuffles. Seeds can agree about layers; a head's number within
-    its layer means nothing before training, so agreement there would be a surprise."""
-    from scipy.stats import kendalltau, spearmanr
-
-    out = []
-    for name in dict.fromkeys(r.set.name for r in found):
-        here = [r for r in found if r.set.name == name and r.ablated]
-        for kind in kinds if len(here) > 1 else ():
-            for m, metric in enumerate(METRICS):
-                mean = lambda r, p: float(r.drops(kind, p)[:, m].mean())  # noqa: B023  used at once
-                (L, H), mine = (
-                    here[0].s.shape,
-                    [p for p in heads.places(here[0].s) if p.head is not None],
-                )
-                x = np.array([[mean(r, p) for p in mine] for r in here])
-                both = [
-                    (a, b)
-                    for i, a in enumerate(x)
-                    for b in x[i + 1 :]
-                    if np.ptp(a) > 0 and np.ptp(b) > 0
-                ]
-                row = dict(set=name, kind=kind, metric=metric, seeds=len(here), pairs=len(both))
-                row |= dict(competent=int(all(r.competent for r in here)))
-                for label, f in (("kendall_tau", kendalltau), ("spearman_rho", spearmanr)):
-                    row[label] = (
-                        float(np.mean([f(a, b).statistic for a, b in both])) if both else None
-                    )
-                ranks = ranked(x.reshape(len(here), L, H))
-                row["kendall_w"] = (
-                    None if math.isnan(w := float(concordance(ranks.reshape(len(here), -1)))) else w
-                )
-                row["p_over_model"], row["p_within_layers"] = (
-                    shuffled_p(ranks, False),
-                    shuffled_p(ranks, True),
-                )
-                row["top_head"] = " ".join(str(mine[int(i)]) for i in x.argmax(1))
-                out.append(row)
-    return out
-
-
-def seed_rows(found: Sequence[Result], kinds: Sequence[str], mlps: bool) -> list[dict]:
-    """By layer, which has a meaning across seeds: the strongest head's drop, the heads' mean drop and the MLP's, each
-    as mean and standard deviation over models."""
-    out = []
-    for name in dict.fromkeys(r.set.name for r in found):
-        here = [r for r in found if r.set.name == name and r.ablated]
-        for kind in kinds if here else ():
-            for layer in range(here[0].s.k.num_layers):
-                row = dict(set=name, kind=kind, layer=layer, models=len(here))
-                row |= dict(competent=sum(r.competent for r in here))
-                for m, metric in enumerate(METRICS):
-                    of = lambda r, h: float(r.drops(kind, Place(layer, h))[:, m].mean())  # noqa: B023
-                    each = [[of(r, h) for h in range(r.s.k.num_heads)] for r in here]
-                    columns = dict(
-                        top_head=[max(x) for x in each], mean_head=[float(np.mean(x)) for x in each]
-                    )
-                    columns |= dict(mlp=[of(r, None) for r in here]) if mlps else {}
-                    for label, values in columns.items():
-                        row[f"{metric}_{label}"] = float(np.mean(values))
-                        row[f"{metric}_{label}_sd"] = (
-                            float(np.std(values, ddof=1)) if len(values) > 1 else None
-                        )
-                out.append(row)
-    return out
-
-
-# ----------------------------------------------------------------------------
 # Figure
 
 
@@ -283,7 +165,7 @@ def figure_of(
     """Head by layer, a panel per kind and set; MLPs in a column of their own."""
     (L, H), sets = s.shape, [r for r in found if r.s is s and r.ablated]
     W = H + mlps
-    figure, axes = heads.new_figure(1.2 + (0.5 * W + 0.3) * len(sets), 1.3 + (0.42 * L + 0.6) * len(kinds),
+    figure, axes = tables.new_figure(1.2 + (0.5 * W + 0.3) * len(sets), 1.3 + (0.42 * L + 0.6) * len(kinds),
                                     len(kinds), len(sets))  # fmt: skip
     mine = [r for r in rows if r["model"] == s.name]
     limit = max([abs(r[f"{metric}_drop"]) for r in mine if r["head"] != "MLP"] + [1e-3])
@@ -295,7 +177,7 @@ def figure_of(
                     at = row["layer"], H if row["head"] == "MLP" else row["head"]
                     values[at] = row[f"{metric}_drop"]
                     marked[at] = row[f"{metric}_low"] > 0 or row[f"{metric}_high"] < 0
-            image = heads.heat(axes[i, j], values, limit, marked_YX=marked)
+            image = tables.heat(axes[i, j], values, limit, marked_YX=marked)
             axes[i, j].set_xticks(range(W), [*(f"H{h}" for h in range(H)), *["MLP"] * mlps])
             axes[i, j].set_yticks(range(L), [f"L{l}" for l in range(L)])
             base, below = (
@@ -368,8 +250,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     mlps, kinds = not a.no_mlps, [kind for kind in KINDS if kind in a.kinds]
     found = [ablate(s, t, kinds, mlps, a.allow_incompetent, a.seed) for (s, _), t in sets.items()]
     rows = [row for r in found for row in rows_of(r, kinds)]
-    out = heads.out_folder(a, "ablation", subjects)
-    content = heads.provenance(subjects, [t.path for t in sets.values()])
+    out = tables.out_folder(a, "ablation", subjects)
+    content = tables.provenance(subjects, [t.path for t in sets.values()])
     content |= dict(
         gate=heads.GATE, allow_incompetent=a.allow_incompetent, baselines=[], named=named(rows)
     )
@@ -385,18 +267,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             base | dict(zip(METRICS, r.base_NM.mean(0).tolist(), strict=True))
         )
     content["agreement"] = agreement(found, kinds)
-    heads.write_json(out / "ablation.json", content)
+    tables.write_json(out / "ablation.json", content)
     if not rows:
         print(
             f"{out}/ablation.json: baselines only; no model passes the gate on any set, so no head is named"
         )
         return 1
-    heads.write_csv(out / "ablation.csv", rows)
+    tables.write_csv(out / "ablation.csv", rows)
     for name, table in dict(
         impact=impact_rows(found, kinds), seeds=seed_rows(found, kinds, mlps)
     ).items():
         if table:
-            heads.write_csv(out / f"{name}.csv", table)
+            tables.write_csv(out / f"{name}.csv", table)
     tell(found, rows, kinds)
     for row in content["agreement"]:
         if row["metric"] != "eos" and row["pairs"]:
@@ -407,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if any(r.ablated for r in found if r.s is s):
             for metric in METRICS:
                 figure = figure_of(s, found, rows, kinds, metric, mlps)
-                heads.write_figure(out / f"heads_{s.name}_{metric}.png", figure)
+                tables.write_figure(out / f"heads_{s.name}_{metric}.png", figure)
     return 0
 
 

@@ -1,7 +1,7 @@
 """exact_match.py -- how exact match falls with more operands, more digits, and deeper nesting than in training.
 
-    python scripts/exact_match.py --checkpoint runs/honest_s1
-    python scripts/exact_match.py --checkpoint runs/honest_s1 runs/honest_s2 --sets flat paren depth3 depth3_control
+    python scripts/arith/exact_match.py --checkpoint runs/honest_s1
+    python scripts/arith/exact_match.py --checkpoint runs/honest_s1 runs/honest_s2 --sets flat paren depth3 depth3_control
 
 Generated here, from the expressions that training with TRAIN_PATH=generate never draws:
   operands   2, 3, ... each, the training's depths and operand sizes
@@ -23,13 +23,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import lib_heads as heads
+import lib_tables as tables
 import numpy as np
 from lib.plots import COLOURS
 from lib_heads import Subject
 
-import train_arith as arith
+import arithmetic
+import train_arith
+from arithmetic import EOS, Problems
 from plumbing import UserError
-from train_arith import Problems
 
 SETS = "flat paren depth3 depth3_control depth4 depth4_control depth5 depth5_control".split()
 
@@ -38,13 +40,11 @@ def drawn(s: Subject, items: int, **changes: int) -> tuple[Problems, int]:
     """Held-out problems, the same for every model, and how many more were left out because the model's answers have
     too few digits for their values. Raises UserError where there are not enough."""
     try:
-        k = replace(s.k, **dict(operands_weights="") | changes)
+        language = replace(s.language, operands_weights="", **changes)
     except ValueError as error:
         raise UserError(f"{changes}: {error}") from None
-    rng, none = np.random.default_rng(0), np.empty(0, np.uint64)
     try:
-        digits = max(s.digits, len(str(k.largest))) if k.answer_format == "plain" else s.digits
-        found = arith.draw_split(k, rng, items, "test", k.operands_max, digits, none)
+        found = arithmetic.draw_split(language, np.random.default_rng(0), items, "test")
     except UserError as error:
         raise UserError(f"--items {items} at {changes}: {error}") from None
     fits = heads.writable(s, found.values_N)
@@ -55,13 +55,13 @@ def generated(s: Subject, operands: Sequence[int], digits: Sequence[int], items:
     """(sweep, cell, problems, left out) of everything that is drawn here."""
     for n in operands:
         yield "operands", str(n), *drawn(s, items, operands_min=n, operands_max=n)
-    most = s.k.operands_max
+    most = s.cfg.operands_max
     for d in digits:
         span = dict(operand_min=10 ** (d - 1) if d > 1 else 1, operand_max=10**d - 1)
         yield "digits", str(d), *drawn(s, items, operands_min=most, operands_max=most, **span)
-    for n in range(s.k.operands_min, most + 1):
-        for depth in range(s.k.depth_min, s.k.depth_max + 1):
-            if arith.templates(n, depth, s.k.grammar):
+    for n in range(s.cfg.operands_min, most + 1):
+        for depth in range(s.cfg.depth_min, s.cfg.depth_max + 1):
+            if arithmetic.templates(n, depth, s.cfg.grammar):
                 shape = dict(operands_min=n, operands_max=n, depth_min=depth, depth_max=depth)
                 yield "cells", f"{n} operands, depth {depth}", *drawn(s, items, **shape)
 
@@ -73,19 +73,19 @@ def row_of(
         raise UserError(
             f"{sweep} {cell}: {s.name} writes {s.digits} digits, too few for any; leave it out"
         )
-    table = arith.score(s.model, problems, s.k, s.w)
-    mean, n = arith.summary(table), len(problems)
-    low, high = heads.wilson(table[:, arith.SCORES.index("exact")].sum(), n)
+    table = train_arith.score(s.model, problems, s.cfg, s.world)
+    mean, n = train_arith.summary(table), len(problems)
+    low, high = tables.wilson(table[:, train_arith.SCORES.index("exact")].sum(), n)
     without = [
-        arith.evaluate_expr(re.sub(r"[()]", "", e)) for e in problems.exprs(s.k)
+        arithmetic.evaluate_expr(re.sub(r"[()]", "", e)) for e in problems.exprs(s.language)
     ] == problems.values_N
-    row = dict(model=s.name, seed=s.k.seed, sweep=sweep, cell=cell, items=n, left_out=left_out)
+    row = dict(model=s.name, seed=s.cfg.seed, sweep=sweep, cell=cell, items=n, left_out=left_out)
     row |= dict(
         exact=mean["exact_match"],
         low=low,
         high=high,
         digits_right=mean["digit_accuracy"],
-        ended=mean["ended"],
+        ended=float(np.mean([text[-1] == EOS for text in heads.answers(s, problems)])),
     )
     return row | dict(
         paren_blind=float(without.mean()), most_frequent=float((problems.values_N == common).mean())
@@ -100,7 +100,7 @@ def figure_of(rows: Sequence[dict], trained: dict[str, Sequence[str]]):
     widths = [
         max(2.2, 0.62 * len({r["cell"] for r in rows if r["sweep"] == name})) for name in sweeps
     ]
-    figure, axes = heads.new_figure(
+    figure, axes = tables.new_figure(
         1.0 + sum(widths), 3.6, 1, len(sweeps), sharey=True, width_ratios=widths
     )
     for panel, sweep in zip(axes[0], sweeps, strict=True):
@@ -121,13 +121,13 @@ def figure_of(rows: Sequence[dict], trained: dict[str, Sequence[str]]):
                 [i] * len(values[i]),
                 values[i],
                 "o",
-                color=COLOURS[0],
+                color=tables.COLOURS[0],
                 markersize=4,
                 alpha=0.6,
                 clip_on=False,
             )
         n, joined = len(values[0]), sweep != "sets"
-        panel.plot(range(len(cells)), [float(np.mean(v)) for v in values], "-" if joined else "_", color=COLOURS[0],
+        panel.plot(range(len(cells)), [float(np.mean(v)) for v in values], "-" if joined else "_", color=tables.COLOURS[0],
                    markersize=14, label=f"mean of {n} model{'s' * (n > 1)}")  # fmt: skip
         panel.plot(
             range(len(cells)),
@@ -195,16 +195,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             words = f"{r['exact']:.3f} [{r['low']:.3f}, {r['high']:.3f}], brackets ignored {r['paren_blind']:.3f}"
             print(f"{s.name} {r['sweep']} {r['cell']}: n:{r['items']} exact match {words}"
                   + (f", {r['left_out']} left out" if r["left_out"] else ""), flush=True)  # fmt: skip
-    out, k = heads.out_folder(a, "exact_match", subjects), subjects[0].k
-    heads.write_csv(out / "exact_match.csv", rows)
-    heads.write_json(
-        out / "exact_match.json", heads.provenance(subjects, list(files)) | dict(rows=rows)
+    out, cfg = tables.out_folder(a, "exact_match", subjects), subjects[0].cfg
+    tables.write_csv(out / "exact_match.csv", rows)
+    tables.write_json(
+        out / "exact_match.json", tables.provenance(subjects, list(files)) | dict(rows=rows)
     )
     trained = dict(
-        operands=[str(n) for n in range(k.operands_min, k.operands_max + 1)], sets=["flat", "paren"]
+        operands=[str(n) for n in range(cfg.operands_min, cfg.operands_max + 1)],
+        sets=["flat", "paren"],
     )
-    trained["digits"] = [str(d) for d in range(len(str(k.operand_min)), k.operand_width + 1)]
-    heads.write_figure(out / "exact_match.png", figure_of(rows, trained))
+    trained["digits"] = [
+        str(d) for d in range(len(str(cfg.operand_min)), len(str(cfg.operand_max)) + 1)
+    ]
+    tables.write_figure(out / "exact_match.png", figure_of(rows, trained))
     return 0
 
 

@@ -6,8 +6,8 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from plumbing import HERE, UserError
-from train_arith import BUCKETS, TEST, VAL, depth_labels, evaluate_expr, hash_expr, templates
+from arithmetic import BUCKET_OF, BUCKETS, depth_labels, evaluate_expr, hash_expr, templates
+from plumbing import ROOT, UserError, write_whole
 
 OPERATORS = "+-*"
 # The original's depth-3 templates. Two of three operands have a bracket too few; they are drawn, fail and are replaced.
@@ -32,7 +32,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--held-out", action="store_true", help=held)
     p.add_argument("--prefix", default="pilot", help="what file names start with; default pilot")
     p.add_argument(
-        "--output-dir", type=Path, default=HERE / "data", metavar="DIR", help="default data/"
+        "--output-dir", type=Path, default=ROOT / "data", metavar="DIR", help="default data/"
     )
 
 
@@ -86,8 +86,8 @@ class Draws:
             self.rejected += 1
             return None
         if self.a.held_out:
-            bucket = hash_expr(expr) % BUCKETS
-            if split != {TEST: "test", VAL: "val"}.get(bucket, "train"):
+            split_of = {bucket: name for name, bucket in BUCKET_OF.items()}
+            if split != split_of.get(hash_expr(expr) % BUCKETS, "train"):
                 return None
         if self.a.dedup:
             if expr in self.seen:
@@ -106,8 +106,11 @@ def same_length(n: int, depths: range, grammar: str) -> dict[int, list[str]]:
 
 
 def write_records(path: Path, records: Sequence[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    try:
+        write_whole(path, text.encode())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); free space") from None
     lengths = [len(r["expr"]) for r in records]
     depths = sorted({max(r["depth"]) for r in records})
     different, parens = len({r["expr"] for r in records}), sum("(" in r["expr"] for r in records)

@@ -1,7 +1,7 @@
 """eval_ood_depth3.py -- the original's depth-3 table, baseline against L2-H2 zeroed, beside one that scores answers.
 
-    python scripts/eval_ood_depth3.py --checkpoint runs/pilot --data data/pilot      the original's model and records
-    python scripts/eval_ood_depth3.py --checkpoint runs/honest --sets depth3 depth3_control depth4 depth4_control
+    python scripts/arith/eval_ood_depth3.py --checkpoint runs/pilot --data data/pilot      the original's model and records
+    python scripts/arith/eval_ood_depth3.py --checkpoint runs/honest --sets depth3 depth3_control depth4 depth4_control
 
 The original's accuracy asks whether the end is predicted after the whole gold answer was read (eos_after_gold); exact
 match asks for the answer. Both stand over what needs no model: always saying "end", a calculator that reads no
@@ -17,13 +17,15 @@ import argparse
 import re
 from collections.abc import Sequence
 
+import lib_ablation as ablation
 import lib_heads as heads
+import lib_tables as tables
 import numpy as np
-from lib.plots import COLOURS
-from lib_heads import KINDS, LABELS, METRICS, Place, Subject, TestSet
+from lib_ablation import KINDS, Place
+from lib_heads import LABELS, METRICS, Subject, TestSet
 
+from arithmetic import evaluate_expr
 from plumbing import UserError
-from train_arith import evaluate_expr
 
 
 def without_a_model(s: Subject, t: TestSet, common: int) -> dict[str, dict[str, float | None]]:
@@ -50,11 +52,11 @@ def without_a_model(s: Subject, t: TestSet, common: int) -> dict[str, dict[str, 
 def rows_of(s: Subject, t: TestSet, place: Place, seed: int) -> list[dict]:
     """A row per metric and kind of ablation."""
     items = heads.measure(s, t.problems)
-    base, bank, rows = heads.units(items, t.pairs), heads.Bank(s, t.problems, seed), []
+    base, bank, rows = heads.units(items, t.pairs), ablation.Bank(s, t.problems, seed), []
     fit = bool(items[:, 0].mean() >= heads.GATE)
     for kind in KINDS:
         after = heads.units(heads.measure(s, t.problems, bank.hooks(place, kind)), t.pairs)
-        low, high = heads.intervals(base - after)
+        low, high = tables.intervals(base - after)
         for m, metric in enumerate(METRICS):
             row = dict(
                 model=s.name, set=t.name, units=t.n, place=str(place), kind=kind, metric=metric
@@ -68,8 +70,8 @@ def rows_of(s: Subject, t: TestSet, place: Place, seed: int) -> list[dict]:
                 drop=float((base - after)[:, m].mean()), low=float(low[m]), high=float(high[m])
             )
             if metric != "logprob":
-                lost, gained, p = heads.mcnemar(base[:, m], after[:, m])
-                ends = heads.wilson(base[:, m].sum(), len(base))
+                lost, gained, p = tables.mcnemar(base[:, m], after[:, m])
+                ends = tables.wilson(base[:, m].sum(), len(base))
                 row |= dict(
                     base_low=ends[0], base_high=ends[1], lost=lost, gained=gained, mcnemar_p=p
                 )
@@ -111,7 +113,7 @@ def figure_of(
     s: Subject, place: Place, sets: Sequence[TestSet], rows: Sequence[dict], known: dict[str, dict]
 ):
     """Baseline and zeroed side by side per set, with the answers that need no model as lines."""
-    figure, axes = heads.new_figure(7.2, 3.4, 1, 2, sharey=True)
+    figure, axes = tables.new_figure(7.2, 3.4, 1, 2, sharey=True)
     lines = dict(
         always_end=("always end", ":"),
         paren_blind=("brackets ignored", "--"),
@@ -124,7 +126,7 @@ def figure_of(
             )
             for j, key in enumerate(("baseline", "ablated")):
                 value = row[key]
-                ends = heads.wilson(value * t.n, t.n)
+                ends = tables.wilson(value * t.n, t.n)
                 error = [[max(0.0, value - ends[0])], [max(0.0, ends[1] - value)]]
                 label = ("as trained", f"{place} zeroed")[j] if i == 0 else None
                 panel.bar(
@@ -133,7 +135,7 @@ def figure_of(
                     0.36,
                     yerr=error,
                     capsize=3,
-                    color=COLOURS[j],
+                    color=tables.COLOURS[j],
                     label=label,
                 )
             for name, (label, dash) in lines.items():
@@ -188,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     a = arguments(argv)
     heads.need("scipy", "matplotlib")
     s, place = heads.load(a.checkpoint, a.device), Place(a.layer, a.head)
-    if place not in heads.places(s):
+    if place not in ablation.places(s):
         raise UserError(
             f"{place}: {s.name} has layers 0 to {s.shape[0] - 1} and heads 0 to {s.shape[1] - 1}; choose one"
         )
@@ -198,13 +200,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for t in sets:
         rows += (mine := rows_of(s, t, place, a.seed))
         tell(t, mine, known[t.name], place)
-    out = heads.out_folder(a, "ood", [s])
-    heads.write_csv(out / "ood.csv", rows)
-    content = heads.provenance([s], [t.path for t in sets]) | dict(
+    out = tables.out_folder(a, "ood", [s])
+    tables.write_csv(out / "ood.csv", rows)
+    content = tables.provenance([s], [t.path for t in sets]) | dict(
         gate=heads.GATE, most_frequent_answer=common
     )
-    heads.write_json(out / "ood.json", content | dict(without_a_model=known, rows=rows))
-    heads.write_figure(out / "ood.png", figure_of(s, place, sets, rows, known))
+    tables.write_json(out / "ood.json", content | dict(without_a_model=known, rows=rows))
+    tables.write_figure(out / "ood.png", figure_of(s, place, sets, rows, known))
     return 0
 
 

@@ -1,7 +1,7 @@
 """generate_pilot_dataset.py -- the original's records: train, val, test_flat and test_paren, byte for byte by default.
 
-    python scripts/generate_pilot_dataset.py          data/pilot_train.jsonl, _val, _test_flat, _test_paren
-    python scripts/generate_pilot_dataset.py --prefix study --num-train 0 --num-val 0 --num-test 1000 --operators +- \\
+    python scripts/arith/generate_pilot_dataset.py          data/pilot_train.jsonl, _val, _test_flat, _test_paren
+    python scripts/arith/generate_pilot_dataset.py --prefix study --num-train 0 --num-val 0 --num-test 1000 --operators +- \\
         --held-out --dedup --minimal-pairs 1000       tests for a model that is trained with TRAIN_PATH=generate
 
 One random stream makes one file after the other, so a file depends on the sizes of those before it. A minimal pair is
@@ -13,12 +13,12 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import lib_arith as lib
 
+from arithmetic import evaluate_expr, templates
 from plumbing import UserError, launch
-from train_arith import evaluate_expr, templates
 
 
 class Splits(lib.Draws):
@@ -115,10 +115,7 @@ def arguments() -> argparse.Namespace:
         "--max-depth", type=int, default=2, choices=range(3), help="nesting, to; default 2"
     )
     p.add_argument(
-        "--grammar",
-        default="pilot",
-        choices=("pilot", "redundant", "trees"),
-        help="as in train_arith.py",
+        "--grammar", default="pilot", choices=("pilot", "redundant"), help="as in train_arith.py"
     )
     p.add_argument(
         "--sensitive",
