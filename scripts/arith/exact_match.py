@@ -25,7 +25,6 @@ from dataclasses import replace
 import lib_heads as heads
 import lib_tables as tables
 import numpy as np
-from lib.plots import COLOURS
 from lib_heads import Subject
 
 import arithmetic

@@ -20,6 +20,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/: lib adds the checkout
+
 from lib.program import UserError as ToolError
 from lib_hooks import HookedTransformer, hooked
 

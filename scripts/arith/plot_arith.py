@@ -20,10 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import lib_heads as heads
-import lib_plots as plots
-import lib_results as results
 import lib_tables as tables
-from lib_results import tables.Row
 
 from plumbing import ROOT, UserError
 

@@ -22,7 +22,7 @@ from lib_heads import Subject
 
 import arithmetic
 from plumbing import UserError
-from train_arith import BOS, EOS
+from arithmetic import BOS, EOS
 
 NAMES = {
     BOS: "^",

@@ -1,0 +1,236 @@
+"""arithmetic_data.py: data sets, the batches of a step, and what is refused."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from arith_support import ROOT, make, records, write_records
+
+from arithmetic import (
+    BUCKET_OF,
+    BUCKETS,
+    EOS,
+    draw_split,
+    encode,
+    evaluate_expr,
+    hash_expr,
+    problems_of,
+)
+from arithmetic_data import (
+    Data,
+    baselines,
+    breakdown,
+    entropy_floor,
+    inputs_and_labels,
+    read_records,
+)
+from plumbing import UserError
+from train_arith import Knobs
+
+VAL = BUCKET_OF["val"]
+HONEST = dict(grammar="redundant", operators="+-", spaces=False, answer_only_loss=True)
+HONEST |= dict(num_iterations=10)
+FRESH = dict(train_path="generate", val_path="generate", test_path="")
+STAGED = {**HONEST, **FRESH, "num_iterations": 100, "curriculum_exact": 0.5}
+
+
+def of(folder: Path, **knobs) -> Knobs:
+    files = dict(train_path="pilot_train", val_path="pilot_val", test_path="pilot_test_flat")
+    paths = {name: str(folder / f"{file}.jsonl") for name, file in files.items()}
+    return Knobs(**(paths | knobs))
+
+
+@pytest.fixture(scope="module")
+def pilot(tmp_path_factory) -> Path:
+    """The original's five files."""
+    folder = tmp_path_factory.mktemp("pilot")
+    for program in ("generate_pilot_dataset.py", "generate_depth3_dataset.py"):
+        make(program, folder)
+    return folder
+
+
+def test_the_entropy_floor_of_the_pilots_validation_set_is_the_documented_one(pilot):
+    data = Data(of(pilot))
+    assert round(data.floor, 4) == round(entropy_floor(data.val, data.language), 4) == 1.0760
+    assert round(entropy_floor(data.train, data.language), 4) == 1.0753
+    narrow = of(pilot, operand_max=50)
+    assert np.isnan(entropy_floor(data.val, narrow)), "strings that the grammar cannot make"
+
+
+def test_no_drawn_training_expression_is_in_any_test_set(tmp_path, pilot):
+    flags = "--size 50 --controls --operators +- --held-out".split()
+    make("generate_depth3_dataset.py", tmp_path, *flags)
+    cfg = of(pilot, train_path="generate", **HONEST)
+    data = Data(cfg)
+    paths = [Path(cfg.val_path), Path(cfg.test_path), *tmp_path.glob("*.jsonl")]
+    kept_out = {hash_expr(r["expr"]) for path in paths for r in records(path)}
+    drawn = [data.batch(step).exprs(data.language) for step in range(400)]
+    hashes = {hash_expr(e) for exprs in drawn for e in exprs}
+    assert len(hashes) > 10_000 and not hashes & kept_out
+    assert not {h % BUCKETS for h in hashes} & set(BUCKET_OF.values())
+    free = draw_split(data.language, np.random.default_rng(9), 12000, "train")
+    assert {hash_expr(e) for e in free.exprs(data.language)} & kept_out, (
+        "the files' expressions do come up when they are not excluded"
+    )
+
+
+def test_validation_problems_are_different_ones_from_their_own_bucket_for_every_seed():
+    data = Data(Knobs(val_examples=300, **FRESH, **HONEST))
+    exprs = data.val.exprs(data.language)
+    hashes = {hash_expr(e) for e in exprs}
+    assert len(hashes) == 300 and {h % BUCKETS for h in hashes} == {VAL}
+    other = Data(Knobs(val_examples=300, seed=7, **FRESH, **HONEST))
+    assert other.val.exprs(other.language) == exprs
+
+
+def test_a_batch_is_a_function_of_seed_and_step():
+    def texts(seed: int, step: int) -> list[str]:
+        data = Data(Knobs(seed=seed, **FRESH, **HONEST))
+        return data.batch(step).exprs(data.language)
+
+    assert texts(1, 5) == texts(1, 5) != texts(1, 6)
+    assert texts(2, 5) != texts(1, 5)
+    data = Data(Knobs(batch_size=100, seed=1, **FRESH, **HONEST))
+    late = [data.batch(step).exprs(data.language) for step in (162, 163, 164, 0, 163)]
+    assert late[1] == late[4] and late[0] != late[1] != late[2], "across two chunks, in any order"
+    assert all(len(batch) == 100 for batch in late)
+
+
+def test_a_finite_set_is_shuffled_anew_in_each_epoch_and_seen_whole(pilot):
+    data = Data(of(pilot, batch_size=300))
+    assert data.epoch_steps == 7 and data.total_steps == 350
+    epochs = [
+        [e for step in range(7) for e in data.batch(7 * i + step).exprs(data.language)]
+        for i in range(2)
+    ]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(data.train.exprs(data.language))
+    assert epochs[0] != epochs[1] and len(data.batch(6)) == 200
+
+
+def test_a_generated_finite_set_has_its_size():
+    small, large = (Data(Knobs(train_examples=n, **FRESH, **HONEST)) for n in (100, 250))
+    assert len(small.train) == 100 and len(large.train) == 250
+    assert small.epoch_steps == 4
+
+
+def operands(exprs: list[str]) -> set[int]:
+    return {len(re.findall(r"\d+", e)) for e in exprs}
+
+
+def test_the_curriculum_draws_one_more_operand_from_every_switch_on():
+    data = Data(Knobs(batch_size=200, **STAGED))
+    found = [operands(data.batch(step, [5, 9]).exprs(data.language)) for step in (0, 4, 5, 8, 9)]
+    assert found == [{2}, {2}, {2, 3}, {2, 3}, {2, 3, 4}]
+    assert operands(data.batch(50).exprs(data.language)) == {2}
+
+
+def test_under_a_curriculum_a_finite_set_gives_its_short_examples_first_and_then_all():
+    data = Data(Knobs(train_examples=400, **STAGED))
+    batches = [data.batch(step, [10, 20]).exprs(data.language) for step in range(100)]
+    assert operands(batches[0]) == operands(batches[9]) == {2} and operands(batches[15]) == {2, 3}
+    assert operands([e for batch in batches[20:] for e in batch]) == {2, 3, 4}
+    whole = set(data.train.exprs(data.language))
+    assert {e for batch in batches for e in batch} == whole, "of these examples, and each comes up"
+    assert data.batch(30, [10, 20]).exprs(data.language) == batches[30]
+    assert data.total_steps == 100 and data.epoch_steps == 0
+
+
+def test_a_finite_set_without_the_curriculums_first_operand_count_is_refused_before_training():
+    with pytest.raises(UserError, match="TRAIN_EXAMPLES=1: none has 2 operands"):
+        Data(Knobs(train_examples=1, operands_weights="0.0001,1,1", **STAGED))
+
+
+def test_tokens_of_a_record_are_its_text_with_the_originals_spaces(pilot):
+    data = Data(of(pilot))
+    row, n = data.train.tokens_NT[0], data.train.lengths_N[0]
+    assert row[:n].tolist() == encode("4*36+29+95 = 268") and data.train.starts_N[0] == 14
+    assert (data.train.lengths_N.min(), data.train.lengths_N.max()) == (9, 30)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b'{"expr": "1+2"}', "expected a record"),
+        (b"x", "expected a record"),
+        (b'{"expr": "9**9**9", "result": 1}', "not an arithmetic expression: '9**9**9'"),
+        (b'{"expr": "1(2)", "result": 2}', "not an arithmetic expression: '1(2)'"),
+        (b'{"expr": "", "result": 0}', "not an arithmetic expression: ''"),
+        (b'{"expr": 7, "result": 7}', "7 is not the value of 7"),
+        (b'{"expr": "07+1", "result": 8}', "not an arithmetic expression: '07+1'"),
+        (b'{"expr": "1+2", "result": Infinity}', "inf is not the value of '1+2'"),
+        (b'{"expr": "1+2", "result": 3.0}', "3.0 is not the value of '1+2'"),
+        (b'{"expr": "1+2", "result": "3"}', "'3' is not the value of '1+2'"),
+        (b'{"expr": "1+2", "result": 4}', "4 is not the value of '1+2'"),
+        (b'{"expr": "1+2", "result": true}', "True is not the value of '1+2'"),
+        (b'{"expr": "11111111111111111111111+1", "result": 2}', "not an arithmetic expression"),
+        (b'{"expr": "1+\xff2", "result": 3}', "utf-8"),
+        (b"[" * 100_000, "expected a record"),
+        (b"7", "expected a record"),
+        (b"", "expected a record"),
+    ],
+)
+def test_a_line_that_is_no_record_is_refused_with_its_number(tmp_path, line, words):
+    good = b'{"expr": "1+2", "result": 3}'
+    (tmp_path / "r.jsonl").write_bytes(b"\n".join([good, line, good]))
+    with pytest.raises(UserError, match=re.escape(words)) as error:
+        read_records(str(tmp_path / "r.jsonl"))
+    assert f"{tmp_path}/r.jsonl:2: " in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("text", ["\ufeff{}", "{}\n\n\n", "{}\r\n"])
+def test_a_byte_order_mark_and_blank_last_lines_do_no_harm(tmp_path, text):
+    record = '{"expr": "1+2", "result": 3}'
+    (tmp_path / "r.jsonl").write_text(text.replace("{}", record), encoding="utf-8")
+    assert read_records(str(tmp_path / "r.jsonl")) == (["1+2"], [3])
+
+
+def test_records_that_cannot_be_used_are_refused_by_name(tmp_path):
+    paths = write_records(tmp_path)
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"empty\.jsonl: no records"):
+        Data(Knobs(**(paths | dict(train_path=str(tmp_path / "empty.jsonl")))))
+    with pytest.raises(UserError, match=r"nowhere\.jsonl: cannot be read"):
+        Data(Knobs(**(paths | dict(train_path="nowhere.jsonl"))))
+    with pytest.raises(UserError, match="exceed SEQUENCE_LENGTH=12 tokens"):
+        Data(Knobs(**(paths | dict(sequence_length=12))))
+    with pytest.raises(UserError, match="ANSWER_DIGITS=1"):
+        Data(Knobs(**(paths | dict(answer_digits=1, answer_format="reversed"))))
+
+
+@pytest.mark.parametrize("name", ["pilot_train", "study_test_pairs", "study_test_depth4_control"])
+def test_the_command_that_a_missing_file_names_makes_it(tmp_path, name):
+    path = tmp_path / f"{name}.jsonl"
+    with pytest.raises(UserError) as error:
+        read_records(str(path))
+    command = str(error.value).split("make it with: ")[1].split()
+    command += ["--size", "20"] if "depth" in name else ["--num-test", "20"]
+    command += ["--minimal-pairs", "20"] if "pairs" in name else []
+    done = subprocess.run([sys.executable, *command[1:]], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert read_records(str(path))[0]
+
+
+def test_labels_cover_all_next_tokens_or_the_answer_and_its_end():
+    problems = problems_of(["1+2", "10-2"], [3, 8], Knobs())
+    x, y = inputs_and_labels(problems, False, 3)
+    row = encode("1+2 = 3")
+    assert x[0].tolist() == [*row[:-1], EOS][: x.shape[1]] and y[0].tolist() == [*row[1:], -100]
+    assert (y[2] == -100).all() and x[2, 0] == 1
+    _, y = inputs_and_labels(problems, True, 2)
+    assert [v for v in y[0].tolist() if v != -100] == [*encode("3", False), EOS]
+    wide, labels = inputs_and_labels(problems, False, 3, length=40)
+    assert wide.shape == labels.shape == (3, 39)
+    assert np.array_equal(wide[:2, : x.shape[1]], x[:2]) and not wide[:, 20:].any()
+
+
+def test_the_breakdown_counts_and_the_paren_blind_calculator_is_right_where_brackets_do_not_matter():
+    exprs = ["1+2", "(1+2)*3", "1-(2-3)", "((5+5))"]
+    problems = problems_of(exprs, [evaluate_expr(e) for e in exprs], Knobs())
+    found = breakdown(problems, np.array([1.0, 0.0, 1.0, 1.0]), Knobs())
+    assert found["depth"] == {"0": [1.0, 1], "1": [0.5, 2], "2": [1.0, 1]}
+    assert found["operators"] == {"*+": [0.0, 1], "+": [1.0, 2], "-": [1.0, 1]}
+    assert baselines(problems, Knobs(), 3) == dict(paren_blind=0.5, most_frequent=0.25)
