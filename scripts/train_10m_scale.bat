@@ -21,13 +21,13 @@ python scripts\verify_10m_config.py --no-gpu || exit /b 1
 python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"
 if errorlevel 1 (
     echo ERROR: CUDA not available. Aborting.
-    echo This experiment requires a GPU. A torch without CUDA is replaced with:
-    echo   python -m pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu126
+    echo This experiment requires a GPU. https://pytorch.org/get-started says how
+    echo a torch with CUDA is installed.
     exit /b 3
 )
 python scripts\verify_10m_config.py || exit /b 3
 
-if not exist data\pilot_train.jsonl python scripts\generate_pilot_dataset.py || exit /b 1
+if not exist data\pilot_train.jsonl python scripts\arith\generate_pilot_dataset.py || exit /b 1
 
 echo Starting training...
 python train_arith.py --config configs/scale_10m.yaml --output-dir runs/scale_10m --seed 42 --device cuda --fp16 --gpu-only %*

@@ -23,8 +23,8 @@ python scripts/verify_10m_config.py --no-gpu
 
 if ! python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
     echo "ERROR: CUDA not available. Aborting."
-    echo "This experiment requires a GPU. A torch without CUDA is replaced with:"
-    echo "  $venv/bin/pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu126"
+    echo "This experiment requires a GPU. https://pytorch.org/get-started says how a torch"
+    echo "with CUDA is installed."
     exit 3
 fi
 python scripts/verify_10m_config.py > /dev/null
@@ -33,7 +33,7 @@ import torch
 print('GPU:', torch.cuda.get_device_name(0))
 print(f'VRAM: {torch.cuda.get_device_properties(0).total_memory / 1e9:.2f} GB')"
 
-[ -f data/pilot_train.jsonl ] || python scripts/generate_pilot_dataset.py
+[ -f data/pilot_train.jsonl ] || python scripts/arith/generate_pilot_dataset.py
 
 echo "Starting training..."
 exec python train_arith.py --config configs/scale_10m.yaml --output-dir runs/scale_10m --seed 42 \

@@ -1,7 +1,8 @@
-"""verify_10m_config.py -- is configs/scale_10m.yaml a model of about 10M parameters, and can this machine train it?
+"""verify_10m_config.py -- is configs/scale_10m.yaml a model of about 10M parameters, and does it fit?
 
-python scripts/verify_10m_config.py                exit code 0: yes; 1: the size is off; 3: no CUDA; 2: a bad file
-python scripts/verify_10m_config.py --no-gpu       the size alone
+python scripts/verify_10m_config.py           exit code 0: yes; 1: the size is off; 3: no CUDA;
+                                              2: a bad file
+python scripts/verify_10m_config.py --no-gpu  the size alone
 """
 
 import argparse
@@ -12,11 +13,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from plumbing import HERE, launch
-from train_arith import count_parameters, flat_items, memory_mib, read_all, read_yaml
+from plumbing import ROOT, launch
+from plumbing.config import read_yaml
+from train_arith import FIXED, YAML, Knobs, count_parameters, read_all
 
 TARGET, TOLERANCE = 10_000_000, 0.10
 RULE = "=" * 60
+
+
+def memory_mib(cfg: Knobs) -> int:
+    """Rough peak: weights, gradients and moments, and activations with their dropout masks."""
+    per_layer = 20 * cfg.n_embd + 4 * cfg.d_ff + 4 * cfg.n_head * cfg.sequence_length
+    tokens = cfg.batch_size * cfg.sequence_length
+    return (16 * count_parameters(cfg) + 4 * tokens * cfg.n_layer * per_layer) // 2**20
 
 
 def show(title: str, items: dict[str, object]) -> None:
@@ -27,9 +36,8 @@ def show(title: str, items: dict[str, object]) -> None:
 
 def gpu_ready(needed_mib: int) -> bool:
     """Whether there is a GPU with enough memory, said aloud."""
-    print(
-        f"{RULE}\nGPU Requirements:\n{RULE}\nRequired: a CUDA GPU with about {needed_mib:,} MiB beside CUDA's own"
-    )
+    print(f"{RULE}\nGPU Requirements:\n{RULE}")
+    print(f"Required: a CUDA GPU with about {needed_mib:,} MiB beside CUDA's own")
     if not torch.cuda.is_available():
         print("[ERROR] CUDA not available\nTraining will FAIL with --gpu-only flag")
         return False
@@ -46,38 +54,28 @@ def main() -> int:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument(
-        "--config",
-        default=str(HERE / "configs/scale_10m.yaml"),
-        help="default configs/scale_10m.yaml",
-    )
+    config = str(ROOT / "configs/scale_10m.yaml")
+    p.add_argument("--config", default=config, help="default configs/scale_10m.yaml")
     p.add_argument("--no-gpu", action="store_true", help="do not look for a GPU")
     a = p.parse_args()
-    k = read_all([], {}, a.config, [])
-    items = dict(flat_items(read_yaml(a.config)))
+    cfg = read_all([], {}, a.config, [])
+    texts = read_yaml(a.config, YAML, FIXED)
     print(f"{RULE}\n10M Scaling Config Verification\n{RULE}\n{a.config}")
-    show(
-        "Model Configuration:",
-        {key: value for key, value in items.items() if key.startswith("model.")},
-    )
-    n = count_parameters(k)
+    for title, section in (("Model", "model."), ("Training", "training.")):
+        keys = {key: texts[name] for key, name in YAML.items() if name in texts}
+        items = {key: text for key, text in keys.items() if key.startswith(section)}
+        show(f"{title} Configuration:", items)
+    n = count_parameters(cfg)
     off = abs(n - TARGET) / TARGET
-    print(
-        f"\nTotal parameters: {n:,}\n                  {n / 1e6:.2f}M\nTarget: 10M\nDifference: {100 * off:.1f}%"
-    )
-    good = off < TOLERANCE
-    verdict = (
-        "[OK] Configuration verified: ~10M parameters"
-        if good
-        else "[ERROR] Parameter count is far from 10M"
-    )
-    print(f"\n{verdict}\n")
-    show(
-        "Training Configuration:",
-        {key: value for key, value in items.items() if key.startswith("training.")},
-    )
-    ready = a.no_gpu or gpu_ready(memory_mib(n, k.batch_size, k))
-    return 0 if good and ready else 3 if good else 1
+    print(f"\nTotal parameters: {n:,}\n                  {n / 1e6:.2f}M")
+    print(f"Target: 10M\nDifference: {100 * off:.1f}%\n")
+    if off >= TOLERANCE:
+        print("[ERROR] Parameter count is far from 10M\n")
+        return 1
+    print("[OK] Configuration verified: ~10M parameters\n")
+    if a.no_gpu or gpu_ready(memory_mib(cfg)):
+        return 0
+    return 3
 
 
 if __name__ == "__main__":

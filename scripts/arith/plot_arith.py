@@ -69,9 +69,7 @@ def rows_wanted(a: argparse.Namespace) -> list[tables.Row]:
 def labels_of(rows: Sequence[tables.Row]) -> list[str]:
     """What differs between the rows, in the results file's order of columns; alike for seeds of one configuration."""
     keys = [
-        key
-        for key in tables.keys_of(rows)
-        if len({tables.key_value(row, key) for row in rows}) > 1
+        key for key in tables.keys_of(rows) if len({tables.key_value(row, key) for row in rows}) > 1
     ]
     shown = [key for key in keys if key not in SAME] or keys
     return [", ".join(words_of(row, shown)) or "all" for row in rows]

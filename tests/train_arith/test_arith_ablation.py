@@ -21,7 +21,8 @@ pytest.importorskip("scipy")
 
 
 def test_zeroing_a_head_is_zeroing_its_columns_of_the_output_projection():
-    s, p = subject(), problems(s.language, TEXTS)
+    s = subject()
+    p = problems(s.language, TEXTS)
     bank = ablation.Bank(s, p, 0)
     for place in (Place(0, 1), Place(1, 0)):
         hooked = heads.measure(s, p, bank.hooks(place, "zero"))
@@ -37,7 +38,8 @@ def test_zeroing_a_head_is_zeroing_its_columns_of_the_output_projection():
 
 
 def test_zeroing_an_mlp_is_zeroing_its_second_matrix_and_bias():
-    s, p = subject(), problems(s.language, TEXTS)
+    s = subject()
+    p = problems(s.language, TEXTS)
     hooked = heads.measure(s, p, ablation.Bank(s, p, 0).hooks(Place(1, None), "zero"))
     with torch.no_grad():
         s.model.blocks[1].mlp.fc2.weight.zero_()
@@ -46,7 +48,8 @@ def test_zeroing_an_mlp_is_zeroing_its_second_matrix_and_bias():
 
 
 def test_the_mean_of_a_constant_activation_changes_nothing_and_zero_does():
-    s, p = subject(), problems(s.language, ["1+2", "(30-4)+55", "7-(8-9)", "9-10-11"])
+    s = subject()
+    p = problems(s.language, ["1+2", "(30-4)+55", "7-(8-9)", "9-10-11"])
     with (
         torch.no_grad()
     ):  # whatever comes in, every token's values are the same, and so is what a head puts out
@@ -109,7 +112,8 @@ def test_resampled_activations_are_the_donors_at_the_same_distance_from_the_answ
 
 
 def test_the_model_is_as_it_was_after_an_ablation_that_fails():
-    s, p = subject(), problems(s.language, TEXTS[:4])
+    s = subject()
+    p = problems(s.language, TEXTS[:4])
     base = heads.measure(s, p)
 
     def breaks(x, point):

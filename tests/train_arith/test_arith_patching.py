@@ -16,7 +16,7 @@ import arithmetic
 pytest.importorskip("scipy")
 
 
-def patch_set(s: Subject) -> heads.TestSet:
+def patch_set(s: heads.Subject) -> heads.TestSet:
     return heads.TestSet("pairs", Path("pairs"), TEXTS, problems(s.language, TEXTS), True)
 
 

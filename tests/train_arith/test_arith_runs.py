@@ -1,0 +1,288 @@
+"""Runs from start to end: files, resuming, ranks, what stops a run, and the shipped configurations."""
+
+import csv
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from arith_support import (
+    ONE,
+    ROOT,
+    command,
+    curve,
+    environment,
+    flags,
+    make,
+    newest_state,
+    run,
+    run_here,
+    same_tensors,
+)
+from lib_heads import load_model
+
+import train_arith
+from arithmetic_data import Data
+from plumbing import UserError
+
+
+def test_models_are_saved_every_interval_and_best_whenever_it_is_best(monkeypatch, tmp_path):
+    out = tmp_path / "runs/here"
+    code, text = run_here(
+        monkeypatch, tmp_path, output_dir=out, num_epochs=5, eval_interval=3, save_interval=2
+    )
+    assert code == 0, text
+    assert {p.name for p in out.glob("checkpoint_*.pt")} == {
+        *(
+            "checkpoint_epoch_2.pt",
+            "checkpoint_epoch_4.pt",
+            "checkpoint_latest.pt",
+            "checkpoint_best.pt",
+        )
+    }
+    rows = json.loads((out / "metrics/training_metrics_seed42.json").read_text())
+    assert [m["epoch"] for m in rows["metrics"]] == [3, 5] and rows["best_val_epoch"] in (3, 5)
+    model, cfg, state = load_model(out / "checkpoint_best.pt")
+    assert (
+        state["epoch"] == rows["best_val_epoch"]
+        and cfg.n_embd == 16
+        and state["model_config"]["d_ff"] == 24
+    )
+    s = train_arith.summary(train_arith.score(model, Data(cfg).val, cfg, ONE))
+    assert s["loss"] == pytest.approx(rows["best_val_loss"], rel=1e-6)
+    for line in (
+        "Vocabulary size: 35",
+        "Train dataset size: 70",
+        "Epoch 5/5",
+        "TRAINING SUMMARY",
+        "Training complete!",
+    ):
+        assert line in text
+    assert "eos_after_gold" in text and "entropy_floor" in text and "paren_blind" in text
+    assert json.loads((out / "evaluation.json").read_text())["sets"][cfg.test_path]["n"] == 9
+    with open(tmp_path / "results.csv") as f:
+        (row,) = csv.DictReader(f)
+    assert (
+        row["status"] == "finished"
+        and row["steps_done"] == "25"
+        and float(row["best_val_loss"]) > 0
+    )
+    with pytest.raises(UserError, match=r"complete .*choose another OUTPUT_DIR"):
+        run_here(
+            monkeypatch, tmp_path, output_dir=out, num_epochs=5, eval_interval=3, save_interval=2
+        )
+
+
+def test_answer_only_complement_with_muon_learns_one_digit_sums(monkeypatch, tmp_path):
+    honest = dict(
+        train_path="generate", val_path="generate", test_path="", num_iterations=250, operators="+"
+    )
+    honest |= dict(
+        operand_min=1,
+        operand_max=9,
+        operands_max=2,
+        depth_max=0,
+        spaces=0,
+        answer_only_loss=1,
+        dropout=0,
+    )
+    honest |= dict(
+        answer_format="complement",
+        optimizer="muon",
+        lr=0.01,
+        muon_lr=0.02,
+        schedule="trapezoid",
+        batch_size=64,
+    )
+    code, text = run_here(
+        monkeypatch, tmp_path, run_id="sums", val_every=0, save_every=0, val_examples=2, **honest
+    )
+    assert code == 0
+    assert float(re.search(r"step:250/250 train_loss:([\d.]+)", text)[1]) < 0.35, "from ln 35 = 3.6"
+
+
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
+    """Fresh examples, a curriculum that depends on what was learnt, both optimizers, dropout."""
+    knobs = dict(
+        train_path="generate", val_path="generate", val_examples=1, num_iterations=90, operand_max=2
+    )
+    knobs |= dict(
+        operators="+",
+        answer_only_loss=1,
+        curriculum_exact=0.3,
+        answer_format="complement",
+        dropout=0.1,
+    )
+    knobs |= dict(
+        optimizer="muon", save_every=10, val_every=25, muon_lr=0.02, test_path="", batch_size=32
+    )
+    whole = run(1, tmp_path, run_id="whole", **knobs)
+    assert whole.returncode == 0, whole.stderr
+    line = [*command(1), *flags(tmp_path, run_id="cut", **knobs)]
+    process = subprocess.Popen(
+        line, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    switched = int(re.search(r"curriculum: 3 operands from step (\d+)", whole.stdout)[1])
+    kill_at = max(
+        25, min(switched + 3, 80)
+    )  # the switch is in the checkpoint, or comes after the resume
+    for text in process.stdout:
+        if text.startswith(f"step:{kill_at}/"):
+            os.kill(process.pid, signal.SIGKILL)
+            break
+    process.stdout.close()
+    assert process.wait() == -signal.SIGKILL
+    again = run(1, tmp_path, run_id="cut", **knobs)
+    assert again.returncode == 0 and re.search(r"resumed step:[1-9]0 ", again.stdout), (
+        again.stdout + again.stderr
+    )
+    assert curve(tmp_path, "whole") == curve(tmp_path, "cut")
+    one, two = (newest_state(tmp_path, run_id) for run_id in ("whole", "cut"))
+    assert one["state"]["switches"] == two["state"]["switches"]
+    assert one["state"]["switches"][0] == switched
+    assert same_tensors(one["model"], two["model"])
+    assert same_tensors(one["optimizers"], two["optimizers"])
+    assert one["state"]["history"] == two["state"]["history"]
+
+
+def test_two_ranks_train_as_one_does(tmp_path):
+    knobs = dict(num_epochs=2, dropout=0.2)
+    for nproc in (1, 2):
+        done = run(nproc, tmp_path, run_id=f"n{nproc}", **knobs)
+        assert done.returncode == 0, done.stderr
+    one, two = (np.array([float(row[0]) for row in curve(tmp_path, f"n{n}")]) for n in (1, 2))
+    assert len(one) == 10 and np.abs(one - two).max() < 2e-5
+    vals = [[float(row[1]) for row in curve(tmp_path, f"n{n}") if row[1]] for n in (1, 2)]
+    assert vals[0] == pytest.approx(vals[1], abs=2e-5) and len(vals[0]) == 2
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_its_update(monkeypatch, tmp_path):
+    code, text = run_here(monkeypatch, tmp_path, run_id="bad", lr=1e30, warmup_iters=0)
+    assert code == 1 and "not finite" in text
+    assert json.loads((tmp_path / "logs/bad/status.json").read_text())["status"] == "nan"
+
+
+def test_a_run_is_not_resumed_with_other_records_or_knobs(monkeypatch, tmp_path):
+    stop = dict(run_id="r", num_epochs=4)
+    real = train_arith.validate
+
+    def stop_at_once(model, session, data, state):
+        real(model, session, data, state)
+        session.world.signals.append(signal.SIGTERM)
+
+    monkeypatch.setattr(train_arith, "validate", stop_at_once)
+    assert run_here(monkeypatch, tmp_path, **stop)[0] == 128 + signal.SIGTERM
+    monkeypatch.setattr(train_arith, "validate", real)
+    with pytest.raises(UserError, match=re.escape("was started with LR=0.01, not 0.02")):
+        run_here(monkeypatch, tmp_path, **stop, lr=0.02)
+    monkeypatch.setattr(sys, "argv", ["train_arith.py", *flags(tmp_path, **stop)])
+    lines = (tmp_path / "train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "train.jsonl").write_text("".join(reversed(lines)))
+    with (
+        pytest.raises(UserError, match=r"other data .*another RUN_ID"),
+        redirect_stdout(StringIO()),
+    ):
+        train_arith.main()
+
+
+def test_the_pilot_configuration_starts_to_learn_within_seconds(tmp_path):
+    make("generate_pilot_dataset.py", tmp_path / "data")
+    line = [*command(1), "--config", str(ROOT / "configs/pilot.yaml"), "--output-dir", "runs/pilot"]
+    line += [
+        "--set",
+        "training.num_iterations=12",
+        "--set",
+        "training.optimizer.warmup_iters=4",
+        "--seed",
+        "42",
+    ]
+    line += [
+        "--device",
+        "cuda",
+        "--results_file",
+        str(tmp_path / "results.csv"),
+        "--set",
+        "data.test_path=",
+    ]
+    t0 = time.process_time()
+    done = subprocess.run(
+        line,
+        cwd=tmp_path,
+        env=environment(CUDA_VISIBLE_DEVICES=""),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (
+        done.stdout.startswith("CUDA not available, using CPU\n")
+        and "parameters: 664,192" in done.stdout
+    )
+    loss = float(re.search(r"step:12/12 val_loss:([\d.]+)", done.stdout)[1])
+    assert loss < 3.2 < math.log(35) and time.process_time() - t0 < 60
+    assert (tmp_path / "runs/pilot/checkpoint_best.pt").exists() and (
+        tmp_path / "runs/pilot.txt"
+    ).exists()
+
+
+def test_the_honest_configuration_trains_on_fresh_examples_and_scores_its_three_test_sets(tmp_path):
+    sizes = [
+        "--num-train",
+        "0",
+        "--num-val",
+        "0",
+        "--num-test",
+        "20",
+        "--minimal-pairs",
+        "10",
+        "--held-out",
+        "--dedup",
+    ]
+    make(
+        "generate_pilot_dataset.py",
+        tmp_path / "data",
+        "--prefix",
+        "study",
+        "--operators",
+        "+-",
+        *sizes,
+    )
+    line = [
+        *command(1),
+        "--config",
+        str(ROOT / "configs/honest.yaml"),
+        "--output-dir",
+        "runs/honest",
+    ]
+    line += [
+        "--set",
+        "num_iterations=8",
+        "--set",
+        "val_examples=40",
+        "--results_file",
+        str(tmp_path / "results.csv"),
+    ]
+    done = subprocess.run(
+        line, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    assert (
+        "parameters: 664,192" in done.stdout
+        and "answer: complement_bare, up to 3 digits" in done.stdout
+    )
+    sets = json.loads((tmp_path / "runs/honest/evaluation.json").read_text())["sets"]
+    assert {Path(name).stem: found["n"] for name, found in sets.items()} == {
+        "generate": 40, "study_test_flat": 20, "study_test_paren": 20, "study_test_pairs": 20
+    }  # fmt: skip
+    assert all(found["exact_match"] < 0.2 and found["baselines"].keys() for found in sets.values())
+    losses = [float(x) for x in re.findall(r"train_loss:([\d.]+)", done.stdout)]
+    assert losses and losses[-1] < math.log(35)
