@@ -8,14 +8,15 @@ Expect   val_loss 3.2927 +- 0.0011 (no gate) and 3.2723 +- 0.0011 (elementwise) 
          study: 5100 steps at LR 0.00468, n=3 seeds each, 8x RTX PRO 6000 (docs/experiments.md)
 Shapes   B sequences, T tokens, C model width, H heads, R gate rows, V vocabulary, N = B * T,
          S matrices of one shape, P parameters; x_BTC has shape (B, T, C)
-Raises   UserError (one line, exit code 2) for a bad knob, shard, checkpoint or results file
+Raises   UserError (one line, exit code 2) for what a user can put right
 Sources  modded-nanogpt records of 2024-10 (K. Jordan et al.): architecture, Muon, token order;
          gates: Qiu et al., Gated Attention for LLMs, arXiv 2505.06708
-Shared   plumbing/ keeps the run alive and accounted for; all that can change the loss is here
+Shared   plumbing/ keeps the run alive; of it only batches.py, the token order, moves a loss
 """
 
 import hashlib
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -160,7 +161,7 @@ class Attention(nn.Module):
     """Causal attention with an optional gate (arXiv 2505.06708), which reads the block's input.
 
     It multiplies the attention output per head (GATEPOS=sdpa, G1 in the paper), V (G2), K (G3),
-    Q (G4) or the projection (G5). K and Q are gated behind their RMSNorm, which would undo it.
+    Q (G4) or the projection (G5). K and Q are gated behind their norm, which would undo it.
     """
 
     def __init__(self, cfg: Knobs):
@@ -222,7 +223,7 @@ class GPT(nn.Module):
 
     def __init__(self, cfg: Knobs, dtype: torch.dtype = torch.bfloat16):
         super().__init__()
-        self.cfg, self.dtype = cfg, dtype
+        self.cfg, self.dtype, self.is_mixed = cfg, dtype, dtype != torch.float32
         self.chunk_loss = chunk_loss_and_gradient
         self.wte = nn.Parameter(torch.empty(cfg.vocab_size, cfg.n_embd))
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
@@ -243,8 +244,8 @@ class GPT(nn.Module):
 
     def forward(self, x_BT: Tensor, y_BT: Tensor) -> Tensor:
         """Summed cross-entropy, in nats, of the targets that are not -1."""
-        is_mixed = self.dtype != torch.float32
-        with torch.autocast(x_BT.device.type, self.dtype, enabled=is_mixed):
+        mixed = torch.autocast(x_BT.device.type, self.dtype) if self.is_mixed else nullcontext()
+        with mixed:
             hidden_NC = self.trunk(x_BT).flatten(0, 1).to(self.dtype)
         with_gradient = torch.is_grad_enabled()  # evaluation needs none
         arguments = (hidden_NC, self.wte, y_BT.flatten(), self.chunk_loss, with_gradient)
@@ -508,11 +509,11 @@ def run_step(model: GPT, rows: int) -> None:
 
 
 def plan(cfg: Knobs, world: World) -> dict[str, object]:
-    """What --dry_run shows; raises UserError for what the run would refuse."""
+    """What --dry_run shows; raises UserError where the run would."""
     check_compiler(cfg.compile, cfg.device)
     batches, _ = open_data(cfg, world)
     with torch.device("meta"):
-        facts = plan_facts(cfg, world, GPT(cfg), run_step)
+        facts = plan_facts(cfg, world, GPT(cfg, torch.float32), run_step)
     flops = flops_per_token(cfg) * batches.batch_tokens * cfg.num_iterations
     facts["compute"] = f"{flops:.3g} FLOPs in {cfg.num_iterations} steps"
     facts["data"] = batches.summary

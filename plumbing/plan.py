@@ -33,7 +33,7 @@ def plan_facts(
     return {
         "parameters": f"{num_params:,}",
         "batch": f"{cfg.batch_size} sequences on {world.size} rank(s)",
-        "memory": f"about {memory:,} MiB per rank with {rows} of them at a time",
+        "memory": f"at most about {memory:,} MiB per rank with {rows} of them at a time",
     }
 
 
