@@ -1,0 +1,1390 @@
+"""train_gpu.py -- HAMT: a language model whose layers keep a holographic associative memory.
+
+    python train_gpu.py --hidden_dim 512 --hcm_dim 2048 --num_layers 8 --num_slots 16 \\
+        --dataset wikitext-103 --batch_size 128 --mixed_precision bf16 --compile_model
+    torchrun --standalone --nproc_per_node=8 train_gpu.py --preset 124m --dataset wikitext-103
+    python train_gpu.py --preset 100m --mixer attention     the rotary transformer of the same size
+    python train_gpu.py --preset demo                       a CPU, a minute, no download
+
+Of each token a layer writes an item v, bound to a key k of unit modulus, into S slots, and reads
+with the conjugate of a query key: M_t = decay_t * M_{t-1} + w_t (k_t v_t), r_t = conj(q_t) (a_t M_t).
+The output is W_o(norm(r_t) silu(g_t)). Addresses and slots are a gated linear attention; so a layer
+is bind, gated_linear_attention, unbind. The state M is all that it keeps of the past, however long.
+
+Expect   PRESET=demo: val_loss falls from 5.5 to 1.64 nats per byte (n=1); docs/hamt.md has more
+Shapes   B sequences, T tokens, C model width, D memory width (D/2 complex bins), H heads, E = D / H
+         values of a head, K = E / 2 bins of a head, S slots of a head, L tokens of a chunk,
+         N chunks (in the loss: tokens of a micro-batch), V vocabulary, X any width
+Units    losses in nats per token unless the name says otherwise; batch_size in sequences over all
+         ranks; phases in radians
+Raises   UserError (one line, exit code 2) for a bad knob, text or checkpoint, before training
+Sources  holographic reduced representations: Plate 1995. Keys of unit modulus: Ganesan et al.,
+         arXiv 2109.02157. Chunks and decay: Yang et al., GLA, arXiv 2312.06635. Delta rule: Schlag
+         et al., arXiv 2102.11174; in chunks: Yang et al., arXiv 2406.06484; with a decay of each
+         slot: Kimi Delta Attention, arXiv 2510.26692. Convolution: Mamba, arXiv 2312.00752
+Shared   plumbing/ keeps the run alive and accounted for. What can change the loss is in this file.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from plumbing import (
+    ROOT,
+    Prefetch,
+    Session,
+    TokenShards,
+    UserError,
+    World,
+    check_compiler,
+    choose_precision,
+    choose_rows,
+    flat_gradients,
+    join_world,
+    knob,
+    launch,
+    read_knobs,
+    read_rows,
+    show_plan,
+)
+from plumbing.splits import NotFetched, Split, open_splits
+
+# ----------------------------------------------------------------------------
+# Knobs
+
+# The sizes are those of the name within 3%, with the GPT-2 vocabulary and for both mixers.
+# fmt: off
+PRESETS = {
+    "seed": {},
+    "33m": dict(n_embd=384, hcm_dim=384, n_layer=8, num_slots=8, n_head=6),
+    "50m": dict(n_embd=512, hcm_dim=512, n_layer=8, num_slots=8, n_head=4),
+    "100m": dict(n_embd=640, hcm_dim=1536, n_layer=10, num_slots=16, n_head=4),
+    "124m": dict(n_embd=768, hcm_dim=768, n_layer=12, num_slots=16, n_head=4),
+    "200m": dict(n_embd=896, hcm_dim=2048, n_layer=12, num_slots=16, n_head=4),
+    # bytes of Python's own documentation, on a CPU
+    "demo": dict(
+        device="cpu", precision="fp32", data="embedded", tokenizer="bytes",
+        n_embd=128, hcm_dim=128, n_layer=2, num_slots=16, n_head=4, dropout=0.0,
+        sequence_length=128, batch_size=16, device_batch_size=16, num_iterations=400, lr=3e-3,
+        val_every=50, save_every=100, max_val_samples=256,
+    ),
+}
+# fmt: on
+# Knobs that move no loss; the others must stay when a run is resumed.
+RESUME_MAY_DIFFER = (
+    "preset device_batch_size chunk_length kernel gradient_checkpointing val_every max_val_samples "
+    "final_test num_workers early_stop_patience early_stop_min_delta target_loss save_every "
+    "save_epochs keep device compile tracker tracker_project run_id stage data_folder logs_folder "
+    "results_file dry_run"
+).split()
+VOCABULARY = {"gpt2": 50304, "bytes": 256}  # GPT-2's 50257 ids, padded to a multiple of 64
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TRACKERS = ("off", "tensorboard", "trackio", "wandb")
+
+
+@dataclass(frozen=True)
+class Knobs:
+    preset: str = knob("seed", "named set of defaults", choices=tuple(PRESETS))
+    mixer: str = knob("hamt", "what mixes over time", choices=("hamt", "attention"), group="model")
+    n_embd: int = knob(512, "model width, channels", low=2)
+    hcm_dim: int = knob(2048, "memory width in real numbers, two for each complex bin", low=2)
+    n_layer: int = knob(8, "blocks", low=1)
+    n_head: int = knob(8, "heads, each with addresses and phases of its own", low=1)
+    num_slots: int = knob(16, "slots of a head's memory", low=1)
+    vocab_size: int | None = knob(
+        None, "token ids; auto is the tokenizer's", low=2, high=65536, none="auto"
+    )
+    conv: bool | None = knob(
+        None, "causal convolution of 4 tokens on what is mixed; auto: hamt only", none="auto"
+    )
+    use_gating: bool = knob(True, "gate the memory's read with SiLU")
+    delta_rule: bool = knob(False, "erase what the write address holds before writing")
+    slowest_decay: float = knob(
+        2**-7, "smallest initial forgetting per token; the largest is 1/4", above=0, high=0.25
+    )
+    memory: str = knob(
+        "on",
+        "controls: local reads a token's own write only, off reads zero",
+        choices=("on", "local", "off"),
+    )
+    chunk_length: int = knob(64, "tokens of a chunk; changes speed only", low=1, high=128)
+    kernel: str = knob(
+        "plain",
+        "what computes the memory: plain tensor code, or fla-core's kernels on CUDA",
+        choices=("plain", "fla"),
+    )
+    dropout: float = knob(0.1, "of embeddings, mixer and FFN outputs", low=0, high=0.95)
+    use_auxiliary_loss: bool = knob(False, "also train recall of earlier items")
+    aux_loss_weight: float = knob(
+        0.1, "weight of that loss, which no reported loss contains", low=0
+    )
+
+    data: str = knob(
+        "wikitext-2", "wikitext-2, wikitext-103, embedded, or a text file or folder", group="data"
+    )
+    tokenizer: str = knob(
+        "auto", "auto: bytes for embedded, else gpt2", choices=("auto", *VOCABULARY)
+    )
+    max_train_samples: int | None = knob(None, "sequences of an epoch at most", low=1, none="all")
+    max_val_samples: int | None = knob(None, "sequences validated at most", low=1, none="all")
+    num_workers: int = knob(4, "batches made ahead of use", low=1)
+
+    sequence_length: int = knob(1024, "tokens per sequence", low=1, group="batch")
+    batch_size: int = knob(16, "sequences per step, over all ranks", low=1)
+    device_batch_size: int | None = knob(
+        None, "sequences per micro-batch of a rank", low=1, none="auto"
+    )
+    carry_state: bool = knob(
+        False, "each row goes on in its text from the state it stopped with (truncated BPTT)"
+    )
+
+    num_epochs: int = knob(10, "passes over the data", low=1, group="schedule")
+    num_iterations: int | None = knob(
+        None, "optimizer steps; auto: those of the epochs", low=0, none="auto"
+    )
+    time_budget_s: float | None = knob(
+        None, "training seconds, which the schedule then follows", above=0, none="off"
+    )
+    use_scheduler: bool = knob(True, "cosine from the peak rate to a tenth of it")
+    warmup_iters: int | None = knob(
+        None, "steps of linear warm-up; auto: 2%, at most 1000", low=0, none="auto"
+    )
+
+    lr: float = knob(3e-4, "peak rate of AdamW", low=0, group="optimizer")
+    weight_decay: float = knob(0.01, "of matrices only", low=0)
+    grad_clip: float = knob(1.0, "largest norm of the gradient; 0: no clipping", low=0)
+    precision: str = knob("fp16", "of products; the state stays fp32", choices=tuple(DTYPES))
+    gradient_checkpointing: bool = knob(False, "keep a block's input only, and compute it again")
+    seed: int = knob(1337, "initial weights, order of the data, dropout", low=0)
+
+    val_every: int | None = knob(
+        None, "steps between validations; 0: the last only", low=0, none="epoch", group="evaluation"
+    )
+    final_test: bool = knob(True, "at the end: the test split, and both splits as one stream")
+    early_stop_patience: int = knob(0, "validations without improvement; 0: never stop", low=0)
+    early_stop_min_delta: float = knob(0.0, "nats by which a validation must improve", low=0)
+    target_loss: float | None = knob(None, "log when validation first reaches it", none="off")
+
+    save_every: int = knob(
+        1000,
+        "steps between checkpoints; 0: the end only",
+        low=0,
+        alias=("save_steps",),
+        group="run",
+    )
+    save_epochs: bool = knob(True, "a checkpoint also at the end of each epoch")
+    keep: int = knob(2, "checkpoints kept", low=1)
+    device: str = knob("cuda", "where to train; nothing falls back", choices=("cuda", "cpu"))
+    compile: bool = knob(False, "torch.compile one block", alias=("compile_model",))
+    tracker: str = knob("off", "where figures are also sent", choices=TRACKERS)
+    tracker_project: str = knob(
+        "hamt-competitive-llm", "project name for the tracker", alias=("wandb_project",)
+    )
+    run_id: str = knob("", "names the run; an unfinished one is resumed", alias=("run_name",))
+    stage: str = knob("", "stage of a study, copied into the results row")
+    data_folder: str = knob(str(ROOT / "data"), "folder of downloaded texts and of token shards")
+    logs_folder: str = knob(
+        str(ROOT / "logs"), "folder of log, metrics and checkpoints", alias=("output_dir",)
+    )
+    results_file: str = knob(
+        str(ROOT / "experiments/results_hamt.csv"), "file that gets one row per run"
+    )
+    dry_run: bool = knob(False, "show knobs, sizes and data, and stop")
+
+    def __post_init__(self):
+        heads = self.n_head
+        if self.hcm_dim % (2 * heads):
+            raise ValueError(f"HCM_DIM={self.hcm_dim} must be N_HEAD={heads} times an even number")
+        if self.precision == "fp16" and self.device == "cpu":
+            raise ValueError("PRECISION=fp16 needs a GPU; with DEVICE=cpu set it to fp32 or bf16")
+        if self.kernel == "fla" and self.device == "cpu":
+            raise ValueError("KERNEL=fla needs a GPU; with DEVICE=cpu set it to plain")
+        if self.mixer == "hamt":
+            return
+        if self.n_embd % (2 * heads):
+            raise ValueError(f"N_EMBD={self.n_embd} must be N_HEAD={heads} times an even width")
+        if self.use_auxiliary_loss or self.memory != "on":
+            raise ValueError(
+                "MIXER=attention has no memory: USE_AUXILIARY_LOSS, MEMORY=local and MEMORY=off "
+                "are for MIXER=hamt"
+            )
+        if self.carry_state:
+            raise ValueError("CARRY_STATE=1 needs a constant state, which attention does not have")
+
+    @property
+    def encoding(self) -> str:
+        """The tokenizer's name."""
+        if self.tokenizer != "auto":
+            return self.tokenizer
+        return "bytes" if self.data in ("embedded", "bytes") else "gpt2"
+
+    @property
+    def vocabulary(self) -> int:
+        return self.vocab_size or VOCABULARY[self.encoding]
+
+    @property
+    def has_conv(self) -> bool:
+        return self.mixer == "hamt" if self.conv is None else self.conv
+
+    @property
+    def ffn_width(self) -> int:
+        """4 times the model width; with attention, as much more as makes both mixers' models equal
+        in parameters.
+        """
+        width = 4 * self.n_embd
+        if self.mixer == "attention":
+            memory = sum(math.prod(shape) for shape in Memory.shapes(self).values())
+            attention = sum(math.prod(shape) for shape in Attention.shapes(self).values())
+            width += round((memory - attention) / (2 * self.n_embd))
+        return max(width, 1)
+
+
+# ----------------------------------------------------------------------------
+# Model
+
+CONV_LENGTH = 4  # tokens
+INIT_STD = 0.02
+MAX_DECAY = 1.0  # nats per token: keeps the exponents of a chunk of 128 tokens within +-64
+
+
+# same as train_gpt.py
+def rms_norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.size(-1),))
+
+
+# same as train_gpt.py
+def apply_rotary(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding in the half-split layout (Su et al., arXiv 2104.09864)."""
+    x1, x2 = x_BTHD.chunk(2, dim=-1)
+    rotated = torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
+    return rotated.type_as(x_BTHD)
+
+
+def bind(item: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Multiply by a key of unit modulus with these cosines and sines of its phases.
+
+    Real parts come first, then imaginary parts. Of spectra, the product is the circular convolution
+    of what they are the spectra of.
+    """
+    re, im = item.chunk(2, dim=-1)
+    return torch.cat([re * cos - im * sin, re * sin + im * cos], dim=-1)
+
+
+def unbind(bound: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Multiply by the conjugate key: what this key had bound comes back as it was."""
+    return bind(bound, cos, -sin)
+
+
+def phases_of_positions(position: Tensor, T: int, bins: int, turning: int) -> Tensor:
+    """(T, bins) of tokens from `position` on: the first `turning` bins turn at rotary's frequencies.
+
+    The products are fp64 and reduced to one turn, so that position 10^6 is as precise as position 1.
+    """
+    index = torch.arange(bins, dtype=torch.float64, device=position.device)
+    frequency = 1e4 ** -(index / max(turning, 1))
+    frequency = torch.where(index < turning, frequency, 0.0)
+    positions = position + torch.arange(T, device=position.device)
+    return torch.outer(positions.double(), frequency) % (2 * math.pi)
+
+
+def causal_conv(x_BTX: Tensor, kernel_4X: Tensor, past_B3X: Tensor) -> tuple[Tensor, Tensor]:
+    """Depthwise causal convolution behind the last inputs so far, and the last inputs after it."""
+    T = x_BTX.size(1)
+    x_BTX = torch.cat([past_B3X.type_as(x_BTX), x_BTX], dim=1)
+    y_BTX = x_BTX[:, :T] * kernel_4X[0]
+    for lag in range(1, CONV_LENGTH):
+        y_BTX = y_BTX + x_BTX[:, lag : T + lag] * kernel_4X[lag]
+    return y_BTX, x_BTX[:, T:].type_as(past_B3X)
+
+
+def random_bits(seed_B: Tensor, count: int) -> Tensor:
+    """(B, count) random int64: a pure function of a row's seed and the place, on every device.
+
+    SplitMix64 (Steele et al. 2014) over a counter. So what is drawn for a row does not depend on
+    the rows beside it, and gradient checkpointing draws it again.
+    """
+    x = torch.arange(count, device=seed_B.device) * -7046029254386353131 + seed_B[:, None]
+    x = (x ^ (x >> 30)) * -4658895280553007687
+    x = (x ^ (x >> 27)) * -7723592293110705685
+    return x ^ (x >> 31)
+
+
+def dropout(x_BTC: Tensor, p: float, seed_B: Tensor) -> Tensor:
+    if p == 0:
+        return x_BTC
+    bits = random_bits(seed_B, x_BTC[0].numel()).view(x_BTC.shape)
+    threshold = int((p - 0.5) * 2**64)  # int64 spans -2^63 to 2^63
+    return torch.where(bits >= threshold, x_BTC / (1 - p), 0.0)
+
+
+def gated_linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, beta: Tensor | None, L: int
+) -> tuple[Tensor, Tensor]:
+    """Reads (B, T, H, E) and the state (B, H, S, E) behind the last token.
+
+    state_t = exp(log_decay_t) * state_{t-1} + k_t v_t^T and read_t = q_t state_t, per head, for q, k
+    and log_decay (B, T, H, S). With beta (B, T, H, 1) the delta rule: a part beta of what k_t finds
+    in the state is taken out of v_t first. Exact for every chunk length L. Products of values are
+    in the type of v, the state and everything in an exponent in the type of the state.
+    """
+    T, E = v.size(1), v.size(3)
+    if T == 1:
+        return recurrent_step(q, k, v, log_decay, state, beta)
+    chunks = -(-T // min(L, T))
+    group = 2 ** (chunks.bit_length() // 2)  # chunks that form one chunk of the second level
+    L = min(L, T)
+
+    def split(x: Tensor) -> Tensor:  # (B, H, N, L, X); a padded token writes and forgets nothing
+        x = F.pad(x, (0, 0, 0, 0, 0, -T % (L * group)))
+        return x.unflatten(1, (-1, L)).permute(0, 3, 1, 2, 4)
+
+    q, k, v, log_decay = split(q), split(k), split(v), split(log_decay)
+    since_start = log_decay.cumsum(3)
+    # Exponents count from a constant in the middle of their range. A middle taken from the decays
+    # themselves would let a later token move an earlier one by a rounding error.
+    middle = -MAX_DECAY * L / 2
+    falling, rising = (since_start - middle).exp(), (middle - since_start).exp()
+    whole = since_start[:, :, :, -1:]
+    k_rising = k * rising
+    k_at_end = k_rising * (whole - middle).exp()
+    q_falling = q * falling
+    scores = (q_falling @ k_rising.mT).tril()
+    if beta is None:
+        added = k_at_end.type_as(v).mT @ v
+        states, state = states_before(added, whole.squeeze(3), state, group, decayed_sums, decayed)
+    else:
+        beta, k_falling = split(beta), k * falling
+        overlap = (beta * (k_falling @ k_rising.mT)).tril(-1)
+        values = beta * torch.cat([v.type_as(k), k_falling * math.exp(middle)], dim=-1)
+        solved = torch.linalg.solve_triangular(overlap, values, upper=False, unitriangular=True)
+        v_new, found = solved.split([E, solved.size(-1) - E], dim=-1)
+        kept = torch.diag_embed(whole.squeeze(3).exp()) - k_at_end.mT @ found
+        added = k_at_end.mT @ v_new
+        states, state = states_before(added, kept, state, group, kept_sums, torch.matmul)
+        v = (v_new - found @ states).type_as(v)
+    q_at_start = q_falling * math.exp(middle)
+    read = scores.type_as(v) @ v + q_at_start.type_as(v) @ states.type_as(v)
+    return read.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :T], state
+
+
+def recurrent_step(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, beta: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """gated_linear_attention of one token, as it is defined."""
+    q, k, v, log_decay = (x.transpose(1, 2).type_as(state) for x in (q, k, v, log_decay))
+    state = state * log_decay.exp().mT
+    if beta is not None:
+        v = beta.transpose(1, 2) * (v - k @ state)
+    state = state + k.mT @ v
+    return (q @ state).transpose(1, 2), state
+
+
+def states_before(
+    added: Tensor, decay: Tensor, state: Tensor, group: int, sums: Callable, apply: Callable
+) -> tuple[Tensor, Tensor]:
+    """(B, H, N, S, E) states before each of N chunks, and the one after the last.
+
+    state_{n+1} = apply(decay_n, state_n) + added_n, in two levels: within groups of chunks, as if
+    each began with an empty state, and between the groups. `sums` does this for one level.
+    """
+    inner, inner_left = sums(added.unflatten(2, (-1, group)), decay.unflatten(2, (-1, group)))
+    outer, outer_left = sums(inner[:, :, :, -1], inner_left[:, :, :, -1])
+    outer = outer + apply(outer_left, state[:, :, None])
+    states = inner[:, :, :, :-1] + apply(inner_left[:, :, :, :-1], outer[:, :, :-1, None])
+    return states.flatten(2, 3), outer[:, :, -1]
+
+
+def decayed(log_left: Tensor, state: Tensor) -> Tensor:
+    return log_left.exp()[..., None] * state
+
+
+def decayed_sums(added: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., n + 1, S, E): what is there before each of n chunks and after the last of what the
+    earlier ones added; and (..., n + 1, S): the log-decay since the beginning.
+
+    log_decay is (..., n, S). Each pair of chunks has a sum of its own: a difference of two long
+    sums would lose what is small in them.
+    """
+    n = added.size(-3)
+    earlier = torch.ones(n + 1, n, dtype=torch.bool, device=added.device).tril(-1)
+    exponent = torch.where(earlier[:n, :, None], log_decay[..., None, :], 0.0).cumsum(-3)
+    exponent = F.pad(exponent, (0, 0, 0, 0, 1, 0))  # (..., n + 1, n, S): after chunk j, before n
+    weight = torch.where(earlier[..., None], exponent.exp(), 0.0)
+    sums = torch.einsum("...njs,...jse->...nse", weight, added.type_as(weight))
+    return sums, F.pad(log_decay.cumsum(-2), (0, 0, 1, 0))
+
+
+def kept_sums(added: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """The same where a chunk multiplies the state by a matrix, kept (..., n, S, S).
+
+    The states solve a system of equations with ones on its diagonal and -kept one block below it.
+    """
+    n, S, E = added.shape[-3:]
+    blocks = torch.diag_embed(-kept.movedim(-3, -1), offset=-1)  # (..., S, S, n + 1, n + 1)
+    system = blocks.movedim((-2, -4, -1, -3), (-4, -3, -2, -1)).flatten(-4, -3).flatten(-2, -1)
+    added = F.pad(added.flatten(-3, -2), (0, 0, S, 0))  # nothing is there before the first chunk
+    start = torch.eye((n + 1) * S, S, dtype=kept.dtype, device=kept.device)
+    right = torch.cat([added, start.expand(*added.shape[:-1], S)], dim=-1)
+    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+    sums, products = solved.unflatten(-2, (n + 1, S)).split([E, S], dim=-1)
+    return sums, products
+
+
+def fla_attention(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, beta: Tensor | None, L: int
+) -> tuple[Tensor, Tensor]:
+    """gated_linear_attention by the kernels of flash-linear-attention (package fla-core)."""
+    from fla.ops.gla import chunk_gla
+    from fla.ops.kda import chunk_kda
+
+    q, k = q.type_as(v), k.type_as(v)
+    options = dict(scale=1.0, initial_state=state, output_final_state=True)
+    if beta is None:
+        return chunk_gla(q, k, v, log_decay, **options)
+    return chunk_kda(q, k, v, log_decay, beta.squeeze(-1), **options)
+
+
+class Memory(nn.Module):
+    """The holographic layer: bind, gated linear attention over slots, unbind."""
+
+    def __init__(self, cfg: Knobs):
+        super().__init__()
+        self.cfg = cfg
+        for name, shape in self.shapes(cfg).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+
+    @staticmethod
+    def widths(cfg: Knobs) -> dict[str, int]:
+        """Rows of in_proj, by what they make. Keys and addresses serve writing and reading: recall
+        is learned far sooner than with projections of their own (docs/hamt.md).
+        """
+        D, addresses = cfg.hcm_dim, cfg.n_head * cfg.num_slots
+        beta = cfg.n_head if cfg.delta_rule else 0
+        gate = D if cfg.use_gating else 0
+        return dict(item=D, key=D // 2, address=addresses, decay=addresses, beta=beta, gate=gate)
+
+    @staticmethod
+    def conv_widths(cfg: Knobs) -> list[int]:
+        """Channels of the convolution: item, write key, read key, write address, read address."""
+        K, addresses = cfg.hcm_dim // 2, cfg.n_head * cfg.num_slots
+        return [cfg.hcm_dim, K, K, addresses, addresses]
+
+    @classmethod
+    def shapes(cls, cfg: Knobs) -> dict[str, tuple[int, ...]]:
+        shapes = dict(
+            in_proj=(sum(cls.widths(cfg).values()), cfg.n_embd),
+            out_proj=(cfg.n_embd, cfg.hcm_dim),
+            norm=(cfg.hcm_dim,),
+        )
+        if cfg.conv is not False:
+            shapes["conv_kernel"] = (CONV_LENGTH, sum(cls.conv_widths(cfg)))
+        shapes["decay_bias"] = (cfg.n_head, cfg.num_slots)
+        return shapes
+
+    def empty_state(self, B: int) -> tuple[Tensor, ...]:
+        cfg = self.cfg
+        channels = sum(self.conv_widths(cfg)) if cfg.has_conv else 0
+        memory = self.in_proj.new_zeros(B, cfg.n_head, cfg.num_slots, cfg.hcm_dim // cfg.n_head)
+        return memory, self.in_proj.new_zeros(B, CONV_LENGTH - 1, channels)
+
+    def forward(
+        self, x_BTC: Tensor, state: tuple[Tensor, ...], phase_TK: Tensor, seed_B: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+        """The output (B, T, C), the state behind the last token, and the auxiliary loss."""
+        cfg, (memory, past) = self.cfg, state
+        made = F.linear(x_BTC, self.in_proj)
+        item, key, address, *rest = made.split(list(self.widths(cfg).values()), dim=-1)
+        mixed = torch.cat([item, key, key, address, address], dim=-1)
+        if cfg.has_conv:
+            mixed, past = causal_conv(mixed, self.conv_kernel, past)
+        with torch.autocast(made.device.type, enabled=False):  # phases, decays, state stay fp32
+            decay, beta, gate = (part.type_as(memory) for part in rest)
+            mixed = mixed.type_as(memory).split(self.conv_widths(cfg), dim=-1)
+            item, key, query, write, read = (part.unflatten(-1, (cfg.n_head, -1)) for part in mixed)
+            write, read = write.softmax(-1), read.softmax(-1)
+            log_decay = decay.unflatten(-1, (cfg.n_head, -1)) + self.decay_bias
+            log_decay = -MAX_DECAY * log_decay.sigmoid()
+            if cfg.delta_rule:  # a write along a unit vector erases just what it will replace
+                write, beta = F.normalize(write, dim=-1), beta.sigmoid()[..., None]
+            else:
+                beta = None
+            phase = phase_TK[:, None].type_as(memory)
+            key, query = key + phase, query + phase
+            bound = bind(item, key.cos(), key.sin()).type_as(made)
+            written = (write, bound, log_decay, memory, beta, cfg.chunk_length)
+            aux = memory.new_zeros(())
+            if self.training and cfg.use_auxiliary_loss:
+                aux = self.delayed_recall(item, key, written, seed_B)
+            found, memory = self.recall(read, *written)
+            y = rms_norm(unbind(found, query.cos(), query.sin())).flatten(2) * self.norm
+            if cfg.use_gating:
+                y = y * F.silu(gate)
+        return F.linear(y.type_as(made), self.out_proj), (memory, past), aux
+
+    def recall(self, read: Tensor, write: Tensor, bound: Tensor, *rest) -> tuple[Tensor, Tensor]:
+        """What the read addresses find, still bound, and the state behind the last token."""
+        if self.cfg.memory == "on":
+            attend = fla_attention if self.cfg.kernel == "fla" else gated_linear_attention
+            return attend(read, write, bound, *rest)
+        state = rest[1]
+        if self.cfg.memory == "local":  # a control: what each token finds of its own write
+            return (read * write).sum(-1, keepdim=True) * bound, state
+        return torch.zeros_like(bound), state
+
+    def delayed_recall(self, item: Tensor, key: Tensor, written: tuple, seed_B: Tensor) -> Tensor:
+        """1 - cosine between an earlier item and what its own key and address still find of it.
+
+        One item is drawn for each token but the first, from those before it. Blind to scale, so
+        that nothing is gained by making items small.
+        """
+        B, T, H, _ = item.shape
+        bits = random_bits(seed_B, T)
+        earlier = bits.remainder(torch.arange(T, device=bits.device).clamp(min=1))
+
+        def take(x: Tensor) -> Tensor:
+            return x.gather(1, earlier[..., None, None].expand(B, T, H, x.size(3)))
+
+        found, _ = self.recall(take(written[0]), *written)
+        key = take(key)
+        found = unbind(found, key.cos(), key.sin())
+        return 1 - F.cosine_similarity(found, take(item).detach(), dim=-1)[:, 1:].mean()
+
+
+class Attention(nn.Module):
+    """Causal rotary attention. Its state is the keys and values of all tokens so far."""
+
+    def __init__(self, cfg: Knobs):
+        super().__init__()
+        self.cfg = cfg
+        for name, shape in self.shapes(cfg).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+
+    @staticmethod
+    def shapes(cfg: Knobs) -> dict[str, tuple[int, ...]]:
+        C = cfg.n_embd
+        shapes = dict(in_proj=(3 * C, C), out_proj=(C, C))
+        if cfg.has_conv:
+            shapes["conv_kernel"] = (CONV_LENGTH, 3 * C)
+        return shapes
+
+    def empty_state(self, B: int) -> tuple[Tensor, ...]:
+        cfg, new_zeros = self.cfg, self.in_proj.new_zeros
+        none = new_zeros(B, 0, cfg.n_head, cfg.n_embd // cfg.n_head)
+        channels = 3 * cfg.n_embd if cfg.has_conv else 0
+        return none, none, new_zeros(B, CONV_LENGTH - 1, channels)
+
+    def forward(
+        self, x_BTC: Tensor, state: tuple[Tensor, ...], phase_TK: Tensor, seed_B: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+        """As Memory.forward; the auxiliary loss is 0."""
+        B, T, C = x_BTC.shape
+        old_k, old_v, past = state
+        made = F.linear(x_BTC, self.in_proj)
+        if self.cfg.has_conv:
+            mixed, past = causal_conv(made, self.conv_kernel, past)
+            made = mixed.type_as(made)
+        q, k, v = (part.view(B, T, self.cfg.n_head, -1) for part in made.split(C, dim=-1))
+        phase = phase_TK[:, None].type_as(self.in_proj)
+        cos, sin = phase.cos(), phase.sin()
+        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        if old_k.size(1):
+            k, v = torch.cat([old_k.type_as(k), k], dim=1), torch.cat([old_v.type_as(v), v], dim=1)
+        mask = None
+        if old_k.size(1):
+            mask = torch.ones(T, k.size(1), dtype=torch.bool, device=k.device).tril(old_k.size(1))
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None,
+        )
+        y = F.linear(y.transpose(1, 2).reshape(B, T, C), self.out_proj)
+        return y, (k, v, past), torch.zeros((), device=y.device)
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: a mixer over time, then a GELU FFN."""
+
+    def __init__(self, cfg: Knobs):
+        super().__init__()
+        self.dropout = cfg.dropout
+        self.mixer = Memory(cfg) if cfg.mixer == "hamt" else Attention(cfg)
+        self.norm1 = nn.Parameter(torch.ones(cfg.n_embd))
+        self.norm2 = nn.Parameter(torch.ones(cfg.n_embd))
+        self.up_proj = nn.Parameter(torch.empty(cfg.ffn_width, cfg.n_embd))
+        self.down_proj = nn.Parameter(torch.empty(cfg.n_embd, cfg.ffn_width))
+
+    def forward(
+        self, x_BTC: Tensor, state: tuple[Tensor, ...], phase_TK: Tensor, seed_B: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+        p = self.dropout if self.training else 0.0
+        y, state, aux = self.mixer(rms_norm(x_BTC) * self.norm1, state, phase_TK, seed_B)
+        x_BTC = x_BTC + dropout(y, p, seed_B + 1)
+        hidden = F.gelu(F.linear(rms_norm(x_BTC) * self.norm2, self.up_proj))
+        y = F.linear(hidden, self.down_proj)
+        return x_BTC + dropout(y, p, seed_B + 2), state, aux
+
+
+@dataclass
+class State:
+    """What a model carries from token to token."""
+
+    position: Tensor  # tokens so far, int64
+    layers: list[tuple[Tensor, ...]]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for layer in self.layers for t in layer)
+
+
+class Model(nn.Module):
+    """Embedding, blocks, RMSNorm; one matrix, `wte`, is embedding and head."""
+
+    def __init__(self, cfg: Knobs):
+        super().__init__()
+        self.cfg, self.chunk_loss = cfg, chunk_loss_and_gradient
+        self.wte = nn.Parameter(torch.empty(cfg.vocabulary, cfg.n_embd))
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+        self.norm = nn.Parameter(torch.ones(cfg.n_embd))
+
+    def empty_state(self, B: int) -> State:
+        position = torch.zeros((), dtype=torch.long, device=self.wte.device)
+        return State(position, [block.mixer.empty_state(B) for block in self.blocks])
+
+    def phases(self, position: Tensor, T: int) -> Tensor:
+        """Half of a memory's phases turn with position, so that it reads by content and distance."""
+        if self.cfg.mixer == "attention":
+            bins = self.cfg.n_embd // self.cfg.n_head // 2
+            return phases_of_positions(position, T, bins, bins)
+        bins = self.cfg.hcm_dim // self.cfg.n_head // 2
+        return phases_of_positions(position, T, bins, round(bins / 2))
+
+    def hidden(
+        self, x_BT: Tensor, state: State, seed_B: Tensor | None = None
+    ) -> tuple[Tensor, State, Tensor]:
+        """What the head reads (B, T, C), the state behind the last token, the auxiliary loss.
+
+        seed_B, int64, decides what is drawn at random in training.
+        """
+        cfg, (B, T) = self.cfg, x_BT.shape
+        seed_B = x_BT.new_zeros(B) if seed_B is None else seed_B
+        phase_TK = self.phases(state.position, T)
+        layers, aux_sum = [], 0.0
+        dtype = DTYPES[cfg.precision]
+        with torch.autocast(x_BT.device.type, dtype, enabled=dtype != torch.float32):
+            x_BTC = F.embedding(x_BT, self.wte)
+            x_BTC = dropout(x_BTC, cfg.dropout if self.training else 0.0, seed_B)
+            for i, (block, layer) in enumerate(zip(self.blocks, state.layers, strict=True)):
+                args = (x_BTC, layer, phase_TK, seed_B + 3 * i)
+                if cfg.gradient_checkpointing and torch.is_grad_enabled():
+                    kept = dict(use_reentrant=False, preserve_rng_state=False)
+                    x_BTC, layer, aux = checkpoint(block, *args, **kept)
+                else:
+                    x_BTC, layer, aux = block(*args)
+                layers.append(layer)
+                aux_sum = aux_sum + aux
+            x_BTC = rms_norm(x_BTC) * self.norm
+        return x_BTC, State(state.position + T, layers), aux_sum / cfg.n_layer
+
+    def forward(
+        self, x_BT: Tensor, y_BT: Tensor, state: State | None = None, seed_B: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, State]:
+        """Summed cross-entropy in nats over the targets that are not -1, the auxiliary loss, and
+        the state behind the last token.
+        """
+        state = self.empty_state(len(x_BT)) if state is None else state
+        h_BTC, state, aux = self.hidden(x_BT, state, seed_B)
+        h_NC = h_BTC.flatten(0, 1).to(DTYPES[self.cfg.precision])
+        needs_gradient = torch.is_grad_enabled()  # evaluation does not
+        arguments = (h_NC, self.wte, y_BT.flatten(), self.chunk_loss, needs_gradient)
+        return LinearCrossEntropy.apply(*arguments), aux, state
+
+    def stream(self, x_BT: Tensor, state: State) -> tuple[Tensor, State]:
+        """Logits (B, T, V) of tokens that follow those of `state`, and the state behind them."""
+        h_BTC, state, _ = self.hidden(x_BT, state)
+        logits = F.linear(h_BTC, self.wte)
+        return logits if logits.dtype == torch.float64 else logits.float(), state
+
+    def logits(self, x_BT: Tensor) -> Tensor:
+        """(B, T, V), for generation and tests; training never forms all of them."""
+        return self.stream(x_BT, self.empty_state(len(x_BT)))[0]
+
+
+@torch.no_grad()
+def init_weights(model: Model, cfg: Knobs) -> None:
+    """N(0, INIT_STD), divided by sqrt(2 layers) for what adds to the residual stream.
+
+    Each tensor has its own generator, made of seed and name, so that one that is switched off
+    moves no other.
+    """
+    for name, p in model.named_parameters():
+        if name.endswith(("norm", "norm1", "norm2")):
+            p.fill_(1.0)
+        elif name.endswith("decay_bias"):  # slot by slot, evenly on a logarithmic scale
+            spread = torch.linspace(2, -math.log2(cfg.slowest_decay), p.size(1))
+            rate = -torch.log1p(-(2.0**-spread)) / MAX_DECAY
+            p.copy_((rate / (1 - rate)).log().expand_as(p))
+        else:
+            std = INIT_STD
+            if name.endswith(("out_proj", "down_proj")):
+                std /= math.sqrt(2 * cfg.n_layer)
+            seed_name = name  # the names that published numbers were drawn by
+            for now, then in (("in_proj", "inp"), ("conv_kernel", "taps"), ("_proj", "")):
+                seed_name = seed_name.replace(now, then)
+            digest = hashlib.sha256(f"{cfg.seed} {seed_name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+            p.copy_(torch.empty(p.shape).normal_(std=std, generator=generator))
+    if cfg.mixer == "hamt":
+        for block in model.blocks:
+            prepare_recall(block.mixer, cfg)
+
+
+def prepare_recall(memory: Memory, cfg: Knobs) -> None:
+    """What recall needs at the start (measured: docs/hamt.md). Phases spread over the circle, and
+    addresses differ; a write is addressed by the token before it, a read by its own token.
+    """
+    item, key, address, *_ = memory.in_proj.split(list(memory.widths(cfg).values()))
+    for part in (key, address):
+        part.mul_(2.0 / (INIT_STD * cfg.n_embd**0.5))
+    if cfg.has_conv:
+        parts = memory.conv_kernel.split(memory.conv_widths(cfg), dim=1)
+        for part, lag in zip(parts, (0, 1, 0, 1, 0), strict=True):
+            part[CONV_LENGTH - 1 - lag] += 1.0
+
+
+# ----------------------------------------------------------------------------
+# Loss
+
+
+# same as train_gpt.py
+def chunk_loss_and_gradient(logits_NV: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy of some rows, and its gradient with respect to their logits. Rows whose
+    target is -1 do not count.
+    """
+    is_scored_N = target_N >= 0
+    index_N1 = target_N.clamp(min=0)[:, None]
+    log_probs = F.log_softmax(logits_NV.float(), dim=-1)
+    loss = -log_probs.gather(1, index_N1)[:, 0].where(is_scored_N, 0.0).sum()
+    gradient = log_probs.exp()
+    gradient = gradient.scatter_add(1, index_N1, gradient.new_full(index_N1.shape, -1.0))
+    return loss, gradient.where(is_scored_N[:, None], 0.0).to(logits_NV.dtype)
+
+
+# same as train_gpt.py
+class LinearCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of a linear head, a chunk of rows at a time: of the (N, V) logits, 13 GB
+    in fp32 at full size, only a chunk exists.
+
+    The gradients are formed in the forward pass, while a chunk's logits are there, and scaled in
+    the backward pass. Products have the dtype of `hidden`; the loss and all sums are fp32.
+    """
+
+    CHUNK_ROWS = 8192
+
+    @staticmethod
+    def forward(ctx, hidden_NC, weight_VC, target_N, chunk_loss, needs_gradient) -> Tensor:
+        weight = weight_VC.to(hidden_NC.dtype)
+        loss_sum = torch.zeros((), device=hidden_NC.device)
+        if needs_gradient:
+            grad_hidden = torch.empty_like(hidden_NC)
+            grad_weight = torch.zeros_like(weight_VC)
+            ctx.save_for_backward(grad_hidden, grad_weight)
+        for start in range(0, len(hidden_NC), LinearCrossEntropy.CHUNK_ROWS):
+            rows = slice(start, start + LinearCrossEntropy.CHUNK_ROWS)
+            loss, grad_logits = chunk_loss(hidden_NC[rows] @ weight.T, target_N[rows])
+            loss_sum += loss
+            if needs_gradient:
+                grad_hidden[rows] = grad_logits @ weight
+                grad_weight += grad_logits.T @ hidden_NC[rows]
+        return loss_sum
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor) -> tuple:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad_loss, grad_weight * grad_loss, None, None, None
+
+
+# ----------------------------------------------------------------------------
+# Optimizer
+
+
+# differs: matrices decay and the rest does not, and the gradient is clipped
+class AdamW(torch.optim.AdamW):
+    """torch's fused AdamW, whose step is left out where the device flag `all_finite` is down."""
+
+    def __init__(self, model: Model, cfg: Knobs):
+        self.grad_clip = cfg.grad_clip
+        matrices, rest = [], []
+        for name, p in model.named_parameters():
+            is_matrix = name.endswith(("wte", "_proj"))
+            (matrices if is_matrix else rest).append(p)
+        groups = [
+            dict(params=matrices, weight_decay=cfg.weight_decay),
+            dict(params=rest, weight_decay=0.0),
+        ]
+        super().__init__(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
+
+    def step(self, lr: float, grad_norms_P: Tensor, all_finite: Tensor) -> None:
+        for group in self.param_groups:
+            group["lr"] = lr
+        # As torch's GradScaler tells the fused kernel: what to divide by, and whether to step.
+        if self.grad_clip > 0:
+            self.grad_scale = (grad_norms_P.norm() / self.grad_clip).clamp(min=1.0)
+        self.found_inf = (~all_finite).float()
+        super().step()
+
+
+# same as train_gpt.py
+class LossScale(nn.Module):
+    """Keeps small fp16 gradients representable (Micikevicius et al., arXiv 1710.03740); 1 for other
+    dtypes.
+    """
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.is_fp16 = dtype == torch.float16
+        self.register_buffer("scale", torch.tensor(2.0**16 if self.is_fp16 else 1.0))
+        self.register_buffer("good_steps", torch.tensor(0))
+
+    def update(self, grad_norms_P: Tensor) -> Tensor:
+        """Halve after an overflow, double after 1,000 steps without; returns whether fp16 has
+        overflowed.
+        """
+        overflow = ~grad_norms_P.isfinite().all() & self.is_fp16
+        self.good_steps.copy_(torch.where(overflow, 0, self.good_steps + self.is_fp16))
+        growth = torch.where(self.good_steps % 1000 == 999, 2.0, 1.0)
+        self.scale *= torch.where(overflow, 0.5, growth)
+        return overflow
+
+
+# ----------------------------------------------------------------------------
+# Schedule
+
+
+def schedule_position(step: int, spent_s: float, total_steps: int, cfg: Knobs) -> float:
+    """Where the schedule stands, in steps: at the step, or with TIME_BUDGET_S at the share of the
+    budget that is spent.
+    """
+    if cfg.time_budget_s is None:
+        return step
+    return total_steps * spent_s / cfg.time_budget_s
+
+
+def warmup_steps(total_steps: int, cfg: Knobs) -> int:
+    return min(1000, total_steps // 50) if cfg.warmup_iters is None else cfg.warmup_iters
+
+
+# differs: half a cosine instead of a trapezoid
+def lr_scale(position: float, total_steps: int, cfg: Knobs) -> float:
+    """Linear up to 1 over the warm-up, then half a cosine down to a tenth at the end."""
+    warmup = warmup_steps(total_steps, cfg)
+    if position < warmup:
+        return (position + 1) / warmup
+    if not cfg.use_scheduler:
+        return 1.0
+    done = min(1.0, (position - warmup) / max(total_steps - warmup, 1))
+    return 0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2
+
+
+# ----------------------------------------------------------------------------
+# Batches
+
+
+# differs: sequences are shuffled, or read on with a carried state
+class Batches:
+    """Which tokens each step trains on: a function of the step, whatever the number of ranks.
+
+    The stream is cut into sequences, shuffled anew in each epoch; an epoch is as many whole batches
+    as there are. With CARRY_STATE, row b of all batches reads the b-th part of the stream from
+    front to back instead. Raises UserError when the text is too short.
+    """
+
+    def __init__(self, shards: TokenShards, cfg: Knobs, world: World):
+        self.shards, self.cfg, self.world = shards, cfg, world
+        self.sequences = (shards.total - 1) // cfg.sequence_length
+        if cfg.max_train_samples is not None:
+            self.sequences = min(self.sequences, cfg.max_train_samples)
+        self.epoch_steps = self.sequences // cfg.batch_size
+        if self.epoch_steps < 1:
+            raise UserError(
+                f"{shards.pattern}: {self.sequences} sequences of {cfg.sequence_length} tokens, "
+                f"BATCH_SIZE={cfg.batch_size} needs as many; lower one of the two, raise "
+                f"MAX_TRAIN_SAMPLES, or use a longer text"
+            )
+        self.total_steps = cfg.num_iterations
+        if self.total_steps is None:
+            self.total_steps = self.epoch_steps * cfg.num_epochs
+        self.batch_tokens = cfg.batch_size * cfg.sequence_length
+        self.order = lru_cache(maxsize=2)(self._order)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.cfg.seed, epoch]).permutation(self.sequences)
+
+    def starts(self, step: int) -> list[int]:
+        """Stream positions at which this rank's sequences of the step begin."""
+        epoch, i = divmod(step, self.epoch_steps)
+        B = self.cfg.batch_size
+        rows = range(B)[self.world.share(B)]
+        if self.cfg.carry_state:
+            places = [row * self.epoch_steps + i for row in rows]
+        else:
+            places = [int(self.order(epoch)[i * B + row]) for row in rows]
+        return [place * self.cfg.sequence_length for place in places]
+
+    def row_seeds(self, step: int) -> Tensor:
+        """(rows,) int64: what is drawn at random for a row is a function of seed, step and row."""
+        B = self.cfg.batch_size
+        seeds = np.random.default_rng([self.cfg.seed, step, 1]).integers(2**63, size=B)
+        return torch.from_numpy(seeds[self.world.share(B)])
+
+    def make(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """This rank's inputs and targets of the step, (rows, T) int32, and the rows' seeds."""
+        x_BT, y_BT = read_rows(self.shards, self.starts(step), self.cfg.sequence_length)
+        return x_BT, y_BT, self.row_seeds(step)
+
+
+class RowStates:
+    """The states from which this rank's rows of the batch go on (CARRY_STATE); else all empty."""
+
+    def __init__(self, model: Model, cfg: Knobs, world: World):
+        self.cfg, self.world = cfg, world
+        share = world.share(cfg.batch_size)
+        self.state = model.empty_state(share.stop - share.start) if cfg.carry_state else None
+
+    def take(self, rows: slice) -> State | None:
+        if self.state is None:
+            return None
+        layers = [tuple(t[rows] for t in layer) for layer in self.state.layers]
+        return State(self.position, layers)
+
+    def start_step(self, is_new_epoch: bool) -> None:
+        """In a new epoch the rows start over, at the front of their parts of the text."""
+        if self.state is None:
+            return
+        if is_new_epoch:
+            self.state.position.zero_()
+            for t in self.tensors():
+                t.zero_()
+        self.position = self.state.position.clone()
+
+    def put(self, rows: slice, state: State) -> None:
+        if self.state is None:
+            return
+        self.state.position.copy_(state.position)
+        for own, new in zip(self.state.layers, state.layers, strict=True):
+            for t, value in zip(own, new, strict=True):
+                t[rows] = value.detach()
+
+    def tensors(self) -> list[Tensor]:
+        return [t for layer in self.state.layers for t in layer]
+
+    def state_dict(self) -> dict[str, object]:
+        """The states of all rows of the batch, on every rank."""
+        if self.state is None:
+            return {}
+        whole = []
+        for t in self.tensors():
+            rows = t.new_zeros(self.cfg.batch_size, *t.shape[1:])
+            rows[self.world.share(self.cfg.batch_size)] = t
+            whole.append(self.world.all_reduce(rows))
+        return dict(position=self.state.position, rows=whole)
+
+    def load_state_dict(self, saved: dict[str, object]) -> None:
+        if self.state is None:
+            return
+        self.state.position.copy_(saved["position"])
+        for t, rows in zip(self.tensors(), saved["rows"], strict=True):
+            t.copy_(rows[self.world.share(self.cfg.batch_size)])
+
+
+# ----------------------------------------------------------------------------
+# Evaluation
+
+
+@dataclass(frozen=True)
+class Score:
+    """Summed loss of a text in nats, over `tokens` scored targets, which stand for so many words
+    and bytes.
+    """
+
+    nats: float
+    tokens: int
+    words: float
+    bytes: float
+
+    @classmethod
+    def of(cls, split: Split, nats: float, tokens: int) -> "Score":
+        """Words and bytes in proportion to the share of the split's tokens that is scored."""
+        share = tokens / split.shards.total
+        return cls(nats, tokens, split.words * share, split.bytes * share)
+
+    @property
+    def loss(self) -> float:
+        return self.nats / self.tokens
+
+    @property
+    def ppl(self) -> float:
+        return math.exp(min(self.loss, 700))
+
+    @property
+    def word_ppl(self) -> float:
+        return math.exp(min(self.nats / self.words, 700))
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / math.log(2) / self.bytes
+
+
+def read_window(shards: TokenShards, start: int, T: int) -> tuple[Tensor, Tensor]:
+    """T inputs and targets from `start` on; behind the end of the text, targets that do not count."""
+    tokens = shards.read(start, min(T + 1, shards.total - start)).astype(np.int64)
+    missing = T + 1 - len(tokens)
+    x, y = torch.from_numpy(tokens[:-1]), torch.from_numpy(tokens[1:])
+    return F.pad(x, (0, missing)), F.pad(y, (0, missing), value=-1)
+
+
+# differs: the whole of a split, or its first windows, with words and bytes
+@torch.no_grad()
+def evaluate(
+    model: Model, split: Split, rows: int, world: World, limit: int | None = None
+) -> Score:
+    """Loss of windows of SEQUENCE_LENGTH that do not overlap: every token but the first is scored
+    once, the same for every number of ranks and of rows at a time.
+    """
+    shards, T = split.shards, model.cfg.sequence_length
+    starts = range(0, shards.total - 1, T)[:limit]
+    nats = torch.zeros((), device=world.device, dtype=torch.float64)
+    nothing = torch.zeros(T, dtype=torch.long), torch.full((T,), -1)
+    mine = starts[world.share(len(starts))]
+    model.eval()
+    for first in range(0, len(mine), rows):
+        windows = [read_window(shards, start, T) for start in mine[first : first + rows]]
+        windows += [nothing] * (rows - len(windows))  # so that the model meets one shape
+        x_BT, y_BT = (torch.stack(part).to(world.device) for part in zip(*windows, strict=True))
+        nats += model(x_BT, y_BT)[0]
+    model.train()
+    scored = min(len(starts) * T, shards.total - 1)
+    return Score.of(split, world.all_reduce(nats).item(), scored)
+
+
+@torch.no_grad()
+def evaluate_stream(model: Model, split: Split, world: World) -> Score:
+    """Loss of the whole split, read once from front to back: every token is predicted from all
+    before it, in memory that does not grow. Rank 0 reads.
+    """
+    shards, T = split.shards, model.cfg.sequence_length
+    nats = torch.zeros((), device=world.device, dtype=torch.float64)
+    state = model.empty_state(1)
+    model.eval()
+    if world.is_main:
+        for start in range(0, shards.total - 1, T):
+            x_T, y_T = read_window(shards, start, T)
+            x_BT, y_BT = x_T[None].to(world.device), y_T[None].to(world.device)
+            loss, _, state = model(x_BT, y_BT, state)
+            nats += loss
+    model.train()
+    return Score.of(split, world.all_reduce(nats).item(), shards.total - 1)
+
+
+def report(model: Model, splits: dict[str, Split], rows: int, world: World, session: Session):
+    """The last figures: the test split in windows and, where the state is constant, the validation
+    and the test split as one stream.
+    """
+    T = model.cfg.sequence_length
+    test = evaluate(model, splits["test"], rows, world)
+    scores = {"test": (test, f"window:{T} stride:{T}")}
+    session.row.update(
+        test_loss=test.loss,
+        test_ppl=test.ppl,
+        test_word_ppl=test.word_ppl,
+        test_bits_per_byte=test.bits_per_byte,
+    )
+    if model.cfg.mixer == "hamt":
+        for part in ("val", "test"):
+            found = evaluate_stream(model, splits[part], world)
+            scores[f"{part}_stream"] = (found, f"one stream, state carried every {T}")
+            session.row[f"{part}_stream_loss"] = found.loss
+    for name, (found, how) in scores.items():
+        session.say(
+            f"{name}_loss:{found.loss:.4f} nats:{found.nats:.1f} tokens:{found.tokens} "
+            f"ppl:{found.ppl:.3f} word_ppl:{found.word_ppl:.3f} "
+            f"bits_per_byte:{found.bits_per_byte:.4f} {how}"
+        )
+
+
+# ----------------------------------------------------------------------------
+# Records and plan
+
+HINT = "set DEVICE=cpu; PRESET=demo is a size that makes that sensible"
+RESULTS = (
+    "run_id date git_commit seed mixer hidden_dim hcm_dim num_layers num_slots num_attention_heads "
+    "delta_rule conv memory use_auxiliary_loss dataset tokenizer learning_rate batch_size "
+    "device_batch_size sequence_length num_iterations final_val_loss best_val_loss val_ppl "
+    "val_bits_per_byte test_loss test_ppl test_word_ppl test_bits_per_byte val_stream_loss "
+    "test_stream_loss train_time_ms ms_per_step gpu_name n_gpus notes stage status steps_done "
+    "warmup_iters n_params tokens_seen epochs tokens_per_s peak_memory_mib torch world_size "
+    "code_sha256 dirty"
+).split()
+COLUMN_KNOBS = dict(
+    hidden_dim="n_embd",
+    num_layers="n_layer",
+    num_attention_heads="n_head",
+    dataset="data",
+    learning_rate="lr",
+)
+
+
+def flops_per_token(model: Model, cfg: Knobs) -> int:
+    """Model FLOPs of forward and backward, for MFU: 6 per weight of a matrix product (the tied
+    matrix counts once, as the head), attention counted causal, and a memory's reads, writes and
+    products within its chunks.
+    """
+    T, D, S = cfg.sequence_length, cfg.hcm_dim, cfg.num_slots
+    names = model.named_parameters()
+    flops = 6 * sum(p.numel() for name, p in names if name.endswith(("wte", "_proj")))
+    if cfg.mixer == "attention":
+        return flops + 6 * cfg.n_layer * T * cfg.n_embd
+    if cfg.memory != "on":
+        return flops
+    L = min(cfg.chunk_length, T)
+    return flops + 6 * cfg.n_layer * (L * cfg.n_head * S + L * D + 2 * S * D)
+
+
+def memory_mib(rows: int, num_params: int, cfg: Knobs) -> int:
+    """Rough peak of a rank with micro-batches of `rows` sequences: weights, gradients, moments,
+    temporaries of the tied matrix, activations, and a chunk of logits.
+    """
+    size, tokens = DTYPES[cfg.precision].itemsize, rows * cfg.sequence_length
+    fixed = num_params * 16 + cfg.vocabulary * cfg.n_embd * 12
+    mixer = 8 * cfg.n_embd * size
+    if cfg.mixer == "hamt":
+        made = sum(Memory.widths(cfg).values())
+        states = 8 * cfg.num_slots // min(cfg.chunk_length, cfg.sequence_length)
+        mixer = 2 * made * (size + 4) + (20 + states) * cfg.hcm_dim * 4
+    block = mixer + 5 * cfg.n_embd * 4 + 3 * cfg.ffn_width * size
+    kept = cfg.n_layer * block
+    if cfg.gradient_checkpointing:
+        kept = cfg.n_layer * cfg.n_embd * 4 + block
+    logits = min(tokens, LinearCrossEntropy.CHUNK_ROWS) * cfg.vocabulary * 12
+    return (fixed + tokens * (kept + 16 * cfg.n_embd) + logits) // 2**20
+
+
+def micro_batch_rows(model: Model, cfg: Knobs, world: World) -> int:
+    """Sequences of a micro-batch; DEVICE_BATCH_SIZE=auto tries out how many fit."""
+
+    def attempt(rows: int) -> None:
+        tokens = torch.zeros(rows, cfg.sequence_length, dtype=torch.long, device=world.device)
+        model(tokens, tokens)[0].backward()
+
+    num_params = sum(p.numel() for p in model.parameters())
+    estimate = lambda rows: memory_mib(rows, num_params, cfg)
+    return choose_rows(cfg.device_batch_size, cfg.batch_size, attempt, estimate, world)
+
+
+def open_data(cfg: Knobs, world: World, download: bool = True) -> tuple[Batches, dict[str, Split]]:
+    """Training batches and the splits. Raises UserError for all that is wrong with them."""
+    splits = open_splits(cfg.data, cfg.encoding, Path(cfg.data_folder), download)
+    for split in splits.values():
+        split.shards.check_ids(cfg.vocabulary, world)
+    return Batches(splits["train"].shards, cfg, world), splits
+
+
+def data_facts(batches: Batches, splits: dict[str, Split]) -> str:
+    split, cfg = splits["train"], batches.cfg
+    epochs = batches.total_steps / batches.epoch_steps
+    return (
+        f"{cfg.data}: {split.shards.total:,} {cfg.encoding} tokens, {split.words:,} words, "
+        f"{split.bytes:,} bytes, {epochs:.2f} epochs of {batches.epoch_steps} steps"
+    )
+
+
+def plan(cfg: Knobs, world: World) -> dict[str, object]:
+    """What --dry_run shows. Raises UserError for what the run would refuse; needs no GPU."""
+    check_compiler(cfg.compile, cfg.device)
+    with torch.device("meta"):
+        model = Model(cfg)
+    num_params = sum(p.numel() for p in model.parameters())
+    tokens, rows = cfg.batch_size * cfg.sequence_length, cfg.device_batch_size or 1
+    flops = flops_per_token(model, cfg) * tokens
+    facts = {
+        "mixer": f"{cfg.mixer}, vocabulary {cfg.vocabulary:,}, FFN width {cfg.ffn_width}",
+        "parameters": f"{num_params:,}",
+        "tokens per step": f"{tokens:,}",
+        "memory": f"about {memory_mib(rows, num_params, cfg):,} MiB per rank at {rows} sequences",
+    }
+    try:
+        batches, splits = open_data(cfg, world, download=False)
+    except NotFetched as error:
+        return {**facts, "compute": f"{flops:.3g} FLOPs per step", "data": error}
+    steps = batches.total_steps
+    facts["compute"] = f"{flops * steps:.3g} FLOPs in {steps} steps of {tokens * steps:,} tokens"
+    return {**facts, "data": data_facts(batches, splits)}
+
+
+# ----------------------------------------------------------------------------
+# Training
+
+
+@dataclass
+class TrainState:
+    """With the model, the optimizer, the loss scale and the rows' states, all that the next step
+    depends on: tokens, learning rate and dropout are functions of the step.
+    """
+
+    step: int = 0
+    overflows: int = 0  # of fp16, one after another
+
+
+def compile_model(model: Model) -> None:
+    """One block is compiled and serves all of them; the loop over chunks of the loss stays outside."""
+    for block in model.blocks:
+        block.compile(dynamic=False)
+    model.chunk_loss = torch.compile(chunk_loss_and_gradient, dynamic=False)
+
+
+def add_gradients(
+    model: Model, batch: tuple[Tensor, ...], states: RowStates, rows: int, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """This rank's shares of the batch's mean loss and auxiliary loss; adds their gradients, times
+    `scale`, micro-batch by micro-batch.
+    """
+    cfg, (x_BT, y_BT, seed_B) = model.cfg, batch
+    loss_sum, aux_sum = torch.zeros(2, device=x_BT.device).unbind()
+    for first in range(0, len(x_BT), rows):
+        part = slice(first, min(first + rows, len(x_BT)))
+        x, y = x_BT[part].long(), y_BT[part].long()
+        loss, aux, state = model(x, y, states.take(part), seed_B[part])
+        states.put(part, state)
+        loss = loss / (cfg.batch_size * cfg.sequence_length)
+        aux = aux * len(x) / cfg.batch_size
+        objective = loss
+        if cfg.use_auxiliary_loss:
+            objective = loss + cfg.aux_loss_weight * aux
+        (objective * scale).backward()
+        loss_sum += loss.detach()
+        aux_sum += aux.detach()
+    return loss_sum, aux_sum
+
+
+def train(
+    cfg: Knobs, world: World, session: Session, batches: Batches, splits: dict[str, Split]
+) -> None:
+    precision, why = choose_precision(cfg.precision, world.device)
+    if world.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # the memory's fp32 products run as TF32
+    model = Model(cfg)
+    init_weights(model, cfg)
+    model.to(world.device)
+    gradients = flat_gradients(model)
+    adam = AdamW(model, cfg)
+    loss_scale = LossScale(DTYPES[precision]).to(world.device)
+    if cfg.compile:
+        compile_model(model)
+    rows = micro_batch_rows(model, cfg, world)
+    gradients.zero_()
+    states, state = RowStates(model, cfg, world), TrainState()
+    saved = dict(model=model, adam=adam, loss_scale=loss_scale, states=states, state=state)
+    session.row.update(device_batch_size=rows)
+    session.describe(
+        model,
+        flops_per_token(model, cfg),
+        mixer=f"{cfg.mixer}, FFN width {cfg.ffn_width}, precision {precision} ({why})",
+        batch=f"{batches.batch_tokens:,} tokens on {world.size} rank(s), {rows} rows at a time",
+        state=f"{model.empty_state(1).num_bytes:,} bytes per sequence, before any token",
+        data=data_facts(batches, splits),
+    )
+    session.restore(**saved)
+    prefetch = Prefetch(batches.make, state.step, world.device, cfg.num_workers)
+    total_steps = batches.total_steps
+
+    while True:
+        # -------- clock stopped: evaluate, save, leave --------
+        position = schedule_position(state.step, session.spent_s, total_steps, cfg)
+        for stats in session.between_steps(state.step, finished=position >= total_steps):
+            state.overflows = state.overflows + 1 if stats.skipped else 0
+        if state.overflows >= 50:
+            session.stop("nan", "50 steps in a row overflowed fp16; use bf16, or a lower LR")
+        if session.should_validate:
+            found = evaluate(model, splits["val"], rows, world, cfg.max_val_samples)
+            log_score(session, state.step, found, cfg.sequence_length)
+        if session.should_save:
+            session.save(state.step, **saved)
+        if session.stopping:
+            break
+
+        # -------- clock running: one optimizer step --------
+        session.start_clock()
+        states.start_step(state.step % batches.epoch_steps == 0)
+        batch = prefetch.get(state.step)
+        loss, aux = add_gradients(model, batch, states, rows, loss_scale.scale)
+        world.all_reduce(gradients)  # each rank has added its share of the batch's mean
+        gradients /= loss_scale.scale
+        grad_norms = torch.stack(torch._foreach_norm([p.grad for p in model.parameters()]))
+        overflow = loss_scale.update(grad_norms)
+        lr = cfg.lr * lr_scale(position, total_steps, cfg)
+        metrics = dict(aux_loss=aux) if cfg.use_auxiliary_loss else {}
+        all_finite = session.step(
+            state.step + 1, loss, lr=lr, grad_norms=grad_norms, overflow=overflow, **metrics
+        )
+        adam.step(lr, grad_norms, all_finite)
+        gradients.zero_()
+        state.step += 1
+    prefetch.close()
+    if cfg.final_test and session.status in ("finished", "early_stop"):
+        report(model, splits, rows, world, session)
+
+
+def log_score(session: Session, step: int, found: Score, T: int) -> None:
+    bits = found.bits_per_byte
+    note = f" ppl:{found.ppl:.2f} bits_per_byte:{bits:.4f} window:{T} stride:{T}"
+    session.log_validation(step, found.loss, note, val_bits_per_byte=bits)
+    session.row.update(val_ppl=found.ppl, val_bits_per_byte=bits)
+
+
+def main() -> int:
+    cfg = read_knobs(Knobs, PRESETS, doc=__doc__)
+    if cfg.dry_run:
+        return show_plan(cfg, plan)
+    with join_world(cfg.device, HINT) as world:
+        check_compiler(cfg.compile, cfg.device)
+        batches, splits = open_data(cfg, world)
+        epoch = batches.epoch_steps
+        session = Session(
+            cfg,
+            world,
+            total_steps=batches.total_steps,
+            tokens_per_step=batches.batch_tokens,
+            data={part: split.shards.content for part, split in splits.items()},
+            columns=RESULTS,
+            column_knobs=COLUMN_KNOBS,
+            presets=PRESETS,
+            resume_may_differ=RESUME_MAY_DIFFER,
+            sources=[__file__],
+            steps_per_epoch=epoch,
+            val_every=epoch if cfg.val_every is None else cfg.val_every,
+            save_every=[cfg.save_every, epoch if cfg.save_epochs else 0],
+            metrics=["aux_loss", "val_bits_per_byte"],
+            out_of_memory="lower DEVICE_BATCH_SIZE or set GRADIENT_CHECKPOINTING=1",
+        )
+        with session:
+            session.row.update(
+                tokenizer=cfg.encoding,
+                conv=int(cfg.has_conv),
+                warmup_iters=warmup_steps(batches.total_steps, cfg),
+            )
+            train(cfg, world, session, batches, splits)
+    return session.exit_code
+
+
+if __name__ == "__main__":
+    launch(main)
