@@ -270,18 +270,23 @@ def apply_rotary(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def bind(item: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Multiply by a key of unit modulus with these cosines and sines of its phases.
+    """Multiply by a key of unit modulus: cosines and sines of its phases, as key_of() makes them.
 
     Real parts come first, then imaginary parts. Of spectra, the product is the circular convolution
     of what they are the spectra of.
     """
-    re, im = item.chunk(2, dim=-1)
-    return torch.cat([re * cos - im * sin, re * sin + im * cos], dim=-1)
+    return item * cos + item.roll(item.size(-1) // 2, -1) * sin
 
 
 def unbind(bound: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Multiply by the conjugate key: what this key had bound comes back as it was."""
-    return bind(bound, cos, -sin)
+    return bound * cos - bound.roll(bound.size(-1) // 2, -1) * sin
+
+
+def key_of(phase: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines (c, c) and sines (-s, s) of phases, for real and imaginary parts."""
+    phase = torch.cat([-phase, phase], dim=-1)
+    return phase.cos(), phase.sin()
 
 
 def phases_of_positions(position: Tensor, T: int, bins: int, turning: int) -> Tensor:
@@ -298,12 +303,9 @@ def phases_of_positions(position: Tensor, T: int, bins: int, turning: int) -> Te
 
 def causal_conv(x_BTX: Tensor, kernel_4X: Tensor, past_B3X: Tensor) -> tuple[Tensor, Tensor]:
     """Depthwise causal convolution behind the last inputs so far, and the last inputs after it."""
-    T = x_BTX.size(1)
-    x_BTX = torch.cat([past_B3X.type_as(x_BTX), x_BTX], dim=1)
-    y_BTX = x_BTX[:, :T] * kernel_4X[0]
-    for lag in range(1, CONV_LENGTH):
-        y_BTX = y_BTX + x_BTX[:, lag : T + lag] * kernel_4X[lag]
-    return y_BTX, x_BTX[:, T:].type_as(past_B3X)
+    x_BTX = torch.cat([past_B3X, x_BTX], dim=1)
+    y_BXT = F.conv1d(x_BTX.mT, kernel_4X.mT[:, None], groups=x_BTX.size(2))
+    return y_BXT.mT, x_BTX[:, 1 - CONV_LENGTH :]
 
 
 def random_bits(seed_B: Tensor, count: int) -> Tensor:
@@ -318,12 +320,15 @@ def random_bits(seed_B: Tensor, count: int) -> Tensor:
     return x ^ (x >> 31)
 
 
-def dropout(x_BTC: Tensor, p: float, seed_B: Tensor) -> Tensor:
-    if p == 0:
-        return x_BTC
-    bits = random_bits(seed_B, x_BTC[0].numel()).view(x_BTC.shape)
+def dropout_mask(seed_B: Tensor, shape: tuple[int, ...], p: float) -> Tensor:
+    """(B, *shape) bool: what is kept, each element with probability 1 - p."""
     threshold = int((p - 0.5) * 2**64)  # int64 spans -2^63 to 2^63
-    return torch.where(bits >= threshold, x_BTC / (1 - p), 0.0)
+    bits = random_bits(seed_B, math.prod(shape))
+    return (bits >= threshold).view(-1, *shape)
+
+
+def dropout(x: Tensor, kept: Tensor | None, p: float) -> Tensor:
+    return x if kept is None else torch.where(kept, x / (1 - p), 0.0)
 
 
 def gated_linear_attention(
@@ -332,19 +337,23 @@ def gated_linear_attention(
     """Reads (B, T, H, E) and the state (B, H, S, E) behind the last token.
 
     state_t = exp(log_decay_t) * state_{t-1} + k_t v_t^T and read_t = q_t state_t, per head, for q, k
-    and log_decay (B, T, H, S). With beta (B, T, H, 1) the delta rule: a part beta of what k_t finds
-    in the state is taken out of v_t first. Exact for every chunk length L. Products of values are
-    in the type of v, the state and everything in an exponent in the type of the state.
+    and log_decay (B, T, H, S). With beta (B, T, H, 1) the delta rule: of v_t, a part beta is written
+    in place of a part beta of what k_t finds. Exact for every chunk length L. Products of values
+    have the type of v; the state and what stands in an exponent have that of the state.
     """
-    T, E = v.size(1), v.size(3)
+    T = v.size(1)
     if T == 1:
         return recurrent_step(q, k, v, log_decay, state, beta)
-    chunks = -(-T // min(L, T))
-    group = 2 ** (chunks.bit_length() // 2)  # chunks that form one chunk of the second level
     L = min(L, T)
+    chunks = -(-T // L)
+    group = 1  # chunks that form one chunk of the second level, which many chunks need
+    if chunks > (256 if beta is None else 16):
+        group = 2 ** (chunks.bit_length() // 2)
+    missing = -T % (L * group)
 
     def split(x: Tensor) -> Tensor:  # (B, H, N, L, X); a padded token writes and forgets nothing
-        x = F.pad(x, (0, 0, 0, 0, 0, -T % (L * group)))
+        if missing:
+            x = F.pad(x, (0, 0, 0, 0, 0, missing))
         return x.unflatten(1, (-1, L)).permute(0, 3, 1, 2, 4)
 
     q, k, v, log_decay = split(q), split(k), split(v), split(log_decay)
@@ -352,28 +361,30 @@ def gated_linear_attention(
     # Exponents count from a constant in the middle of their range. A middle taken from the decays
     # themselves would let a later token move an earlier one by a rounding error.
     middle = -MAX_DECAY * L / 2
-    falling, rising = (since_start - middle).exp(), (middle - since_start).exp()
-    whole = since_start[:, :, :, -1:]
-    k_rising = k * rising
-    k_at_end = k_rising * (whole - middle).exp()
+    centred = since_start - middle
+    falling = centred.exp()
     q_falling = q * falling
+    k_rising = k * falling.reciprocal()
+    k_at_end = k_rising * falling[:, :, :, -1:]
     scores = (q_falling @ k_rising.mT).tril()
+    decay = since_start[:, :, :, -1]
     if beta is None:
-        added = k_at_end.type_as(v).mT @ v
-        states, state = states_before(added, whole.squeeze(3), state, group, decayed_sums, decayed)
+        added = (k_at_end.type_as(v).mT @ v).type_as(state)
+        states, state = states_between(added, decay, state, group, BY_DECAYS)
     else:
         beta, k_falling = split(beta), k * falling
         overlap = (beta * (k_falling @ k_rising.mT)).tril(-1)
         values = beta * torch.cat([v.type_as(k), k_falling * math.exp(middle)], dim=-1)
         solved = torch.linalg.solve_triangular(overlap, values, upper=False, unitriangular=True)
-        v_new, found = solved.split([E, solved.size(-1) - E], dim=-1)
-        kept = torch.diag_embed(whole.squeeze(3).exp()) - k_at_end.mT @ found
+        v_new, found = solved.tensor_split([v.size(-1)], dim=-1)
+        kept = torch.diag_embed(decay.exp()) - k_at_end.mT @ found
         added = k_at_end.mT @ v_new
-        states, state = states_before(added, kept, state, group, kept_sums, torch.matmul)
+        states, state = states_between(added, kept, state, group, BY_MATRICES)
         v = (v_new - found @ states).type_as(v)
     q_at_start = q_falling * math.exp(middle)
     read = scores.type_as(v) @ v + q_at_start.type_as(v) @ states.type_as(v)
-    return read.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :T], state
+    read = read.permute(0, 2, 3, 1, 4).flatten(1, 2)
+    return read[:, :T] if missing else read, state
 
 
 def recurrent_step(
@@ -388,55 +399,62 @@ def recurrent_step(
     return (q @ state).transpose(1, 2), state
 
 
-def states_before(
-    added: Tensor, decay: Tensor, state: Tensor, group: int, sums: Callable, apply: Callable
+def states_between(
+    added: Tensor, decay: Tensor, state: Tensor, group: int, algebra: tuple[Callable, ...]
 ) -> tuple[Tensor, Tensor]:
     """(B, H, N, S, E) states before each of N chunks, and the one after the last.
 
-    state_{n+1} = apply(decay_n, state_n) + added_n, in two levels: within groups of chunks, as if
-    each began with an empty state, and between the groups. `sums` does this for one level.
+    A state after a chunk is apply(decay, the one before it) + added; `sums` finds them all where
+    the first one is empty. Its work grows with the square of N, so that many chunks are put into
+    groups: `sums` is used within the groups, and for what is between them.
     """
-    inner, inner_left = sums(added.unflatten(2, (-1, group)), decay.unflatten(2, (-1, group)))
-    outer, outer_left = sums(inner[:, :, :, -1], inner_left[:, :, :, -1])
-    outer = outer + apply(outer_left, state[:, :, None])
-    states = inner[:, :, :, :-1] + apply(inner_left[:, :, :, :-1], outer[:, :, :-1, None])
-    return states.flatten(2, 3), outer[:, :, -1]
+    sums, products, apply = algebra
+    if group == 1:
+        added = torch.cat([state[:, :, None], added], dim=2)  # the first state is added to nothing
+        found = sums(added, torch.cat([decay[:, :, :1], decay], dim=2))
+        return found[:, :, :-1], found[:, :, -1]
+    added, decay = added.unflatten(2, (-1, group)), decay.unflatten(2, (-1, group))
+    inner, kept = sums(added, decay), products(decay)
+    outer, state = states_between(inner[:, :, :, -1], kept[:, :, :, -1], state, 1, algebra)
+    after = inner + apply(kept, outer[:, :, :, None])
+    return torch.cat([outer[:, :, :, None], after[:, :, :, :-1]], dim=3).flatten(2, 3), state
 
 
-def decayed(log_left: Tensor, state: Tensor) -> Tensor:
-    return log_left.exp()[..., None] * state
+def decayed_sums(added: Tensor, log_decay: Tensor) -> Tensor:
+    """(..., n, S, E): after each of n chunks, what is left of all that was added so far.
 
-
-def decayed_sums(added: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
-    """(..., n + 1, S, E): what is there before each of n chunks and after the last of what the
-    earlier ones added; and (..., n + 1, S): the log-decay since the beginning.
-
-    log_decay is (..., n, S). Each pair of chunks has a sum of its own: a difference of two long
-    sums would lose what is small in them.
+    log_decay is (..., n, S). Each pair of chunks has a sum of what lies between them: a difference
+    of two long sums would lose what is small in them.
     """
-    n = added.size(-3)
-    earlier = torch.ones(n + 1, n, dtype=torch.bool, device=added.device).tril(-1)
-    exponent = torch.where(earlier[:n, :, None], log_decay[..., None, :], 0.0).cumsum(-3)
-    exponent = F.pad(exponent, (0, 0, 0, 0, 1, 0))  # (..., n + 1, n, S): after chunk j, before n
-    weight = torch.where(earlier[..., None], exponent.exp(), 0.0)
-    sums = torch.einsum("...njs,...jse->...nse", weight, added.type_as(weight))
-    return sums, F.pad(log_decay.cumsum(-2), (0, 0, 1, 0))
+    steps = log_decay.mT[..., None].expand(*log_decay.mT.shape, log_decay.size(-2))
+    weight_SNN = steps.tril(-1).cumsum(-2).exp().tril()
+    return torch.einsum("...snj,...jse->...nse", weight_SNN, added)
 
 
-def kept_sums(added: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """The same where a chunk multiplies the state by a matrix, kept (..., n, S, S).
-
-    The states solve a system of equations with ones on its diagonal and -kept one block below it.
+def matrix_sums(added: Tensor, kept: Tensor) -> Tensor:
+    """The same where a chunk multiplies the state by a matrix, kept (..., n, S, S): the solution of
+    a system of equations with ones on its diagonal and -kept one block below it.
     """
-    n, S, E = added.shape[-3:]
-    blocks = torch.diag_embed(-kept.movedim(-3, -1), offset=-1)  # (..., S, S, n + 1, n + 1)
+    n, S, _ = added.shape[-3:]
+    blocks = torch.diag_embed(-kept[..., 1:, :, :].movedim(-3, -1), offset=-1)  # (..., S, S, n, n)
     system = blocks.movedim((-2, -4, -1, -3), (-4, -3, -2, -1)).flatten(-4, -3).flatten(-2, -1)
-    added = F.pad(added.flatten(-3, -2), (0, 0, S, 0))  # nothing is there before the first chunk
-    start = torch.eye((n + 1) * S, S, dtype=kept.dtype, device=kept.device)
-    right = torch.cat([added, start.expand(*added.shape[:-1], S)], dim=-1)
+    right = added.flatten(-3, -2)
     solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
-    sums, products = solved.unflatten(-2, (n + 1, S)).split([E, S], dim=-1)
-    return sums, products
+    return solved.unflatten(-2, (n, S))
+
+
+def matrix_products(kept: Tensor) -> Tensor:
+    first = kept[..., :1, :, :]
+    return matrix_sums(F.pad(first, (0, 0, 0, 0, 0, kept.size(-3) - 1)), kept)
+
+
+# Sums and products over chunks, and what a product does to a state
+BY_DECAYS = (
+    decayed_sums,
+    lambda log_decay: log_decay.cumsum(-2),
+    lambda log_decay, state: log_decay.exp()[..., None] * state,
+)
+BY_MATRICES = (matrix_sums, matrix_products, torch.matmul)
 
 
 def fla_attention(
@@ -498,34 +516,33 @@ class Memory(nn.Module):
 
     def forward(
         self, x_BTC: Tensor, state: tuple[Tensor, ...], phase_TK: Tensor, seed_B: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
         """The output (B, T, C), the state behind the last token, and the auxiliary loss."""
-        cfg, (memory, past) = self.cfg, state
+        cfg, (memory, past), D = self.cfg, state, self.cfg.hcm_dim
         made = F.linear(x_BTC, self.in_proj)
-        item, key, address, *rest = made.split(list(self.widths(cfg).values()), dim=-1)
-        mixed = torch.cat([item, key, key, address, address], dim=-1)
-        if cfg.has_conv:
-            mixed, past = causal_conv(mixed, self.conv_kernel, past)
         with torch.autocast(made.device.type, enabled=False):  # phases, decays, state stay fp32
-            decay, beta, gate = (part.type_as(memory) for part in rest)
-            mixed = mixed.type_as(memory).split(self.conv_widths(cfg), dim=-1)
-            item, key, query, write, read = (part.unflatten(-1, (cfg.n_head, -1)) for part in mixed)
-            write, read = write.softmax(-1), read.softmax(-1)
-            log_decay = decay.unflatten(-1, (cfg.n_head, -1)) + self.decay_bias
-            log_decay = -MAX_DECAY * log_decay.sigmoid()
+            parts = made.type_as(memory).split(list(self.widths(cfg).values()), dim=-1)
+            item, key, address, decay, beta, gate = parts
+            mixed = torch.cat([item, key, key, address, address], dim=-1)
+            if cfg.has_conv:
+                mixed, past = causal_conv(mixed, self.conv_kernel, past)
+            item, keys, addresses = mixed.split([D, D, 2 * decay.size(-1)], dim=-1)
+            item = item.unflatten(-1, (cfg.n_head, -1))
+            keys = key_of(keys.unflatten(-1, (2, cfg.n_head, -1)) + phase_TK[:, None, None])
+            write, read = addresses.unflatten(-1, (2, cfg.n_head, -1)).softmax(-1).unbind(2)
+            (cos, cos_read), (sin, sin_read) = keys[0].unbind(2), keys[1].unbind(2)
+            decay = decay.unflatten(-1, (cfg.n_head, -1)) + self.decay_bias
+            log_decay = -MAX_DECAY * decay.sigmoid()
+            strength = None
             if cfg.delta_rule:  # a write along a unit vector erases just what it will replace
-                write, beta = F.normalize(write, dim=-1), beta.sigmoid()[..., None]
-            else:
-                beta = None
-            phase = phase_TK[:, None].type_as(memory)
-            key, query = key + phase, query + phase
-            bound = bind(item, key.cos(), key.sin()).type_as(made)
-            written = (write, bound, log_decay, memory, beta, cfg.chunk_length)
-            aux = memory.new_zeros(())
-            if self.training and cfg.use_auxiliary_loss:
-                aux = self.delayed_recall(item, key, written, seed_B)
+                write, strength = F.normalize(write, dim=-1), beta.sigmoid()[..., None]
+            bound = bind(item, cos, sin).type_as(made)
+            written = (write, bound, log_decay, memory, strength, cfg.chunk_length)
             found, memory = self.recall(read, *written)
-            y = rms_norm(unbind(found, query.cos(), query.sin())).flatten(2) * self.norm
+            aux = None
+            if self.training and cfg.use_auxiliary_loss:
+                aux = self.delayed_recall(item, cos, sin, written, seed_B)
+            y = rms_norm(unbind(found, cos_read, sin_read)).flatten(2) * self.norm
             if cfg.use_gating:
                 y = y * F.silu(gate)
         return F.linear(y.type_as(made), self.out_proj), (memory, past), aux
@@ -540,22 +557,23 @@ class Memory(nn.Module):
             return (read * write).sum(-1, keepdim=True) * bound, state
         return torch.zeros_like(bound), state
 
-    def delayed_recall(self, item: Tensor, key: Tensor, written: tuple, seed_B: Tensor) -> Tensor:
+    def delayed_recall(
+        self, item: Tensor, cos: Tensor, sin: Tensor, written: tuple, seed_B: Tensor
+    ) -> Tensor:
         """1 - cosine between an earlier item and what its own key and address still find of it.
 
         One item is drawn for each token but the first, from those before it. Blind to scale, so
         that nothing is gained by making items small.
         """
-        B, T, H, _ = item.shape
+        T = item.size(1)
         bits = random_bits(seed_B, T)
-        earlier = bits.remainder(torch.arange(T, device=bits.device).clamp(min=1))
+        drawn = bits.remainder(torch.arange(T, device=bits.device).clamp(min=1))
 
         def take(x: Tensor) -> Tensor:
-            return x.gather(1, earlier[..., None, None].expand(B, T, H, x.size(3)))
+            return x.gather(1, drawn[..., None, None].expand(-1, -1, *x.shape[2:]))
 
         found, _ = self.recall(take(written[0]), *written)
-        key = take(key)
-        found = unbind(found, key.cos(), key.sin())
+        found = unbind(found, take(cos), take(sin))
         return 1 - F.cosine_similarity(found, take(item).detach(), dim=-1)[:, 1:].mean()
 
 
@@ -584,17 +602,17 @@ class Attention(nn.Module):
 
     def forward(
         self, x_BTC: Tensor, state: tuple[Tensor, ...], phase_TK: Tensor, seed_B: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-        """As Memory.forward; the auxiliary loss is 0."""
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+        """As Memory.forward, without an auxiliary loss."""
         B, T, C = x_BTC.shape
         old_k, old_v, past = state
         made = F.linear(x_BTC, self.in_proj)
         if self.cfg.has_conv:
-            mixed, past = causal_conv(made, self.conv_kernel, past)
+            with torch.autocast(made.device.type, enabled=False):
+                mixed, past = causal_conv(made.type_as(past), self.conv_kernel, past)
             made = mixed.type_as(made)
         q, k, v = (part.view(B, T, self.cfg.n_head, -1) for part in made.split(C, dim=-1))
-        phase = phase_TK[:, None].type_as(self.in_proj)
-        cos, sin = phase.cos(), phase.sin()
+        cos, sin = phase_TK[:, None].cos(), phase_TK[:, None].sin()
         q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         if old_k.size(1):
             k, v = torch.cat([old_k.type_as(k), k], dim=1), torch.cat([old_v.type_as(v), v], dim=1)
@@ -609,7 +627,7 @@ class Attention(nn.Module):
             is_causal=mask is None,
         )
         y = F.linear(y.transpose(1, 2).reshape(B, T, C), self.out_proj)
-        return y, (k, v, past), torch.zeros((), device=y.device)
+        return y, (k, v, past), None
 
 
 class Block(nn.Module):
@@ -617,22 +635,25 @@ class Block(nn.Module):
 
     def __init__(self, cfg: Knobs):
         super().__init__()
-        self.dropout = cfg.dropout
+        self.p = cfg.dropout
         self.mixer = Memory(cfg) if cfg.mixer == "hamt" else Attention(cfg)
-        self.norm1 = nn.Parameter(torch.ones(cfg.n_embd))
-        self.norm2 = nn.Parameter(torch.ones(cfg.n_embd))
+        self.norm1, self.norm2 = nn.RMSNorm(cfg.n_embd), nn.RMSNorm(cfg.n_embd)
         self.up_proj = nn.Parameter(torch.empty(cfg.ffn_width, cfg.n_embd))
         self.down_proj = nn.Parameter(torch.empty(cfg.n_embd, cfg.ffn_width))
 
     def forward(
-        self, x_BTC: Tensor, state: tuple[Tensor, ...], phase_TK: Tensor, seed_B: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-        p = self.dropout if self.training else 0.0
-        y, state, aux = self.mixer(rms_norm(x_BTC) * self.norm1, state, phase_TK, seed_B)
-        x_BTC = x_BTC + dropout(y, p, seed_B + 1)
-        hidden = F.gelu(F.linear(rms_norm(x_BTC) * self.norm2, self.up_proj))
+        self,
+        x_BTC: Tensor,
+        state: tuple[Tensor, ...],
+        phase_TK: Tensor,
+        seed_B: Tensor,
+        kept: tuple[Tensor | None, Tensor | None],
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+        y, state, aux = self.mixer(self.norm1(x_BTC), state, phase_TK, seed_B)
+        x_BTC = x_BTC + dropout(y, kept[0], self.p)
+        hidden = F.gelu(F.linear(self.norm2(x_BTC), self.up_proj))
         y = F.linear(hidden, self.down_proj)
-        return x_BTC + dropout(y, p, seed_B + 2), state, aux
+        return x_BTC + dropout(y, kept[1], self.p), state, aux
 
 
 @dataclass
@@ -652,10 +673,11 @@ class Model(nn.Module):
 
     def __init__(self, cfg: Knobs):
         super().__init__()
-        self.cfg, self.chunk_loss = cfg, chunk_loss_and_gradient
+        self.cfg = cfg
+        self.chunk_loss, self.dropout_mask = chunk_loss_and_gradient, dropout_mask
         self.wte = nn.Parameter(torch.empty(cfg.vocabulary, cfg.n_embd))
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
-        self.norm = nn.Parameter(torch.ones(cfg.n_embd))
+        self.norm = nn.RMSNorm(cfg.n_embd)
 
     def empty_state(self, B: int) -> State:
         position = torch.zeros((), dtype=torch.long, device=self.wte.device)
@@ -663,11 +685,22 @@ class Model(nn.Module):
 
     def phases(self, position: Tensor, T: int) -> Tensor:
         """Half of a memory's phases turn with position, so that it reads by content and distance."""
-        if self.cfg.mixer == "attention":
-            bins = self.cfg.n_embd // self.cfg.n_head // 2
-            return phases_of_positions(position, T, bins, bins)
-        bins = self.cfg.hcm_dim // self.cfg.n_head // 2
-        return phases_of_positions(position, T, bins, round(bins / 2))
+        is_memory = self.cfg.mixer == "hamt"
+        width = self.cfg.hcm_dim if is_memory else self.cfg.n_embd
+        bins = width // self.cfg.n_head // 2
+        turning = round(bins / 2) if is_memory else bins
+        return phases_of_positions(position, T, bins, turning).type_as(self.wte)
+
+    def kept(self, seed_B: Tensor, x_BTC: Tensor) -> Tensor | None:
+        """What dropout keeps. Drawn outside of the compiled block, which then has fewer parts."""
+        if not self.training or self.cfg.dropout == 0:
+            return None
+        return self.dropout_mask(seed_B, x_BTC.shape[1:], self.cfg.dropout)
+
+    def run_block(self, block: Block, x_BTC: Tensor, *args: object) -> tuple:
+        seed_B = args[-1]
+        kept = self.kept(seed_B + 1, x_BTC), self.kept(seed_B + 2, x_BTC)
+        return block(x_BTC, *args, kept)
 
     def hidden(
         self, x_BT: Tensor, state: State, seed_B: Tensor | None = None
@@ -679,22 +712,23 @@ class Model(nn.Module):
         cfg, (B, T) = self.cfg, x_BT.shape
         seed_B = x_BT.new_zeros(B) if seed_B is None else seed_B
         phase_TK = self.phases(state.position, T)
-        layers, aux_sum = [], 0.0
+        layers, aux_sum = [], torch.zeros((), device=x_BT.device)
         dtype = DTYPES[cfg.precision]
         with torch.autocast(x_BT.device.type, dtype, enabled=dtype != torch.float32):
             x_BTC = F.embedding(x_BT, self.wte)
-            x_BTC = dropout(x_BTC, cfg.dropout if self.training else 0.0, seed_B)
+            x_BTC = dropout(x_BTC, self.kept(seed_B, x_BTC), cfg.dropout)
             for i, (block, layer) in enumerate(zip(self.blocks, state.layers, strict=True)):
-                args = (x_BTC, layer, phase_TK, seed_B + 3 * i)
+                args = (block, x_BTC, layer, phase_TK, seed_B + 3 * i)
                 if cfg.gradient_checkpointing and torch.is_grad_enabled():
-                    kept = dict(use_reentrant=False, preserve_rng_state=False)
-                    x_BTC, layer, aux = checkpoint(block, *args, **kept)
+                    options = dict(use_reentrant=False, preserve_rng_state=False)
+                    x_BTC, layer, aux = checkpoint(self.run_block, *args, **options)
                 else:
-                    x_BTC, layer, aux = block(*args)
+                    x_BTC, layer, aux = self.run_block(*args)
                 layers.append(layer)
-                aux_sum = aux_sum + aux
-            x_BTC = rms_norm(x_BTC) * self.norm
-        return x_BTC, State(state.position + T, layers), aux_sum / cfg.n_layer
+                if aux is not None:
+                    aux_sum = aux_sum + aux / cfg.n_layer
+            x_BTC = self.norm(x_BTC)
+        return x_BTC, State(state.position + T, layers), aux_sum
 
     def forward(
         self, x_BT: Tensor, y_BT: Tensor, state: State | None = None, seed_B: Tensor | None = None
@@ -728,7 +762,7 @@ def init_weights(model: Model, cfg: Knobs) -> None:
     moves no other.
     """
     for name, p in model.named_parameters():
-        if name.endswith(("norm", "norm1", "norm2")):
+        if p.dim() == 1:
             p.fill_(1.0)
         elif name.endswith("decay_bias"):  # slot by slot, evenly on a logarithmic scale
             spread = torch.linspace(2, -math.log2(cfg.slowest_decay), p.size(1))
@@ -753,8 +787,8 @@ def prepare_recall(memory: Memory, cfg: Knobs) -> None:
     """What recall needs at the start (measured: docs/hamt.md). Phases spread over the circle, and
     addresses differ; a write is addressed by the token before it, a read by its own token.
     """
-    item, key, address, *_ = memory.in_proj.split(list(memory.widths(cfg).values()))
-    for part in (key, address):
+    parts = memory.in_proj.split(list(memory.widths(cfg).values()))
+    for part in parts[1:3]:  # key and address
         part.mul_(2.0 / (INIT_STD * cfg.n_embd**0.5))
     if cfg.has_conv:
         parts = memory.conv_kernel.split(memory.conv_widths(cfg), dim=1)
@@ -1250,6 +1284,7 @@ def compile_model(model: Model) -> None:
     for block in model.blocks:
         block.compile(dynamic=False)
     model.chunk_loss = torch.compile(chunk_loss_and_gradient, dynamic=False)
+    model.dropout_mask = torch.compile(dropout_mask, dynamic=False)
 
 
 def add_gradients(
