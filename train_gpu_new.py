@@ -29,40 +29,26 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from plumbing import (
-    ROOT,
-    Prefetch,
-    Session,
-    TokenShards,
-    UserError,
-    World,
-    check_compiler,
-    choose_precision,
-    choose_rows,
-    flat_gradients,
-    join_world,
-    knob,
-    launch,
-    read_knobs,
-    read_rows,
-    show_plan,
-)
+from plumbing import ROOT, RUN_KNOBS, RunKnobs, Session, knob, read_knobs, show_plan
+from plumbing.data import Prefetch
+from plumbing.device import check_compiler, choose_precision, choose_rows
+from plumbing.plan import plan_facts
 from plumbing.splits import NotFetched, Split, open_splits
+from plumbing.text_batches import Score, TextBatches, read_window, window_batches, window_starts
+from plumbing.world import World, flat_gradients, join_world, launch
 
-# ----------------------------------------------------------------------------
+# ------------------------------------------------
 # Knobs
 
-# The sizes are those of the name within 3%, with the GPT-2 vocabulary and for both mixers.
 # fmt: off
+# The sizes are those of the name within 3%, with the GPT-2 vocabulary and for both mixers.
 PRESETS = {
     "seed": {},
     "33m": dict(n_embd=384, hcm_dim=384, n_layer=8, num_slots=8, n_head=6),
@@ -75,150 +61,84 @@ PRESETS = {
         device="cpu", precision="fp32", data="embedded", tokenizer="bytes",
         n_embd=128, hcm_dim=128, n_layer=2, num_slots=16, n_head=4, dropout=0.0,
         sequence_length=128, batch_size=16, device_batch_size=16, num_iterations=400, lr=3e-3,
-        val_every=50, save_every=100, max_val_samples=256,
-    ),
+        val_every=50, save_every=100, max_val_samples=256),
 }
 # fmt: on
-# Knobs that move no loss; the others must stay when a run is resumed.
-RESUME_MAY_DIFFER = (
-    "preset device_batch_size chunk_length kernel gradient_checkpointing val_every max_val_samples "
-    "final_test num_workers early_stop_patience early_stop_min_delta target_loss save_every "
-    "save_epochs keep device compile tracker tracker_project run_id stage data_folder logs_folder "
-    "results_file dry_run"
-).split()
+# These move no loss, so a resumed run may have others.
+RESUME_MAY_DIFFER = [*RUN_KNOBS, "preset", "device_batch_size", "chunk_length", "kernel"]
+RESUME_MAY_DIFFER += ["gradient_checkpointing", "max_val_samples", "final_test", "num_workers"]
+RESUME_MAY_DIFFER += ["save_epochs", "tracker_project", "data_folder"]
 VOCABULARY = {"gpt2": 50304, "bytes": 256}  # GPT-2's 50257 ids, padded to a multiple of 64
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-TRACKERS = ("off", "tensorboard", "trackio", "wandb")
 
 
 @dataclass(frozen=True)
-class Knobs:
+class Knobs(RunKnobs):
     preset: str = knob("seed", "named set of defaults", choices=tuple(PRESETS))
-    mixer: str = knob("hamt", "what mixes over time", choices=("hamt", "attention"), group="model")
-    n_embd: int = knob(512, "model width, channels", low=2)
-    hcm_dim: int = knob(2048, "memory width in real numbers, two for each complex bin", low=2)
-    n_layer: int = knob(8, "blocks", low=1)
-    n_head: int = knob(8, "heads, each with addresses and phases of its own", low=1)
-    num_slots: int = knob(16, "slots of a head's memory", low=1)
-    vocab_size: int | None = knob(
-        None, "token ids; auto is the tokenizer's", low=2, high=65536, none="auto"
-    )
-    conv: bool | None = knob(
-        None, "causal convolution of 4 tokens on what is mixed; auto: hamt only", none="auto"
-    )
+    mixer: str = knob("hamt", "what mixes tokens", choices=("hamt", "attention"), group="model")
+    n_embd: int = knob(512, "model width, in channels", low=2)
+    hcm_dim: int = knob(2048, "memory width in real numbers, two of them for a complex bin", low=2)
+    n_layer: int = knob(8, "number of blocks", low=1)
+    n_head: int = knob(8, "number of heads, each with addresses and phases of its own", low=1)
+    num_slots: int = knob(16, "number of slots of a head's memory", low=1)
+    vocab_size: int | None = knob(None, "number of token ids", low=2, high=65536, none="auto")
+    conv: bool | None = knob(None, "convolve 4 tokens before mixing; auto: hamt", none="auto")
     use_gating: bool = knob(True, "gate the memory's read with SiLU")
     delta_rule: bool = knob(False, "erase what the write address holds before writing")
-    slowest_decay: float = knob(
-        2**-7, "smallest initial forgetting per token; the largest is 1/4", above=0, high=0.25
-    )
-    memory: str = knob(
-        "on",
-        "controls: local reads a token's own write only, off reads zero",
-        choices=("on", "local", "off"),
-    )
-    chunk_length: int = knob(64, "tokens of a chunk; changes speed only", low=1, high=128)
-    kernel: str = knob(
-        "plain",
-        "what computes the memory: plain tensor code, or fla-core's kernels on CUDA",
-        choices=("plain", "fla"),
-    )
+    slowest_decay: float = knob(2**-7, "smallest forgetting of a token", above=0, high=0.25)
+    memory: str = knob("on", "off reads zero, local own writes", choices=("on", "local", "off"))
+    chunk_length: int = knob(64, "tokens of a chunk, for speed only", low=1, high=128)
+    kernel: str = knob("plain", "fla: kernels of fla-core, on CUDA", choices=("plain", "fla"))
     dropout: float = knob(0.1, "of embeddings, mixer and FFN outputs", low=0, high=0.95)
     use_auxiliary_loss: bool = knob(False, "also train recall of earlier items")
-    aux_loss_weight: float = knob(
-        0.1, "weight of that loss, which no reported loss contains", low=0
-    )
-
-    data: str = knob(
-        "wikitext-2", "wikitext-2, wikitext-103, embedded, or a text file or folder", group="data"
-    )
-    tokenizer: str = knob(
-        "auto", "auto: bytes for embedded, else gpt2", choices=("auto", *VOCABULARY)
-    )
+    aux_loss_weight: float = knob(0.1, "weight of that loss, of which no report tells", low=0)
+    batch_size: int = knob(16, "sequences per step, over all ranks", low=1, group="batch")
+    device_batch_size: int | None = knob(None, "sequences per micro-batch", low=1, none="auto")
+    sequence_length: int = knob(1024, "tokens per sequence", low=1)
+    carry_state: bool = knob(False, "each row goes on in its text from its last state")
+    num_epochs: int = knob(10, "passes over the data", low=1, group="schedule")
+    num_iterations: int | None = knob(None, "optimizer steps instead", low=0, none="auto")
+    time_budget_s: float | None = knob(None, "run the schedule on this time", above=0, none="off")
+    use_scheduler: bool = knob(True, "cosine from the peak rate to a tenth of it")
+    warmup_iters: int | None = knob(None, "steps of warm-up; auto: 2%", low=0, none="auto")
+    lr: float = knob(3e-4, "peak learning rate of AdamW", low=0)
+    weight_decay: float = knob(0.01, "of matrices only", low=0)
+    grad_clip: float = knob(1.0, "largest norm of the gradient; 0: no clipping", low=0)
+    seed: int = knob(1337, "seed of initial weights, order of the data and dropout", low=0)
+    data: str = knob("wikitext-2", "or wikitext-103, embedded, text file or folder", group="data")
+    tokenizer: str = knob("auto", "bytes or gpt2", choices=("auto", *VOCABULARY))
     max_train_samples: int | None = knob(None, "sequences of an epoch at most", low=1, none="all")
     max_val_samples: int | None = knob(None, "sequences validated at most", low=1, none="all")
     num_workers: int = knob(4, "batches made ahead of use", low=1)
-
-    sequence_length: int = knob(1024, "tokens per sequence", low=1, group="batch")
-    batch_size: int = knob(16, "sequences per step, over all ranks", low=1)
-    device_batch_size: int | None = knob(
-        None, "sequences per micro-batch of a rank", low=1, none="auto"
-    )
-    carry_state: bool = knob(
-        False, "each row goes on in its text from the state it stopped with (truncated BPTT)"
-    )
-
-    num_epochs: int = knob(10, "passes over the data", low=1, group="schedule")
-    num_iterations: int | None = knob(
-        None, "optimizer steps; auto: those of the epochs", low=0, none="auto"
-    )
-    time_budget_s: float | None = knob(
-        None, "training seconds, which the schedule then follows", above=0, none="off"
-    )
-    use_scheduler: bool = knob(True, "cosine from the peak rate to a tenth of it")
-    warmup_iters: int | None = knob(
-        None, "steps of linear warm-up; auto: 2%, at most 1000", low=0, none="auto"
-    )
-
-    lr: float = knob(3e-4, "peak rate of AdamW", low=0, group="optimizer")
-    weight_decay: float = knob(0.01, "of matrices only", low=0)
-    grad_clip: float = knob(1.0, "largest norm of the gradient; 0: no clipping", low=0)
-    precision: str = knob("fp16", "of products; the state stays fp32", choices=tuple(DTYPES))
-    gradient_checkpointing: bool = knob(False, "keep a block's input only, and compute it again")
-    seed: int = knob(1337, "initial weights, order of the data, dropout", low=0)
-
-    val_every: int | None = knob(
-        None, "steps between validations; 0: the last only", low=0, none="epoch", group="evaluation"
-    )
-    final_test: bool = knob(True, "at the end: the test split, and both splits as one stream")
-    early_stop_patience: int = knob(0, "validations without improvement; 0: never stop", low=0)
-    early_stop_min_delta: float = knob(0.0, "nats by which a validation must improve", low=0)
-    target_loss: float | None = knob(None, "log when validation first reaches it", none="off")
-
-    save_every: int = knob(
-        1000,
-        "steps between checkpoints; 0: the end only",
-        low=0,
-        alias=("save_steps",),
-        group="run",
-    )
+    data_folder: str = knob(str(ROOT / "data"), "folder of downloaded texts and token shards")
+    val_every: int | None = knob(None, "steps between validations", low=0, none="epoch")
+    final_test: bool = knob(True, "at the end, score the test split, and splits as one stream")
+    save_every: int = knob(1000, "steps between checkpoints", low=0, alias=("save_steps",))
     save_epochs: bool = knob(True, "a checkpoint also at the end of each epoch")
-    keep: int = knob(2, "checkpoints kept", low=1)
-    device: str = knob("cuda", "where to train; nothing falls back", choices=("cuda", "cpu"))
-    compile: bool = knob(False, "torch.compile one block", alias=("compile_model",))
-    tracker: str = knob("off", "where figures are also sent", choices=TRACKERS)
-    tracker_project: str = knob(
-        "hamt-competitive-llm", "project name for the tracker", alias=("wandb_project",)
-    )
-    run_id: str = knob("", "names the run; an unfinished one is resumed", alias=("run_name",))
-    stage: str = knob("", "stage of a study, copied into the results row")
-    data_folder: str = knob(str(ROOT / "data"), "folder of downloaded texts and of token shards")
-    logs_folder: str = knob(
-        str(ROOT / "logs"), "folder of log, metrics and checkpoints", alias=("output_dir",)
-    )
-    results_file: str = knob(
-        str(ROOT / "experiments/results_hamt.csv"), "file that gets one row per run"
-    )
-    dry_run: bool = knob(False, "show knobs, sizes and data, and stop")
+    compile: bool = knob(False, "compile one block", alias=("compile_model",))
+    precision: str = knob("fp16", "of matrix products", choices=("auto", *DTYPES), group="machine")
+    gradient_checkpointing: bool = knob(False, "keep a block's input, and compute it again")
+    tracker_project: str = knob("hamt-competitive-llm", "there", alias=("wandb_project",))
+    run_id: str = knob("", "name of the run, to resume it", alias=("run_name",))
+    logs_folder: str = knob(str(ROOT / "logs"), "folder of logs", alias=("output_dir",))
+    results_file: str = knob(str(ROOT / "experiments/results_hamt.csv"), "file with a row per run")
 
     def __post_init__(self):
-        heads = self.n_head
-        if self.hcm_dim % (2 * heads):
-            raise ValueError(f"HCM_DIM={self.hcm_dim} must be N_HEAD={heads} times an even number")
-        if self.precision == "fp16" and self.device == "cpu":
-            raise ValueError("PRECISION=fp16 needs a GPU; with DEVICE=cpu set it to fp32 or bf16")
-        if self.kernel == "fla" and self.device == "cpu":
-            raise ValueError("KERNEL=fla needs a GPU; with DEVICE=cpu set it to plain")
-        if self.mixer == "hamt":
-            return
-        if self.n_embd % (2 * heads):
-            raise ValueError(f"N_EMBD={self.n_embd} must be N_HEAD={heads} times an even width")
-        if self.use_auxiliary_loss or self.memory != "on":
-            raise ValueError(
-                "MIXER=attention has no memory: USE_AUXILIARY_LOSS, MEMORY=local and MEMORY=off "
-                "are for MIXER=hamt"
-            )
-        if self.carry_state:
-            raise ValueError("CARRY_STATE=1 needs a constant state, which attention does not have")
+        wants = f"N_HEAD={self.n_head} times an even number"
+        if self.hcm_dim % (2 * self.n_head):
+            raise ValueError(f"HCM_DIM={self.hcm_dim} must be {wants}")
+        if self.device == "cpu" and self.precision == "fp16":
+            raise ValueError("PRECISION=fp16 needs a GPU; with DEVICE=cpu use bf16 or fp32")
+        if self.device == "cpu" and self.kernel == "fla":
+            raise ValueError("KERNEL=fla needs a GPU; with DEVICE=cpu use plain")
+        if self.mixer == "attention":
+            if self.n_embd % (2 * self.n_head):
+                raise ValueError(f"N_EMBD={self.n_embd} must be {wants}")
+            if self.use_auxiliary_loss or self.memory != "on" or self.carry_state:
+                raise ValueError(
+                    "MIXER=attention has no memory: USE_AUXILIARY_LOSS, MEMORY and CARRY_STATE are "
+                    "for MIXER=hamt"
+                )
 
     @property
     def encoding(self) -> str:
@@ -236,6 +156,10 @@ class Knobs:
         return self.mixer == "hamt" if self.conv is None else self.conv
 
     @property
+    def mixer_words(self) -> str:
+        return f"{self.mixer}, vocabulary {self.vocabulary:,}, FFN width {self.ffn_width}"
+
+    @property
     def ffn_width(self) -> int:
         """4 times the model width; with attention, as much more as makes both mixers' models equal
         in parameters.
@@ -248,7 +172,7 @@ class Knobs:
         return max(width, 1)
 
 
-# ----------------------------------------------------------------------------
+# ------------------------------------------------
 # Model
 
 CONV_LENGTH = 4  # tokens
@@ -796,7 +720,7 @@ def prepare_recall(memory: Memory, cfg: Knobs) -> None:
             part[CONV_LENGTH - 1 - lag] += 1.0
 
 
-# ----------------------------------------------------------------------------
+# ------------------------------------------------
 # Loss
 
 
@@ -819,17 +743,17 @@ class LinearCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of a linear head, a chunk of rows at a time: of the (N, V) logits, 13 GB
     in fp32 at full size, only a chunk exists.
 
-    The gradients are formed in the forward pass, while a chunk's logits are there, and scaled in
-    the backward pass. Products have the dtype of `hidden`; the loss and all sums are fp32.
+    Gradients are formed in the forward pass, while a chunk's logits are there, and scaled in the
+    backward pass. Products have the dtype of `hidden`; sums are fp32.
     """
 
     CHUNK_ROWS = 8192
 
     @staticmethod
-    def forward(ctx, hidden_NC, weight_VC, target_N, chunk_loss, needs_gradient) -> Tensor:
+    def forward(ctx, hidden_NC, weight_VC, target_N, chunk_loss, with_gradient) -> Tensor:
         weight = weight_VC.to(hidden_NC.dtype)
         loss_sum = torch.zeros((), device=hidden_NC.device)
-        if needs_gradient:
+        if with_gradient:
             grad_hidden = torch.empty_like(hidden_NC)
             grad_weight = torch.zeros_like(weight_VC)
             ctx.save_for_backward(grad_hidden, grad_weight)
@@ -837,7 +761,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + LinearCrossEntropy.CHUNK_ROWS)
             loss, grad_logits = chunk_loss(hidden_NC[rows] @ weight.T, target_N[rows])
             loss_sum += loss
-            if needs_gradient:
+            if with_gradient:
                 grad_hidden[rows] = grad_logits @ weight
                 grad_weight += grad_logits.T @ hidden_NC[rows]
         return loss_sum
@@ -848,8 +772,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden * grad_loss, grad_weight * grad_loss, None, None, None
 
 
-# ----------------------------------------------------------------------------
-# Optimizer
+# ------------------------------------------------
+# Optimizer and schedule
 
 
 # differs: matrices decay and the rest does not, and the gradient is clipped
@@ -878,37 +802,9 @@ class AdamW(torch.optim.AdamW):
         super().step()
 
 
-# same as train_gpt.py
-class LossScale(nn.Module):
-    """Keeps small fp16 gradients representable (Micikevicius et al., arXiv 1710.03740); 1 for other
-    dtypes.
-    """
-
-    def __init__(self, dtype: torch.dtype):
-        super().__init__()
-        self.is_fp16 = dtype == torch.float16
-        self.register_buffer("scale", torch.tensor(2.0**16 if self.is_fp16 else 1.0))
-        self.register_buffer("good_steps", torch.tensor(0))
-
-    def update(self, grad_norms_P: Tensor) -> Tensor:
-        """Halve after an overflow, double after 1,000 steps without; returns whether fp16 has
-        overflowed.
-        """
-        overflow = ~grad_norms_P.isfinite().all() & self.is_fp16
-        self.good_steps.copy_(torch.where(overflow, 0, self.good_steps + self.is_fp16))
-        growth = torch.where(self.good_steps % 1000 == 999, 2.0, 1.0)
-        self.scale *= torch.where(overflow, 0.5, growth)
-        return overflow
-
-
-# ----------------------------------------------------------------------------
-# Schedule
-
-
+# differs: an epoch's length decides where NUM_ITERATIONS is auto
 def schedule_position(step: int, spent_s: float, total_steps: int, cfg: Knobs) -> float:
-    """Where the schedule stands, in steps: at the step, or with TIME_BUDGET_S at the share of the
-    budget that is spent.
-    """
+    """Where the schedule stands, in steps; with TIME_BUDGET_S, by the time that is spent."""
     if cfg.time_budget_s is None:
         return step
     return total_steps * spent_s / cfg.time_budget_s
@@ -930,61 +826,8 @@ def lr_scale(position: float, total_steps: int, cfg: Knobs) -> float:
     return 0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2
 
 
-# ----------------------------------------------------------------------------
-# Batches
-
-
-# differs: sequences are shuffled, or read on with a carried state
-class Batches:
-    """Which tokens each step trains on: a function of the step, whatever the number of ranks.
-
-    The stream is cut into sequences, shuffled anew in each epoch; an epoch is as many whole batches
-    as there are. With CARRY_STATE, row b of all batches reads the b-th part of the stream from
-    front to back instead. Raises UserError when the text is too short.
-    """
-
-    def __init__(self, shards: TokenShards, cfg: Knobs, world: World):
-        self.shards, self.cfg, self.world = shards, cfg, world
-        self.sequences = (shards.total - 1) // cfg.sequence_length
-        if cfg.max_train_samples is not None:
-            self.sequences = min(self.sequences, cfg.max_train_samples)
-        self.epoch_steps = self.sequences // cfg.batch_size
-        if self.epoch_steps < 1:
-            raise UserError(
-                f"{shards.pattern}: {self.sequences} sequences of {cfg.sequence_length} tokens, "
-                f"BATCH_SIZE={cfg.batch_size} needs as many; lower one of the two, raise "
-                f"MAX_TRAIN_SAMPLES, or use a longer text"
-            )
-        self.total_steps = cfg.num_iterations
-        if self.total_steps is None:
-            self.total_steps = self.epoch_steps * cfg.num_epochs
-        self.batch_tokens = cfg.batch_size * cfg.sequence_length
-        self.order = lru_cache(maxsize=2)(self._order)
-
-    def _order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.cfg.seed, epoch]).permutation(self.sequences)
-
-    def starts(self, step: int) -> list[int]:
-        """Stream positions at which this rank's sequences of the step begin."""
-        epoch, i = divmod(step, self.epoch_steps)
-        B = self.cfg.batch_size
-        rows = range(B)[self.world.share(B)]
-        if self.cfg.carry_state:
-            places = [row * self.epoch_steps + i for row in rows]
-        else:
-            places = [int(self.order(epoch)[i * B + row]) for row in rows]
-        return [place * self.cfg.sequence_length for place in places]
-
-    def row_seeds(self, step: int) -> Tensor:
-        """(rows,) int64: what is drawn at random for a row is a function of seed, step and row."""
-        B = self.cfg.batch_size
-        seeds = np.random.default_rng([self.cfg.seed, step, 1]).integers(2**63, size=B)
-        return torch.from_numpy(seeds[self.world.share(B)])
-
-    def make(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """This rank's inputs and targets of the step, (rows, T) int32, and the rows' seeds."""
-        x_BT, y_BT = read_rows(self.shards, self.starts(step), self.cfg.sequence_length)
-        return x_BT, y_BT, self.row_seeds(step)
+# ------------------------------------------------
+# Carried states and evaluation
 
 
 class RowStates:
@@ -1041,53 +884,7 @@ class RowStates:
             t.copy_(rows[self.world.share(self.cfg.batch_size)])
 
 
-# ----------------------------------------------------------------------------
-# Evaluation
-
-
-@dataclass(frozen=True)
-class Score:
-    """Summed loss of a text in nats, over `tokens` scored targets, which stand for so many words
-    and bytes.
-    """
-
-    nats: float
-    tokens: int
-    words: float
-    bytes: float
-
-    @classmethod
-    def of(cls, split: Split, nats: float, tokens: int) -> "Score":
-        """Words and bytes in proportion to the share of the split's tokens that is scored."""
-        share = tokens / split.shards.total
-        return cls(nats, tokens, split.words * share, split.bytes * share)
-
-    @property
-    def loss(self) -> float:
-        return self.nats / self.tokens
-
-    @property
-    def ppl(self) -> float:
-        return math.exp(min(self.loss, 700))
-
-    @property
-    def word_ppl(self) -> float:
-        return math.exp(min(self.nats / self.words, 700))
-
-    @property
-    def bits_per_byte(self) -> float:
-        return self.nats / math.log(2) / self.bytes
-
-
-def read_window(shards: TokenShards, start: int, T: int) -> tuple[Tensor, Tensor]:
-    """T inputs and targets from `start` on; behind the end of the text, targets that do not count."""
-    tokens = shards.read(start, min(T + 1, shards.total - start)).astype(np.int64)
-    missing = T + 1 - len(tokens)
-    x, y = torch.from_numpy(tokens[:-1]), torch.from_numpy(tokens[1:])
-    return F.pad(x, (0, missing)), F.pad(y, (0, missing), value=-1)
-
-
-# differs: the whole of a split, or its first windows, with words and bytes
+# differs: the whole of a split or its first windows, as a score
 @torch.no_grad()
 def evaluate(
     model: Model, split: Split, rows: int, world: World, limit: int | None = None
@@ -1095,20 +892,16 @@ def evaluate(
     """Loss of windows of SEQUENCE_LENGTH that do not overlap: every token but the first is scored
     once, the same for every number of ranks and of rows at a time.
     """
-    shards, T = split.shards, model.cfg.sequence_length
-    starts = range(0, shards.total - 1, T)[:limit]
-    nats = torch.zeros((), device=world.device, dtype=torch.float64)
-    nothing = torch.zeros(T, dtype=torch.long), torch.full((T,), -1)
+    shards, T, device = split.shards, model.cfg.sequence_length, world.device
+    starts = window_starts(shards, T, limit)
     mine = starts[world.share(len(starts))]
+    nats = torch.zeros((), device=device, dtype=torch.float64)
     model.eval()
-    for first in range(0, len(mine), rows):
-        windows = [read_window(shards, start, T) for start in mine[first : first + rows]]
-        windows += [nothing] * (rows - len(windows))  # so that the model meets one shape
-        x_BT, y_BT = (torch.stack(part).to(world.device) for part in zip(*windows, strict=True))
-        nats += model(x_BT, y_BT)[0]
+    for x_BT, y_BT in window_batches(shards, mine, T, rows):
+        nats += model(x_BT.to(device), y_BT.to(device))[0]
     model.train()
-    scored = min(len(starts) * T, shards.total - 1)
-    return Score.of(split, world.all_reduce(nats).item(), scored)
+    num_scored = min(len(starts) * T, shards.total - 1)
+    return Score.of(split, world.all_reduce(nats).item(), num_scored)
 
 
 @torch.no_grad()
@@ -1116,50 +909,46 @@ def evaluate_stream(model: Model, split: Split, world: World) -> Score:
     """Loss of the whole split, read once from front to back: every token is predicted from all
     before it, in memory that does not grow. Rank 0 reads.
     """
-    shards, T = split.shards, model.cfg.sequence_length
-    nats = torch.zeros((), device=world.device, dtype=torch.float64)
+    shards, T, device = split.shards, model.cfg.sequence_length, world.device
+    starts = window_starts(shards, T) if world.is_main else []
+    nats = torch.zeros((), device=device, dtype=torch.float64)
     state = model.empty_state(1)
     model.eval()
-    if world.is_main:
-        for start in range(0, shards.total - 1, T):
-            x_T, y_T = read_window(shards, start, T)
-            x_BT, y_BT = x_T[None].to(world.device), y_T[None].to(world.device)
-            loss, _, state = model(x_BT, y_BT, state)
-            nats += loss
+    for start in starts:
+        x_T, y_T = read_window(shards, start, T)
+        loss, _, state = model(x_T[None].to(device), y_T[None].to(device), state)
+        nats += loss
     model.train()
     return Score.of(split, world.all_reduce(nats).item(), shards.total - 1)
 
 
-def report(model: Model, splits: dict[str, Split], rows: int, world: World, session: Session):
+def report(model: Model, splits: dict[str, Split], rows: int, session: Session) -> None:
     """The last figures: the test split in windows and, where the state is constant, the validation
     and the test split as one stream.
     """
-    T = model.cfg.sequence_length
+    T, world = model.cfg.sequence_length, session.world
     test = evaluate(model, splits["test"], rows, world)
-    scores = {"test": (test, f"window:{T} stride:{T}")}
-    session.row.update(
-        test_loss=test.loss,
-        test_ppl=test.ppl,
-        test_word_ppl=test.word_ppl,
-        test_bits_per_byte=test.bits_per_byte,
-    )
+    session.row.update(test_loss=test.loss, test_ppl=test.ppl, test_word_ppl=test.word_ppl)
+    session.row.update(test_bits_per_byte=test.bits_per_byte)
+    scores = {f"window:{T} stride:{T} test": test}
     if model.cfg.mixer == "hamt":
         for part in ("val", "test"):
-            found = evaluate_stream(model, splits[part], world)
-            scores[f"{part}_stream"] = (found, f"one stream, state carried every {T}")
-            session.row[f"{part}_stream_loss"] = found.loss
-    for name, (found, how) in scores.items():
+            score = scores[f"state carried every {T}, {part}_stream"] = evaluate_stream(
+                model, splits[part], world
+            )
+            session.row[f"{part}_stream_loss"] = score.loss
+    for name, score in scores.items():
         session.say(
-            f"{name}_loss:{found.loss:.4f} nats:{found.nats:.1f} tokens:{found.tokens} "
-            f"ppl:{found.ppl:.3f} word_ppl:{found.word_ppl:.3f} "
-            f"bits_per_byte:{found.bits_per_byte:.4f} {how}"
+            f"{name}_loss:{score.loss:.4f} nats:{score.nats:.1f} tokens:{score.tokens} "
+            f"ppl:{score.ppl:.3f} word_ppl:{score.word_ppl:.3f} "
+            f"bits_per_byte:{score.bits_per_byte:.4f}"
         )
 
 
-# ----------------------------------------------------------------------------
+# ------------------------------------------------
 # Records and plan
 
-HINT = "set DEVICE=cpu; PRESET=demo is a size that makes that sensible"
+HINT = "set DEVICE=cpu; PRESET=demo is a size for that"
 RESULTS = (
     "run_id date git_commit seed mixer hidden_dim hcm_dim num_layers num_slots num_attention_heads "
     "delta_rule conv memory use_auxiliary_loss dataset tokenizer learning_rate batch_size "
@@ -1169,13 +958,8 @@ RESULTS = (
     "warmup_iters n_params tokens_seen epochs tokens_per_s peak_memory_mib torch world_size "
     "code_sha256 dirty"
 ).split()
-COLUMN_KNOBS = dict(
-    hidden_dim="n_embd",
-    num_layers="n_layer",
-    num_attention_heads="n_head",
-    dataset="data",
-    learning_rate="lr",
-)
+COLUMN_KNOBS = {"hidden_dim": "n_embd", "num_layers": "n_layer", "num_attention_heads": "n_head"}
+COLUMN_KNOBS |= {"dataset": "data", "learning_rate": "lr"}
 
 
 def flops_per_token(model: Model, cfg: Knobs) -> int:
@@ -1194,93 +978,57 @@ def flops_per_token(model: Model, cfg: Knobs) -> int:
     return flops + 6 * cfg.n_layer * (L * cfg.n_head * S + L * D + 2 * S * D)
 
 
-def memory_mib(rows: int, num_params: int, cfg: Knobs) -> int:
-    """Rough peak of a rank with micro-batches of `rows` sequences: weights, gradients, moments,
-    temporaries of the tied matrix, activations, and a chunk of logits.
-    """
-    size, tokens = DTYPES[cfg.precision].itemsize, rows * cfg.sequence_length
-    fixed = num_params * 16 + cfg.vocabulary * cfg.n_embd * 12
-    mixer = 8 * cfg.n_embd * size
-    if cfg.mixer == "hamt":
-        made = sum(Memory.widths(cfg).values())
-        states = 8 * cfg.num_slots // min(cfg.chunk_length, cfg.sequence_length)
-        mixer = 2 * made * (size + 4) + (20 + states) * cfg.hcm_dim * 4
-    block = mixer + 5 * cfg.n_embd * 4 + 3 * cfg.ffn_width * size
-    kept = cfg.n_layer * block
-    if cfg.gradient_checkpointing:
-        kept = cfg.n_layer * cfg.n_embd * 4 + block
-    logits = min(tokens, LinearCrossEntropy.CHUNK_ROWS) * cfg.vocabulary * 12
-    return (fixed + tokens * (kept + 16 * cfg.n_embd) + logits) // 2**20
+# differs: the forward pass returns a state and an auxiliary loss, too
+def run_step(model: Model, rows: int) -> None:
+    """Forward and backward pass of a micro-batch of zeros, to see what it takes."""
+    x = torch.zeros(rows, model.cfg.sequence_length, dtype=torch.long, device=model.wte.device)
+    model(x, x)[0].backward()
 
 
-def micro_batch_rows(model: Model, cfg: Knobs, world: World) -> int:
-    """Sequences of a micro-batch; DEVICE_BATCH_SIZE=auto tries out how many fit."""
-
-    def attempt(rows: int) -> None:
-        tokens = torch.zeros(rows, cfg.sequence_length, dtype=torch.long, device=world.device)
-        model(tokens, tokens)[0].backward()
-
-    num_params = sum(p.numel() for p in model.parameters())
-    estimate = lambda rows: memory_mib(rows, num_params, cfg)
-    return choose_rows(cfg.device_batch_size, cfg.batch_size, attempt, estimate, world)
-
-
-def open_data(cfg: Knobs, world: World, download: bool = True) -> tuple[Batches, dict[str, Split]]:
+# differs: a text with its splits
+def open_data(
+    cfg: Knobs, world: World, download: bool = True
+) -> tuple[TextBatches, dict[str, Split]]:
     """Training batches and the splits. Raises UserError for all that is wrong with them."""
     splits = open_splits(cfg.data, cfg.encoding, Path(cfg.data_folder), download)
     for split in splits.values():
         split.shards.check_ids(cfg.vocabulary, world)
-    return Batches(splits["train"].shards, cfg, world), splits
+    return TextBatches(splits["train"].shards, cfg, world), splits
 
 
-def data_facts(batches: Batches, splits: dict[str, Split]) -> str:
-    split, cfg = splits["train"], batches.cfg
-    epochs = batches.total_steps / batches.epoch_steps
-    return (
-        f"{cfg.data}: {split.shards.total:,} {cfg.encoding} tokens, {split.words:,} words, "
-        f"{split.bytes:,} bytes, {epochs:.2f} epochs of {batches.epoch_steps} steps"
-    )
-
-
+# differs: a text that a run would download is no reason not to start it
 def plan(cfg: Knobs, world: World) -> dict[str, object]:
-    """What --dry_run shows. Raises UserError for what the run would refuse; needs no GPU."""
+    """What --dry_run shows; raises UserError for what the run would refuse."""
     check_compiler(cfg.compile, cfg.device)
     with torch.device("meta"):
         model = Model(cfg)
-    num_params = sum(p.numel() for p in model.parameters())
-    tokens, rows = cfg.batch_size * cfg.sequence_length, cfg.device_batch_size or 1
-    flops = flops_per_token(model, cfg) * tokens
-    facts = {
-        "mixer": f"{cfg.mixer}, vocabulary {cfg.vocabulary:,}, FFN width {cfg.ffn_width}",
-        "parameters": f"{num_params:,}",
-        "tokens per step": f"{tokens:,}",
-        "memory": f"about {memory_mib(rows, num_params, cfg):,} MiB per rank at {rows} sequences",
-    }
+        facts = {"mixer": cfg.mixer_words, **plan_facts(cfg, world, model, run_step)}
+    step_flops = flops_per_token(model, cfg) * cfg.batch_size * cfg.sequence_length
     try:
-        batches, splits = open_data(cfg, world, download=False)
+        batches, _ = open_data(cfg, world, download=False)
     except NotFetched as error:
-        return {**facts, "compute": f"{flops:.3g} FLOPs per step", "data": error}
-    steps = batches.total_steps
-    facts["compute"] = f"{flops * steps:.3g} FLOPs in {steps} steps of {tokens * steps:,} tokens"
-    return {**facts, "data": data_facts(batches, splits)}
+        return {**facts, "compute": f"{step_flops:.3g} FLOPs a step", "data": error}
+    flops = step_flops * batches.total_steps
+    facts["compute"] = f"{flops:.3g} FLOPs in {batches.total_steps} steps"
+    return {**facts, "data": batches.summary}
 
 
-# ----------------------------------------------------------------------------
+# ------------------------------------------------
 # Training
 
 
+# differs: overflows of fp16 are counted
 @dataclass
 class TrainState:
-    """With the model, the optimizer, the loss scale and the rows' states, all that the next step
-    depends on: tokens, learning rate and dropout are functions of the step.
-    """
+    """With model, optimizer, loss scale and the rows' states, all that the next step depends on."""
 
     step: int = 0
     overflows: int = 0  # of fp16, one after another
 
 
+# differs: what dropout keeps is drawn by a function of its own
 def compile_model(model: Model) -> None:
-    """One block is compiled and serves all of them; the loop over chunks of the loss stays outside."""
+    """One compiled block serves all of them; the loop over chunks of the loss stays outside."""
     for block in model.blocks:
         block.compile(dynamic=False)
     model.chunk_loss = torch.compile(chunk_loss_and_gradient, dynamic=False)
@@ -1288,10 +1036,10 @@ def compile_model(model: Model) -> None:
 
 
 def add_gradients(
-    model: Model, batch: tuple[Tensor, ...], states: RowStates, rows: int, scale: Tensor
-) -> tuple[Tensor, Tensor]:
-    """This rank's shares of the batch's mean loss and auxiliary loss; adds their gradients, times
-    `scale`, micro-batch by micro-batch.
+    model: Model, batch: tuple[Tensor, ...], states: RowStates, rows: int, scale: Callable
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """This rank's shares of the batch's mean loss and auxiliary loss; adds their gradients, of the
+    scaled loss, micro-batch by micro-batch.
     """
     cfg, (x_BT, y_BT, seed_B) = model.cfg, batch
     loss_sum, aux_sum = torch.zeros(2, device=x_BT.device).unbind()
@@ -1305,42 +1053,35 @@ def add_gradients(
         objective = loss
         if cfg.use_auxiliary_loss:
             objective = loss + cfg.aux_loss_weight * aux
-        (objective * scale).backward()
+        scale(objective).backward()
         loss_sum += loss.detach()
         aux_sum += aux.detach()
-    return loss_sum, aux_sum
+    if cfg.use_auxiliary_loss:
+        return loss_sum, dict(aux_loss=aux_sum)
+    return loss_sum, {}
 
 
-def train(
-    cfg: Knobs, world: World, session: Session, batches: Batches, splits: dict[str, Split]
-) -> None:
-    precision, why = choose_precision(cfg.precision, world.device)
-    if world.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # the memory's fp32 products run as TF32
+# differs: states are carried, and there is one optimizer
+def train(cfg: Knobs, session: Session, batches: TextBatches, splits: dict[str, Split]) -> None:
+    world, total_steps = session.world, batches.total_steps
     model = Model(cfg)
     init_weights(model, cfg)
     model.to(world.device)
     gradients = flat_gradients(model)
     adam = AdamW(model, cfg)
-    loss_scale = LossScale(DTYPES[precision]).to(world.device)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=cfg.precision == "fp16")
     if cfg.compile:
         compile_model(model)
-    rows = micro_batch_rows(model, cfg, world)
+    rows = choose_rows(cfg, world, model, run_step)  # sequences of a micro-batch
     gradients.zero_()
     states, state = RowStates(model, cfg, world), TrainState()
-    saved = dict(model=model, adam=adam, loss_scale=loss_scale, states=states, state=state)
-    session.row.update(device_batch_size=rows)
-    session.describe(
-        model,
-        flops_per_token(model, cfg),
-        mixer=f"{cfg.mixer}, FFN width {cfg.ffn_width}, precision {precision} ({why})",
-        batch=f"{batches.batch_tokens:,} tokens on {world.size} rank(s), {rows} rows at a time",
-        state=f"{model.empty_state(1).num_bytes:,} bytes per sequence, before any token",
-        data=data_facts(batches, splits),
-    )
+    saved = dict(model=model, adam=adam, scaler=scaler, states=states, state=state)
+    session.row["device_batch_size"] = rows
+    facts = {"mixer": cfg.mixer_words, "rows": rows, "data": batches.summary}
+    facts["state"] = f"{model.empty_state(1).num_bytes:,} bytes per sequence, before any token"
+    session.describe(model, flops_per_token(model, cfg), facts)
     session.restore(**saved)
     prefetch = Prefetch(batches.make, state.step, world.device, cfg.num_workers)
-    total_steps = batches.total_steps
 
     while True:
         # -------- clock stopped: evaluate, save, leave --------
@@ -1350,48 +1091,49 @@ def train(
         if state.overflows >= 50:
             session.stop("nan", "50 steps in a row overflowed fp16; use bf16, or a lower LR")
         if session.should_validate:
-            found = evaluate(model, splits["val"], rows, world, cfg.max_val_samples)
-            log_score(session, state.step, found, cfg.sequence_length)
+            score = evaluate(model, splits["val"], rows, world, cfg.max_val_samples)
+            log_score(session, state.step, score)
         if session.should_save:
             session.save(state.step, **saved)
-        if session.stopping:
+        if session.stopping:  # finished, early stop, a signal, or a step that was not finite
             break
 
         # -------- clock running: one optimizer step --------
         session.start_clock()
-        states.start_step(state.step % batches.epoch_steps == 0)
+        states.start_step(is_new_epoch=state.step % batches.epoch_steps == 0)
         batch = prefetch.get(state.step)
-        loss, aux = add_gradients(model, batch, states, rows, loss_scale.scale)
+        loss, metrics = add_gradients(model, batch, states, rows, scaler.scale)
         world.all_reduce(gradients)  # each rank has added its share of the batch's mean
-        gradients /= loss_scale.scale
+        scaler.unscale_(adam)
         grad_norms = torch.stack(torch._foreach_norm([p.grad for p in model.parameters()]))
-        overflow = loss_scale.update(grad_norms)
+        overflow = ~grad_norms.isfinite().all() & scaler.is_enabled()
         lr = cfg.lr * lr_scale(position, total_steps, cfg)
-        metrics = dict(aux_loss=aux) if cfg.use_auxiliary_loss else {}
-        all_finite = session.step(
-            state.step + 1, loss, lr=lr, grad_norms=grad_norms, overflow=overflow, **metrics
-        )
-        adam.step(lr, grad_norms, all_finite)
-        gradients.zero_()
         state.step += 1
+        all_finite = session.step(state.step, loss, lr, grad_norms, overflow, **metrics)
+        adam.step(lr, grad_norms, all_finite)
+        scaler.update()
+        gradients.zero_()
     prefetch.close()
     if cfg.final_test and session.status in ("finished", "early_stop"):
-        report(model, splits, rows, world, session)
+        report(model, splits, rows, session)
 
 
-def log_score(session: Session, step: int, found: Score, T: int) -> None:
-    bits = found.bits_per_byte
-    note = f" ppl:{found.ppl:.2f} bits_per_byte:{bits:.4f} window:{T} stride:{T}"
-    session.log_validation(step, found.loss, note, val_bits_per_byte=bits)
-    session.row.update(val_ppl=found.ppl, val_bits_per_byte=bits)
+def log_score(session: Session, step: int, score: Score) -> None:
+    bits = score.bits_per_byte
+    T = session.cfg.sequence_length
+    note = f" ppl:{score.ppl:.2f} bits_per_byte:{bits:.4f} window:{T} stride:{T}"
+    session.log_validation(step, score.loss, note, val_bits_per_byte=bits)
+    session.row.update(val_ppl=score.ppl, val_bits_per_byte=bits)
 
 
+# differs: epochs decide when to validate and save
 def main() -> int:
     cfg = read_knobs(Knobs, PRESETS, doc=__doc__)
     if cfg.dry_run:
         return show_plan(cfg, plan)
     with join_world(cfg.device, HINT) as world:
         check_compiler(cfg.compile, cfg.device)
+        choose_precision(cfg.precision, world.device)
         batches, splits = open_data(cfg, world)
         epoch = batches.epoch_steps
         session = Session(
@@ -1412,12 +1154,9 @@ def main() -> int:
             out_of_memory="lower DEVICE_BATCH_SIZE or set GRADIENT_CHECKPOINTING=1",
         )
         with session:
-            session.row.update(
-                tokenizer=cfg.encoding,
-                conv=int(cfg.has_conv),
-                warmup_iters=warmup_steps(batches.total_steps, cfg),
-            )
-            train(cfg, world, session, batches, splits)
+            session.row.update(tokenizer=cfg.encoding, conv=int(cfg.has_conv))
+            session.row["warmup_iters"] = warmup_steps(batches.total_steps, cfg)
+            train(cfg, session, batches, splits)
     return session.exit_code
 
 
