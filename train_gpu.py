@@ -1,315 +1,183 @@
-"""train_gpu.py -- HAMT: a language model whose layers keep a holographic associative memory, in one file.
+"""train_gpu.py -- HAMT: a language model whose layers keep a holographic associative memory.
 
-    python train_gpu.py --hidden_dim 512 --hcm_dim 2048 --num_layers 8 --num_slots 16 --dataset wikitext-103 \\
-        --max_seq_length 1024 --batch_size 128 --mixed_precision bf16 --compile_model
+    python train_gpu.py --hidden_dim 512 --hcm_dim 2048 --num_layers 8 --num_slots 16 \\
+        --dataset wikitext-103 --batch_size 128 --mixed_precision bf16 --compile_model
     torchrun --standalone --nproc_per_node=8 train_gpu.py --preset 124m --dataset wikitext-103
-    python train_gpu.py --preset 100m --mixer attention          the same-size rotary transformer beside it
-    python train_gpu.py --preset demo                            a CPU, a minute, no download
+    python train_gpu.py --preset 100m --mixer attention     the rotary transformer of the same size
+    python train_gpu.py --preset demo                       a CPU, a minute, no download
 
-A layer writes items v_t, bound to keys k_t of unit modulus, into S slots, and reads them back with the conjugate of a
-query key: M_t = decay_t * M_{t-1} + w_t (k_t v_t), r_t = conj(q_t) (a_t M_t), the output is W_o(norm(r_t) silu(g_t)).
-The state M is all that it keeps of the past: S * D numbers per layer, however long the text.
+Of each token a layer writes an item v, bound to a key k of unit modulus, into S slots, and reads
+with the conjugate of a query key: M_t = decay_t * M_{t-1} + w_t (k_t v_t), r_t = conj(q_t) (a_t M_t).
+The output is W_o(norm(r_t) silu(g_t)). Addresses and slots are a gated linear attention; so a layer
+is bind, gated_linear_attention, unbind. The state M is all that it keeps of the past, however long.
 
-Expect   PRESET=demo: val_loss falls from 5.5 to 1.64 nats per byte (n=1, 45 s on two cores); docs/hamt.md has more
-Shapes   B sequences, T tokens, C model width, D memory width (reals: D/2 complex bins, re|im), H heads, E = D / H,
-         K = E / 2 bins of a head, S slots of a head, L tokens of a chunk, N chunks (in the loss: rows), V vocabulary
-Units    losses in nats per token unless the name says otherwise; batch_size in sequences over all ranks; phases in
-         radians; times in seconds or ms, as the name says
-Raises   UserError (one line, exit code 2) for a bad knob, text, checkpoint or results file, before training starts
-Sources  holographic reduced representations, Plate 1995; unit-modulus keys, Ganesan et al., arXiv 2109.02157; chunk
-         form and decay, Yang et al., GLA, arXiv 2312.06635; delta rule, Schlag et al., arXiv 2102.11174, and its chunk
-         form, Yang et al., arXiv 2406.06484; conv before keys and values, Gu and Dao, Mamba, arXiv 2312.00752
-Shared   plumbing.py keeps the run alive and accounted for. Everything that can change the loss is in this file.
+Expect   PRESET=demo: val_loss falls from 5.5 to 1.64 nats per byte (n=1); docs/hamt.md has more
+Shapes   B sequences, T tokens, C model width, D memory width (D/2 complex bins), H heads, E = D / H
+         values of a head, K = E / 2 bins of a head, S slots of a head, L tokens of a chunk,
+         N chunks (in the loss: tokens of a micro-batch), V vocabulary, X any width
+Units    losses in nats per token unless the name says otherwise; batch_size in sequences over all
+         ranks; phases in radians
+Raises   UserError (one line, exit code 2) for a bad knob, text or checkpoint, before training
+Sources  holographic reduced representations: Plate 1995. Keys of unit modulus: Ganesan et al.,
+         arXiv 2109.02157. Chunks and decay: Yang et al., GLA, arXiv 2312.06635. Delta rule: Schlag
+         et al., arXiv 2102.11174; in chunks: Yang et al., arXiv 2406.06484; with a decay of each
+         slot: Kimi Delta Attention, arXiv 2510.26692. Convolution: Mamba, arXiv 2312.00752
+Shared   plumbing/ keeps the run alive and accounted for. What can change the loss is in this file.
 """
 
 import hashlib
-import json
 import math
-import os
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import plumbing
-from plumbing import (
-    HERE,
-    Clock,
-    Prefetch,
-    Pulse,
-    RunLog,
-    TokenShards,
-    UserError,
-    World,
-    knob,
-    knobs_json,
-    launch,
-)
+from plumbing import ROOT, RUN_KNOBS, RunKnobs, Session, knob, read_knobs, show_plan
+from plumbing.data import Prefetch
+from plumbing.device import check_compiler, choose_precision, choose_rows
+from plumbing.plan import plan_facts
+from plumbing.splits import NotFetched, Split, open_splits
+from plumbing.text_batches import Score, TextBatches, read_window, window_batches, window_starts
+from plumbing.world import World, flat_gradients, join_world, launch
 
-# ----------------------------------------------------------------------------
+# ------------------------------------------------
 # Knobs
 
-BYTES = dict(dataset="embedded", tokenizer="bytes")
-# Sizes are those of the name within 3%, with the GPT-2 vocabulary and for both mixers.
+# fmt: off
+# The sizes are those of the name within 3%, with the GPT-2 vocabulary and for both mixers.
 PRESETS = {
     "seed": {},
-    "33m": dict(hidden_dim=384, hcm_dim=384, num_layers=8, num_slots=8, num_attention_heads=6),
-    "50m": dict(hidden_dim=512, hcm_dim=512, num_layers=8, num_slots=8, num_attention_heads=4),
-    "100m": dict(hidden_dim=640, hcm_dim=1536, num_layers=10, num_slots=16, num_attention_heads=4),
-    "124m": dict(hidden_dim=768, hcm_dim=768, num_layers=12, num_slots=16, num_attention_heads=4),
-    "200m": dict(hidden_dim=896, hcm_dim=2048, num_layers=12, num_slots=16, num_attention_heads=4),
+    "33m": dict(n_embd=384, hcm_dim=384, n_layer=8, num_slots=8, n_head=6),
+    "50m": dict(n_embd=512, hcm_dim=512, n_layer=8, num_slots=8, n_head=4),
+    "100m": dict(n_embd=640, hcm_dim=1536, n_layer=10, num_slots=16, n_head=4),
+    "124m": dict(n_embd=768, hcm_dim=768, n_layer=12, num_slots=16, n_head=4),
+    "200m": dict(n_embd=896, hcm_dim=2048, n_layer=12, num_slots=16, n_head=4),
     # bytes of Python's own documentation, on a CPU
     "demo": dict(
-        device="cpu",
-        mixed_precision="none",
-        hidden_dim=128,
-        hcm_dim=128,
-        num_layers=2,
-        num_slots=16,
-    )
-    | dict(
-        num_attention_heads=4,
-        max_seq_length=128,
-        batch_size=16,
-        device_batch_size=16,
-        num_iterations=400,
-    )
-    | dict(
-        learning_rate=3e-3, dropout=0.0, val_every=50, save_every=100, max_val_samples=256, **BYTES
-    ),
+        device="cpu", precision="fp32", data="embedded", tokenizer="bytes",
+        n_embd=128, hcm_dim=128, n_layer=2, num_slots=16, n_head=4, dropout=0.0,
+        sequence_length=128, batch_size=16, device_batch_size=16, num_iterations=400, lr=3e-3,
+        val_every=50, save_every=100, max_val_samples=256),
 }
-# What may differ when a run is resumed: nothing here moves the loss curve.
-FREE = "preset device_batch_size chunk_length gradient_checkpointing val_every max_val_samples final_test num_workers "
-FREE += "early_stop_patience early_stop_min_delta target_loss save_every save_epochs keep device compile use_wandb "
-FREE += "tracker wandb_project run_id stage data_folder logs_folder results_file dry_run"
-MIXERS, BINDINGS = ("hamt", "attention"), ("phasor", "elementwise", "circular_conv")
-MEMORIES = ("on", "local", "off")
-PRECISIONS = {"none": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-WIKITEXT = ("wikitext-2", "wikitext-103")
+# fmt: on
+# These move no loss, so a resumed run may have others.
+RESUME_MAY_DIFFER = [*RUN_KNOBS, "preset", "device_batch_size", "chunk_length", "kernel"]
+RESUME_MAY_DIFFER += ["gradient_checkpointing", "max_val_samples", "final_test", "num_workers"]
+RESUME_MAY_DIFFER += ["save_epochs", "tracker_project", "data_folder"]
 VOCABULARY = {"gpt2": 50304, "bytes": 256}  # GPT-2's 50257 ids, padded to a multiple of 64
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
-class Knobs:
+class Knobs(RunKnobs):
     preset: str = knob("seed", "named set of defaults", choices=tuple(PRESETS))
-    # model
-    mixer: str = knob(
-        "hamt", "holographic memory, or the rotary transformer to compare with", choices=MIXERS
-    )
-    hidden_dim: int = knob(512, "model width, channels", low=2)
-    hcm_dim: int = knob(2048, "memory width D, real numbers: D/2 complex bins", low=2)
-    num_layers: int = knob(8, "blocks", low=1)
-    num_slots: int = knob(16, "slots of a head's memory", low=1)
-    num_attention_heads: int = knob(8, "heads, each with addresses and phases of its own", low=1)
-    intermediate_dim: int | None = knob(
-        None, "FFN width; auto is 4 times the model width", low=1, none="auto"
-    )
-    match_params: bool = knob(
-        True, "attention: widen the FFN to HAMT's parameter count at these knobs"
-    )
-    vocab_size: int | None = knob(
-        None, "token ids; auto is the tokenizer's", low=2, high=65536, none="auto"
-    )
-    binding: str = knob(
-        "phasor", "keys: content and position phases, fixed +-1, fixed phases", choices=BINDINGS
-    )
-    tie_keys: bool = knob(
-        True, "one projection for write and read keys and addresses, convolved apart"
-    )
-    position_share: float = knob(
-        0.5, "share of the bins whose phases also turn with position", low=0, high=1
-    )
-    decay: bool = knob(True, "forgetting, per slot, head and token, learned")
-    slowest_decay: float = knob(
-        2**-7, "of the slots' initial rates per token; the fastest is 1/4", above=0, high=0.25
-    )
+    mixer: str = knob("hamt", "what mixes tokens", choices=("hamt", "attention"), group="model")
+    n_embd: int = knob(512, "model width, in channels", low=2)
+    hcm_dim: int = knob(2048, "memory width in real numbers, two of them for a complex bin", low=2)
+    n_layer: int = knob(8, "number of blocks", low=1)
+    n_head: int = knob(8, "number of heads, each with addresses and phases of its own", low=1)
+    num_slots: int = knob(16, "number of slots of a head's memory", low=1)
+    vocab_size: int | None = knob(None, "number of token ids", low=2, high=65536, none="auto")
+    conv: bool | None = knob(None, "convolve 4 tokens before mixing; auto: hamt", none="auto")
+    use_gating: bool = knob(True, "gate the memory's read with SiLU")
     delta_rule: bool = knob(False, "erase what the write address holds before writing")
-    use_gating: bool = knob(True, "SiLU gate on the read")
-    conv: bool = knob(True, "causal convolution of 4 tokens before items, keys and addresses")
-    memory: str = knob(
-        "on", "controls: local reads a token's own write only, off reads zero", choices=MEMORIES
-    )
-    window_every: int = knob(
-        0, "every n-th layer is sliding-window attention (a hybrid); 0: none", low=0
-    )
-    attention_window: int = knob(256, "tokens that such a layer sees", low=1)
-    chunk_length: int = knob(
-        64, "tokens of a chunk of the parallel form; changes speed only", low=1, high=128
-    )
+    slowest_decay: float = knob(2**-7, "smallest forgetting of a token", above=0, high=0.25)
+    memory: str = knob("on", "off reads zero, local own writes", choices=("on", "local", "off"))
+    chunk_length: int = knob(64, "tokens of a chunk, for speed only", low=1, high=128)
+    kernel: str = knob("plain", "fla: kernels of fla-core, on CUDA", choices=("plain", "fla"))
     dropout: float = knob(0.1, "of embeddings, mixer and FFN outputs", low=0, high=0.95)
-    use_auxiliary_loss: bool = knob(
-        False, "also train recall of earlier items; never part of a reported loss"
-    )
-    aux_loss_weight: float = knob(0.1, "weight of the auxiliary loss", low=0)
-    # data
-    dataset: str = knob(
-        "wikitext-2", "wikitext-2, wikitext-103, embedded (or bytes), or a text file or folder"
-    )
-    tokenizer: str = knob(
-        "auto", "auto: bytes for embedded, else gpt2", choices=("auto", *VOCABULARY)
-    )
-    max_train_samples: int | None = knob(None, "sequences of an epoch at most", low=1, none="all")
-    max_val_samples: int | None = knob(None, "sequences of a validation at most", low=1, none="all")
-    num_workers: int = knob(4, "batches made ahead of use", low=1)
-    # batch, in sequences
-    max_seq_length: int = knob(1024, "tokens per sequence", low=1, alias=("sequence_length",))
-    batch_size: int = knob(16, "sequences per step, over all ranks", low=1)
-    device_batch_size: int | None = knob(
-        None, "sequences per micro-batch of a rank", low=1, none="auto"
-    )
-    carry_state: bool = knob(
-        False, "a step goes on where the last one stopped, with its state (truncated BPTT)"
-    )
-    # schedule
-    num_epochs: int = knob(10, "passes over the data, where num_iterations is auto", low=1)
-    num_iterations: int | None = knob(
-        None, "optimizer steps", low=0, none="auto", alias=("max_steps",)
-    )
-    max_seconds: float | None = knob(
-        None, "training seconds; the schedule runs on time", above=0, none="off"
-    )
+    use_auxiliary_loss: bool = knob(False, "also train recall of earlier items")
+    aux_loss_weight: float = knob(0.1, "weight of that loss, of which no report tells", low=0)
+    batch_size: int = knob(16, "sequences per step, over all ranks", low=1, group="batch")
+    device_batch_size: int | None = knob(None, "sequences per micro-batch", low=1, none="auto")
+    sequence_length: int = knob(1024, "tokens per sequence", low=1)
+    carry_state: bool = knob(False, "each row goes on in its text from its last state")
+    num_epochs: int = knob(10, "passes over the data", low=1, group="schedule")
+    num_iterations: int | None = knob(None, "optimizer steps instead", low=0, none="auto")
+    time_budget_s: float | None = knob(None, "run the schedule on this time", above=0, none="off")
     use_scheduler: bool = knob(True, "cosine from the peak rate to a tenth of it")
-    warmup_iters: int | None = knob(
-        None, "steps of linear warm-up; auto: 2%, at most 1000", low=0, none="auto"
-    )
-    # optimizer
-    learning_rate: float = knob(3e-4, "peak rate of AdamW", low=0, alias=("lr",))
+    warmup_iters: int | None = knob(None, "steps of warm-up; auto: 2%", low=0, none="auto")
+    lr: float = knob(3e-4, "peak learning rate of AdamW", low=0)
     weight_decay: float = knob(0.01, "of matrices only", low=0)
     grad_clip: float = knob(1.0, "largest norm of the gradient; 0: no clipping", low=0)
-    mixed_precision: str = knob(
-        "fp16", "of products; state, phases and decay stay fp32", choices=tuple(PRECISIONS)
-    )
-    gradient_checkpointing: bool = knob(
-        False, "keep a block's input only, and compute the block again"
-    )
-    seed: int = knob(1337, "initial weights, order of the data, dropout", low=0)
-    # evaluation, stopping, saving
-    val_every: int | None = knob(
-        None, "steps between validations; 0: the last only", low=0, none="epoch"
-    )
-    final_test: bool = knob(True, "at the end: test split and streaming evaluation")
-    early_stop_patience: int = knob(
-        0, "validations without improvement until it stops; 0: never", low=0
-    )
-    early_stop_min_delta: float = knob(
-        0.0, "nats by which a validation must improve to count", low=0
-    )
-    target_loss: float | None = knob(
-        None, "log when validation first reaches this, in nats", none="off"
-    )
-    save_every: int = knob(
-        1000, "steps between checkpoints; 0: the end only", low=0, alias=("save_steps",)
-    )
+    seed: int = knob(1337, "seed of initial weights, order of the data and dropout", low=0)
+    data: str = knob("wikitext-2", "or wikitext-103, embedded, text file or folder", group="data")
+    tokenizer: str = knob("auto", "bytes or gpt2", choices=("auto", *VOCABULARY))
+    max_train_samples: int | None = knob(None, "sequences of an epoch at most", low=1, none="all")
+    max_val_samples: int | None = knob(None, "sequences validated at most", low=1, none="all")
+    num_workers: int = knob(4, "batches made ahead of use", low=1)
+    data_folder: str = knob(str(ROOT / "data"), "folder of downloaded texts and token shards")
+    val_every: int | None = knob(None, "steps between validations", low=0, none="epoch")
+    final_test: bool = knob(True, "at the end, score the test split, and splits as one stream")
+    save_every: int = knob(1000, "steps between checkpoints", low=0, alias=("save_steps",))
     save_epochs: bool = knob(True, "a checkpoint also at the end of each epoch")
-    keep: int = knob(2, "checkpoints kept", low=1)
-    # the run
-    device: str = knob(
-        "cuda", "where to train; nothing falls back by itself", choices=("cuda", "cpu")
-    )
-    compile: bool = knob(False, "torch.compile", alias=("compile_model",))
-    use_wandb: bool = knob(False, "short for TRACKER=wandb")
-    tracker: str = knob(
-        "none", "also send steps and validations there", choices=("none", "wandb", "trackio")
-    )
-    wandb_project: str = knob("hamt-competitive-llm", "project name for the tracker")
-    run_id: str = knob(
-        "", "an unfinished run's id resumes it; empty: made once per launch", alias=("run_name",)
-    )
-    stage: str = knob("", "stage of a study, copied into the results row")
-    data_folder: str = knob(
-        str(HERE / "data"), "folder of downloaded texts and of token shards made from texts"
-    )
-    logs_folder: str = knob(
-        str(HERE / "logs"), "folder of log, metrics and checkpoints", alias=("output_dir",)
-    )
-    results_file: str = knob(
-        str(HERE / "experiments/results_hamt.csv"), "file that gets one row per run"
-    )
-    dry_run: bool = knob(False, "show knobs, sizes and data, and stop")
+    compile: bool = knob(False, "compile one block", alias=("compile_model",))
+    precision: str = knob("fp16", "of matrix products", choices=tuple(DTYPES), group="machine")
+    gradient_checkpointing: bool = knob(False, "keep a block's input, and compute it again")
+    tracker_project: str = knob("hamt-competitive-llm", "there", alias=("wandb_project",))
+    run_id: str = knob("", "name of the run, to resume it", alias=("run_name",))
+    logs_folder: str = knob(str(ROOT / "logs"), "folder of logs", alias=("output_dir",))
+    results_file: str = knob(str(ROOT / "experiments/results_hamt.csv"), "file with a row per run")
 
     def __post_init__(self):
-        heads, C, D = self.num_attention_heads, self.hidden_dim, self.hcm_dim
-        if D % (2 * heads):
-            raise ValueError(
-                f"HCM_DIM={D} must be NUM_ATTENTION_HEADS={heads} times an even number (bins are pairs)"
-            )
-        if (self.mixer == "attention" or self.window_every) and C % (2 * heads):
-            raise ValueError(
-                f"HIDDEN_DIM={C} must be NUM_ATTENTION_HEADS={heads} times an even width (rotary)"
-            )
-        if self.mixer == "attention" and (
-            self.use_auxiliary_loss or self.memory != "on" or self.window_every
-        ):
-            raise ValueError(
-                "MIXER=attention has no memory: USE_AUXILIARY_LOSS, MEMORY=local, MEMORY=off and WINDOW_EVERY are for "
-                "MIXER=hamt"
-            )
-        if self.mixer == "attention" and self.carry_state:
-            raise ValueError(
-                "CARRY_STATE=1 carries a constant state, which MIXER=attention does not have"
-            )
-        if self.mixed_precision == "fp16" and self.device == "cpu":
-            raise ValueError(
-                "MIXED_PRECISION=fp16 needs a GPU; with DEVICE=cpu set it to none (or bf16)"
-            )
-        if self.use_wandb and self.tracker == "trackio":
-            raise ValueError("USE_WANDB=1 and TRACKER=trackio: choose one tracker")
-        if (
-            self.dataset in WIKITEXT
-            and self.tokenizer == "bytes"
-            and self.vocab_size not in (None, 256)
-        ):
-            raise ValueError(
-                f"TOKENIZER=bytes has 256 ids, VOCAB_SIZE={self.vocab_size}; leave VOCAB_SIZE at auto"
-            )
+        wants = f"N_HEAD={self.n_head} times an even number"
+        if self.hcm_dim % (2 * self.n_head):
+            raise ValueError(f"HCM_DIM={self.hcm_dim} must be {wants}")
+        if self.device == "cpu" and self.precision == "fp16":
+            raise ValueError("PRECISION=fp16 needs a GPU; with DEVICE=cpu use bf16 or fp32")
+        if self.device == "cpu" and self.kernel == "fla":
+            raise ValueError("KERNEL=fla needs a GPU; with DEVICE=cpu use plain")
+        if self.mixer == "attention":
+            if self.n_embd % (2 * self.n_head):
+                raise ValueError(f"N_EMBD={self.n_embd} must be {wants}")
+            if self.use_auxiliary_loss or self.memory != "on" or self.carry_state:
+                raise ValueError(
+                    "MIXER=attention has no memory: USE_AUXILIARY_LOSS, MEMORY and CARRY_STATE are "
+                    "for MIXER=hamt"
+                )
 
     @property
-    def tokens(self) -> str:
+    def encoding(self) -> str:
         """The tokenizer's name."""
-        return self.tokenizer if self.tokenizer != "auto" else "bytes" if self.embedded else "gpt2"
-
-    @property
-    def embedded(self) -> bool:
-        return self.dataset in ("embedded", "bytes")
+        if self.tokenizer != "auto":
+            return self.tokenizer
+        return "bytes" if self.data in ("embedded", "bytes") else "gpt2"
 
     @property
     def vocabulary(self) -> int:
-        return self.vocab_size or VOCABULARY[self.tokens]
+        return self.vocab_size or VOCABULARY[self.encoding]
 
     @property
-    def label(self) -> str:
-        """The mixer as tables name it: one with attention layers in it is a hybrid."""
-        return "hybrid" if self.window_every else self.mixer
+    def has_conv(self) -> bool:
+        return self.mixer == "hamt" if self.conv is None else self.conv
 
-    def is_memory(self, layer: int) -> bool:
-        windowed = self.window_every and (layer + 1) % self.window_every == 0
-        return self.mixer == "hamt" and not windowed
+    @property
+    def mixer_words(self) -> str:
+        return f"{self.mixer}, vocabulary {self.vocabulary:,}, FFN width {self.ffn_width}"
 
-    def ffn_width(self, layer: int) -> int:
-        """4 times the model width; behind an attention layer of MIXER=attention as much more as a memory layer has
-        parameters beyond attention's 4 C^2."""
-        width = self.intermediate_dim or 4 * self.hidden_dim
-        if self.mixer == "attention" and self.match_params:
-            extra = sum(math.prod(s) for s in Memory.shapes(self).values()) - 4 * self.hidden_dim**2
-            width += round(extra / (2 * self.hidden_dim))
+    @property
+    def ffn_width(self) -> int:
+        """4 times the model width; with attention, as much more as makes both mixers' models equal
+        in parameters.
+        """
+        width = 4 * self.n_embd
+        if self.mixer == "attention":
+            memory = sum(math.prod(shape) for shape in Memory.shapes(self).values())
+            attention = sum(math.prod(shape) for shape in Attention.shapes(self).values())
+            width += round((memory - attention) / (2 * self.n_embd))
         return max(width, 1)
 
 
-# ----------------------------------------------------------------------------
+# ------------------------------------------------
 # Model
 
-TAPS = 4  # of the convolution
-INIT_STD = 0.02  # of weights, before init_parts()
-CONVOLVED = "item key query write read".split()
-MAX_DECAY = 1.0  # nats per token: bounds what the chunk form exponentiates by chunk_length / 2
-KEY_PERIOD = 4096  # positions after which fixed keys repeat
+CONV_LENGTH = 4  # tokens
+INIT_STD = 0.02
+MAX_DECAY = 1.0  # nats per token: keeps the exponents of a chunk of 128 tokens within +-64
 
 
 # same as train_gpt.py
@@ -318,1469 +186,982 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 # same as train_gpt.py
-def rotate(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    a, b = x_BTHD.chunk(2, dim=-1)
-    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1).type_as(x_BTHD)
+def apply_rotary(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding in the half-split layout (Su et al., arXiv 2104.09864)."""
+    x1, x2 = x_BTHD.chunk(2, dim=-1)
+    rotated = torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
+    return rotated.type_as(x_BTHD)
 
 
-def turn(x: Tensor, key: tuple[Tensor, ...]) -> Tensor:
-    """Bind: multiply by a key, (cos, sin) of phases over packed re|im, or (signs,) over reals. Equal to circular
-    convolution of what these are the spectra of (Plate 1995)."""
-    if len(key) == 1:
-        return x * key[0]
-    (re, im), (cos, sin) = x.chunk(2, dim=-1), key
-    return torch.cat([re * cos - im * sin, re * sin + im * cos], dim=-1)
+def autocast(x: Tensor, dtype: torch.dtype) -> torch.autocast:
+    """Matrix products in `dtype`. Tensors without data (--dry_run) are taken for a CPU's."""
+    kind = "cpu" if x.is_meta else x.device.type
+    return torch.autocast(kind, dtype, enabled=dtype != torch.float32)
 
 
-def conj(key: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The key that undoes `key`: the conjugate phasor; a sign undoes itself."""
-    return key if len(key) == 1 else (key[0], -key[1])
+def bind(item: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Multiply by a key of unit modulus: cosines and sines of its phases, as key_of() makes them.
+
+    Real parts come first, then imaginary parts. Of spectra, the product is the circular convolution
+    of what they are the spectra of.
+    """
+    return item * cos + item.roll(item.size(-1) // 2, -1) * sin
 
 
-def phasor(phase: Tensor) -> tuple[Tensor, Tensor]:
+def unbind(bound: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Multiply by the conjugate key: what this key had bound comes back as it was."""
+    return bound * cos - bound.roll(bound.size(-1) // 2, -1) * sin
+
+
+def key_of(phase: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines (c, c) and sines (-s, s) of phases, for real and imaginary parts."""
+    phase = torch.cat([-phase, phase], dim=-1)
     return phase.cos(), phase.sin()
 
 
-@lru_cache(maxsize=4)
-def fixed_phases(D: int) -> Tensor:
-    """(KEY_PERIOD, D/2) of circular_conv, whose signs of cos|sin are the keys of elementwise: the same in each run."""
-    generator = torch.Generator().manual_seed(20260611)
-    return torch.rand(KEY_PERIOD, D // 2, generator=generator, dtype=torch.float64) * 2 * math.pi
+def phases_of_positions(position: Tensor, T: int, bins: int, turning: int) -> Tensor:
+    """(T, bins) of tokens from `position` on: the first `turning` bins turn at rotary's frequencies.
+
+    The products are fp64 and reduced to one turn, so that position 10^6 is as precise as position 1.
+    """
+    index = torch.arange(bins, dtype=torch.float64, device=position.device)
+    frequency = 1e4 ** -(index / max(turning, 1))
+    frequency = torch.where(index < turning, frequency, 0.0)
+    positions = position + torch.arange(T, device=position.device)
+    return torch.outer(positions.double(), frequency) % (2 * math.pi)
 
 
-def convolve(x_BTX: Tensor, taps_4X: Tensor, tail_B3X: Tensor) -> tuple[Tensor, Tensor]:
-    """Causal depthwise convolution behind the last inputs of the text so far, `tail`, and the new tail."""
-    x_BTX = torch.cat([tail_B3X.type_as(x_BTX), x_BTX], dim=1)
-    y_BXT = F.conv1d(x_BTX.transpose(1, 2), taps_4X.type_as(x_BTX).T[:, None], groups=x_BTX.size(2))
-    return y_BXT.transpose(1, 2), x_BTX[:, 1 - len(taps_4X) :].type_as(tail_B3X)
+def causal_conv(x_BTX: Tensor, kernel_4X: Tensor, past_B3X: Tensor) -> tuple[Tensor, Tensor]:
+    """Depthwise causal convolution behind the last inputs so far, and the last inputs after it."""
+    x_BTX = torch.cat([past_B3X, x_BTX], dim=1)
+    y_BXT = F.conv1d(x_BTX.mT, kernel_4X.mT[:, None], groups=x_BTX.size(2))
+    return y_BXT.mT, x_BTX[:, 1 - CONV_LENGTH :]
 
 
-def decay_factors(log_decay: Tensor) -> tuple[Tensor, ...]:
-    """Of log_decay (..., L, S) of a chunk, with inclusive sums c: exp(c - m), exp(m - c), exp(c_L - m) (..., 1, S) and
-    exp(m) with m = -MAX_DECAY * L / 2, so that exp(c_t - c_j) is the first at t times the second at j.
+def random_bits(seed_B: Tensor, count: int) -> Tensor:
+    """(B, count) random int64, at least 0: a function of a row's seed and the place, on any device.
 
-    c falls from 0 by MAX_DECAY a token at most: no exponent is beyond MAX_DECAY * L / 2 = 64 in size, and no factor can
-    overflow, as exp(-c_j) would. m is a constant: a middle taken from c itself would let later tokens of the chunk move
-    earlier ones by a rounding error."""
-    c, m = log_decay.cumsum(-2), -MAX_DECAY * log_decay.size(-2) / 2
-    return (c - m).exp(), (m - c).exp(), (c[..., -1:, :] - m).exp(), math.exp(m)
+    SplitMix64 (Steele et al. 2014) over a counter; signed shifts clear the sign. So what is drawn
+    for a row does not depend on the rows beside it, and gradient checkpointing draws it again.
+    """
+    x = torch.arange(count, device=seed_B.device) * -7046029254386353131 + seed_B[:, None]
+    x = (x ^ (x >> 30)) * -4658895280553007687
+    x = (x ^ (x >> 27)) * -7723592293110705685
+    return x ^ (x >> 31)
+
+
+def dropout_mask(seed_B: Tensor, shape: tuple[int, ...], p: float) -> Tensor:
+    """(B, *shape) bool: what is kept, each element with probability 1 - p."""
+    bits = random_bits(seed_B, math.prod(shape))
+    return (bits >= int(p * 2**63)).view(-1, *shape)
+
+
+def dropout(x: Tensor, kept: Tensor | None, p: float) -> Tensor:
+    return x if kept is None else torch.where(kept, x / (1 - p), 0.0)
+
+
+def gated_linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, beta: Tensor | None, L: int
+) -> tuple[Tensor, Tensor]:
+    """Reads (B, T, H, E) and the state (B, H, S, E) behind the last token.
+
+    state_t = exp(log_decay_t) * state_{t-1} + k_t v_t^T and read_t = q_t state_t, per head, for q, k
+    and log_decay (B, T, H, S). With beta (B, T, H, 1) the delta rule: of v_t, a part beta is written
+    in place of a part beta of what k_t finds. Exact for every chunk length L. Products of values
+    have the type of v; the state and what stands in an exponent have that of the state.
+    """
+    T = v.size(1)
+    if T == 1:
+        return recurrent_step(q, k, v, log_decay, state, beta)
+    L = min(L, T)
+    chunks = -(-T // L)
+    group = 1  # chunks that form one chunk of the second level, which many chunks need
+    if chunks > (256 if beta is None else 16):
+        group = 2 ** (chunks.bit_length() // 2)
+    missing = -T % (L * group)
+
+    def split(x: Tensor) -> Tensor:  # (B, H, N, L, X); a padded token writes and forgets nothing
+        if missing:
+            x = F.pad(x, (0, 0, 0, 0, 0, missing))
+        return x.unflatten(1, (-1, L)).permute(0, 3, 1, 2, 4)
+
+    q, k, v, log_decay = split(q), split(k), split(v), split(log_decay)
+    since_start = log_decay.cumsum(3)
+    # Exponents count from a constant in the middle of their range. A middle taken from the decays
+    # themselves would let a later token move an earlier one by a rounding error.
+    middle = -MAX_DECAY * L / 2
+    centred = since_start - middle
+    falling = centred.exp()
+    q_falling = q * falling
+    k_rising = k * (-centred).exp()  # whose gradient overflows later than a reciprocal's
+    k_at_end = k_rising * falling[:, :, :, -1:]
+    scores = (q_falling @ k_rising.mT).tril()
+    decay = since_start[:, :, :, -1]
+    if beta is None:
+        added = (k_at_end.type_as(v).mT @ v).type_as(state)
+        states, state = states_between(added, decay, state, group, BY_DECAYS)
+    else:
+        beta, k_falling = split(beta), k * falling
+        overlap = (beta * (k_falling @ k_rising.mT)).tril(-1)
+        values = beta * torch.cat([v.type_as(k), k_falling * math.exp(middle)], dim=-1)
+        solved = torch.linalg.solve_triangular(overlap, values, upper=False, unitriangular=True)
+        v_new, found = solved.tensor_split([v.size(-1)], dim=-1)
+        kept = torch.diag_embed(decay.exp()) - k_at_end.mT @ found
+        added = k_at_end.mT @ v_new
+        states, state = states_between(added, kept, state, group, BY_MATRICES)
+        v = (v_new - found @ states).type_as(v)
+    q_at_start = q_falling * math.exp(middle)
+    read = scores.type_as(v) @ v + q_at_start.type_as(v) @ states.type_as(v)
+    read = read.permute(0, 2, 3, 1, 4).flatten(1, 2)
+    return read[:, :T] if missing else read, state
+
+
+def recurrent_step(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, beta: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """gated_linear_attention of one token, as it is defined."""
+    q, k, v, log_decay = (x.transpose(1, 2).type_as(state) for x in (q, k, v, log_decay))
+    state = state * log_decay.exp().mT
+    if beta is not None:
+        v = beta.transpose(1, 2) * (v - k @ state)
+    state = state + k.mT @ v
+    return (q @ state).transpose(1, 2), state
+
+
+def states_between(
+    added: Tensor, decay: Tensor, state: Tensor, group: int, algebra: tuple[Callable, ...]
+) -> tuple[Tensor, Tensor]:
+    """(B, H, N, S, E) states before each of N chunks, and the one after the last.
+
+    A state after a chunk is apply(decay, the one before it) + added; `sums` finds them all where
+    the first one is empty. Its work grows with the square of N, so that many chunks are put into
+    groups: `sums` is used within the groups, and for what is between them.
+    """
+    sums, products, apply = algebra
+    if group == 1:
+        added = torch.cat([state[:, :, None], added], dim=2)  # the first state is added to nothing
+        found = sums(added, F.pad(decay, [0, 0] * (decay.dim() - 3) + [1, 0]))
+        return found[:, :, :-1], found[:, :, -1]
+    added, decay = added.unflatten(2, (-1, group)), decay.unflatten(2, (-1, group))
+    inner, kept = sums(added, decay), products(decay)
+    outer, state = states_between(inner[:, :, :, -1], kept[:, :, :, -1], state, 1, algebra)
+    after = inner + apply(kept, outer[:, :, :, None])
+    return torch.cat([outer[:, :, :, None], after[:, :, :, :-1]], dim=3).flatten(2, 3), state
+
+
+def decayed_sums(added: Tensor, log_decay: Tensor) -> Tensor:
+    """(..., n, S, E): after each of n chunks, what is left of all that was added so far.
+
+    log_decay is (..., n, S). Each pair of chunks has a sum of what lies between them: a difference
+    of two long sums would lose what is small in them.
+    """
+    steps = log_decay.mT[..., None].expand(*log_decay.mT.shape, log_decay.size(-2))
+    weight_SNN = steps.tril(-1).cumsum(-2).exp().tril()
+    return torch.einsum("...snj,...jse->...nse", weight_SNN, added)
+
+
+def matrix_sums(added: Tensor, kept: Tensor) -> Tensor:
+    """The same where a chunk multiplies the state by a matrix, kept (..., n, S, S): the solution of
+    a system of equations with ones on its diagonal and -kept one block below it.
+    """
+    n, S, _ = added.shape[-3:]
+    blocks = torch.diag_embed(-kept[..., 1:, :, :].movedim(-3, -1), offset=-1)  # (..., S, S, n, n)
+    system = blocks.movedim((-2, -4, -1, -3), (-4, -3, -2, -1)).flatten(-4, -3).flatten(-2, -1)
+    right = added.flatten(-3, -2)
+    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+    return solved.unflatten(-2, (n, S))
+
+
+def matrix_products(kept: Tensor) -> Tensor:
+    first = kept[..., :1, :, :]
+    return matrix_sums(F.pad(first, (0, 0, 0, 0, 0, kept.size(-3) - 1)), kept)
+
+
+# Sums and products over chunks, and what a product does to a state
+BY_DECAYS = (
+    decayed_sums,
+    lambda log_decay: log_decay.cumsum(-2),
+    lambda log_decay, state: log_decay.exp()[..., None] * state,
+)
+BY_MATRICES = (matrix_sums, matrix_products, torch.matmul)
+
+
+def fla_attention(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, beta: Tensor | None, L: int
+) -> tuple[Tensor, Tensor]:
+    """gated_linear_attention by the kernels of flash-linear-attention (package fla-core)."""
+    from fla.ops.gla import chunk_gla
+    from fla.ops.kda import chunk_kda
+
+    q, k = q.type_as(v), k.type_as(v)
+    options = dict(scale=1.0, initial_state=state, output_final_state=True)
+    if beta is None:
+        return chunk_gla(q, k, v, log_decay, **options)
+    return chunk_kda(q, k, v, log_decay, beta.squeeze(-1), **options)
 
 
 class Memory(nn.Module):
-    """The holographic layer. One matrix `inp` makes items, key phases, addresses, decays and the gate."""
+    """The holographic layer: bind, gated linear attention over slots, unbind."""
 
-    def __init__(self, k: Knobs):
+    def __init__(self, cfg: Knobs):
         super().__init__()
-        self.k, self.H, self.S, self.D = k, k.num_attention_heads, k.num_slots, k.hcm_dim
-        for name, shape in self.shapes(k).items():
+        self.cfg = cfg
+        for name, shape in self.shapes(cfg).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
-        K = self.D // 2 // self.H
-        if (
-            k.binding == "phasor"
-        ):  # position is powers of a base phasor: what is read depends on distances only
-            turning = round(K * k.position_share)
-            omega = 1e4 ** -(torch.arange(K, dtype=torch.float64) / max(turning, 1))
-            omega[turning:] = 0
-            self.register_buffer("omega", omega.float(), persistent=False)
-        else:
-            phases = fixed_phases(self.D).view(KEY_PERIOD, self.H, K)
-            table = torch.cat([phases.cos(), phases.sin()], dim=-1).float()
-            self.register_buffer(
-                "table", table.sign() if k.binding == "elementwise" else table, persistent=False
-            )
 
     @staticmethod
-    def widths(k: Knobs) -> dict[str, int]:
-        """Rows of `inp`, by what they make; of tied ones, one set makes both of the pair. Those up to `read` pass the
-        convolution."""
-        D, HS = k.hcm_dim, k.num_attention_heads * k.num_slots
-        phases, two = (D // 2 if k.binding == "phasor" else 0), 0 if k.tie_keys else 1
-        widths = dict(item=D, key=phases, query=phases * two, write=HS, read=HS * two)
-        return widths | dict(
-            decay=HS * k.decay, beta=k.num_attention_heads * k.delta_rule, gate=D * k.use_gating
-        )
+    def widths(cfg: Knobs) -> dict[str, int]:
+        """Rows of in_proj, by what they make. Keys and addresses serve writing and reading: recall
+        is learned far sooner than with projections of their own (docs/hamt.md).
+        """
+        D, addresses = cfg.hcm_dim, cfg.n_head * cfg.num_slots
+        beta = cfg.n_head if cfg.delta_rule else 0
+        gate = D if cfg.use_gating else 0
+        return dict(item=D, key=D // 2, address=addresses, decay=addresses, beta=beta, gate=gate)
+
+    @staticmethod
+    def conv_widths(cfg: Knobs) -> list[int]:
+        """Channels of the convolution: item, write key, read key, write address, read address."""
+        K, addresses = cfg.hcm_dim // 2, cfg.n_head * cfg.num_slots
+        return [cfg.hcm_dim, K, K, addresses, addresses]
 
     @classmethod
-    def taps_of(cls, k: Knobs) -> dict[str, int]:
-        """Channels of the convolution: the keys and addresses of writing and of reading have taps of their own, so that
-        a write may take its key from the token before and a read from its own."""
-        rows = cls.widths(k)
-        return dict(
-            item=rows["item"],
-            key=rows["key"],
-            query=rows["key"],
-            write=rows["write"],
-            read=rows["write"],
-        )
-
-    @torch.no_grad()
-    def init_parts(self) -> None:
-        """What recall needs at the start (measured: docs/hamt.md). Phases of the tokens spread over the circle, and
-        addresses differ; a write is addressed by the token before it (a shift), a read by its own token."""
-        for part, name in zip(
-            self.inp.split(list(self.widths(self.k).values())), self.widths(self.k), strict=True
-        ):
-            if name in ("key", "query", "write", "read"):
-                part.mul_(2.0 / (INIT_STD * part.size(1) ** 0.5))
-        if self.k.conv:
-            for part, name in zip(
-                self.taps.split(list(self.taps_of(self.k).values()), 1), CONVOLVED, strict=True
-            ):
-                part[-2 if name in ("key", "write") else -1] += 1.0
-
-    @classmethod
-    def shapes(cls, k: Knobs) -> dict[str, tuple[int, ...]]:
-        rows = cls.widths(k)
+    def shapes(cls, cfg: Knobs) -> dict[str, tuple[int, ...]]:
         shapes = dict(
-            inp=(sum(rows.values()), k.hidden_dim), out=(k.hidden_dim, k.hcm_dim), norm=(k.hcm_dim,)
+            in_proj=(sum(cls.widths(cfg).values()), cfg.n_embd),
+            out_proj=(cfg.n_embd, cfg.hcm_dim),
+            norm=(cfg.hcm_dim,),
         )
-        if k.conv:
-            shapes |= dict(taps=(TAPS, sum(cls.taps_of(k).values())))
-        if k.decay:
-            shapes |= dict(decay=(k.num_attention_heads, k.num_slots))
+        if cfg.conv is not False:
+            shapes["conv_kernel"] = (CONV_LENGTH, sum(cls.conv_widths(cfg)))
+        shapes["decay_bias"] = (cfg.n_head, cfg.num_slots)
         return shapes
 
-    def empty_state(self, B: int) -> tuple[Tensor, Tensor]:
-        rows = self.taps.size(1) if self.k.conv else 0
-        zeros = partial(torch.zeros, device=self.inp.device, dtype=self.inp.dtype)
-        return zeros(B, self.H, self.S, self.D // self.H), zeros(B, TAPS - 1, rows)
-
-    def key(
-        self, phase: Tensor | None, place: Tensor, local: Tensor, read: bool
-    ) -> tuple[Tensor, ...]:
-        """Keys of tokens with (..., H, K) content phases. Phasors turn by omega a token, counted as `local` (...).
-        Fixed keys belong to a place (...) in the text; head h reads with the key of h + 1 tokens before."""
-        if self.k.binding == "phasor":
-            return phasor(phase + local[..., None, None] * self.omega)
-        heads = torch.arange(self.H, device=place.device)
-        found = self.table[(place[..., None] - read * (heads + 1)) % KEY_PERIOD, heads]
-        return (found,) if self.k.binding == "elementwise" else found.chunk(2, dim=-1)
+    def empty_state(self, B: int) -> tuple[Tensor, ...]:
+        cfg = self.cfg
+        channels = sum(self.conv_widths(cfg)) if cfg.has_conv else 0
+        memory = self.in_proj.new_zeros(B, cfg.n_head, cfg.num_slots, cfg.hcm_dim // cfg.n_head)
+        return memory, self.in_proj.new_zeros(B, CONV_LENGTH - 1, channels)
 
     def forward(
-        self, x_BTC: Tensor, state: tuple[Tensor, Tensor], position: Tensor
-    ) -> tuple[Tensor, tuple, Tensor]:
-        """The read (B, T, C), the state behind the last token, and the auxiliary loss."""
-        (M_BHSE, tail), rows, channels = state, self.widths(self.k), self.taps_of(self.k)
-        made = dict(
-            zip(rows, F.linear(x_BTC, self.inp).split(list(rows.values()), dim=-1), strict=True)
-        )
-        if self.k.tie_keys:
-            made |= dict(query=made["key"], read=made["write"])
-        if self.k.conv:
-            x, tail = convolve(
-                torch.cat([made[name] for name in CONVOLVED], dim=-1), self.taps, tail
-            )
-            made |= dict(zip(CONVOLVED, x.split(list(channels.values()), dim=-1), strict=True))
-        with torch.autocast(
-            x_BTC.device.type, enabled=False
-        ):  # phases, decays and the state are fp32
-            gate = made.pop("gate").to(M_BHSE.dtype)
-            parts = {
-                n: p.to(M_BHSE.dtype).unflatten(-1, (self.H, -1))
-                for n, p in made.items()
-                if p.size(-1)
-            }
-            parts |= dict(write=parts["write"].softmax(-1), read=parts["read"].softmax(-1))
-            if self.k.delta_rule:  # a unit vector: it erases what it is about to write to
-                parts["write"] = F.normalize(parts["write"], dim=-1)
-            if self.k.memory == "on":
-                r, M_BHSE, aux = self.recall(parts, M_BHSE, position)
-            else:
-                aux = M_BHSE.new_zeros(())
-                r = (
-                    self.own(parts, position)
-                    if self.k.memory == "local"
-                    else torch.zeros_like(parts["item"])
-                )
-            r = rms_norm(r).flatten(2) * self.norm
-            if self.k.use_gating:
-                r = r * F.silu(gate)
-        return F.linear(r.type_as(x_BTC), self.out), (M_BHSE, tail), aux
+        self, x_BTC: Tensor, state: tuple[Tensor, ...], phase_TK: Tensor, seed_B: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+        """The output (B, T, C), the state behind the last token, and the auxiliary loss."""
+        cfg, (memory, past), D = self.cfg, state, self.cfg.hcm_dim
+        made = F.linear(x_BTC, self.in_proj)
+        with autocast(made, torch.float32):  # phases, decays, state stay fp32
+            parts = made.type_as(memory).split(list(self.widths(cfg).values()), dim=-1)
+            item, key, address, decay, beta, gate = parts
+            mixed = torch.cat([item, key, key, address, address], dim=-1)
+            if cfg.has_conv:
+                mixed, past = causal_conv(mixed, self.conv_kernel, past)
+            item, keys, addresses = mixed.split([D, D, 2 * decay.size(-1)], dim=-1)
+            item = item.unflatten(-1, (cfg.n_head, -1))
+            keys = key_of(keys.unflatten(-1, (2, cfg.n_head, -1)) + phase_TK[:, None, None])
+            write, read = addresses.unflatten(-1, (2, cfg.n_head, -1)).softmax(-1).unbind(2)
+            (cos, cos_read), (sin, sin_read) = keys[0].unbind(2), keys[1].unbind(2)
+            decay = decay.unflatten(-1, (cfg.n_head, -1)) + self.decay_bias
+            log_decay = -MAX_DECAY * decay.sigmoid()
+            strength = None
+            if cfg.delta_rule:  # a write along a unit vector erases just what it will replace
+                write, strength = F.normalize(write, dim=-1), beta.sigmoid()[..., None]
+            bound = bind(item, cos, sin).type_as(made)
+            written = (write, bound, log_decay, memory, strength, cfg.chunk_length)
+            found, memory = self.recall(read, *written)
+            aux = None
+            if self.training and cfg.use_auxiliary_loss:
+                aux = self.delayed_recall(item, cos, sin, written, seed_B)
+            y = rms_norm(unbind(found, cos_read, sin_read)).flatten(2) * self.norm
+            if cfg.use_gating:
+                y = y * F.silu(gate)
+        return F.linear(y.type_as(made), self.out_proj), (memory, past), aux
 
-    def recall(
-        self, parts: dict[str, Tensor], M: Tensor, position: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The chunk form: products within chunks of L tokens, the state from chunk to chunk. Exact for every L, and
-        with one token the recurrent form. In each chunk phases count from 0, and the state turns back by omega * L, so
-        that no phase grows with the text. Returns the reads (B, T, H, E), the state and the auxiliary loss."""
-        k, T = self.k, parts["item"].size(1)
-        L = min(k.chunk_length, T)
-        N = -(-T // L)
-        split = lambda t: (
-            F.pad(t, (0, 0, 0, 0, 0, N * L - T)).unflatten(1, (N, L)).permute(0, 3, 1, 2, 4)
-        )
-        at = torch.arange(T, device=M.device)
-        b = split(
-            turn(parts["item"], self.key(parts.get("key"), position + at, at % L, read=False))
-        )
-        w, a = (
-            split(parts["write"]),
-            split(parts["read"]),
-        )  # (B, H, N, L, S); a padded token writes nothing
-        w_fall, w_rise, end, middle = w, w, w.new_ones(1, self.S), 1.0
-        if k.decay:  # and forgets nothing
-            fall, rise, end, middle = decay_factors(
-                split(-MAX_DECAY * (parts["decay"] + self.decay).sigmoid())
-            )
-            w_fall, w_rise, a = w * fall, w * rise, a * fall
-        keep, into = (end * middle).mT.expand(*M.shape[:2], N, -1, 1), (w_rise * end).mT
-        if k.delta_rule:
-            beta = split(parts["beta"].sigmoid())
-            overlap = beta * (w_fall @ w_rise.mT).tril(-1)
-            both = torch.linalg.solve_triangular(
-                overlap,
-                beta * torch.cat([b, w_fall * middle], dim=-1),
-                upper=False,
-                unitriangular=True,
-            )
-            b, seen = both.split([b.size(-1), self.S], dim=-1)
-        added = into @ b
-        states, back = [], self.key_shift(L)
-        for n in range(N):
-            states.append(M)
-            new = (
-                added[:, :, n] - into[:, :, n] @ (seen[:, :, n] @ M)
-                if k.delta_rule
-                else added[:, :, n]
-            )
-            M = turn(keep[:, :, n] * M + new, back)
-        before = torch.stack(states, dim=2)
-        if k.delta_rule:
-            b = b - seen @ before
-        y = (a @ w_rise.mT).tril() @ b + (a * middle) @ before
-        y = y.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :T]
-        r = turn(y, conj(self.key(parts.get("query"), position + at, at % L, read=True)))
-        aux = M.new_zeros(())
-        if self.training and k.use_auxiliary_loss:
-            aux = self.delayed_recall(parts, before, position, L)
-        return r, turn(M, self.key_shift(T - N * L)) if N * L > T else M, aux
-
-    def own(self, parts: dict[str, Tensor], position: Tensor) -> Tensor:
-        """What each token reads of its own write, (B, T, H, E): the layer without a past."""
-        at = torch.arange(parts["item"].size(1), device=position.device)
-        b = turn(parts["item"], self.key(parts.get("key"), position + at, at * 0, read=False))
-        y = (parts["read"] * parts["write"]).sum(-1, keepdim=True) * b
-        return turn(y, conj(self.key(parts.get("query"), position + at, at * 0, read=True)))
-
-    def key_shift(self, tokens: int) -> tuple[Tensor, ...]:
-        """What takes a state to the frame of `tokens` later."""
-        return (
-            phasor(-tokens * self.omega) if self.k.binding == "phasor" else (self.norm.new_ones(1),)
-        )
+    def recall(self, read: Tensor, write: Tensor, bound: Tensor, *rest) -> tuple[Tensor, Tensor]:
+        """What the read addresses find, still bound, and the state behind the last token."""
+        if self.cfg.memory == "on":
+            attend = fla_attention if self.cfg.kernel == "fla" else gated_linear_attention
+            return attend(read, write, bound, *rest)
+        state = rest[1]
+        if self.cfg.memory == "local":  # a control: what each token finds of its own write
+            return (read * write).sum(-1, keepdim=True) * bound, state
+        return torch.zeros_like(bound), state
 
     def delayed_recall(
-        self, parts: dict[str, Tensor], before: Tensor, position: Tensor, L: int
+        self, item: Tensor, cos: Tensor, sin: Tensor, written: tuple, seed_B: Tensor
     ) -> Tensor:
-        """1 - cosine between an item and what its own key and write address still find of it in the state before a
-        later chunk: the mean over one item drawn for each chunk and row. Blind to scale: shrinking gains nothing."""
-        B, N = before.size(0), before.size(2)
-        if N == 1:
-            return before.new_zeros(())
-        start = torch.arange(1, N, device=before.device) * L
-        at = (torch.rand(B, N - 1, device=before.device) * start).long()
-        take = lambda t: t.gather(1, at[..., None, None].expand(-1, -1, *t.shape[2:]))
-        drawn = {name: take(parts[name]) for name in ("item", "key", "write") if name in parts}
-        found = torch.einsum("bnhs,bhnse->bnhe", drawn["write"], before[:, :, 1:])
-        key = self.key(drawn.get("key"), position + at, at - start, read=False)
-        return (
-            1 - F.cosine_similarity(turn(found, conj(key)), drawn["item"].detach(), dim=-1).mean()
-        )
+        """1 - cosine between an earlier item and what its own key and address still find of it.
+
+        One item is drawn for each token but the first, from those before it. Blind to scale, so
+        that nothing is gained by making items small.
+        """
+        T = item.size(1)
+        bits = random_bits(seed_B, T)
+        drawn = bits.remainder(torch.arange(T, device=bits.device).clamp(min=1))
+
+        def take(x: Tensor) -> Tensor:
+            return x.gather(1, drawn[..., None, None].expand(-1, -1, *x.shape[2:]))
+
+        found, _ = self.recall(take(written[0]), *written)
+        found = unbind(found, take(cos), take(sin))
+        return 1 - F.cosine_similarity(found, take(item).detach(), dim=-1)[:, 1:].mean()
 
 
 class Attention(nn.Module):
-    """Causal rotary attention, over all tokens or the last `window`. Its state is keys and values, not yet rotated: the
-    angles count from the oldest token that is kept."""
+    """Causal rotary attention. Its state is the keys and values of all tokens so far."""
 
-    def __init__(self, k: Knobs, window: int | None):
+    def __init__(self, cfg: Knobs):
         super().__init__()
-        self.window, self.H, C = window, k.num_attention_heads, k.hidden_dim
-        self.inp = nn.Parameter(torch.empty(3 * C, C))
-        self.out = nn.Parameter(torch.empty(C, C))
-        D = C // self.H
-        self.register_buffer("omega", 1e4 ** (-torch.arange(0, D, 2).float() / D), persistent=False)
+        self.cfg = cfg
+        for name, shape in self.shapes(cfg).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
 
-    def empty_state(self, B: int) -> tuple[Tensor, Tensor]:
-        none = self.inp.new_zeros(B, 0, self.H, self.inp.size(1) // self.H)
-        return none, none
+    @staticmethod
+    def shapes(cfg: Knobs) -> dict[str, tuple[int, ...]]:
+        C = cfg.n_embd
+        shapes = dict(in_proj=(3 * C, C), out_proj=(C, C))
+        if cfg.has_conv:
+            shapes["conv_kernel"] = (CONV_LENGTH, 3 * C)
+        return shapes
+
+    def empty_state(self, B: int) -> tuple[Tensor, ...]:
+        cfg, new_zeros = self.cfg, self.in_proj.new_zeros
+        none = new_zeros(B, 0, cfg.n_head, cfg.n_embd // cfg.n_head)
+        channels = 3 * cfg.n_embd if cfg.has_conv else 0
+        return none, none, new_zeros(B, CONV_LENGTH - 1, channels)
 
     def forward(
-        self, x_BTC: Tensor, state: tuple[Tensor, Tensor], position: Tensor
-    ) -> tuple[Tensor, tuple, Tensor]:
+        self, x_BTC: Tensor, state: tuple[Tensor, ...], phase_TK: Tensor, seed_B: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+        """As Memory.forward, without an auxiliary loss."""
         B, T, C = x_BTC.shape
-        q, k, v = (t.view(B, T, self.H, -1) for t in F.linear(x_BTC, self.inp).split(C, dim=-1))
-        past = state[0].size(1)
-        if past:
-            k, v = (
-                torch.cat([state[0].type_as(k), k], dim=1),
-                torch.cat([state[1].type_as(v), v], dim=1),
-            )
-        kept = past + T if self.window is None else min(past + T, self.window - 1)
-        state = tuple(t[:, past + T - kept :].to(state[0].dtype) for t in (k, v))
-        at = torch.arange(past + T, device=x_BTC.device)
-        cos, sin = phasor(at[:, None, None] * self.omega)
-        q, k = rotate(q, cos[past:], sin[past:]), rotate(k, cos, sin)
-        full = past == 0 and (self.window is None or T <= self.window)
+        old_k, old_v, past = state
+        made = F.linear(x_BTC, self.in_proj)
+        if self.cfg.has_conv:
+            with autocast(made, torch.float32):
+                mixed, past = causal_conv(made.type_as(past), self.conv_kernel, past)
+            made = mixed.type_as(made)
+        q, k, v = (part.view(B, T, self.cfg.n_head, -1) for part in made.split(C, dim=-1))
+        cos, sin = phase_TK[:, None].cos(), phase_TK[:, None].sin()
+        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        if old_k.size(1):
+            k, v = torch.cat([old_k.type_as(k), k], dim=1), torch.cat([old_v.type_as(v), v], dim=1)
         mask = None
-        if not full:
-            mask = at <= at[past:, None]
-            if self.window is not None:
-                mask &= at > at[past:, None] - self.window
+        if old_k.size(1):
+            mask = torch.ones(T, k.size(1), dtype=torch.bool, device=k.device).tril(old_k.size(1))
         y = F.scaled_dot_product_attention(
-            *(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask, is_causal=full
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None,
         )
-        return (
-            F.linear(y.transpose(1, 2).reshape(B, T, C), self.out),
-            state,
-            x_BTC.new_zeros((), dtype=torch.float32),
-        )
+        y = F.linear(y.transpose(1, 2).reshape(B, T, C), self.out_proj)
+        return y, (k, v, past), None
 
 
 class Block(nn.Module):
     """Pre-norm residual block: a mixer over time, then a GELU FFN."""
 
-    def __init__(self, k: Knobs, layer: int):
+    def __init__(self, cfg: Knobs):
         super().__init__()
-        C, width, self.dropout = k.hidden_dim, k.ffn_width(layer), k.dropout
-        window = k.attention_window if k.window_every else None
-        self.mixer = Memory(k) if k.is_memory(layer) else Attention(k, window)
-        self.norm1, self.norm2 = nn.Parameter(torch.ones(C)), nn.Parameter(torch.ones(C))
-        self.up, self.down = (
-            nn.Parameter(torch.empty(width, C)),
-            nn.Parameter(torch.empty(C, width)),
-        )
+        self.p = cfg.dropout
+        self.mixer = Memory(cfg) if cfg.mixer == "hamt" else Attention(cfg)
+        self.norm1, self.norm2 = nn.RMSNorm(cfg.n_embd), nn.RMSNorm(cfg.n_embd)
+        self.up_proj = nn.Parameter(torch.empty(cfg.ffn_width, cfg.n_embd))
+        self.down_proj = nn.Parameter(torch.empty(cfg.n_embd, cfg.ffn_width))
 
     def forward(
-        self, x_BTC: Tensor, state: tuple[Tensor, ...], position: Tensor
-    ) -> tuple[Tensor, tuple, Tensor]:
-        drop = partial(F.dropout, p=self.dropout, training=self.training)
-        y, state, aux = self.mixer(rms_norm(x_BTC) * self.norm1, state, position)
-        x_BTC = x_BTC + drop(y)
-        h = F.gelu(F.linear(rms_norm(x_BTC) * self.norm2, self.up))
-        return x_BTC + drop(F.linear(h, self.down)), state, aux
+        self,
+        x_BTC: Tensor,
+        state: tuple[Tensor, ...],
+        phase_TK: Tensor,
+        seed_B: Tensor,
+        kept: tuple[Tensor | None, Tensor | None],
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+        y, state, aux = self.mixer(self.norm1(x_BTC), state, phase_TK, seed_B)
+        x_BTC = x_BTC + dropout(y, kept[0], self.p)
+        hidden = F.gelu(F.linear(self.norm2(x_BTC), self.up_proj))
+        y = F.linear(hidden, self.down_proj)
+        return x_BTC + dropout(y, kept[1], self.p), state, aux
 
 
-State = list  # [tokens so far (int64 scalar), then one tuple of tensors per layer]
+@dataclass
+class State:
+    """What a model carries from token to token."""
+
+    position: Tensor  # tokens so far, int64
+    layers: list[tuple[Tensor, ...]]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for layer in self.layers for t in layer)
 
 
 class Model(nn.Module):
-    """Embedding, blocks, RMSNorm; one matrix, `wte`, for embedding and head.
+    """Embedding, blocks, RMSNorm; one matrix, `wte`, is embedding and head."""
 
-    A state is [tokens so far, then per layer (M, last inputs of the convolution) or (keys, values)]."""
-
-    def __init__(self, k: Knobs):
+    def __init__(self, cfg: Knobs):
         super().__init__()
-        self.k = k
-        self.wte = nn.Parameter(torch.empty(k.vocabulary, k.hidden_dim))
-        self.blocks = nn.ModuleList(Block(k, i) for i in range(k.num_layers))
-        self.norm = nn.Parameter(torch.ones(k.hidden_dim))
-
-    @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
-        """N(0, INIT_STD), less by sqrt(2 layers) for what adds to the residual stream, each tensor from a generator of
-        seed and name: what is switched off moves no tensor of another name. Then what init_parts() adds."""
-        for name, p in self.named_parameters():
-            if p.dim() == 1:
-                p.fill_(1.0)
-                continue
-            digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-            if name.endswith("decay"):  # slot by slot, evenly on a logarithmic scale
-                spread = torch.linspace(2, -math.log2(self.k.slowest_decay), p.size(1))
-                rate = -torch.log1p(-(2.0**-spread)) / MAX_DECAY
-                p.copy_((rate / (1 - rate)).log().expand_as(p))
-            else:
-                std = INIT_STD / (
-                    math.sqrt(2 * self.k.num_layers) if name.endswith(("out", "down")) else 1
-                )
-                p.copy_(torch.empty(p.shape).normal_(std=std, generator=generator))
-        for block in self.blocks:
-            if isinstance(block.mixer, Memory):
-                block.mixer.init_parts()
+        self.cfg = cfg
+        self.chunk_loss, self.dropout_mask = chunk_loss_and_gradient, dropout_mask
+        self.wte = nn.Parameter(torch.empty(cfg.vocabulary, cfg.n_embd))
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+        self.norm = nn.RMSNorm(cfg.n_embd)
 
     def empty_state(self, B: int) -> State:
-        zero = torch.zeros((), dtype=torch.long, device=self.wte.device)
-        return [zero, *(block.mixer.empty_state(B) for block in self.blocks)]
+        position = torch.zeros((), dtype=torch.long, device=self.wte.device)
+        return State(position, [block.mixer.empty_state(B) for block in self.blocks])
 
-    def forward(self, x_BTC: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
-        """The trunk: embedded tokens to what the head reads (B, T, C); the mean auxiliary loss; the new state."""
-        position, *layers = state
-        after, total = [position + x_BTC.size(1)], 0.0
-        x_BTC = F.dropout(x_BTC, self.k.dropout, self.training)
-        for block, layer in zip(self.blocks, layers, strict=True):
-            if self.k.gradient_checkpointing and torch.is_grad_enabled():
-                x_BTC, layer, aux = checkpoint(block, x_BTC, layer, position, use_reentrant=False)
-            else:
-                x_BTC, layer, aux = block(x_BTC, layer, position)
-            after.append(layer)
-            total = total + aux
-        return rms_norm(x_BTC) * self.norm, total / len(self.blocks), after
+    def phases(self, position: Tensor, T: int) -> Tensor:
+        """Half of a memory's phases turn with position, so that it reads by content and distance."""
+        is_memory = self.cfg.mixer == "hamt"
+        width = self.cfg.hcm_dim if is_memory else self.cfg.n_embd
+        bins = width // self.cfg.n_head // 2
+        turning = round(bins / 2) if is_memory else bins
+        return phases_of_positions(position, T, bins, turning).type_as(self.wte)
+
+    def kept(self, seed_B: Tensor, x_BTC: Tensor) -> Tensor | None:
+        """What dropout keeps. Drawn outside of the compiled block, which then has fewer parts."""
+        if not self.training or self.cfg.dropout == 0:
+            return None
+        return self.dropout_mask(seed_B, x_BTC.shape[1:], self.cfg.dropout)
+
+    def run_block(self, block: Block, x_BTC: Tensor, *args: object) -> tuple:
+        seed_B = args[-1]
+        kept = self.kept(seed_B + 1, x_BTC), self.kept(seed_B + 2, x_BTC)
+        return block(x_BTC, *args, kept)
+
+    def hidden(
+        self, x_BT: Tensor, state: State, seed_B: Tensor | None = None
+    ) -> tuple[Tensor, State, Tensor]:
+        """What the head reads (B, T, C), the state behind the last token, the auxiliary loss.
+
+        seed_B, int64, decides what is drawn at random in training.
+        """
+        cfg, (B, T) = self.cfg, x_BT.shape
+        seed_B = x_BT.new_zeros(B) if seed_B is None else seed_B
+        phase_TK = self.phases(state.position, T)
+        layers, aux_sum = [], torch.zeros((), device=x_BT.device)
+        with autocast(x_BT, DTYPES[cfg.precision]):
+            x_BTC = F.embedding(x_BT, self.wte)
+            x_BTC = dropout(x_BTC, self.kept(seed_B, x_BTC), cfg.dropout)
+            for i, (block, layer) in enumerate(zip(self.blocks, state.layers, strict=True)):
+                args = (block, x_BTC, layer, phase_TK, seed_B + 3 * i)
+                if cfg.gradient_checkpointing and torch.is_grad_enabled():
+                    options = dict(use_reentrant=False, preserve_rng_state=False)
+                    x_BTC, layer, aux = checkpoint(self.run_block, *args, **options)
+                else:
+                    x_BTC, layer, aux = self.run_block(*args)
+                layers.append(layer)
+                if aux is not None:
+                    aux_sum = aux_sum + aux / cfg.n_layer
+            x_BTC = self.norm(x_BTC)
+        return x_BTC, State(state.position + T, layers), aux_sum
+
+    def forward(
+        self, x_BT: Tensor, y_BT: Tensor, state: State | None = None, seed_B: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, State]:
+        """Summed cross-entropy in nats over the targets that are not -1, the auxiliary loss, and
+        the state behind the last token.
+        """
+        state = self.empty_state(len(x_BT)) if state is None else state
+        h_BTC, state, aux = self.hidden(x_BT, state, seed_B)
+        h_NC = h_BTC.flatten(0, 1).to(DTYPES[self.cfg.precision])
+        needs_gradient = torch.is_grad_enabled()  # evaluation does not
+        arguments = (h_NC, self.wte, y_BT.flatten(), self.chunk_loss, needs_gradient)
+        return LinearCrossEntropy.apply(*arguments), aux, state
 
     def stream(self, x_BT: Tensor, state: State) -> tuple[Tensor, State]:
-        """Logits (B, T, V) of tokens that follow those of `state`, in fp32 at least, and the state behind them."""
-        h_BTC, _, state = self(F.embedding(x_BT, self.wte), state)
+        """Logits (B, T, V) of tokens that follow those of `state`, and the state behind them."""
+        h_BTC, state, _ = self.hidden(x_BT, state)
         logits = F.linear(h_BTC, self.wte)
         return logits if logits.dtype == torch.float64 else logits.float(), state
 
-    def logits(self, x_BT: Tensor, state: State | None = None) -> Tensor:
+    def logits(self, x_BT: Tensor) -> Tensor:
         """(B, T, V), for generation and tests; training never forms all of them."""
-        return self.stream(x_BT, self.empty_state(x_BT.size(0)) if state is None else state)[0]
+        return self.stream(x_BT, self.empty_state(len(x_BT)))[0]
 
 
-def detach(state: State) -> State:
-    return [state[0], *(tuple(t.detach() for t in layer) for layer in state[1:])]
+@torch.no_grad()
+def init_weights(model: Model, cfg: Knobs) -> None:
+    """N(0, INIT_STD), divided by sqrt(2 layers) for what adds to the residual stream.
 
-
-def state_bytes(state: State) -> int:
-    """Bytes of what a model carries from token to token."""
-    return sum(t.numel() * t.element_size() for layer in state[1:] for t in layer)
-
-
-# Rows of logits at a time. On a CPU, logits of 256 rows stay in the cache's reach; a GPU wants enough to fill it.
-LOSS_ROWS = {"cpu": 256, "cuda": 8192}
-
-
-# same as train_gpt.py
-def softmax_rows(logits_NV: Tensor, y_N: Tensor, e_NV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Fills e = exp(l - max); of each row: its loss, s = sum(e), and s * d loss / d l_y, which is exact where e_y is
-    nearly s. One exp per logit: whoever needs the probabilities divides by s on the narrow side of a product."""
-    top = logits_NV.amax(-1, keepdim=True).float()
-    e = (logits_NV.float() - top).exp()
-    s = e.sum(-1, keepdim=True)
-    target = logits_NV.gather(-1, y_N[:, None]).float() - top
-    e_NV.copy_(e)
-    return s.log() - target, s, target.exp() - s
-
-
-# same as train_gpt.py
-def softmax_blocks(logits_NV: Tensor, y_N: Tensor, e_NV: Tensor) -> tuple[Tensor, ...]:
-    """softmax_rows without a compiler, in blocks whose fp32 copies a CPU's allocator keeps instead of mapping anew."""
-    blocks = zip(logits_NV.split(64), y_N.split(64), e_NV.split(64), strict=True)
-    return tuple(map(torch.cat, zip(*(softmax_rows(*block) for block in blocks), strict=True)))
-
-
-# same as train_gpt.py
-def add_to(total: Tensor, part: Tensor) -> None:
-    total.add_(part)  # compiled: eager would first make an fp32 copy of a bf16 part
-
-
-class MicroStep:
-    """Loss and gradients of a micro-batch. The trunk may be compiled as one graph; the tied matrix is handled around
-    it by hand, as in train_gpt.py: cross-entropy in row chunks, gradients formed while a chunk's logits exist and
-    summed in fp32 right in `wte.grad`. The (N, V) logits never exist. `scale` is the loss scale of fp16."""
-
-    def __init__(self, model: Model, k: Knobs, w: World):
-        self.model, self.k, self.w, self.dtype = model, k, w, PRECISIONS[k.mixed_precision]
-        wrap = partial(torch.compile, dynamic=False) if k.compile else lambda f: f
-        self.trunk, self.add_to = wrap(model), wrap(add_to)
-        self.softmax_rows = (
-            wrap(softmax_rows) if k.compile or k.device == "cuda" else softmax_blocks
-        )
-        self.rows = max(
-            LOSS_ROWS[w.device.type], k.hidden_dim
-        )  # of logits, so that their buffer also holds a chunk's dW
-        self.wte = torch.empty_like(model.wte, dtype=self.dtype)
-        self.buffers = torch.empty(2, self.rows, k.vocabulary, dtype=self.dtype, device=w.device)
-        self.refresh()
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """The tied matrix has changed: cast it, once per optimizer step."""
-        self.wte.copy_(self.model.wte)
-
-    def hidden(self, x_BT: Tensor, state: State | None) -> tuple[Tensor, Tensor, Tensor, State]:
-        x_BTC = F.embedding(x_BT, self.model.wte.detach()).requires_grad_(torch.is_grad_enabled())
-        with torch.autocast(
-            self.w.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32
-        ):
-            h_BTC, aux, state = self.trunk(
-                x_BTC, self.model.empty_state(x_BT.size(0)) if state is None else state
-            )
-        return x_BTC, h_BTC.flatten(0, 1).to(self.dtype), aux, detach(state)
-
-    def chunks(self, h_NC: Tensor, y_N: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Of each chunk of rows: their slice, e, loss, s and s * d loss / d l_y."""
-        for start in range(0, len(h_NC), self.rows):
-            part = slice(start, min(start + self.rows, len(h_NC)))
-            logits, e = self.buffers[:, : part.stop - start]
-            torch.mm(h_NC[part], self.wte.T, out=logits)
-            yield part, e, *self.softmax_rows(logits, y_N[part], e)
-
-    def backward(
-        self, x_BT: Tensor, y_BT: Tensor, share: float, scale: Tensor, state: State | None = None
-    ) -> tuple[Tensor, Tensor, State]:
-        """Mean loss in nats and auxiliary loss, fp32, and the state behind the last tokens; adds `share * scale` times
-        the gradient of loss + AUX_LOSS_WEIGHT * auxiliary loss to every parameter's."""
-        x_BTC, h_NC, aux, state = self.hidden(x_BT, state)
-        h, y_N, losses = h_NC.detach(), y_BT.flatten(), []
-        dh = torch.empty_like(h)
-        for part, e, loss, s, d_target in self.chunks(h, y_N):
-            e[torch.arange(len(e), device=e.device), y_N[part]] = d_target[:, 0].to(e.dtype)
-            factor = share * scale / (s * len(h))
-            torch.mul(e @ self.wte, factor, out=dh[part])
-            dw = (
-                self.buffers[0].flatten()[: self.wte.numel()].view_as(self.wte)
-            )  # this chunk's logits are done with
-            self.add_to(self.model.wte.grad, torch.mm(e.T, (h[part] * factor).to(e.dtype), out=dw))
-            losses.append(loss)
-        if self.k.use_auxiliary_loss:
-            torch.autograd.backward(
-                [h_NC, aux], [dh, self.k.aux_loss_weight * share * scale.to(aux.dtype)]
-            )
+    Each tensor has its own generator, made of seed and name, so that one that is switched off
+    moves no other.
+    """
+    for name, p in model.named_parameters():
+        if p.dim() == 1:
+            p.fill_(1.0)
+        elif name.endswith("decay_bias"):  # slot by slot, evenly on a logarithmic scale
+            spread = torch.linspace(2, -math.log2(cfg.slowest_decay), p.size(1))
+            rate = -torch.log1p(-(2.0**-spread)) / MAX_DECAY
+            p.copy_((rate / (1 - rate)).log().expand_as(p))
         else:
-            h_NC.backward(dh)
-        self.model.wte.grad.index_add_(0, x_BT.flatten(), x_BTC.grad.flatten(0, 1))
-        return torch.cat(losses).mean(), aux.detach().float(), state
-
-    @torch.no_grad()
-    def loss_sum(
-        self, x_BT: Tensor, y_BT: Tensor, state: State | None = None
-    ) -> tuple[Tensor, State]:
-        """Summed loss over the targets that are not -1, in nats, without dropout or gradients; and the state."""
-        training = self.model.training
-        self.model.eval()
-        _, h_NC, _, state = self.hidden(x_BT, state)
-        self.model.train(training)
-        y_N = y_BT.flatten()
-        losses = torch.cat([loss[:, 0] for _, _, loss, *_ in self.chunks(h_NC, y_N.clamp(min=0))])
-        return losses.where(y_N >= 0, 0).double().sum(), state
+            std = INIT_STD
+            if name.endswith(("out_proj", "down_proj")):
+                std /= math.sqrt(2 * cfg.n_layer)
+            seed_name = name  # the names that published numbers were drawn by
+            for now, then in (("in_proj", "inp"), ("conv_kernel", "taps"), ("_proj", "")):
+                seed_name = seed_name.replace(now, then)
+            digest = hashlib.sha256(f"{cfg.seed} {seed_name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+            p.copy_(torch.empty(p.shape).normal_(std=std, generator=generator))
+    if cfg.mixer == "hamt":
+        for block in model.blocks:
+            prepare_recall(block.mixer, cfg)
 
 
-# ----------------------------------------------------------------------------
-# Optimizers
+def prepare_recall(memory: Memory, cfg: Knobs) -> None:
+    """What recall needs at the start (measured: docs/hamt.md). Phases spread over the circle, and
+    addresses differ; a write is addressed by the token before it, a read by its own token.
+    """
+    parts = memory.in_proj.split(list(memory.widths(cfg).values()))
+    for part in parts[1:3]:  # key and address
+        part.mul_(2.0 / (INIT_STD * cfg.n_embd**0.5))
+    if cfg.has_conv:
+        parts = memory.conv_kernel.split(memory.conv_widths(cfg), dim=1)
+        for part, lag in zip(parts, (0, 1, 0, 1, 0), strict=True):
+            part[CONV_LENGTH - 1 - lag] += 1.0
 
 
-class AdamW:
-    """torch's fused AdamW on two flat tensors that hold all parameters end to end: the matrices, whose weights decay,
-    and the rest. Their gradients are one buffer, all-reduced at once. Clipping, the loss scale of fp16 and the gate
-    `ok` go through the kernel's own inputs, so that no pass over the gradients is spent on them."""
+# ------------------------------------------------
+# Loss
 
-    def __init__(self, model: Model, k: Knobs, w: World):
-        self.k, self.w, self.params = k, w, dict(model.named_parameters())
-        names = sorted(
-            self.params, key=lambda n: self.params[n].dim() == 1 or n.endswith(("taps", "decay"))
-        )
-        sizes = [
-            -(-self.params[n].numel() // 16) * 16 for n in names
-        ]  # each starts on its own cache line
-        matrices = sum(s for n, s in zip(names, sizes, strict=True) if self.decays(n))
-        data, self.grads = (torch.zeros(sum(sizes), device=w.device) for _ in range(2))
-        self.names, self.views, start = names, [], 0
-        for name, size in zip(names, sizes, strict=True):
-            p, place = self.params[name], slice(start, start + self.params[name].numel())
-            p.data = data[place].view_as(p).copy_(p.data)
-            p.grad = self.grads[place].view_as(p)
-            self.views.append(p.grad)
-            start += size
-        self.flat = [nn.Parameter(part) for part in data.split([matrices, len(data) - matrices])]
-        for part, grad in zip(
-            self.flat, self.grads.split([matrices, len(data) - matrices]), strict=True
-        ):
-            part.grad = grad
+
+# same as train_gpt.py
+def chunk_loss_and_gradient(logits_NV: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy of some rows, and its gradient with respect to their logits. Rows whose
+    target is -1 do not count.
+    """
+    is_scored_N = target_N >= 0
+    index_N1 = target_N.clamp(min=0)[:, None]
+    log_probs = F.log_softmax(logits_NV.float(), dim=-1)
+    loss = -log_probs.gather(1, index_N1)[:, 0].where(is_scored_N, 0.0).sum()
+    gradient = log_probs.exp()
+    gradient = gradient.scatter_add(1, index_N1, gradient.new_full(index_N1.shape, -1.0))
+    return loss, gradient.where(is_scored_N[:, None], 0.0).to(logits_NV.dtype)
+
+
+# same as train_gpt.py
+class LinearCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of a linear head, a chunk of rows at a time: of the (N, V) logits, 13 GB
+    in fp32 at full size, only a chunk exists.
+
+    Gradients are formed in the forward pass, while a chunk's logits are there, and scaled in the
+    backward pass. Products have the dtype of `hidden`; sums are fp32.
+    """
+
+    CHUNK_ROWS = 8192
+
+    @staticmethod
+    def forward(ctx, hidden_NC, weight_VC, target_N, chunk_loss, with_gradient) -> Tensor:
+        weight = weight_VC.to(hidden_NC.dtype)
+        loss_sum = torch.zeros((), device=hidden_NC.device)
+        if with_gradient:
+            grad_hidden = torch.empty_like(hidden_NC)
+            grad_weight = torch.zeros_like(weight_VC)
+            ctx.save_for_backward(grad_hidden, grad_weight)
+        for start in range(0, len(hidden_NC), LinearCrossEntropy.CHUNK_ROWS):
+            rows = slice(start, start + LinearCrossEntropy.CHUNK_ROWS)
+            loss, grad_logits = chunk_loss(hidden_NC[rows] @ weight.T, target_N[rows])
+            loss_sum += loss
+            if with_gradient:
+                grad_hidden[rows] = grad_logits @ weight
+                grad_weight += grad_logits.T @ hidden_NC[rows]
+        return loss_sum
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor) -> tuple:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad_loss, grad_weight * grad_loss, None, None, None
+
+
+# ------------------------------------------------
+# Optimizer and schedule
+
+
+# differs: matrices decay and the rest does not, and the gradient is clipped
+class AdamW(torch.optim.AdamW):
+    """torch's fused AdamW, whose step is left out where the device flag `all_finite` is down."""
+
+    def __init__(self, model: Model, cfg: Knobs):
+        self.grad_clip = cfg.grad_clip
+        matrices, rest = [], []
+        for name, p in model.named_parameters():
+            is_matrix = name.endswith(("wte", "_proj"))
+            (matrices if is_matrix else rest).append(p)
         groups = [
-            dict(params=[p], weight_decay=d)
-            for p, d in zip(self.flat, (k.weight_decay, 0.0), strict=True)
+            dict(params=matrices, weight_decay=cfg.weight_decay),
+            dict(params=rest, weight_decay=0.0),
         ]
-        self.adam = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
+        super().__init__(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
 
-    def decays(self, name: str) -> bool:
-        return self.params[name].dim() > 1 and not name.endswith(("taps", "decay"))
-
-    def reduce(self, scale: Tensor) -> Tensor:
-        """Gradients become their mean over ranks; returns the norms of all parameters', in the order of `names`, with
-        the loss scale taken out."""
-        self.w.sum(self.grads)
-        return torch.stack(torch._foreach_norm(self.views)) / (scale * self.w.size)
-
-    @torch.no_grad()
-    def step(self, lr: float, norm: Tensor, scale: Tensor, ok: Tensor) -> None:
-        """One update, clipped; nothing moves, nor does Adam's count of steps, when the device flag `ok` is down."""
-        clip = (
-            (norm / self.k.grad_clip).clamp(min=1.0) if self.k.grad_clip else torch.ones_like(norm)
-        )
-        for group in self.adam.param_groups:
+    def step(self, lr: float, grad_norms_P: Tensor, all_finite: Tensor) -> None:
+        for group in self.param_groups:
             group["lr"] = lr
-        self.adam.grad_scale, self.adam.found_inf = clip * scale * self.w.size, (~ok).float()
-        self.adam.step()
-
-    def state_dict(self) -> dict:
-        return {key: [t.cpu() for t in parts] for key, parts in self.moments().items()}
-
-    def moments(self) -> dict[str, list[Tensor]]:
-        """Moments and step counts of the two flat tensors, the optimizer's own."""
-        for p in self.flat:
-            state = self.adam.state[p]
-            if not state:
-                step = torch.zeros((), device=self.w.device)
-                state.update(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-        return {
-            key: [self.adam.state[p][key] for p in self.flat]
-            for key in ("step", "exp_avg", "exp_avg_sq")
-        }
-
-    def load_state_dict(self, saved: dict) -> None:
-        for key, parts in self.moments().items():
-            for part, value in zip(parts, saved[key], strict=True):
-                part.copy_(value)
+        # As torch's GradScaler tells the fused kernel: what to divide by, and whether to step.
+        if self.grad_clip > 0:
+            self.grad_scale = (grad_norms_P.norm() / self.grad_clip).clamp(min=1.0)
+        self.found_inf = (~all_finite).float()
+        super().step()
 
 
-class LossScale:
-    """fp16: halved by a step whose gradients are not finite, which is then skipped, and doubled after 2000 good ones
-    (Micikevicius et al., arXiv 1710.03740). All on the device, so that nothing waits; 1 without fp16."""
-
-    def __init__(self, k: Knobs, w: World):
-        self.on = k.mixed_precision == "fp16"
-        self.scale = torch.tensor(65536.0 if self.on else 1.0, device=w.device)
-        self.good = torch.zeros((), device=w.device)
-
-    def update(self, finite: Tensor) -> None:
-        """After a step; `finite` is a device flag."""
-        if self.on:
-            self.good = torch.where(finite, self.good + 1, 0.0)
-            grown = torch.where(self.good >= 2000, self.scale * 2, self.scale)
-            self.scale = torch.where(finite, grown, self.scale / 2)
-            self.good = torch.where(self.good >= 2000, 0.0, self.good)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return dict(scale=self.scale.cpu(), good=self.good.cpu())
-
-    def load_state_dict(self, saved: dict[str, Tensor]) -> None:
-        self.scale, self.good = (saved[key].to(self.scale.device) for key in ("scale", "good"))
+# differs: an epoch's length decides where NUM_ITERATIONS is auto
+def schedule_position(step: int, spent_s: float, total_steps: int, cfg: Knobs) -> float:
+    """Where the schedule stands, in steps; with TIME_BUDGET_S, by the time that is spent."""
+    if cfg.time_budget_s is None:
+        return step
+    return total_steps * spent_s / cfg.time_budget_s
 
 
-# ----------------------------------------------------------------------------
-# Schedules
+def warmup_steps(total_steps: int, cfg: Knobs) -> int:
+    return min(1000, total_steps // 50) if cfg.warmup_iters is None else cfg.warmup_iters
 
 
-def lr_scale(step: float, k: Knobs, total: int) -> float:
-    """Linear up to 1 over the warm-up, then half a cosine down to a tenth at step `total`; update `step` counts from 0.
-    A function of the data seen: a step that fp16 skips is one update less, and moves no later rate."""
-    warmup = min(1000, total // 50) if k.warmup_iters is None else k.warmup_iters
-    if step < warmup:
-        return (step + 1) / warmup
-    if not k.use_scheduler:
+# differs: half a cosine instead of a trapezoid
+def lr_scale(position: float, total_steps: int, cfg: Knobs) -> float:
+    """Linear up to 1 over the warm-up, then half a cosine down to a tenth at the end."""
+    warmup = warmup_steps(total_steps, cfg)
+    if position < warmup:
+        return (position + 1) / warmup
+    if not cfg.use_scheduler:
         return 1.0
-    done = min(1.0, (step - warmup) / max(total - warmup, 1))
+    done = min(1.0, (position - warmup) / max(total_steps - warmup, 1))
     return 0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2
 
 
-# ----------------------------------------------------------------------------
-# Data
+# ------------------------------------------------
+# Carried states and evaluation
 
 
-@dataclass(frozen=True)
-class Split:
-    """One part of a text: its tokens, and how many words (with line ends, as WikiText's tables count them) and bytes
-    they stand for."""
+class RowStates:
+    """The states from which this rank's rows of the batch go on (CARRY_STATE); else all empty."""
 
-    shards: TokenShards
-    words: int
-    bytes: int
+    def __init__(self, model: Model, cfg: Knobs, world: World):
+        self.cfg, self.world = cfg, world
+        share = world.share(cfg.batch_size)
+        self.state = model.empty_state(share.stop - share.start) if cfg.carry_state else None
 
+    def take(self, rows: slice) -> State | None:
+        if self.state is None:
+            return None
+        layers = [tuple(t[rows] for t in layer) for layer in self.state.layers]
+        return State(self.position, layers)
 
-def read_text(path: str) -> str:
-    """A text file, or the rows of a parquet file of WikiText, whose empty rows stand for the line ' '."""
-    if not path.endswith(".parquet"):
-        return Path(path).read_bytes().decode("utf-8", "replace")
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(
-            f"{path}: reading parquet needs the package pyarrow; pip install pyarrow"
-        ) from None
-    rows = pyarrow.parquet.read_table(path, columns=["text"])["text"].to_pylist()
-    return "".join(row or " \n" for row in rows)
+    def start_step(self, is_new_epoch: bool) -> None:
+        """In a new epoch the rows start over, at the front of their parts of the text."""
+        if self.state is None:
+            return
+        if is_new_epoch:
+            self.state.position.zero_()
+            for t in self.tensors():
+                t.zero_()
+        self.position = self.state.position.clone()
 
+    def put(self, rows: slice, state: State) -> None:
+        if self.state is None:
+            return
+        self.state.position.copy_(state.position)
+        for own, new in zip(self.state.layers, state.layers, strict=True):
+            for t, value in zip(own, new, strict=True):
+                t[rows] = value.detach()
 
-def named_splits(folder: Path) -> dict[str, list[str]]:
-    """Files of a WikiText folder by split, as published (wiki.train.raw, .tokens) or as on the hub (parquet); {} for
-    another folder."""
-    for pattern in ("wiki.{}*.raw", "wiki.{}*.tokens", "{}*-*.parquet"):
-        names = dict(train="train", val="valid", test="test")
-        found = {
-            part: sorted(map(str, folder.glob(pattern.format(name))))
-            for part, name in names.items()
-        }
-        if all(found.values()):
-            return found
-    return {}
+    def tensors(self) -> list[Tensor]:
+        return [t for layer in self.state.layers for t in layer]
 
+    def state_dict(self) -> dict[str, object]:
+        """The states of all rows of the batch, on every rank."""
+        if self.state is None:
+            return {}
+        whole = []
+        for t in self.tensors():
+            rows = t.new_zeros(self.cfg.batch_size, *t.shape[1:])
+            rows[self.world.share(self.cfg.batch_size)] = t
+            whole.append(self.world.all_reduce(rows))
+        return dict(position=self.state.position, rows=whole)
 
-class NotFetched(UserError):
-    """A text that is not here, but that a run would fetch: no reason not to start one."""
-
-
-def fetch_wikitext(name: str, data: Path, download: bool) -> dict[str, list[str]]:
-    """Files of wikitext-2 or wikitext-103 (raw) by split, downloaded unless they are there. Raises UserError where they
-    would have to be and must not."""
-    folder, repo = data / f"{name}-raw-v1", "Salesforce/wikitext"
-    if not download and not folder.exists():
-        raise NotFetched(f"{folder} is not there yet; a run downloads it from the hub ({repo})")
-
-    def fetch(aside: Path) -> None:
-        for file in plumbing.hub_list(repo, f"{name}-raw-v1/"):
-            plumbing.hub_fetch(repo, file, aside / Path(file).name)
-
-    if not (found := named_splits(plumbing.build_once(folder, fetch))):
-        raise UserError(
-            f"{folder}: no files of train, valid and test among {sorted(os.listdir(folder))}; delete it"
-        )
-    return found
+    def load_state_dict(self, saved: dict[str, object]) -> None:
+        if self.state is None:
+            return
+        self.state.position.copy_(saved["position"])
+        for t, rows in zip(self.tensors(), saved["rows"], strict=True):
+            t.copy_(rows[self.world.share(self.cfg.batch_size)])
 
 
-def by_paragraph(texts: list[str]) -> dict[str, str]:
-    """Train, validation and test text; about 5% of the paragraphs, chosen by their hash, are of each of the latter."""
-    parts: dict[str, list[str]] = dict(train=[], val=[], test=[])
-    for text in texts:
-        for paragraph in re.split(r"\n[ \t]*\n+", text.replace("\r\n", "\n")):
-            if paragraph.strip():
-                pick = hashlib.sha256(paragraph.encode()).digest()[0]
-                parts["val" if pick < 13 else "test" if pick < 26 else "train"].append(paragraph)
-    return {name: "\n\n".join(found) + "\n" for name, found in parts.items()}
-
-
-def encoder(tokenizer: str) -> Callable[[str], np.ndarray]:
-    """Text to uint16 tokens. GPT-2's BPE works on pieces that begin with the space before a word, where a token of the
-    whole text begins too, so that cutting changes nothing."""
-    if tokenizer == "bytes":
-        return lambda text: np.frombuffer(text.encode(), np.uint8).astype(np.uint16)
-    try:
-        import tiktoken
-
-        encode = tiktoken.get_encoding("gpt2").encode_ordinary
-    except (
-        ImportError,
-        OSError,
-        ValueError,
-    ) as error:  # OSError: no network; ValueError: a broken file
-        raise UserError(
-            f"the gpt2 tokenizer is not here ({type(error).__name__}: {' '.join(str(error).split())[:200]}); tiktoken "
-            f"downloads its two files once, into the folder that TIKTOKEN_CACHE_DIR names; or set TOKENIZER=bytes"
-        ) from None
-
-    def pieces(text: str) -> Iterator[str]:
-        start = 0
-        while start < len(text):
-            cut = re.compile(r"(?<=\S) (?=[A-Za-z])").search(text, start + 2**20)
-            end = cut.start() if cut else len(text)
-            yield text[start:end]
-            start = end
-
-    return lambda text: np.concatenate(
-        [np.array(encode(p), np.uint16) for p in pieces(text)] or [np.zeros(0, np.uint16)]
-    )
-
-
-def open_text(k: Knobs, download: bool = True) -> dict[str, Split]:
-    """The splits of DATASET as token shards, made once per text and tokenizer under data/. Raises UserError for a text
-    that is not there or too short."""
-    files: dict[str, list[str]] = {}
-    if k.embedded:
-        train, val, _ = plumbing.embedded_corpus(Path(k.data_folder))
-        files = dict(train=TokenShards(train).paths, val=TokenShards(val).paths)
-    elif k.dataset in WIKITEXT:
-        files = fetch_wikitext(k.dataset, Path(k.data_folder), download)
-    elif (
-        not Path(k.dataset).exists()
-        and "/" not in k.dataset
-        and "*" not in k.dataset
-        and "." not in k.dataset
-    ):
-        raise UserError(
-            f"DATASET={k.dataset}: neither {', '.join(WIKITEXT)}, embedded nor bytes, nor a file or folder"
-        )
-    else:
-        files = named_splits(Path(k.dataset)) or dict(all=plumbing.text_files(k.dataset))
-    facts = [
-        [p, os.path.getsize(p), os.stat(p).st_mtime_ns] for paths in files.values() for p in paths
-    ]
-    key = hashlib.sha256(json.dumps(["recipe 1", k.tokens, facts]).encode()).hexdigest()[:12]
-
-    def make(aside: Path) -> None:
-        encode, counts = encoder(k.tokens), {}
-        for name, text in read_splits(files, k).items():
-            tokens = encode(text)
-            counts[name] = dict(
-                words=len(text.split()) + text.count("\n"), bytes=len(text.encode())
-            )
-            plumbing.write_shard(aside / f"{name}_000000.bin", tokens)
-        (aside / "counts.json").write_text(json.dumps(counts))
-
-    folder = plumbing.build_once(Path(k.data_folder) / f"text-{k.tokens}-{key}", make)
-    counts = json.loads((folder / "counts.json").read_text())
-    return {
-        name: Split(TokenShards([str(folder / f"{name}_000000.bin")]), **c)
-        for name, c in counts.items()
-    }
-
-
-def read_splits(files: dict[str, list[str]], k: Knobs) -> dict[str, str]:
-    """Texts of train, val and test. Raises UserError where one is empty."""
-    if k.embedded:
-        text = {part: TokenShards(paths) for part, paths in files.items()}
-        text = {
-            part: bytes(t.read(0, t.total).astype(np.uint8)).decode("utf-8", "replace")
-            for part, t in text.items()
-        }
-        middle = text["val"].index(
-            "\0", len(text["val"]) // 2
-        )  # the corpus has two parts: half of one is the test
-        texts = dict(text, val=text["val"][:middle], test=text["val"][middle:])
-    elif "all" in files:
-        texts = by_paragraph([read_text(p) for p in files["all"]])
-    else:
-        texts = {part: "".join(read_text(p) for p in paths) for part, paths in files.items()}
-    if short := [part for part, text in texts.items() if len(text) < 2]:
-        raise UserError(
-            f"DATASET={k.dataset}: nothing is left for {', '.join(short)}; use a longer text"
-        )
-    return texts
-
-
-# ----------------------------------------------------------------------------
-# Batches
-
-
-class Batches:
-    """Which tokens each step trains on: a pure function of the step, whatever the number of ranks. The stream is cut
-    into sequences, shuffled anew in each epoch; an epoch is as many whole batches as there are. With CARRY_STATE, row b
-    of all batches reads the b-th part of the stream from front to back instead."""
-
-    def __init__(self, shards: TokenShards, k: Knobs, w: World):
-        self.shards, self.k, self.w = shards, k, w
-        self.sequences = min(
-            (shards.total - 1) // k.max_seq_length, k.max_train_samples or shards.total
-        )
-        self.epoch_steps = self.sequences // k.batch_size
-        if self.epoch_steps < 1:
-            raise UserError(
-                f"{shards.pattern}: {self.sequences} sequences of {k.max_seq_length} tokens, BATCH_SIZE={k.batch_size} "
-                f"needs as many; lower one of the two, raise MAX_TRAIN_SAMPLES, or use a longer text"
-            )
-        self.order = lru_cache(maxsize=2)(self._order)
-
-    def _order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.k.seed, epoch]).permutation(self.sequences)
-
-    def starts(self, step: int) -> list[int]:
-        """Stream positions at which this rank's sequences begin."""
-        epoch, i = divmod(step, self.epoch_steps)
-        B = self.k.batch_size
-        rows = range(B * self.w.rank // self.w.size, B * (self.w.rank + 1) // self.w.size)
-        if self.k.carry_state:
-            return [(row * self.epoch_steps + i) * self.k.max_seq_length for row in rows]
-        return [int(self.order(epoch)[i * B + row]) * self.k.max_seq_length for row in rows]
-
-    def make(self, step: int) -> tuple[Tensor, Tensor]:
-        """This rank's inputs and targets of the step, (B_local, T) int32."""
-        T = self.k.max_seq_length
-        tokens = np.stack([self.shards.read(start, T + 1) for start in self.starts(step)]).astype(
-            np.int32
-        )
-        return torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(tokens[:, 1:].copy())
-
-
-# ----------------------------------------------------------------------------
-# Evaluation
-
-
-@dataclass(frozen=True)
-class Score:
-    """Summed loss of a text in nats, over `tokens` scored targets that stand for so many words and bytes."""
-
-    nats: float
-    tokens: int
-    words: float
-    bytes: float
-
-    @property
-    def loss(self) -> float:
-        return self.nats / self.tokens
-
-    @property
-    def ppl(self) -> float:
-        return math.exp(min(self.loss, 700))
-
-    @property
-    def word_ppl(self) -> float:
-        return math.exp(min(self.nats / self.words, 700))
-
-    @property
-    def bits_per_byte(self) -> float:
-        return self.nats / math.log(2) / self.bytes
-
-
-def score(split: Split, nats: float, tokens: int) -> Score:
-    """Words and bytes in proportion to the share of the split's tokens that is scored: all but the first, usually."""
-    share = tokens / split.shards.total
-    return Score(nats, tokens, split.words * share, split.bytes * share)
-
-
-def windows(total: int, window: int, stride: int) -> list[tuple[int, int, int]]:
-    """(start, inputs, scored) of the windows that score each of `total - 1` targets once: the first window all of its
-    targets, each later one its last `stride`, behind `window - stride` tokens of context."""
-    found, end = [], 0
-    while end < total - 1:
-        step = min(window if end == 0 else stride, total - 1 - end)
-        start = max(0, end - (window - stride))
-        found.append((start, end + step - start, step))
-        end += step
-    return found
-
-
-def perplexity(
-    step: MicroStep,
-    split: Split,
-    micro: int,
-    w: World,
-    window: int,
-    stride: int,
-    limit: int | None = None,
+# differs: the whole of a split or its first windows, as a score
+@torch.no_grad()
+def evaluate(
+    model: Model, split: Split, rows: int, world: World, limit: int | None = None
 ) -> Score:
-    """Loss over the whole packed split, or its first `limit` windows: the same for every world size and micro-batch.
-    Short windows are filled up behind with targets of -1, which do not count, so that the model meets one shape."""
-    plan = windows(split.shards.total, window, stride)[:limit]
-    total = torch.zeros((), device=w.device, dtype=torch.float64)
-    mine = plan[len(plan) * w.rank // w.size : len(plan) * (w.rank + 1) // w.size]
-    for at in range(0, len(mine), micro):
-        x, y = np.zeros((micro, window), np.int64), np.full((micro, window), -1, np.int64)
-        for row, (start, inputs, scored) in enumerate(mine[at : at + micro]):
-            tokens = split.shards.read(start, inputs + 1)
-            x[row, :inputs] = tokens[:-1]
-            y[row, inputs - scored : inputs] = tokens[inputs - scored + 1 :]
-        total += step.loss_sum(torch.from_numpy(x).to(w.device), torch.from_numpy(y).to(w.device))[
-            0
-        ]
-    return score(split, w.sum(total).item(), sum(scored for *_, scored in plan))
+    """Loss of windows of SEQUENCE_LENGTH that do not overlap: every token but the first is scored
+    once, the same for every number of ranks and of rows at a time.
+    """
+    shards, T, device = split.shards, model.cfg.sequence_length, world.device
+    starts = window_starts(shards, T, limit)
+    mine = starts[world.share(len(starts))]
+    nats = torch.zeros((), device=device, dtype=torch.float64)
+    model.eval()
+    for x_BT, y_BT in window_batches(shards, mine, T, rows):
+        nats += model(x_BT.to(device), y_BT.to(device))[0]
+    model.train()
+    num_scored = min(len(starts) * T, shards.total - 1)
+    return Score.of(split, world.all_reduce(nats).item(), num_scored)
 
 
-def streaming(step: MicroStep, split: Split, w: World, chunk: int) -> Score:
-    """Loss over the whole split read once from front to back, the state carried from `chunk` to `chunk` tokens: every
-    token is predicted from all before it, in memory that does not grow. Rank 0 reads; everybody hears."""
-    total, n, state = (
-        torch.zeros((), device=w.device, dtype=torch.float64),
-        split.shards.total - 1,
-        None,
-    )
-    for at in range(0, n if w.main else 0, chunk):
-        take = min(chunk, n - at)
-        tokens = torch.from_numpy(split.shards.read(at, take + 1).astype(np.int64)).to(w.device)[
-            None
-        ]
-        pad = lambda t, fill: F.pad(t, (0, chunk - take), value=fill)  # noqa: B023
-        nats, state = step.loss_sum(pad(tokens[:, :-1], 0), pad(tokens[:, 1:], -1), state)
-        total += nats
-    return score(split, w.sum(total).item(), n)
+@torch.no_grad()
+def evaluate_stream(model: Model, split: Split, world: World) -> Score:
+    """Loss of the whole split, read once from front to back: every token is predicted from all
+    before it, in memory that does not grow. Rank 0 reads.
+    """
+    shards, T, device = split.shards, model.cfg.sequence_length, world.device
+    starts = window_starts(shards, T) if world.is_main else []
+    nats = torch.zeros((), device=device, dtype=torch.float64)
+    state = model.empty_state(1)
+    model.eval()
+    for start in starts:
+        x_T, y_T = read_window(shards, start, T)
+        loss, _, state = model(x_T[None].to(device), y_T[None].to(device), state)
+        nats += loss
+    model.train()
+    return Score.of(split, world.all_reduce(nats).item(), shards.total - 1)
 
 
-# ----------------------------------------------------------------------------
-# Build
+def report(model: Model, splits: dict[str, Split], rows: int, session: Session) -> None:
+    """The last figures: the test split in windows and, where the state is constant, the validation
+    and the test split as one stream.
+    """
+    T, world = model.cfg.sequence_length, session.world
+    test = evaluate(model, splits["test"], rows, world)
+    session.row.update(test_loss=test.loss, test_ppl=test.ppl, test_word_ppl=test.word_ppl)
+    session.row.update(test_bits_per_byte=test.bits_per_byte)
+    scores = {f"window:{T} stride:{T} test": test}
+    if model.cfg.mixer == "hamt":
+        for part in ("val", "test"):
+            score = scores[f"state carried every {T}, {part}_stream"] = evaluate_stream(
+                model, splits[part], world
+            )
+            session.row[f"{part}_stream_loss"] = score.loss
+    for name, score in scores.items():
+        session.say(
+            f"{name}_loss:{score.loss:.4f} nats:{score.nats:.1f} tokens:{score.tokens} "
+            f"ppl:{score.ppl:.3f} word_ppl:{score.word_ppl:.3f} "
+            f"bits_per_byte:{score.bits_per_byte:.4f}"
+        )
 
-HINT = "set DEVICE=cpu; PRESET=demo is a size that makes that sensible"
+
+# ------------------------------------------------
+# Records and plan
+
+HINT = "set DEVICE=cpu; PRESET=demo is a size for that"
 RESULTS = (
-    "run_id date git_commit seed mixer hidden_dim hcm_dim num_layers num_slots num_attention_heads binding decay "
-    "delta_rule tie_keys conv memory use_auxiliary_loss dataset tokenizer learning_rate batch_size device_batch_size "
-    "sequence_length num_iterations final_val_loss best_val_loss val_ppl val_bits_per_byte test_loss test_ppl "
-    "test_word_ppl test_bits_per_byte val_stream_loss test_stream_loss train_time_ms ms_per_step gpu_name n_gpus notes "
-    "stage status steps_done warmup_iters n_params tokens_seen epochs tokens_per_s peak_memory_mib torch world_size "
+    "run_id date git_commit seed mixer hidden_dim hcm_dim num_layers num_slots num_attention_heads "
+    "delta_rule conv memory use_auxiliary_loss dataset tokenizer learning_rate batch_size "
+    "device_batch_size sequence_length num_iterations final_val_loss best_val_loss val_ppl "
+    "val_bits_per_byte test_loss test_ppl test_word_ppl test_bits_per_byte val_stream_loss "
+    "test_stream_loss train_time_ms ms_per_step gpu_name n_gpus notes stage status steps_done "
+    "warmup_iters n_params tokens_seen epochs tokens_per_s peak_memory_mib torch world_size "
     "code_sha256 dirty"
 ).split()
-AS_KNOBS = (
-    "seed hidden_dim hcm_dim num_layers num_slots num_attention_heads binding memory dataset learning_rate batch_size"
-).split()
-AS_SWITCHES = "decay delta_rule tie_keys conv use_auxiliary_loss".split()
-IN_COLUMNS = [
-    *AS_KNOBS,
-    *AS_SWITCHES,
-    "mixer",
-    "tokenizer",
-    "max_seq_length",
-    "num_iterations",
-    "warmup_iters",
-]
+COLUMN_KNOBS = {"hidden_dim": "n_embd", "num_layers": "n_layer", "num_attention_heads": "n_head"}
+COLUMN_KNOBS |= {"dataset": "data", "learning_rate": "lr"}
 
 
-def flops_per_token(model: Model, k: Knobs) -> int:
-    """Model FLOPs of forward and backward, for MFU: 6 per weight of a matrix product (the tied matrix counts once, as
-    the head), attention counted causal, and a memory's reads, writes and products within its chunks."""
-    flops = 6 * sum(
-        p.numel()
-        for name, p in model.named_parameters()
-        if p.dim() > 1 and not name.endswith("taps")
-    )
-    for layer in range(k.num_layers):
-        if k.is_memory(layer):
-            L, HS = min(k.chunk_length, k.max_seq_length), k.num_attention_heads * k.num_slots
-            flops += 6 * (L * HS + L * k.hcm_dim + 2 * k.num_slots * k.hcm_dim) * (k.memory == "on")
-        else:
-            window = min(
-                k.max_seq_length, 2 * k.attention_window if k.window_every else k.max_seq_length
-            )
-            flops += 6 * window * k.hidden_dim
-    return flops
+def flops_per_token(model: Model, cfg: Knobs) -> int:
+    """Model FLOPs of forward and backward, for MFU: 6 per weight of a matrix product (the tied
+    matrix counts once, as the head), attention counted causal, and a memory's reads, writes and
+    products within its chunks.
+    """
+    T, D, S = cfg.sequence_length, cfg.hcm_dim, cfg.num_slots
+    names = model.named_parameters()
+    flops = 6 * sum(p.numel() for name, p in names if name.endswith(("wte", "_proj")))
+    if cfg.mixer == "attention":
+        return flops + 6 * cfg.n_layer * T * cfg.n_embd
+    if cfg.memory != "on":
+        return flops
+    L = min(cfg.chunk_length, T)
+    return flops + 6 * cfg.n_layer * (L * cfg.n_head * S + L * D + 2 * S * D)
 
 
-def memory_mib(n_params: int, sequences: int, k: Knobs) -> int:
-    """Rough peak of a rank: weights, gradients, moments, activations of a micro-batch, chunks of logits."""
-    size = PRECISIONS[k.mixed_precision].itemsize
-    fixed = n_params * 16 + k.vocabulary * (
-        k.hidden_dim * size + 2 * max(LOSS_ROWS[k.device], k.hidden_dim) * size
-    )
-    C, D, tokens = k.hidden_dim, k.hcm_dim, sequences * k.max_seq_length
-    wide = sum(Memory.widths(k).values())
-    mixer = (
-        2 * wide * (size + 4)
-        + 24 * D * 4
-        + 6 * k.num_slots * D * 4 // min(k.chunk_length, k.max_seq_length)
-    )
-    blocks = [
-        (mixer if k.is_memory(i) else 8 * C * size) + 5 * C * 4 + 3 * k.ffn_width(i) * size
-        for i in range(k.num_layers)
-    ]
-    saved = k.num_layers * C * 4 + max(blocks) if k.gradient_checkpointing else sum(blocks)
-    return (fixed + tokens * (saved + 4 * C * 4)) // 2**20
+# differs: the forward pass returns a state and an auxiliary loss, too
+def run_step(model: Model, rows: int) -> None:
+    """Forward and backward pass of a micro-batch of zeros, to see what it takes."""
+    x = torch.zeros(rows, model.cfg.sequence_length, dtype=torch.long, device=model.wte.device)
+    model(x, x)[0].backward()
 
 
-def micro_batch(step: MicroStep, k: Knobs, w: World) -> int:
-    """DEVICE_BATCH_SIZE as it will be used: a divisor of the rank's part of the batch. 'auto' is the largest whose step
-    fits. Raises UserError when the batch does not divide."""
-    local = k.batch_size // w.size
-    if k.batch_size % w.size:
-        raise UserError(
-            f"BATCH_SIZE={k.batch_size} does not divide among {w.size} ranks; change one of the two"
-        )
-    if k.device_batch_size is not None:
-        micro = min(k.device_batch_size, local)
-        if local % micro:
-            raise UserError(
-                f"DEVICE_BATCH_SIZE={micro} does not divide a rank's {local} of BATCH_SIZE={k.batch_size} sequences; "
-                f"use a divisor, or auto"
-            )
-        return micro
-
-    def attempt(micro: int) -> None:
-        tokens = torch.zeros(micro, k.max_seq_length, dtype=torch.long, device=w.device)
-        step.backward(tokens, tokens, 1.0, torch.ones((), device=w.device))
-
-    n_params = sum(p.numel() for p in step.model.parameters())
-    return plumbing.largest_that_fits(
-        local, attempt, lambda micro: memory_mib(n_params, micro, k), w
-    )
+# differs: a text with its splits
+def open_data(
+    cfg: Knobs, world: World, download: bool = True
+) -> tuple[TextBatches, dict[str, Split]]:
+    """Training batches and the splits. Raises UserError for all that is wrong with them."""
+    splits = open_splits(cfg.data, cfg.encoding, Path(cfg.data_folder), download)
+    for split in splits.values():
+        split.shards.check_ids(cfg.vocabulary, world)
+    return TextBatches(splits["train"].shards, cfg, world), splits
 
 
-def total_steps(k: Knobs, batches: Batches) -> int:
-    return batches.epoch_steps * k.num_epochs if k.num_iterations is None else k.num_iterations
-
-
-def show_plan(k: Knobs) -> int:
-    """--dry_run: what would be trained, on what. Needs neither GPU nor data."""
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
+# differs: a text that a run would download is no reason not to start it
+def plan(cfg: Knobs, world: World) -> dict[str, object]:
+    """What --dry_run shows; raises UserError for what the run would refuse."""
+    check_compiler(cfg.compile, cfg.device)
     with torch.device("meta"):
-        model = Model(k)
-    n_params, tokens = sum(p.numel() for p in model.parameters()), k.batch_size * k.max_seq_length
-    micro, steps, problem, batches = (
-        min(k.device_batch_size or 1, k.batch_size // ranks),
-        k.num_iterations,
-        "",
-        None,
-    )
+        model = Model(cfg)
+        facts = {"mixer": cfg.mixer_words, **plan_facts(cfg, world, model, run_step)}
+    step_flops = flops_per_token(model, cfg) * cfg.batch_size * cfg.sequence_length
     try:
-        batches = Batches(
-            open_text(k, download=False)["train"].shards, k, World(0, ranks, torch.device("cpu"))
-        )
-        steps = total_steps(k, batches)
-    except UserError as error:
-        problem = (
-            f"{'data:           ' if isinstance(error, NotFetched) else 'problem:        '} {error}"
-        )
-    flops = flops_per_token(model, k) * tokens
-    print(knobs_json(k))
-    print(
-        f"mixer:           {k.label}, vocabulary {k.vocabulary:,} ({k.tokens}), FFN width {k.ffn_width(0)}"
-    )
-    print(f"parameters:      {n_params:,}")
-    print(f"embedding:       {model.wte.numel():,} of them")
-    print(
-        f"tokens per step: {tokens:,} ({ranks} rank(s), micro-batch {k.device_batch_size or 'auto'})"
-    )
-    if steps is None:
-        print(f"training tokens: not known before the data are there (NUM_EPOCHS={k.num_epochs})")
-        print(f"compute:         {flops:.3g} FLOPs per step")
-    else:
-        print(f"training tokens: {tokens * steps:,} in {steps} steps")
-        print(f"compute:         {flops * steps:.3g} FLOPs")
-    print(
-        f"memory:          about {memory_mib(n_params, micro, k):,} MiB per rank at micro-batch {micro}"
-    )
-    if batches:
-        print(
-            f"data:            {batches.shards.total:,} tokens, {batches.epoch_steps} steps an epoch"
-        )
-        print(f"epochs:          {steps / batches.epoch_steps:.2f}")
-    else:
-        print(problem)
-    return 0
+        batches, _ = open_data(cfg, world, download=False)
+    except NotFetched as error:
+        return {**facts, "compute": f"{step_flops:.3g} FLOPs a step", "data": error}
+    flops = step_flops * batches.total_steps
+    facts["compute"] = f"{flops:.3g} FLOPs in {batches.total_steps} steps"
+    return {**facts, "data": batches.summary}
 
 
-class Run:
-    """One run: everything checked and built, restored from its newest checkpoint if there is one, and its records."""
-
-    def __init__(self, k: Knobs, w: World):
-        self.k, self.w, self.tokens = k, w, k.batch_size * k.max_seq_length
-        plumbing.check_compiler(k.compile, k.device)
-        self.splits = open_text(k)
-        self.batches = Batches(self.splits["train"].shards, k, w)
-        self.total = total_steps(k, self.batches)
-        plumbing.check_results(Path(k.results_file), RESULTS, w)
-        self.log = RunLog(
-            Path(k.logs_folder),
-            k.run_id or plumbing.new_run_id(w),
-            w,
-            self.total,
-            ("aux_loss", "val_bits_per_byte"),
-        )
-        for split in self.splits.values():
-            split.shards.check_ids(k.vocabulary, w)
-        if k.device == "cuda":
-            torch.set_float32_matmul_precision("high")  # the memory's fp32 products run as TF32
-
-        self.model = Model(k)
-        self.model.init_weights(k.seed)
-        self.model.to(w.device)
-        self.n_params = sum(p.numel() for p in self.model.parameters())
-        self.adam, self.scale = AdamW(self.model, k, w), LossScale(k, w)
-        self.micro_step = MicroStep(self.model, k, w)
-        self.micro = micro_batch(self.micro_step, k, w)
-        self.adam.grads.zero_()
-        self.states: list[State | None] = [None] * (k.batch_size // w.size // self.micro)
-
-        self.step, self.clock, self.spent_s, self.lrs = 0, Clock(w), 0.0, []
-        self.val_loss = self.best_loss = self.train_loss = math.nan
-        self.validated_at, self.misses, self.reached, self.signal, self.skips = -1, 0, "", 0, 0
-        self.val_score, self.found = None, {}
-        self.log.header(k, (__file__, plumbing.__file__), self.facts())
-        self.log.rates(self.tokens, flops_per_token(self.model, k))
-        self.log.track(self.tracker(), k.wandb_project, self.log.id, k)
-        self.restore()
-        self.saved_at = self.step
-
-    def tracker(self) -> str:
-        return "wandb" if self.k.use_wandb else "" if self.k.tracker == "none" else self.k.tracker
-
-    def facts(self) -> dict[str, object]:
-        k, w, text = self.k, self.w, self.splits["train"]
-        split = f"{w.size} rank(s) x {len(self.states)} micro-batch(es) x {self.micro} x {k.max_seq_length}"
-        facts = dict(run_id=self.log.id, mixer=f"{k.label}, FFN width {k.ffn_width(0)}")
-        facts |= dict(parameters=f"{self.n_params:,}")
-        facts |= dict(tokens_per_step=f"{self.tokens:,} = {split}")
-        facts |= dict(
-            state=f"{state_bytes(self.model.empty_state(1)):,} bytes per sequence, before any token"
-        )
-        epochs = f"{self.total / self.batches.epoch_steps:.2f} epochs of {self.batches.epoch_steps} steps"
-        counts = (
-            f"{text.shards.total:,} {k.tokens} tokens, {text.words:,} words, {text.bytes:,} bytes"
-        )
-        return facts | dict(data=f"{k.dataset}: {counts}, {epochs}")
-
-    # Restored and saved as they are; with model, optimizer, states and clock all that the next step depends on.
-    KEPT = "step val_loss best_loss train_loss validated_at misses reached spent_s skips".split()
-
-    def restore(self) -> None:
-        state = plumbing.load_checkpoint(self.log.folder, self.w, self.log.say)
-        if state is None:
-            return
-        plumbing.check_resume(state, self.k, FREE.split(), self.splits["train"].shards, self.log)
-        self.model.load_state_dict(state["model"])
-        self.adam.load_state_dict(state["adam"])
-        self.scale.load_state_dict(state["scale"])
-        if state["rows"]:
-            position, *layers = ([t.to(self.w.device) for t in layer] for layer in state["rows"])
-            local = self.k.batch_size // self.w.size
-            for i in range(len(self.states)):
-                rows = slice(
-                    self.w.rank * local + i * self.micro, self.w.rank * local + (i + 1) * self.micro
-                )
-                self.states[i] = [
-                    position[0],
-                    *(tuple(t[rows].clone() for t in layer) for layer in layers),
-                ]
-        self.micro_step.refresh()
-        self.clock = Clock(self.w, *state["clock"])
-        for name in self.KEPT:
-            setattr(self, name, state[name])
-
-    def rows(self) -> list[list[Tensor]]:
-        """The carried state of all rows of the batch, gathered from all ranks; [] where none is carried."""
-        if not self.k.carry_state or self.states[0] is None:
-            return []
-        layers = []
-        for parts in zip(*(state[1:] for state in self.states), strict=True):
-            layer = []
-            for tensors in zip(*parts, strict=True):
-                own = torch.cat(tensors)
-                table_WN = self.w.all_rows(own.flatten().repeat(self.w.size, 1))
-                layer.append(table_WN.view(-1, *own.shape[1:]).cpu())
-            layers.append(layer)
-        return [[self.states[0][0].cpu()], *layers]
-
-    def save(self) -> None:
-        state = dict(
-            model={name: p.detach().cpu().clone() for name, p in self.model.state_dict().items()},
-            adam=self.adam.state_dict(),
-            scale=self.scale.state_dict(),
-            rows=self.rows(),
-            clock=[self.clock.timed_s, self.clock.timed_steps],
-            tokens=self.step * self.tokens,
-            **{name: getattr(self, name) for name in self.KEPT},
-            **plumbing.resume_facts(self.k, self.splits["train"].shards, self.log),
-        )
-        self.log.sync()  # a row is on disk before the checkpoint that follows it
-        plumbing.save_checkpoint(self.log.folder, self.step, state, self.w, self.k.keep)
-        self.saved_at = self.step
-
-    def hear(self, beat: plumbing.Beat) -> str:
-        """Record one finished step; returns the status with which to stop, or ''."""
-        k, log = self.k, self.log
-        if not beat.finite:
-            names = ["loss", "aux_loss", "skipped", *self.adam.names]
-            log.say(
-                f"step:{beat.step} not finite: {beat.culprit(names)}; its update was not applied"
-            )
-            return "nan"
-        loss, aux, skipped = (float(x) for x in beat.values[:, :3].mean(0))
-        self.train_loss, self.spent_s, self.signal = loss, beat.clock, beat.signal
-        norm = math.sqrt(np.square(beat.values[0, 3:].astype(np.float64)).sum())
-        speed = self.tokens / self.clock.step_s
-        line = f"step:{beat.step}/{self.total} train_loss:{loss:.4f}"
-        line += f" aux_loss:{aux:.4f}" * k.use_auxiliary_loss
-        line += f" {self.clock.times(beat.step)} tokens_per_s:{speed:.0f}"
-        if self.w.main and log.peak:
-            line += f" mfu:{speed * log.flops / log.peak / self.w.size:.3f}"
-        line += f" memory:{self.w.peak_memory_mib()}MiB" + " skipped: fp16 overflow" * bool(skipped)
-        extra = dict(aux_loss=aux) if k.use_auxiliary_loss else {}
-        log.step(beat.step, loss, self.lrs.pop(0), norm, self.clock, line, **extra)
-        self.skips = self.skips + 1 if skipped else 0
-        if self.skips >= 50:
-            log.say(
-                f"step:{beat.step} 50 steps in a row overflowed fp16; use MIXED_PRECISION=bf16 or a lower LEARNING_RATE"
-            )
-            return "nan"
-        return "preempted" if beat.signal else ""
-
-    def validate(self) -> str:
-        """Evaluate and record; returns 'early_stop' when patience has run out, or ''. Every rank decides alike, because
-        the loss is the same all-reduced number on each."""
-        k, T = self.k, self.k.max_seq_length
-        found = perplexity(
-            self.micro_step, self.splits["val"], self.micro, self.w, T, T, k.max_val_samples
-        )
-        self.val_loss, self.validated_at, self.val_score = found.loss, self.step, found
-        mark = f" ppl:{found.ppl:.2f} bits_per_byte:{found.bits_per_byte:.4f} window:{T} stride:{T}"
-        self.log.validation(
-            self.step, self.val_loss, self.clock, mark, val_bits_per_byte=found.bits_per_byte
-        )
-        if k.target_loss is not None and not self.reached and self.val_loss <= k.target_loss:
-            self.reached = (
-                f"reached_step={self.step} reached_ms={1000 * self.clock.train_s(self.step):.0f}"
-            )
-            self.log.say(f"target_loss:{k.target_loss} {self.reached}")
-        better = (
-            not self.val_loss >= self.best_loss - k.early_stop_min_delta
-        )  # also the first, when best is nan
-        self.best_loss, self.misses = (
-            (self.val_loss, 0) if better else (self.best_loss, self.misses + 1)
-        )
-        return "early_stop" if 0 < k.early_stop_patience <= self.misses else ""
-
-    def report(self) -> None:
-        """The last figures: the test split in windows and, where the state is constant, both splits as one stream."""
-        T, say = self.k.max_seq_length, self.log.say
-        ways = [("test", "", lambda s: perplexity(self.micro_step, s, self.micro, self.w, T, T))]
-        if self.k.mixer == "hamt":
-            ways += [
-                (part, "_stream", lambda s: streaming(self.micro_step, s, self.w, T))
-                for part in ("val", "test")
-            ]
-        for part, way, measure in ways:
-            found = measure(self.splits[part])
-            self.found[f"{part}{way}"] = found
-            how = f"one stream, state carried every {T}" if way else f"window:{T} stride:{T}"
-            say(
-                f"{part}{way}_loss:{found.loss:.4f} nats:{found.nats:.1f} tokens:{found.tokens} ppl:{found.ppl:.3f} "
-                f"word_ppl:{found.word_ppl:.3f} bits_per_byte:{found.bits_per_byte:.4f} {how}"
-            )
-
-    def position(self, step: int) -> float:
-        """Where update `step` stands in the schedule, in steps: itself, or the spent share of the time budget."""
-        return self.total * self.spent_s / self.k.max_seconds if self.k.max_seconds else step
-
-    def close(self, status: str) -> None:
-        """Write the status and the results row, whatever way the run ended."""
-        k, w, log, clock = self.k, self.w, self.log, self.clock
-        notes = plumbing.notes(k, PRESETS, [*FREE.split(), *IN_COLUMNS]) + [self.reached] * bool(
-            self.reached
-        )
-        row = dict(
-            run_id=log.id,
-            date=log.started,
-            git_commit=log.commit,
-            mixer=k.label,
-            tokenizer=k.tokens,
-        )
-        row |= {name: getattr(k, name) for name in AS_KNOBS} | {
-            name: int(getattr(k, name)) for name in AS_SWITCHES
-        }
-        row |= dict(
-            device_batch_size=self.micro,
-            sequence_length=k.max_seq_length,
-            num_iterations=self.total,
-        )
-        row |= dict(final_val_loss=self.val_loss, best_val_loss=self.best_loss)
-        if found := self.val_score:
-            row |= dict(val_ppl=found.ppl, val_bits_per_byte=found.bits_per_byte)
-        if found := self.found.get("test"):
-            row |= dict(test_loss=found.loss, test_ppl=found.ppl, test_word_ppl=found.word_ppl)
-            row |= dict(test_bits_per_byte=found.bits_per_byte)
-        row |= {
-            f"{name}_loss": found.loss
-            for name, found in self.found.items()
-            if name.endswith("stream")
-        }
-        row |= dict(
-            train_time_ms=1000 * clock.train_s(self.step), ms_per_step=1000 * clock.step_avg_s
-        )
-        row |= dict(
-            gpu_name=w.name(),
-            n_gpus=w.size * (k.device == "cuda"),
-            notes=" ".join(notes),
-            stage=k.stage,
-        )
-        row |= dict(
-            status=status,
-            steps_done=self.step,
-            n_params=self.n_params,
-            tokens_seen=self.step * self.tokens,
-        )
-        row |= dict(
-            warmup_iters=min(1000, self.total // 50) if k.warmup_iters is None else k.warmup_iters
-        )
-        row |= dict(
-            epochs=round(self.step / self.batches.epoch_steps, 4),
-            tokens_per_s=self.tokens / clock.step_avg_s,
-        )
-        row |= dict(peak_memory_mib=w.peak_memory_mib(), torch=torch.__version__, world_size=w.size)
-        row |= dict(code_sha256=log.code_sha256, dirty=int(log.dirty))
-        plumbing.append_result(Path(k.results_file), RESULTS, row, w)
-        log.close(status, self.step)
-
-
-# ----------------------------------------------------------------------------
+# ------------------------------------------------
 # Training
 
 
-def gradients(run: Run, x_BT: Tensor, y_BT: Tensor, k: Knobs) -> tuple[Tensor, Tensor]:
-    """Loss and auxiliary loss of this rank's part of the batch; adds up their gradients, micro-batch by micro-batch.
-    What is drawn at random (dropout, recalled items) is a function of seed, step and row."""
-    if run.step % run.batches.epoch_steps == 0:
-        run.states = [None] * len(
-            run.states
-        )  # the rows start over, at the front of their parts of the text
-    loss, aux, first = *torch.zeros(2, device=run.w.device).unbind(), run.w.rank * len(x_BT)
-    for i, (x, y) in enumerate(zip(x_BT.split(run.micro), y_BT.split(run.micro), strict=True)):
-        if k.dropout or k.use_auxiliary_loss:
-            torch.manual_seed((k.seed * 1_000_003 + run.step) * 65_537 + first + i * run.micro)
-        own, own_aux, state = run.micro_step.backward(
-            x.long(), y.long(), 1 / len(run.states), run.scale.scale, run.states[i]
-        )
-        run.states[i] = state if k.carry_state else None
-        loss, aux = loss + own / len(run.states), aux + own_aux / len(run.states)
-    return loss, aux
+# differs: overflows of fp16 are counted
+@dataclass
+class TrainState:
+    """With model, optimizer, loss scale and the rows' states, all that the next step depends on."""
+
+    step: int = 0
+    overflows: int = 0  # of fp16, one after another
 
 
-def train(run: Run, k: Knobs, w: World) -> str:
-    """The loop. Returns finished, early_stop, nan or preempted."""
-    batches, pulse, status = (
-        Prefetch(run.batches.make, run.step, w.device, k.num_workers),
-        Pulse(w),
-        "",
-    )
-    epoch = run.batches.epoch_steps
-    run.model.train()
-    run.clock.start()
+# differs: what dropout keeps is drawn by a function of its own
+def compile_model(model: Model) -> None:
+    """One compiled block serves all of them; the loop over chunks of the loss stays outside."""
+    for block in model.blocks:
+        block.compile(dynamic=False)
+    model.chunk_loss = torch.compile(chunk_loss_and_gradient, dynamic=False)
+    model.dropout_mask = torch.compile(dropout_mask, dynamic=False)
+
+
+def add_gradients(
+    model: Model, batch: tuple[Tensor, ...], states: RowStates, rows: int, scale: Callable
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """This rank's shares of the batch's mean loss and auxiliary loss; adds their gradients, of the
+    scaled loss, micro-batch by micro-batch.
+    """
+    cfg, (x_BT, y_BT, seed_B) = model.cfg, batch
+    loss_sum, aux_sum = torch.zeros(2, device=x_BT.device).unbind()
+    for first in range(0, len(x_BT), rows):
+        part = slice(first, min(first + rows, len(x_BT)))
+        x, y = x_BT[part].long(), y_BT[part].long()
+        loss, aux, state = model(x, y, states.take(part), seed_B[part])
+        states.put(part, state)
+        loss = loss / (cfg.batch_size * cfg.sequence_length)
+        aux = aux * len(x) / cfg.batch_size
+        objective = loss
+        if cfg.use_auxiliary_loss:
+            objective = loss + cfg.aux_loss_weight * aux
+        scale(objective).backward()
+        loss_sum += loss.detach()
+        aux_sum += aux.detach()
+    if cfg.use_auxiliary_loss:
+        return loss_sum, dict(aux_loss=aux_sum)
+    return loss_sum, {}
+
+
+# differs: states are carried, and there is one optimizer
+def train(cfg: Knobs, session: Session, batches: TextBatches, splits: dict[str, Split]) -> None:
+    world, total_steps = session.world, batches.total_steps
+    model = Model(cfg)
+    init_weights(model, cfg)
+    model.to(world.device)
+    gradients = flat_gradients(model)
+    adam = AdamW(model, cfg)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=cfg.precision == "fp16")
+    if cfg.compile:
+        compile_model(model)
+    rows = choose_rows(cfg, world, model, run_step)  # sequences of a micro-batch
+    gradients.zero_()
+    states, state = RowStates(model, cfg, world), TrainState()
+    saved = dict(model=model, adam=adam, scaler=scaler, states=states, state=state)
+    session.row["device_batch_size"] = rows
+    facts = {"mixer": cfg.mixer_words, "rows": rows, "data": batches.summary}
+    facts["state"] = f"{model.empty_state(1).num_bytes:,} bytes per sequence, before any token"
+    session.describe(model, flops_per_token(model, cfg), facts)
+    session.restore(**saved)
+    prefetch = Prefetch(batches.make, state.step, world.device, cfg.num_workers)
+
     while True:
-        # -------- clock stopped: hear of the last step, evaluate, save, leave --------
-        status = status or ("finished" if run.position(run.step) >= run.total else "")
-        due = lambda every: every and run.step % every == 0
-        validate = status or due(epoch if k.val_every is None else k.val_every)
-        save = status or due(k.save_every) or (k.save_epochs and run.step and due(epoch))
-        validate = validate and run.validated_at != run.step and status in ("", "finished")
-        save = save and run.saved_at != run.step
-        if validate or save or status:
-            run.clock.stop()
-            for beat in pulse.read(keep=0):
-                status = run.hear(beat) or status
-            if validate and status != "nan":
-                status = run.validate() or status
-            if (save or status) and status != "nan" and run.saved_at != run.step:
-                run.save()
-            if status:
-                batches.close()
-                return status
-            run.clock.start()
+        # -------- clock stopped: evaluate, save, leave --------
+        position = schedule_position(state.step, session.spent_s, total_steps, cfg)
+        for stats in session.between_steps(state.step, finished=position >= total_steps):
+            state.overflows = state.overflows + 1 if stats.skipped else 0
+        if state.overflows >= 50:
+            session.stop("nan", "50 steps in a row overflowed fp16; use bf16, or a lower LR")
+        if session.should_validate:
+            score = evaluate(model, splits["val"], rows, world, cfg.max_val_samples)
+            log_score(session, state.step, score)
+        if session.should_save:
+            session.save(state.step, **saved)
+        if session.stopping:  # finished, early stop, a signal, or a step that was not finite
+            break
 
-        # -------- one optimizer step --------
-        x_BT, y_BT = batches.get(run.step)
-        loss, aux = gradients(run, x_BT, y_BT, k)
-        scale = run.scale.scale
-        norms = run.adam.reduce(scale)
-        finite = norms.isfinite().all()
-        if (
-            run.scale.on
-        ):  # an overflow of fp16 is no fault: the step is skipped and the loss scale halved
-            norms = torch.where(finite, norms, 0.0)
-        beat = torch.cat([torch.stack([loss, aux, (~finite).float()]), norms])
-        ok = pulse.send(run.step + 1, beat, run.clock.train_s(run.step)) & finite
-        rate = k.learning_rate * lr_scale(run.position(run.step), k, run.total)
-        run.lrs.append(rate)
-        run.adam.step(rate, norms.square().sum().sqrt(), scale, ok)
-        run.scale.update(finite)
-        run.micro_step.refresh()
-        run.adam.grads.zero_()
-        run.step += 1
-        run.clock.tick()
-        for (
-            beat
-        ) in pulse.read():  # of the step before: the host never waits for the one just queued
-            status = run.hear(beat) or status
+        # -------- clock running: one optimizer step --------
+        session.start_clock()
+        states.start_step(is_new_epoch=state.step % batches.epoch_steps == 0)
+        batch = prefetch.get(state.step)
+        loss, metrics = add_gradients(model, batch, states, rows, scaler.scale)
+        world.all_reduce(gradients)  # each rank has added its share of the batch's mean
+        scaler.unscale_(adam)
+        grad_norms = torch.stack(torch._foreach_norm([p.grad for p in model.parameters()]))
+        overflow = ~grad_norms.isfinite().all() & scaler.is_enabled()
+        lr = cfg.lr * lr_scale(position, total_steps, cfg)
+        state.step += 1
+        all_finite = session.step(state.step, loss, lr, grad_norms, overflow, **metrics)
+        adam.step(lr, grad_norms, all_finite)
+        scaler.update()
+        gradients.zero_()
+    prefetch.close()
+    if cfg.final_test and session.status in ("finished", "early_stop"):
+        report(model, splits, rows, session)
 
 
-def out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+def log_score(session: Session, step: int, score: Score) -> None:
+    bits = score.bits_per_byte
+    T = session.cfg.sequence_length
+    note = f" ppl:{score.ppl:.2f} bits_per_byte:{bits:.4f} window:{T} stride:{T}"
+    session.log_validation(step, score.loss, note, val_bits_per_byte=bits)
+    session.row.update(val_ppl=score.ppl, val_bits_per_byte=bits)
 
 
+# differs: epochs decide when to validate and save
 def main() -> int:
-    k = plumbing.read_knobs(Knobs, PRESETS, doc=__doc__)
-    if k.dry_run:
-        return show_plan(k)
-    with plumbing.world(k.device, HINT) as w:
-        run, status = None, "failed"
-        try:
-            run = Run(k, w)
-            status = train(run, k, w)
-            if k.final_test and status in ("finished", "early_stop"):
-                run.report()
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
-                raise
-            raise UserError(
-                f"out of memory at DEVICE_BATCH_SIZE={run.micro if run else 'auto'}; lower it, set "
-                f"GRADIENT_CHECKPOINTING=1, or lower MAX_SEQ_LENGTH"
-            ) from None
-        finally:
-            if run:
-                run.close(status)
-    return {"finished": 0, "early_stop": 0, "nan": 1}.get(
-        status, 128 + run.signal if run.signal else 1
-    )
+    cfg = read_knobs(Knobs, PRESETS, doc=__doc__)
+    if cfg.dry_run:
+        return show_plan(cfg, plan)
+    with join_world(cfg.device, HINT) as world:
+        check_compiler(cfg.compile, cfg.device)
+        choose_precision(cfg.precision, world.device)
+        batches, splits = open_data(cfg, world)
+        epoch = batches.epoch_steps
+        session = Session(
+            cfg,
+            world,
+            total_steps=batches.total_steps,
+            tokens_per_step=batches.batch_tokens,
+            data={part: split.shards.content for part, split in splits.items()},
+            columns=RESULTS,
+            column_knobs=COLUMN_KNOBS,
+            presets=PRESETS,
+            resume_may_differ=RESUME_MAY_DIFFER,
+            sources=[__file__],
+            steps_per_epoch=epoch,
+            val_every=epoch if cfg.val_every is None else cfg.val_every,
+            save_every=[cfg.save_every, epoch if cfg.save_epochs else 0],
+            metrics=["aux_loss", "val_bits_per_byte"],
+            out_of_memory="lower DEVICE_BATCH_SIZE or set GRADIENT_CHECKPOINTING=1",
+        )
+        with session:
+            session.row.update(tokenizer=cfg.encoding, conv=int(cfg.has_conv))
+            session.row["warmup_iters"] = warmup_steps(batches.total_steps, cfg)
+            train(cfg, session, batches, splits)
+    return session.exit_code
 
 
 if __name__ == "__main__":

@@ -59,15 +59,13 @@ FAMILY = {
         "early_stop_patience early_stop_min_delta target_loss runpod_instance_type"
     ),
     "train_gpu.py": (
-        "mixer hidden_dim hcm_dim num_layers num_slots num_attention_heads intermediate_dim "
-        "match_params vocab_size binding tie_keys position_share decay slowest_decay delta_rule "
-        "use_gating conv memory window_every attention_window chunk_length dropout "
-        "use_auxiliary_loss aux_loss_weight dataset tokenizer max_train_samples max_val_samples "
-        "num_workers max_seq_length device_batch_size carry_state num_epochs max_seconds "
-        "use_scheduler warmup_iters learning_rate weight_decay grad_clip mixed_precision "
-        "gradient_checkpointing final_test early_stop_patience early_stop_min_delta target_loss "
-        "save_steps save_epochs compile_model use_wandb tracker wandb_project run_name "
-        "data_folder output_dir"
+        "mixer n_embd hcm_dim n_layer num_slots n_head vocab_size slowest_decay delta_rule "
+        "use_gating conv memory chunk_length kernel dropout use_auxiliary_loss aux_loss_weight "
+        "data tokenizer max_train_samples max_val_samples num_workers sequence_length "
+        "device_batch_size carry_state num_epochs time_budget_s use_scheduler warmup_iters lr "
+        "weight_decay grad_clip precision gradient_checkpointing final_test early_stop_patience "
+        "early_stop_min_delta target_loss save_steps save_epochs compile_model tracker "
+        "tracker_project wandb_project run_name data_folder output_dir"
     ),
     "train_scaled.py": (
         "d_model n_layer n_head window rope norm fusion memory mem_conv mem_feature mem_norm "

@@ -1,0 +1,205 @@
+"""Whole runs of train_gpu.py: records, resuming, ranks, stopping, faults."""
+
+import math
+import os
+import re
+import signal
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hamt_support import (
+    KILLED,
+    flags,
+    losses,
+    metrics,
+    newest_state,
+    rows,
+    run_here,
+    run_process,
+    run_ranks,
+    same,
+)
+
+import train_gpu
+from plumbing import Session, UserError, list_checkpoints
+
+
+def test_a_run_learns_and_its_record_holds_the_conventions(monkeypatch, tmp_path):
+    values = dict(run_id="a", num_iterations=40, val_every=20, final_test=1)
+    code, out = run_here(monkeypatch, tmp_path, **values)
+    row, m = rows(tmp_path)[0], metrics(tmp_path, "a")
+    assert code == 0 and float(m[40]["val_loss"]) < float(m[0]["val_loss"]) - 1.5
+    assert re.search(
+        r"step:40/40 val_loss:\S+ .* ppl:\S+ bits_per_byte:\S+ window:32 stride:32", out
+    )
+    assert re.search(r"test_loss:\S+ nats:\S+ tokens:\d+ ppl:\S+ word_ppl:\S+ bits_per_byte:", out)
+    assert "val_stream_loss" in out and "parameters: " in out
+    assert list(row) == train_gpu.RESULTS and row["mixer"] == "hamt" and row["status"] == "finished"
+    assert (row["hidden_dim"], row["conv"], row["tokenizer"]) == ("32", "1", "bytes")
+    assert float(row["val_ppl"]) == pytest.approx(math.exp(float(row["final_val_loss"])))
+    bits = float(row["val_bits_per_byte"]) * math.log(2)
+    assert bits == pytest.approx(float(row["final_val_loss"]), rel=1e-3), "a token is a byte"
+    assert abs(float(row["test_stream_loss"]) - float(row["test_loss"])) < 0.5
+
+
+def test_the_mixer_of_a_run_is_in_its_record(monkeypatch, tmp_path):
+    for conv in (0, 1):
+        values = dict(run_id=f"r{conv}", num_iterations=1, mixer="attention", conv=conv)
+        _, out = run_here(monkeypatch, tmp_path, **values)
+        assert "attention, vocabulary 256, FFN width" in out
+    assert [(r["mixer"], r["conv"]) for r in rows(tmp_path)] == [
+        ("attention", "0"),
+        ("attention", "1"),
+    ]
+
+
+RESUMED = [dict(dropout=0.2, use_auxiliary_loss=1), dict(carry_state=1), dict(mixer="attention")]
+
+
+@pytest.mark.parametrize("extra", RESUMED)
+def test_a_killed_run_resumes_and_ends_bitwise_as_the_straight_one(monkeypatch, tmp_path, extra):
+    run_here(monkeypatch, tmp_path, run_id="straight", **extra)
+    command = [sys.executable, "-c", KILLED.format(step=7)]
+    done = run_process([*command, *flags(tmp_path, run_id="killed", **extra)])
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    _, out = run_here(monkeypatch, tmp_path, run_id="killed", **extra)
+    assert "resumed step:4" in out
+    a, b = newest_state(tmp_path, "straight"), newest_state(tmp_path, "killed")
+    assert losses(tmp_path, "straight") == losses(tmp_path, "killed")
+    assert all(same(a[key], b[key]) for key in ("model", "adam", "scaler", "states", "state"))
+    assert bool(a["states"]) == bool(extra.get("carry_state"))
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """Runs on 2 and on 3 ranks that carry their states; 3 do not divide the batch of 8."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for size in (2, 3):
+        done = run_ranks(size, folder, run_id=f"r{size}", carry_state=1, dropout=0.1)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_one_two_and_three_ranks_agree_within_rounding(monkeypatch, ranks):
+    run_here(monkeypatch, ranks, run_id="r1", carry_state=1, dropout=0.1)
+    read = lambda run_id: np.array(
+        [[float(v or 0) for v in pair] for pair in losses(ranks, run_id)]
+    )
+    one = read("r1")
+    for other in ("r2", "r3"):
+        assert one.shape == read(other).shape and np.abs(one - read(other)).max() < 1e-4
+        pairs = zip(*(newest_state(ranks, r)["states"]["rows"] for r in ("r1", other)), strict=True)
+        for x, y in pairs:
+            assert x.shape == y.shape and torch.allclose(x, y, atol=1e-3)
+
+
+def test_one_rank_goes_on_where_three_stopped(monkeypatch, ranks):
+    """The carried rows of three ranks' checkpoint are dealt out to one."""
+    (step, path), *_ = [c for c in list_checkpoints(ranks / "logs/r3") if c[0] == 8]
+    other = ranks / "logs/again"
+    other.mkdir(exist_ok=True)
+    os.rename(path, other / path.name)
+    _, out = run_here(monkeypatch, ranks, run_id="again", carry_state=1, dropout=0.1)
+    assert "resumed step:8 from a checkpoint written by 3 rank(s)" in out
+    again, three = metrics(ranks, "again"), metrics(ranks, "r3")
+    for step in (9, 10, 11, 12):
+        assert abs(float(again[step]["train_loss"]) - float(three[step]["train_loss"])) < 1e-4
+
+
+@pytest.mark.parametrize("extra", [dict(carry_state=1, dropout=0.2), dict(use_auxiliary_loss=1)])
+def test_a_micro_batch_changes_memory_not_training(monkeypatch, tmp_path, extra):
+    for name, rows_at_once in (("a", 8), ("b", 3)):
+        run_here(monkeypatch, tmp_path, run_id=name, device_batch_size=rows_at_once, **extra)
+    a, b = ([float(t) for t, _ in losses(tmp_path, name)[1:]] for name in "ab")
+    assert np.abs(np.subtract(a, b)).max() < 1e-4
+
+
+def test_the_auxiliary_loss_is_never_in_a_reported_loss_but_trains(monkeypatch, tmp_path):
+    for name, on in (("with", 1), ("without", 0)):
+        values = dict(run_id=name, use_auxiliary_loss=on, aux_loss_weight=5.0, num_iterations=2)
+        run_here(monkeypatch, tmp_path, **values)
+    a, b = metrics(tmp_path, "with"), metrics(tmp_path, "without")
+    assert a[1]["train_loss"] == b[1]["train_loss"] and a[0]["val_loss"] == b[0]["val_loss"]
+    assert a[2]["train_loss"] != b[2]["train_loss"]
+    assert 0.1 < float(a[1]["aux_loss"]) < 2 and b[1]["aux_loss"] == ""
+
+
+def test_early_stop_time_budget_and_preemption_leave_their_status(monkeypatch, tmp_path):
+    values = dict(run_id="a", early_stop_patience=1, lr=0, val_every=1)
+    code, _ = run_here(monkeypatch, tmp_path, **values)
+    assert code == 0 and rows(tmp_path)[-1]["status"] == "early_stop"
+    assert rows(tmp_path)[-1]["steps_done"] == "1"
+    values = dict(run_id="b", time_budget_s=0.4, num_iterations=9999, val_every=0)
+    code, _ = run_here(monkeypatch, tmp_path, **values)
+    assert code == 0 and rows(tmp_path)[-1]["status"] == "finished"
+    assert int(rows(tmp_path)[-1]["steps_done"]) < 900
+    step = Session.step
+
+    def stopped(self, number, *args, **more):
+        if number == 3:
+            self.world.signals.append(signal.SIGTERM)
+        return step(self, number, *args, **more)
+
+    monkeypatch.setattr(Session, "step", stopped)
+    code, _ = run_here(monkeypatch, tmp_path, run_id="c")
+    assert code == 128 + signal.SIGTERM and rows(tmp_path)[-1]["status"] == "preempted"
+
+
+def test_a_loss_that_is_not_finite_stops_before_its_update(monkeypatch, tmp_path):
+    add_gradients, weights = train_gpu.add_gradients, []
+
+    def bad(model, *args):
+        loss, more = add_gradients(model, *args)
+        weights.append(model.wte.detach().clone())
+        return loss * (float("nan") if len(weights) == 5 else 1.0), more
+
+    monkeypatch.setattr(train_gpu, "add_gradients", bad)
+    code, out = run_here(monkeypatch, tmp_path)
+    assert code == 1 and "step:5 not finite" in out and rows(tmp_path)[0]["status"] == "nan"
+    assert torch.equal(weights[4], weights[-1]) and not torch.equal(weights[3], weights[4])
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (dict(mixer="attention"), "started with MIXER=hamt, not attention"),
+        (dict(vocab_size=300), "VOCAB_SIZE=auto, not 300"),
+        (dict(num_slots=8), "NUM_SLOTS=4, not 8"),
+    ],
+)
+def test_a_run_is_not_resumed_as_another_model(monkeypatch, tmp_path, values, words):
+    step = Session.step
+
+    def stopped(self, number, *args, **more):
+        if number == 2:
+            self.world.signals.append(signal.SIGTERM)
+        return step(self, number, *args, **more)
+
+    monkeypatch.setattr(Session, "step", stopped)
+    run_here(monkeypatch, tmp_path, run_id="a", num_iterations=4)
+    with pytest.raises(UserError, match=words):
+        run_here(monkeypatch, tmp_path, run_id="a", num_iterations=4, **values)
+
+
+def test_running_out_of_memory_says_what_to_lower(monkeypatch, tmp_path):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train_gpu, "add_gradients", full)
+    with pytest.raises(UserError, match="lower DEVICE_BATCH_SIZE or set GRADIENT_CHECKPOINTING=1"):
+        run_here(monkeypatch, tmp_path)
+    assert rows(tmp_path)[0]["status"] == "failed"
+
+
+def test_fifty_overflows_of_fp16_in_a_row_end_the_run(monkeypatch, tmp_path):
+    step = Session.step
+
+    def overflowed(self, *args):
+        return step(self, *args[:4], torch.tensor(True))
+
+    monkeypatch.setattr(Session, "step", overflowed)
+    code, out = run_here(monkeypatch, tmp_path, num_iterations=90, val_every=0, save_every=0)
+    assert code == 1 and "50 steps in a row overflowed fp16" in out
+    assert 50 <= int(rows(tmp_path)[0]["steps_done"]) <= 52
