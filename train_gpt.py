@@ -8,7 +8,7 @@ Expect   val_loss 3.2927 +- 0.0011 (no gate) and 3.2723 +- 0.0011 (elementwise) 
          study: 5100 steps at LR 0.00468, n=3 seeds each, 8x RTX PRO 6000 (docs/experiments.md)
 Shapes   B sequences, T tokens, C model width, H heads, R gate rows, V vocabulary, N = B * T,
          S matrices of one shape, P parameters; x_BTC has shape (B, T, C)
-Raises   UserError (one line, exit code 2) for what a user can put right
+Raises   UserError (one line, exit code 2) where a user can help
 Sources  modded-nanogpt records of 2024-10 (K. Jordan et al.): architecture, Muon, token order;
          gates: Qiu et al., Gated Attention for LLMs, arXiv 2505.06708
 Shared   plumbing/ keeps the run alive; of it only batches.py, the token order, moves a loss
@@ -230,7 +230,7 @@ class GPT(nn.Module):
         D = cfg.n_embd // cfg.n_head
         frequency = 1.0 / 10000 ** (torch.arange(0, D, 2).float() / D)
         angle = torch.outer(torch.arange(cfg.sequence_length).float(), frequency)[:, None]
-        # in bf16, because the record's tables are
+        # bf16, as the record's tables are
         self.register_buffer("cos", angle.cos().bfloat16(), persistent=False)
         self.register_buffer("sin", angle.sin().bfloat16(), persistent=False)
 
