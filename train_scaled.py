@@ -33,25 +33,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from plumbing import (
-    ROOT,
-    Prefetch,
-    Session,
-    TokenShards,
-    UserError,
-    World,
-    check_compiler,
-    check_disk,
-    choose_precision,
-    flat_gradients,
-    join_world,
-    knob,
-    launch,
-    read_knobs,
-    show_plan,
-)
+from plumbing.checkpoints import check_disk
+from plumbing.data import Prefetch, TokenShards
+from plumbing.device import check_compiler, choose_precision, choose_rows
 from plumbing.exports import export_weights, read_model_weights, write_metrics_json
+from plumbing.knobs import ROOT, UserError, knob, read_knobs
+from plumbing.plan import plan_facts, show_plan
+from plumbing.run_knobs import RUN_KNOBS, RunKnobs
+from plumbing.session import Session
 from plumbing.splits import NotFetched, open_byte_files
+from plumbing.world import World, flat_gradients, join_world, launch
 
 # ----------------------------------------------------------------------------
 # Knobs
@@ -89,15 +80,14 @@ MODEL_KNOBS = (
     "blocks decoder n_embd n_layer n_head window memory mem_range mem_init mem_rows".split()
 )
 MODEL_KNOBS += "ngram_rows delta_rule thinking_steps".split()
-# What may differ when a run is resumed: nothing here moves the loss curve.
-RESUME_MAY_DIFFER = "preset device_batch_size val_every save_every keep log_every on_nan".split()
-RESUME_MAY_DIFFER += "device compile fla flex recompute tracker run_id stage logs_folder".split()
-RESUME_MAY_DIFFER += "results_file dry_run".split()
+# These move no loss, so a resumed run may have others.
+RESUME_MAY_DIFFER = [*RUN_KNOBS, "preset", "device_batch_size", "log_every", "on_nan"]
+RESUME_MAY_DIFFER += ["fla", "flex", "recompute"]
 KINDS = ("scaled", "original")
 
 
 @dataclass(frozen=True)
-class Knobs:
+class Knobs(RunKnobs):
     preset: str = knob("scaled", "named set of defaults", choices=tuple(PRESETS), group="Preset")
 
     blocks: str = knob("scaled", "which blocks", choices=KINDS, group="Model")
@@ -143,27 +133,19 @@ class Knobs:
     )
     init_from: str = knob("", "weights file (.pth) to start from; empty: new weights")
 
-    val_every: int = knob(2000, "steps between validations; 0: at the end", low=0, group="Saving")
+    val_every: int = knob(2000, "steps between validations; 0: only the last", low=0)
     val_bytes: int | None = knob(None, "bytes of a validation", low=8, none="all")
-    save_every: int = knob(2000, "steps between checkpoints; 0: at the end", low=0)
-    keep: int = knob(2, "checkpoints kept", low=1)
+    save_every: int = knob(2000, "steps between checkpoints; 0: only at the end", low=0)
     log_every: int = knob(10, "steps between log lines", low=1)
     on_nan: str = knob(
         "stop", "rollback: go back once, on at half the lr", choices=("stop", "rollback")
     )
 
-    device: str = knob("cuda", "where to train", choices=("cuda", "cpu"), group="Run")
     precision: str = knob("auto", "of products", choices=("auto", "fp32", "bf16", "fp16"))
-    compile: bool = knob(True, "compile a block, the decoder and the memory by bytes")
     fla: bool = knob(False, "memory kernels of flash-linear-attention (package fla-core)")
     flex: bool = knob(False, "FlexAttention for the windows, on CUDA with COMPILE=1")
     recompute: bool = knob(False, "keep only the blocks' inputs for the backward pass")
-    tracker: str = knob("off", "also send metrics there", choices=("off", "wandb", "trackio"))
-    run_id: str = knob("", "id of the run; that of an unfinished run resumes it")
-    stage: str = knob("", "stage of a study, copied into the results row")
-    logs_folder: str = knob(str(ROOT / "logs"), "folder of logs, metrics and checkpoints")
     results_file: str = knob(str(ROOT / "experiments/results_scaled.csv"), "gets one row per run")
-    dry_run: bool = knob(False, "show the knobs, sizes and data, and stop")
 
     def __post_init__(self):
         shortest = math.log(0.5) / math.log(self.mem_range or 1e-9)
@@ -333,7 +315,7 @@ def decaying_memory(
         states = torch.cat([state[:, :, None], k_to_end @ v], 2)
         states = (across @ states.flatten(3)).view_as(states)
     output = (q @ k.mT * within) @ v + (q * decay.exp()) @ states[:, :, :-1]
-    return output.flatten(2, 3)[:, :, :N], states[:, :, -1]
+    return output.flatten(2, 3)[:, :, :N], states[:, :, -1].contiguous()
 
 
 def decaying_memory_fla(
@@ -379,6 +361,7 @@ class OriginalMemory(nn.Module):
         self.cfg, self.value_width = cfg, D // cfg.n_head + 1
         self.qkv, self.proj, self.norm = nn.Linear(D, 3 * D), nn.Linear(D, D), nn.LayerNorm(D)
         self.retention = nn.Parameter(torch.empty(cfg.n_head))  # logits
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         init_retention(self.retention, self.cfg)
@@ -387,7 +370,7 @@ class OriginalMemory(nn.Module):
         """What is read, (B, N, D), and the state behind the N patches."""
         cfg = self.cfg
         qkv = self.qkv(h_BND)
-        with torch.autocast(h_BND.device.type, enabled=False):
+        with torch.autocast(h_BND.device.type, torch.bfloat16, enabled=False):
             q, k, v = (split_heads(t, cfg.n_head).float() for t in qkv.chunk(3, -1))
             q, k = (F.elu(q) + 1) * q.size(-1) ** -0.5, F.elu(k) + 1
             v = F.pad(v, (0, 1), value=1.0)
@@ -414,6 +397,7 @@ class ScaledMemory(nn.Module):
         self.decay = nn.Linear(D, H, bias=False)
         self.head_norm = nn.RMSNorm(D // H, eps=1e-6)
         self.beta = nn.Linear(D, H) if cfg.delta_rule else None  # share that a write replaces
+        self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -434,14 +418,14 @@ class ScaledMemory(nn.Module):
         whole = torch.cat([past.type_as(qkv), qkv], 1)
         kernel = self.conv_kernel.type_as(qkv)
         mixed = sum(whole[:, i : i + N] * kernel[i] for i in range(4))
-        return F.silu(mixed + self.conv_bias.type_as(qkv)), whole[:, N:]
+        return F.silu(mixed + self.conv_bias.type_as(qkv)), whole[:, N:].contiguous()
 
     def forward(self, h_BND: Tensor, past: State, plasticity: Tensor) -> tuple[Tensor, State]:
         """What is read, (B, N, D), and the state behind the N patches."""
         cfg = self.cfg
         qkv, conv = self.convolve(self.qkv(h_BND), past["conv"])
         logit = self.retention[:, None] + self.decay(h_BND).mT
-        with torch.autocast(h_BND.device.type, enabled=False):
+        with torch.autocast(h_BND.device.type, torch.bfloat16, enabled=False):
             log_decay = log_retention(logit.float(), cfg.mem_range) + plasticity.log()
             q, k, v = (split_heads(t, cfg.n_head).float() for t in qkv.chunk(3, -1))
             q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
@@ -576,6 +560,7 @@ class NGramTables(nn.Module):
         self.hash = SuffixHash(NGRAMS, PAST)
         self.out = nn.Linear(len(NGRAMS) * NGRAM_WIDTH, BYTES, bias=False)
         self.register_buffer("first", torch.arange(len(NGRAMS)) * rows, persistent=False)
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.table)
@@ -676,6 +661,7 @@ class ByteMemory(nn.Module):
         # Logarithms for each length: weight of the last byte and of the one before; doubt of one
         # byte, two equal and two different ones; decay per byte. Flat: a vector has no decay.
         self.how = nn.Parameter(torch.empty(6 * len(HISTORIES)))
+        self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -1145,35 +1131,40 @@ def disk_bytes(model: ByteLM, cfg: Knobs) -> int:
     return 4 * n_params * (cfg.keep + 2) + (12 * n_params + carried) * (cfg.keep + 1)
 
 
+def run_step(model: ByteLM, rows: int, cfg: Knobs) -> None:
+    """A micro-batch of zeros, forward and backward."""
+    zeros = torch.zeros(rows, cfg.sequence_length, dtype=torch.long, device=model.plasticity.device)
+    model(zeros, zeros)[0].mean().backward()
+
+
 def plan(cfg: Knobs, world: World) -> dict[str, object]:
     """What --dry_run and the log show. Raises UserError for what the run would refuse."""
     check_compiler(cfg.compile, cfg.device)
     with torch.device("meta"):
         model = ByteLM(cfg)
-    n_params = sum(p.numel() for p in model.parameters())
+        facts = plan_facts(cfg, world, model, partial(run_step, cfg=cfg))
     step_bytes = cfg.batch_size * cfg.sequence_length
-    flops = flops_per_byte(model, cfg) * step_bytes * cfg.num_iterations
-    found = {
-        "parameters": f"{n_params:,}",
-        "tokens per step": f"{step_bytes:,} bytes, {world.size} rank(s)",
-        "training tokens": f"{step_bytes * cfg.num_iterations:,} in {cfg.num_iterations} steps",
-        "compute": f"{flops:.3g} FLOPs",
+    total_bytes = step_bytes * cfg.num_iterations
+    facts |= {
+        "tokens per step": f"{step_bytes:,} bytes",
+        "training tokens": f"{total_bytes:,} in {cfg.num_iterations} steps",
+        "compute": f"{flops_per_byte(model, cfg) * total_bytes:.3g} FLOPs",
         "disk": f"up to {disk_bytes(model, cfg) / 2**20:,.0f} MiB at KEEP={cfg.keep}",
         "window reach": f"{cfg.n_layer * (cfg.window_patches - 1) * PATCH:,} bytes",
     }
     try:
         train, val, sha = open_byte_files(cfg.data, ROOT / "data", PATCH, download=False)
     except NotFetched as error:
-        return found | {"data": f"{error}"}
-    epochs = step_bytes * cfg.num_iterations / train.total
-    found["data"] = f"{train.total:,} bytes, {val.total:,} to validate, sha256 {sha or 'of files'}"
-    found["epochs"] = f"{epochs:.2f} in {Batches(train, cfg, world).num_windows} windows a strip"
+        return facts | {"data": error}
+    epochs = total_bytes / train.total
+    facts["data"] = f"{train.total:,} bytes, {val.total:,} to validate{sha and ', sha256 '}{sha}"
+    facts["epochs"] = f"{epochs:.2f} in {Batches(train, cfg, world).num_windows} windows a strip"
     if epochs > MANY_EPOCHS:
-        found["warning"] = (
-            f"this run would read {train.total / 1e6:.1f} MB of text {epochs:.0f} times; give it more "
-            f"with DATA=wikipedia:tr, or DATA=FOLDER of text files, or lower NUM_ITERATIONS"
+        facts["warning"] = (
+            f"this run would read {train.total / 1e6:.1f} MB of text {epochs:.0f} times; name more "
+            f"text with DATA=wikipedia:tr or DATA=FOLDER, or lower NUM_ITERATIONS"
         )
-    return found
+    return facts
 
 
 # ----------------------------------------------------------------------------
@@ -1194,8 +1185,6 @@ def compile_model(model: ByteLM, cfg: Knobs, world: World, precision: torch.auto
     any rank, after which nothing is compiled, or ''."""
     parts = [*model.blocks, model.decoder, model.thinking, model.byte_memory]
     parts = [part for part in parts if part is not None]
-    rows = min(cfg.device_batch_size, -(-cfg.batch_size // world.size))
-    zeros = torch.zeros(rows, cfg.sequence_length, dtype=torch.long, device=world.device)
     problem = ""
     try:
         if cfg.flex and world.device.type == "cuda":
@@ -1203,7 +1192,7 @@ def compile_model(model: ByteLM, cfg: Knobs, world: World, precision: torch.auto
         for part in parts:
             part.forward = torch.compile(part.forward, dynamic=False)
         with precision:
-            model(zeros, zeros)[0].mean().backward()
+            run_step(model, choose_rows(cfg, world, model, run_step), cfg)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a compiler fails in any way; training does not depend on it
@@ -1295,17 +1284,15 @@ def build_model(cfg: Knobs, world: World, dtype: torch.dtype) -> ByteLM:
 
 
 def train(cfg: Knobs, world: World, session: Session, batches: Batches, val: TokenShards) -> None:
-    name, why = choose_precision(cfg.precision, world.device)
-    dtype = DTYPES[name]
+    dtype = DTYPES[choose_precision(cfg.precision, world.device)]
     precision = torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)
     model = build_model(cfg, world, dtype)
     gradients = flat_gradients(model)
     adam, loss_scale = AdamW(model, cfg), LossScale(dtype).to(world.device)
     carried, state = CarriedState(cfg, world), TrainState()
     saved = dict(model=model, adam=adam, loss_scale=loss_scale, carried=carried, state=state)
-    session.describe(
-        model, flops_per_byte(model, cfg), **plan(cfg, world), precision=f"{name} ({why})"
-    )
+    facts = plan(cfg, world) | dict(precision=f"{dtype}; state and decay of the memory in fp32")
+    session.describe(model, flops_per_byte(model, cfg), facts)
     check_disk(
         session.folder, disk_bytes(model, cfg), world, "lower KEEP, or set LOGS_FOLDER elsewhere"
     )

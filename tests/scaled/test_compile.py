@@ -1,10 +1,12 @@
 """What is compiled, how much of it there is, and what happens when that fails."""
 
+import logging
 import shutil
 
 import pytest
 import torch
 from scaled_support import fresh, repeats, run_here, small
+from support import ONE
 
 import train_scaled
 from train_scaled import ByteMemory, compile_model, map_state
@@ -22,6 +24,7 @@ def captured(monkeypatch, world, n_layer: int, **knobs) -> list[int]:
         return graph.forward
 
     torch._dynamo.reset()
+    logging.getLogger("torch").setLevel(logging.ERROR)
     with monkeypatch.context() as m:
         m.setattr(torch, "compile", lambda f, **rest: compiler(f, backend=counting, **rest))
         cfg = small(n_layer=n_layer, batch_size=2, **knobs)
@@ -48,8 +51,6 @@ def captured(monkeypatch, world, n_layer: int, **knobs) -> list[int]:
 
 @pytest.mark.parametrize("delta_rule", [False, True])
 def test_what_is_compiled_grows_neither_with_the_row_nor_with_the_layers(monkeypatch, delta_rule):
-    from support import ONE
-
     short = captured(monkeypatch, ONE, 2, sequence_length=1024, delta_rule=delta_rule)
     long = captured(monkeypatch, ONE, 2, sequence_length=16384, delta_rule=delta_rule)
     deep = captured(monkeypatch, ONE, 4, sequence_length=1024, delta_rule=delta_rule)

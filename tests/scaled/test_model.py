@@ -158,7 +158,7 @@ def test_plasticity_multiplies_every_retention_and_is_saved():
         model.blocks[0].memory,
         torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(0)),
     )
-    S = block(h, block.empty_state(1), model.plasticity)[1]["S"]
+    S = block(h, dict(matrix=torch.zeros(1, 2, 16, 17)), model.plasticity)[1]["matrix"]
     q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in block.qkv(h).chunk(3, -1))
     a = (0.25 * (0.5 + 0.5 * torch.sigmoid(block.retention))).log()
     _, wanted = step_recurrence(
