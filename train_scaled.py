@@ -1,33 +1,29 @@
-"""train_scaled.py -- a 129M byte-level LM: sliding-window attention beside a decaying Hebbian memory, in one file.
+"""train_scaled.py -- a 129M byte-level language model: attention windows and decaying memories.
 
-    nohup python3 -u train_scaled.py > training_scaled_50k.log 2>&1 &    one GPU, 50,000 steps
-    torchrun --standalone --nproc_per_node=2 train_scaled.py             two
-    DATA=wikipedia:tr PRESET=phase8 python train_scaled.py               the original model, in exact mathematics
-    PRESET=demo python train_scaled.py                                   a laptop, a minute, no download
-    python train_scaled.py --help                                        every knob; --dry_run shows the plan and stops
+    PRESET=demo python train_scaled.py                       a laptop, a minute, no download
+    nohup python3 -u train_scaled.py > training_scaled_50k.log 2>&1 &      one GPU, 50,000 steps
+    DATA=wikipedia:tr torchrun --standalone --nproc_per_node=2 train_scaled.py
+    DATA=texts/ PRESET=phase8 python train_scaled.py         the original, in exact mathematics
+    python train_scaled.py --help                            every knob; --dry_run shows the plan
 
-Expect   docs/scaled.md has what was measured: the memory's recall, bits per byte, speed, each with its command
-Shapes   B rows, T bytes, N = T / 4 patches, D model width, H heads, E = D / H, F = value width (E, or E + 1 with the
-         denominator's column), P patches of past keys, C chunk, M chunks; x_BND has shape (B, N, D)
-Units    WINDOW and half-lives in patches; losses in nats per byte, bpc in bits per byte; BATCH_SIZE in rows over ranks
-Raises   UserError (one line, exit code 2) for a bad knob, text, checkpoint or results file, before training starts
-Sources  model: AGIFORMER phase 8 (inkbytefo/agi-former, a393cb5), rewritten from its description. Chunkwise memory:
-         Yang et al., Gated Linear Attention, arXiv 2312.06635; delta rule: Gated DeltaNet, arXiv 2412.06464
-Shared   plumbing.py keeps the run alive and accounted for. Everything that can change the loss is in this file.
+Text is cut into patches of 4 bytes. Blocks of window attention beside a decaying memory pass over
+the patches, and a small recurrent decoder writes the bytes of the next patch. A second memory, by
+bytes, remembers what followed the last few bytes, wherever patches begin.
+
+Expect   docs/scaled.md has what was measured: recall, bits per byte, speed, with the commands
+Shapes   B rows, T bytes, N = T / 4 patches, D model width, H heads, E = D / H head width, F width
+         of a memory's values, C patches of a chunk, M chunks, G histories; x_BND is (B, N, D)
+Units    WINDOW and half-lives in patches; losses in nats per byte, bpc in bits per byte
+Raises   UserError (one line, exit code 2) for a bad knob, text, checkpoint or results file
+Sources  AGIFORMER phase 8 (inkbytefo/agi-former, a393cb5), rewritten from its description
+Shared   plumbing/ keeps the run alive and accounted for. What can change a loss is in this file.
 """
 
-import dataclasses
 import hashlib
 import importlib.util
-import json
 import math
-import os
-import re
-import shutil
-import time
-import unicodedata
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -37,582 +33,488 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import plumbing
-from plumbing import (
-    HERE,
-    Clock,
-    Prefetch,
-    Pulse,
-    RunLog,
-    TokenShards,
-    UserError,
-    World,
-    knob,
-    knobs_json,
-    launch,
-)
+from plumbing.checkpoints import check_disk
+from plumbing.data import Prefetch, TokenShards
+from plumbing.device import check_compiler, choose_precision, choose_rows
+from plumbing.exports import export_weights, read_model_weights, write_metrics_json
+from plumbing.knobs import ROOT, UserError, knob, read_knobs
+from plumbing.plan import plan_facts, show_plan
+from plumbing.run_knobs import RUN_KNOBS, RunKnobs
+from plumbing.session import Session
+from plumbing.splits import NotFetched, open_byte_files
+from plumbing.world import World, flat_gradients, join_world, launch
 
 # ----------------------------------------------------------------------------
 # Knobs
 
-PATCH, BYTES = 4, 256  # bytes of a patch; values of a byte
-GRAMS, GRAM_WIDTH = (
-    (3, 4, 5, 6),
-    64,
-)  # bytes of the n-grams that NGRAM_ROWS makes tables for; width of their rows
-PAST = 2 * PATCH  # bytes that the decoder may look at, from the predicted one back
-HISTORIES = 3, 5, 8, 12, 24  # bytes of the histories that MEM_ROWS makes tables for
-FURTHEST = max(HISTORIES) - PATCH  # bytes before its first patch that a window needs
-HISTORY_HALF_LIVES = 128.0, 131072.0  # bytes; what the shortest and the longest history begin with
-CHUNK, GROUP = 64, 16  # patches of a memory chunk; chunks whose states are made in one product
-HALF_LIVES = (
-    32.0,
-    65536.0,
-)  # patches; of the first and the last head with MEM_INIT=log, the others between them
-STAGES = (
-    (0.0, 0.10),
-    (0.15, 0.50),
-    (0.40, 0.99),
-)  # CURRICULUM: share of the steps at which a plasticity begins
+PATCH = 4  # bytes
+BYTES = 256  # values of a byte; also the width of the byte decoder
+CHUNK = 64  # patches that the blocks' memory treats at once
+PAST = 8  # bytes before a predicted one that the decoder may look at
+READS = 4  # of these, the ones that its recurrent part reads before a patch
+NGRAMS = (3, 4, 5, 6)  # bytes; lengths of the decoder's n-grams
+NGRAM_WIDTH = 64  # channels of a row of their tables
+HISTORIES = (3, 5, 8, 12, 24)  # bytes; lengths of what the memory by bytes looks up
+LONGEST = max(HISTORIES)
+HALF_LIVES = (32.0, 65536.0)  # patches; of the first and the last head with MEM_INIT=log
+MANY_EPOCHS = 20  # a run that reads its text more often than that is warned
+STAGES = ((0.0, 0.10), (0.15, 0.50), (0.40, 0.99))  # CURRICULUM: from this share of the steps on
 
-SEED_BLOCK = dict(
-    rope="input",
-    norm="layernorm",
-    fusion="sum",
-    dropout=0.1,
-    decoder_reads=0,
-    ngram_rows=0,
-    mem_rows=0,
-)
-SEED_BLOCK |= dict(
-    mem_conv=False,
-    mem_align=False,
-    mem_feature="elu",
-    mem_norm="denominator",
-    mem_gate=False,
-    mem_decay="static",
-)
-SEED_BLOCK |= dict(
-    delta_rule=False, carry_state=False, batch_size=8, device_batch_size=2, sequence_length=1024
-)
-SEED_BLOCK |= dict(schedule="constant", lr=2e-4, beta2=0.999, weight_decay=0.01, decay_on="all")
+ORIGINAL = dict(blocks="original", decoder="original", mem_rows=0, dropout=0.1, carry_state=False)
+ORIGINAL |= dict(batch_size=8, sequence_length=1024, schedule="constant", lr=2e-4, beta2=0.999)
+ORIGINAL |= dict(weight_decay=0.01, decay_on="all")
+PHASE7 = dict(n_embd=512, n_layer=6, n_head=8, window=128, mem_range=0.99, mem_init=0.0)
+PHASE7 |= dict(num_iterations=20000, warmup_iters=100, lr=3e-4, batch_size=4, device_batch_size=4)
+DEMO = dict(device="cpu", compile=False, n_embd=128, n_layer=2, n_head=2, window=16)
+DEMO |= dict(thinking_steps=1, mem_rows=8192, sequence_length=512, batch_size=8)
+DEMO |= dict(device_batch_size=8, num_iterations=300, warmup_iters=20, lr=3e-3)
+DEMO |= dict(val_every=100, val_bytes=65536, save_every=100)
 PRESETS = {
     "scaled": {},
-    "phase8": SEED_BLOCK | dict(window=256, mem_range=0.995, mem_init=8.0),
-    "phase7": SEED_BLOCK
-    | dict(d_model=512, n_layer=6, n_head=8, window=128, mem_range=0.99, mem_init=0.0)
-    | dict(num_iterations=20000, warmup_iters=100, lr=3e-4, batch_size=4, device_batch_size=4),
-    # Python's own documentation on a CPU, about a minute
-    "demo": dict(
-        device="cpu", compile=False, d_model=128, n_layer=2, n_head=2, window=16, thinking_steps=1
-    )
-    | dict(
-        mem_rows=8192, sequence_length=512, batch_size=8, device_batch_size=8, num_iterations=300
-    )
-    | dict(warmup_iters=20, lr=3e-3, val_every=100, val_bytes=65536, save_every=100),
+    "phase8": ORIGINAL | dict(window=256, mem_range=0.995, mem_init=8.0),
+    "phase7": ORIGINAL | PHASE7,
+    "demo": DEMO,  # Python's own documentation on a CPU
 }
-# What may differ when a run is resumed: nothing here moves the loss curve.
-FREE = "preset device_batch_size val_every save_every keep log_every on_nan device compile fla recompute tracker run_id "
-FREE += "stage logs_folder results_file dry_run"
-MODEL = (
-    "d_model n_layer n_head window rope norm fusion memory mem_conv mem_align mem_feature mem_norm mem_gate mem_decay "
-    "mem_range "
+# What decides a model's shape and mathematics: weights fit where these are the same.
+MODEL_KNOBS = (
+    "blocks decoder n_embd n_layer n_head window memory mem_range mem_init mem_rows".split()
 )
-MODEL += "mem_init mem_delay delta_rule thinking_steps decoder_reads ngram_rows mem_rows"  # what weights are for
+MODEL_KNOBS += "ngram_rows delta_rule thinking_steps".split()
+# These move no loss, so a resumed run may have others.
+RESUME_MAY_DIFFER = [*RUN_KNOBS, "preset", "device_batch_size", "log_every", "on_nan"]
+RESUME_MAY_DIFFER += ["fla", "flex", "recompute"]
+KINDS = ("scaled", "original")
 
 
 @dataclass(frozen=True)
-class Knobs:
-    preset: str = knob("scaled", "named set of defaults", choices=tuple(PRESETS))
-    # model
-    d_model: int = knob(768, "model width, channels", low=8)
-    n_layer: int = knob(12, "hybrid blocks", low=1)
-    n_head: int = knob(12, "heads of attention and of memory", low=1)
-    window: int | None = knob(
-        64, "patches a query sees, itself included; off: full attention", low=1, none="off"
-    )
-    rope: str = knob(
-        "window", "rotate the input once, or attention's q and k", choices=("input", "window")
-    )
-    norm: str = knob("rmsnorm", "normalisation of the blocks", choices=("layernorm", "rmsnorm"))
-    fusion: str = knob(
-        "concat",
-        "attention and memory: projected and summed, or one map",
-        choices=("sum", "concat"),
-    )
+class Knobs(RunKnobs):
+    preset: str = knob("scaled", "named set of defaults", choices=tuple(PRESETS), group="Preset")
+
+    blocks: str = knob("scaled", "which blocks", choices=KINDS, group="Model")
+    decoder: str = knob("scaled", "which byte decoder", choices=KINDS)
+    n_layer: int = knob(12, "number of blocks", low=1)
+    n_head: int = knob(12, "heads of attention, and heads of the memory", low=1)
+    n_embd: int = knob(768, "model width in channels", low=8)
+    window: int | None = knob(64, "patches that a query sees; off: all of a row", low=1, none="off")
     memory: str = knob(
-        "on", "zero: its output is zero; off: it is not built", choices=("on", "zero", "off")
+        "on", "zero: memories say nothing; off: there are none", choices=("on", "zero", "off")
     )
-    mem_conv: bool = knob(
-        True, "causal depthwise convolution over 4 patches, SiLU, on the memory's q, k, v"
-    )
-    mem_feature: str = knob("l2", "q and k of length 1, or ELU + 1", choices=("elu", "l2"))
-    mem_norm: str = knob(
-        "rmsnorm", "of what is read: by a sum, or per head", choices=("denominator", "rmsnorm")
-    )
-    mem_align: bool = knob(
-        True, "with MEM_CONV: q and k start equal, and a key as that of the patch before"
-    )
-    mem_gate: bool = knob(True, "SiLU gate on what is read")
-    mem_decay: str = knob(
-        "data", "retention: of the head, or moved by the input", choices=("static", "data")
-    )
-    mem_range: float = knob(
-        0.0, "lowest retention; it is RANGE + (1 - RANGE) * sigmoid(logit)", low=0, high=0.9999
-    )
+    mem_range: float = knob(0.0, "lowest retention of the blocks' memory", low=0, high=0.9999)
     mem_init: float | None = knob(
-        None, "initial retention logit; log: half-lives of 32 to 65,536 patches", none="log"
-    )
-    mem_rows: int = knob(
-        65536, "rows of each table of the memory by the last 3 to 24 bytes; 0: none", low=0
-    )
-    mem_delay: bool = knob(
-        False, "the blocks' memory is written only when a patch has left the window"
+        None, "first logit of the retention; log: half-lives of 32 to 65,536 patches", none="log"
     )
     delta_rule: bool = knob(False, "a write replaces what its key held, by a learned share")
-    thinking_steps: int = knob(3, "passes of the weight-tied MLP behind the blocks; 0: none", low=0)
-    decoder_reads: int = knob(
-        4, "bytes before a patch that its decoder reads first; 0: none", low=0, high=PAST
-    )
-    ngram_rows: int = knob(
-        12288, "rows of each of the decoder's tables, of 3- to 6-grams; 0: no tables", low=0
-    )
-    dropout: float = knob(0.0, "of input, memory and MLP", low=0, high=0.9)
-    # batch
-    batch_size: int = knob(2, "rows per step, over all ranks", low=1)
-    device_batch_size: int = knob(2, "rows per micro-batch of a rank", low=1)
-    sequence_length: int = knob(4096, "bytes per row", low=8)
-    carry_state: bool = knob(True, "rows go on where they were, state and all; 0: random windows")
-    # schedule, in optimizer steps
-    num_iterations: int = knob(50000, "optimizer steps", low=0, alias=("num_iter",))
+    mem_rows: int = knob(65536, "rows of each table of the memory by bytes; 0: none", low=0)
+    ngram_rows: int = knob(12288, "rows of each n-gram table of DECODER=scaled; 0: none", low=0)
+    thinking_steps: int = knob(3, "passes of the weight-tied MLP behind the blocks", low=0)
+    dropout: float = knob(0.0, "dropout of input, memory and MLPs", low=0, high=0.9)
+
+    batch_size: int = knob(2, "rows of a step, over all ranks", low=1, group="Batch")
+    device_batch_size: int = knob(2, "rows of a rank's micro-batch", low=1)
+    sequence_length: int = knob(4096, "bytes of a row", low=8)
+    carry_state: bool = knob(True, "a row goes on where it ended; 0: windows at random places")
+
+    num_iterations: int = knob(50000, "optimizer steps", low=0, group="Schedule")
     warmup_iters: int = knob(500, "steps of linear warm-up", low=0)
     schedule: str = knob(
-        "linear", "of the rate; two of them end at zero", choices=("constant", "linear", "cosine")
+        "linear", "learning rate behind the warm-up", choices=("constant", "linear", "cosine")
     )
     curriculum: bool = knob(False, "plasticity 0.10, from 15% of the steps 0.50, from 40% 0.99")
-    # optimizer
-    lr: float = knob(6e-4, "peak rate of AdamW", low=0, alias=("learning_rate",))
-    beta2: float = knob(0.95, "AdamW's second beta", low=0, high=0.99999)
-    weight_decay: float = knob(0.1, "AdamW's", low=0)
-    decay_on: str = knob("matrices", "what weight decay applies to", choices=("matrices", "all"))
-    clip: float = knob(0.5, "largest norm of the gradient", above=0)
-    seed: int = knob(1337, "initial weights, random windows, dropout", low=0)
-    # data
+
+    lr: float = knob(6e-4, "peak learning rate of AdamW", low=0, group="Optimizer")
+    beta2: float = knob(0.95, "second beta of AdamW", low=0, high=0.99999)
+    weight_decay: float = knob(0.1, "weight decay of AdamW", low=0)
+    decay_on: str = knob("matrices", "what decays", choices=("matrices", "all"))
+    grad_clip: float = knob(0.5, "largest norm of the gradient", above=0)
+    seed: int = knob(1337, "seed of initial weights, random windows and dropout", low=0)
+
     data: str = knob(
-        "embedded", "a text file, folder or glob; wikipedia:tr (any language code); embedded"
+        "embedded", "text file, folder or pattern; wikipedia:tr; embedded", group="Data"
     )
-    init_from: str = knob("", "weights (.pth) to start from; empty: new ones")
-    # evaluation and saving
-    val_every: int = knob(
-        2000, "steps between validations, also at the last; 0: the last only", low=0
-    )
-    val_bytes: int | None = knob(
-        None, "bytes of a validation, from the first on", low=8, none="all"
-    )
-    save_every: int = knob(2000, "steps between checkpoints, also at the end; 0: only there", low=0)
-    keep: int = knob(2, "checkpoints kept", low=1)
+    init_from: str = knob("", "weights file (.pth) to start from; empty: new weights")
+
+    val_every: int = knob(2000, "steps between validations; 0: only the last", low=0)
+    val_bytes: int | None = knob(None, "bytes of a validation", low=8, none="all")
+    save_every: int = knob(2000, "steps between checkpoints; 0: only at the end", low=0)
     log_every: int = knob(10, "steps between log lines", low=1)
-    on_nan: str = knob("stop", "rollback: once, at half the rate", choices=("stop", "rollback"))
-    # the run
-    device: str = knob(
-        "cuda", "where to train; nothing falls back by itself", choices=("cuda", "cpu")
+    on_nan: str = knob(
+        "stop", "rollback: go back once, on at half the lr", choices=("stop", "rollback")
     )
-    precision: str = knob(
-        "auto", "of matrix products; auto asks the device", choices=("auto", "fp32", "bf16", "fp16")
-    )
-    compile: bool = knob(True, "torch.compile")
-    fla: bool = knob(
-        False, "memory kernels of the package fla-core, on CUDA with compute capability 8 and up"
-    )
-    recompute: bool = knob(
-        False, "keep only the blocks' inputs for the backward pass: less memory, more time"
-    )
-    tracker: str = knob("off", "also send metrics there", choices=("off", "wandb", "trackio"))
-    run_id: str = knob("", "an unfinished run's id resumes it; empty: made once per launch")
-    stage: str = knob("", "stage of a study, copied into the results row")
-    logs_folder: str = knob(str(HERE / "logs"), "folder of the run's log, metrics and checkpoints")
-    results_file: str = knob(
-        str(HERE / "experiments/results_scaled.csv"), "file that gets one row per run"
-    )
-    dry_run: bool = knob(False, "show knobs, sizes and data, and stop")
+
+    precision: str = knob("auto", "of products", choices=("auto", "fp32", "bf16", "fp16"))
+    fla: bool = knob(False, "memory kernels of flash-linear-attention (package fla-core)")
+    flex: bool = knob(False, "FlexAttention for the windows, on CUDA with COMPILE=1")
+    recompute: bool = knob(False, "keep only the blocks' inputs for the backward pass")
+    results_file: str = knob(str(ROOT / "experiments/results_scaled.csv"), "gets one row per run")
 
     def __post_init__(self):
-        patches, retention = self.sequence_length // PATCH, 0.5 ** (1 / HALF_LIVES[0])
-        checks = {
-            f"D_MODEL={self.d_model} must be N_HEAD={self.n_head} times an even head width (rotary)": (
-                self.d_model % self.n_head or self.d_model // self.n_head % 2
-            ),
-            f"SEQUENCE_LENGTH={self.sequence_length} must be a multiple of {PATCH} bytes": self.sequence_length
-            % PATCH,
-            f"WINDOW={self.window} patches do not fit SEQUENCE_LENGTH={self.sequence_length} bytes = {patches} "
-            f"patches; lower it, or set WINDOW=off": self.window is not None
-            and self.window > patches,
-            "WINDOW=off keeps every key: it goes with CARRY_STATE=0 and MEM_DELAY=0": (
-                self.window is None and (self.carry_state or self.mem_delay)
-            ),
-            f"WARMUP_ITERS={self.warmup_iters} exceeds NUM_ITERATIONS={self.num_iterations}; train longer": (
-                self.warmup_iters > self.num_iterations > 0
-            ),
-            "DELTA_RULE=1 needs keys of length 1 and has no denominator: set MEM_FEATURE=l2 and MEM_NORM=rmsnorm": (
-                self.delta_rule and (self.mem_feature, self.mem_norm) != ("l2", "rmsnorm")
-            ),
-            "MEM_NORM=denominator divides by a sum, which MEM_FEATURE=l2 can make zero; set MEM_FEATURE=elu": (
-                self.mem_norm == "denominator" and self.mem_feature == "l2"
-            ),
-            f"MEM_INIT=log starts at a half-life of {HALF_LIVES[0]:.0f} patches, MEM_RANGE={self.mem_range} allows no "
-            f"shorter one than {-math.log(2) / math.log(self.mem_range or 0.5):.0f}; set MEM_RANGE=0, or MEM_INIT to a "
-            f"logit": self.mem_init is None and self.mem_range >= retention,
-            "FLA=1: its kernels have no denominator; set MEM_NORM=rmsnorm, or FLA=0": (
-                self.fla and self.mem_norm == "denominator"
-            ),
-        }
-        for words, wrong in checks.items():
-            if wrong:
-                raise ValueError(words)
+        shortest = math.log(0.5) / math.log(self.mem_range or 1e-9)
+        problem = ""
+        if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
+            problem = f"N_EMBD={self.n_embd} must be N_HEAD={self.n_head} times an even width"
+        elif self.sequence_length % PATCH:
+            problem = f"SEQUENCE_LENGTH={self.sequence_length} must be a multiple of {PATCH} bytes"
+        elif self.window_patches > self.sequence_length // PATCH:
+            problem = (
+                f"WINDOW={self.window} patches do not fit SEQUENCE_LENGTH={self.sequence_length} "
+                f"bytes = {self.sequence_length // PATCH} patches; lower it, or set WINDOW=off"
+            )
+        elif self.warmup_iters > self.num_iterations > 0:
+            problem = (
+                f"WARMUP_ITERS={self.warmup_iters} exceeds NUM_ITERATIONS={self.num_iterations}"
+            )
+        elif self.blocks == "original" and (self.fla or self.delta_rule):
+            problem = "BLOCKS=original divides by a sum of keys: set FLA=0 and DELTA_RULE=0"
+        elif self.mem_init is None and shortest >= HALF_LIVES[0]:
+            problem = (
+                f"MEM_INIT=log starts at a half-life of {HALF_LIVES[0]:.0f} patches, MEM_RANGE="
+                f"{self.mem_range} allows none below {shortest:.0f}; set MEM_RANGE=0 or MEM_INIT"
+            )
+        if problem:
+            raise ValueError(problem)
+
+    @property
+    def window_patches(self) -> int:
+        return self.window or self.sequence_length // PATCH
 
 
 # ----------------------------------------------------------------------------
-# Model
+# Model: windows
 
-State = dict[
-    str, Tensor | list[dict[str, Tensor]]
-]  # what the patches so far leave behind, rows first
+State = dict  # what the text so far leaves behind: nested dicts and lists of tensors, rows first
 
 
-def rotary_tables(first_B: Tensor, N: int, D: int) -> tuple[Tensor, Tensor]:
-    """cos and sin (B, N, D/2) of positions first .. first + N - 1. Su et al., arXiv 2104.09864. In fp64 until the
-    end: a week of carried state reaches positions whose fp32 angle would be off by whole turns."""
-    rate = 10000.0 ** -(torch.arange(0, D, 2, device=first_B.device, dtype=torch.float64) / D)
-    angle = (first_B[:, None] + torch.arange(N, device=first_B.device))[..., None] * rate
+def split_heads(x_BND: Tensor, n_head: int) -> Tensor:
+    return x_BND.unflatten(2, (n_head, -1)).transpose(1, 2)
+
+
+def merge_heads(x_BHNE: Tensor) -> Tensor:
+    return x_BHNE.transpose(1, 2).flatten(2)
+
+
+def rotary_tables(first_B: Tensor, N: int, width: int) -> tuple[Tensor, Tensor]:
+    """cos and sin (B, N, width / 2) of N positions (Su et al., arXiv 2104.09864). In fp64: a week
+    of carried state reaches positions whose fp32 angle would be off by whole turns."""
+    channel = torch.arange(0, width, 2, device=first_B.device, dtype=torch.float64)
+    position = first_B[:, None] + torch.arange(N, device=first_B.device)
+    angle = position[..., None] * 10000.0 ** (-channel / width)
     return angle.cos().float(), angle.sin().float()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Half-split, and the sign of the original: (a, b) -> (a cos - b sin, b cos + a sin)."""
+    """Half-split layout with the original's sign: (a, b) -> (a cos - b sin, b cos + a sin)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
 
 
-def window_attention(q: Tensor, k: Tensor, v: Tensor, w: int | None, mask: object = None) -> Tensor:
-    """Causal attention of q (B, H, N, E) to its last w keys, itself included; None: to all.
+def window_mask(N: int, w: int, known: Tensor) -> Tensor:
+    """Which keys each of N queries sees, when `known` of the w - 1 patches before them exist.
 
-    k and v (B, H, P + N, E) begin with the P <= w - 1 patches before. Chunked: blocks of w queries against their own
-    and the block before, so that cost is linear in N. mask: FlexAttention's block mask for this N and P, on CUDA.
+    (N, w - 1 + N) for at most w queries. More are cut into blocks of w queries, each of which
+    sees keys of its own block and of the one before: (1, blocks, w, 2w), linear in N.
     """
-    N, P = q.size(2), k.size(2) - q.size(2)
-    if mask is not None:
-        from torch.nn.attention.flex_attention import (
-            flex_attention,
-        )  # imported where it is used: it costs a second
+    i = torch.arange(min(N, w), device=known.device)[:, None]
+    j = torch.arange(w - 1 + N if N <= w else 2 * w, device=known.device)
+    if N <= w:
+        return (j >= i) & (j < i + w) & (j >= w - 1 - known)
+    seen = ((j > i) & (j <= i + w)).repeat(-(-N // w), 1, 1)
+    seen[0] &= j >= w - known
+    return seen[None]
+
+
+def window_attention(q: Tensor, k: Tensor, v: Tensor, w: int, mask: object) -> Tensor:
+    """Attention of q (B, H, N, E) to the last w keys, itself included. Keys and values begin with
+    the w - 1 patches before, unless mask is None: then the row begins here and fits the window.
+    """
+    N, blocks = q.size(2), -(-q.size(2) // w)
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    if not isinstance(mask, Tensor):  # a block mask
+        from torch.nn.attention.flex_attention import flex_attention  # costs a second to import
 
         return flex_attention(q, k, v, block_mask=mask)
-    if N == 1:
-        return F.scaled_dot_product_attention(q, k, v)
-    if P == 0 and (w is None or N <= w):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    if w is None:
-        return F.scaled_dot_product_attention(
-            q, k, v, torch.ones(N, P + N, dtype=torch.bool, device=q.device).tril(P)
-        )
-    blocks, i = -(-N // w), torch.arange(w, device=q.device)[:, None]
-    front, j = w - P, torch.arange(2 * w, device=q.device)
-    own = [F.pad(t, (0, 0, front, blocks * w - N)).unflatten(2, (blocks + 1, w)) for t in (k, v)]
-    k, v = (torch.cat([t[:, :, :-1], t[:, :, 1:]], 3).flatten(0, 1) for t in own)
-    seen = ((j > i) & (j <= i + w)).repeat(blocks, 1, 1)
-    seen[0] &= j >= front
-    q = F.pad(q, (0, 0, 0, blocks * w - N)).unflatten(2, (blocks, w))
-    y = F.scaled_dot_product_attention(q.flatten(0, 1), k, v, seen[None])
+    if N <= w:
+        return F.scaled_dot_product_attention(q, k, v, mask)
+    rest = blocks * w - N
+    q = F.pad(q, (0, 0, 0, rest)).unflatten(2, (blocks, w))
+    k, v = (F.pad(t, (0, 0, 1, rest)).unflatten(2, (blocks + 1, w)) for t in (k, v))
+    k, v = (torch.cat([t[:, :, :-1], t[:, :, 1:]], 3).flatten(0, 1) for t in (k, v))
+    y = F.scaled_dot_product_attention(q.flatten(0, 1), k, v, mask)
     return y.view(q.shape).flatten(2, 3)[:, :, :N]
 
 
-def lower_exp(log: Tensor) -> Tensor:
-    """exp on and below the diagonal, 0 above. Masked before the exponential: above the diagonal the exponent is
-    positive, and infinity times zero would reach the gradient."""
-    keep = torch.ones(log.shape[-2:], dtype=torch.bool, device=log.device).tril()
-    return log.masked_fill(~keep, -math.inf).exp()
+def join_past(k: Tensor, v: Tensor, past: State, w: int, fresh: bool) -> tuple:
+    """Keys and values behind those of the last w - 1 patches, and the state for the next."""
+    if not fresh:
+        k = torch.cat([past["keys"].type_as(k), k], 2)
+        v = torch.cat([past["values"].type_as(v), v], 2)
+    cut = (0, 0, w - 1 - k.size(2), 0)  # zeros stand in front where there are fewer
+    return k, v, dict(keys=F.pad(k, cut), values=F.pad(v, cut))
 
 
-def decays(a: Tensor, M: int, C: int) -> tuple[Tensor, ...]:
-    """Of M chunks of C patches: decay from patch j to i (.., C, C), from a chunk's start to patch i and from patch i to
-    its end (.., C, 1), and from chunk edge m to n (.., M + 1, M + 1). Static decay (H,) is distance times a: a
-    difference of two sums would round, and its gradient even more."""
-    if a.dim() == 1:
-        i = torch.arange(max(M, C) + 1, device=a.device, dtype=a.dtype)
-        far = (i[:, None] - i) * a[:, None, None]
-        since, left = (
-            (a[:, None, None] * i[1 : C + 1]).mT.exp(),
-            (a[:, None, None] * i[:C].flip(0)).mT.exp(),
-        )
-        return (
-            lower_exp(far[:, :C, :C])[:, None],
-            since[:, None],
-            left[:, None],
-            lower_exp(far[:, : M + 1, : M + 1] * C),
-        )
-    g = a.unflatten(-1, (M, C)).cumsum(-1)[..., None]
-    edges = F.pad(g[..., -1, :].cumsum(-2), (0, 0, 1, 0))
-    return lower_exp(g - g.mT), g.exp(), (g[..., -1:, :] - g).exp(), lower_exp(edges - edges.mT)
+# ----------------------------------------------------------------------------
+# Model: the blocks' memory
 
 
-def memory_group(
-    q: Tensor, k: Tensor, v: Tensor, a: Tensor, S: Tensor, delta: bool, M: int
-) -> tuple[Tensor, Tensor]:
-    """`memory` over M equal chunks: what is read, (B, H, M * C, F), and the state behind them."""
-    q, k, v = (t.unflatten(2, (M, -1)) for t in (q, k, v))
-    within, since, left, across = decays(a, M, q.size(3))
-    kept = (k * left).mT
-    if not delta:
-        # Row n: the state before chunk n, from the carried one and the chunks between; the last row leaves the group.
-        states = (across @ torch.cat([S[:, :, None], kept @ v], 2).flatten(3)).unflatten(
-            3, S.shape[2:]
-        )
-    else:  # the WY form: writes u = fresh - read S of a chunk, solved for all of its patches at once
-        # Reads what lies below the diagonal, and takes the diagonal to be 1.
-        right = torch.cat([v, since * k], -1)
-        solved = torch.linalg.solve_triangular(
-            within * (k @ k.mT), right, upper=False, unitriangular=True
-        )
-        fresh, read = solved.split([v.size(-1), k.size(-1)], -1)
-        added, gone, states = kept @ fresh, kept @ read, [S]
-        through = since[..., -1:, :].expand(*S.shape[:2], M, 1, 1)
-        for n in range(M):
-            states.append(
-                through[:, :, n] * states[-1] - gone[:, :, n] @ states[-1] + added[:, :, n]
-            )
-        states = torch.stack(states, 2)
-        v = fresh - read @ states[:, :, :-1]
-    o = (q @ k.mT * within) @ v + (q * since) @ states[:, :, :-1]
-    return o.flatten(2, 3), states[:, :, -1]
+def exp_lower(exponent: Tensor) -> Tensor:
+    """exp on and below the diagonal; 0 above it, where an exponent may be large."""
+    keep = torch.ones(exponent.shape[-2:], dtype=torch.bool, device=exponent.device).tril()
+    return exponent.masked_fill(~keep, -math.inf).exp()
 
 
-def memory(
-    q: Tensor, k: Tensor, v: Tensor, a: Tensor, S: Tensor, delta: bool = False
-) -> tuple[Tensor, Tensor]:
-    """S_t = e^a_t S_{t-1} + k_t u_t^T and o_t = S_t^T q_t over N patches, where u_t = v_t, or with the delta rule
-    u_t = v_t - (e^a_t S_{t-1})^T k_t. Returns o (B, H, N, F) and the last state.
+def chunk_states(keep: Tensor, added: Tensor, first: Tensor) -> Tensor:
+    """S_{n+1} = keep_n S_n + added_n: the M + 1 states (B, H, M + 1, E, F) from S_0 = first on.
 
-    q, k (B, H, N, E), v (B, H, N, F), log-decay a <= 0 (H,) or (B, H, N), S (B, H, E, F), all fp32.
-    Chunkwise-parallel, exact for any decay and length: every exponent is <= 0. Groups of chunks run one after another,
-    which keeps their tensors in the cache and the cost per patch the same at any length. One patch is the recurrence.
+    A round joins runs of twice the length: log2(M) of them, and no loop over chunks.
     """
-    N, out = q.size(2), []
-    if N == 1:
-        S = S * (a[:, None, None] if a.dim() == 1 else a[..., None]).exp()
-        S = S + k.mT @ (v - k @ S if delta else v)
-        return q @ S, S
-    whole = N // CHUNK * CHUNK  # the last chunk may be short
-    sizes = [min(CHUNK * GROUP, whole - i) for i in range(0, whole, CHUNK * GROUP)] + [
-        N - whole
-    ] * (N > whole)
-    # split, not slices: the gradient of a slice is as long as the whole, which would make the cost quadratic
-    parts = [t.split(sizes, 2) for t in ((q, k, v) if a.dim() == 1 else (q, k, v, a))]
-    for n, part in zip(sizes, zip(*parts, strict=True), strict=True):
-        o, S = memory_group(*part[:3], a if a.dim() == 1 else part[3], S, delta, max(n // CHUNK, 1))
-        out.append(o)
-    return (out[0] if len(out) == 1 else torch.cat(out, 2)), S
+    states = torch.cat([first[:, :, None], added], 2)
+    keep = F.pad(keep, (0, 0, 0, 0, 1, 0))
+    for level in range((added.size(2)).bit_length()):
+        before = (0, 0, 0, 0, 2**level, -(2**level))
+        states = states + keep @ F.pad(states, before)
+        keep = keep @ F.pad(keep, before)
+    return states
 
 
-def memory_fla(
-    q: Tensor, k: Tensor, v: Tensor, a: Tensor, S: Tensor, delta: bool = False
+def decaying_memory(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, delta_rule: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """`memory` by the kernels of fla-core, which take (B, N, H, E) in bf16. Static decay goes in as per-patch `g`:
-    their per-head `g_gamma` has no gradient."""
-    g = a.expand(q.size(0), q.size(2), -1) if a.dim() == 1 else a.mT
-    q, k, v = (t.transpose(1, 2).bfloat16() for t in (q, k, v))
-    rest = dict(g=g.float().contiguous(), scale=1.0, initial_state=S, output_final_state=True)
-    if delta:
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+    """S_t = e^log_decay_t S_{t-1} + k_t u_t^T and o_t = S_t^T q_t: o (B, H, N, F) and the last S.
+    u_t is v_t, or with the delta rule v_t less what k_t reads of the decayed S_{t-1}.
 
-        o, S = chunk_gated_delta_rule(q, k, v, beta=torch.ones_like(rest["g"]), **rest)
+    q and k (B, H, N, E), v (B, H, N, F), log_decay <= 0 (B or 1, H, N), S (B, H, E, F), in fp32.
+    All chunks at once, and exact for any decay and length: no exponent is positive. Yang et al.,
+    Gated Linear Attention, arXiv 2312.06635; Gated DeltaNet, arXiv 2412.06464.
+    """
+    N = q.size(2)
+    if N == 1:
+        state = log_decay[..., None].exp() * state
+        state = state + k.mT @ (v - k @ state if delta_rule else v)
+        return q @ state, state
+    C = min(CHUNK, N)
+    q, k, v = (F.pad(t, (0, 0, 0, -N % C)).unflatten(2, (-1, C)) for t in (q, k, v))
+    decay = F.pad(log_decay, (0, -N % C)).unflatten(2, (-1, C)).cumsum(3)[..., None]
+    whole = decay[..., -1:, :]
+    within = exp_lower(decay - decay.mT)  # (B, H, M, C, C): from patch j to patch i of a chunk
+    k_to_end = (k * (whole - decay).exp()).mT
+    if delta_rule:
+        # The WY form: the writes u = fresh - read S of a chunk, solved for at once. The solver
+        # takes what lies below the diagonal, and the diagonal to be 1.
+        right = torch.cat([v, k * decay.exp()], -1)
+        fresh, read = torch.linalg.solve_triangular(
+            within * (k @ k.mT), right, upper=False, unitriangular=True
+        ).split([v.size(-1), k.size(-1)], -1)
+        keep = whole.exp() * torch.eye(k.size(-1), device=k.device) - k_to_end @ read
+        states = chunk_states(keep, k_to_end @ fresh, state)
+        v = fresh - read @ states[:, :, :-1]
     else:
-        from fla.ops.simple_gla import chunk_simple_gla
+        # Row n of `across` makes the state before chunk n of the first state and what the chunks
+        # before have added. Its exponents are differences of long sums, hence the fp64.
+        edges = F.pad(whole[..., 0, 0].double().cumsum(2), (1, 0))[..., None]
+        across = exp_lower(edges - edges.mT).float()  # (B, H, M + 1, M + 1)
+        states = torch.cat([state[:, :, None], k_to_end @ v], 2)
+        states = (across @ states.flatten(3)).view_as(states)
+    output = (q @ k.mT * within) @ v + (q * decay.exp()) @ states[:, :, :-1]
+    return output.flatten(2, 3)[:, :, :N], states[:, :, -1].contiguous()
 
-        o, S = chunk_simple_gla(q, k, v, **rest)
-    return o.transpose(1, 2).float(), S.float()
+
+def decaying_memory_fla(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, delta_rule: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The same by the kernels of fla-core, which take (B, N, H, E) in bf16."""
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    q, k, v = (t.transpose(1, 2).bfloat16() for t in (q, k, v))
+    g = log_decay.mT.contiguous()
+    rest = dict(g=g, scale=1.0, initial_state=state, output_final_state=True)
+    if delta_rule:
+        output, state = chunk_gated_delta_rule(q, k, v, beta=torch.ones_like(g), **rest)
+    else:
+        output, state = chunk_simple_gla(q, k, v, **rest)
+    return output.transpose(1, 2).float(), state.float()
 
 
-def log_retention(z: Tensor, low: float) -> Tensor:
-    """log(low + (1 - low) sigmoid(z)), exact where it is nearly 0."""
-    return F.logsigmoid(z) if low == 0 else torch.log1p(-(1 - low) * torch.sigmoid(-z))
+def log_retention(logit: Tensor, low: float) -> Tensor:
+    """log(low + (1 - low) sigmoid(logit)), exact where it is nearly 0."""
+    if low == 0:
+        return F.logsigmoid(logit)
+    return torch.log1p(-(1 - low) * torch.sigmoid(-logit))
 
 
-def make_norm(k: Knobs, width: int) -> nn.Module:
-    return nn.LayerNorm(width) if k.norm == "layernorm" else nn.RMSNorm(width, eps=1e-6)
+@torch.no_grad()
+def init_retention(retention_H: Tensor, cfg: Knobs) -> None:
+    """Logits as MEM_INIT says: all the same, or for half-lives spaced by their logarithm."""
+    low, high = (math.log10(h) for h in HALF_LIVES)
+    log_kept = math.log(0.5) / torch.logspace(low, high, cfg.n_head, dtype=torch.float64)
+    logit = ((log_kept.exp() - cfg.mem_range) / -torch.expm1(log_kept)).log()
+    retention_H.copy_(logit if cfg.mem_init is None else torch.full_like(logit, cfg.mem_init))
+
+
+class OriginalMemory(nn.Module):
+    """Phase 8's memory: keys and queries are ELU + 1, what is read is divided by the sum of its
+    weights, and each head has one retention. The last column of the values makes that sum."""
+
+    def __init__(self, cfg: Knobs):
+        super().__init__()
+        D = cfg.n_embd
+        self.cfg, self.value_width = cfg, D // cfg.n_head + 1
+        self.qkv, self.proj, self.norm = nn.Linear(D, 3 * D), nn.Linear(D, D), nn.LayerNorm(D)
+        self.retention = nn.Parameter(torch.empty(cfg.n_head))  # logits
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        init_retention(self.retention, self.cfg)
+
+    def forward(self, h_BND: Tensor, past: State, plasticity: Tensor) -> tuple[Tensor, State]:
+        """What is read, (B, N, D), and the state behind the N patches."""
+        cfg = self.cfg
+        qkv = self.qkv(h_BND)
+        with torch.autocast(h_BND.device.type, torch.bfloat16, enabled=False):
+            q, k, v = (split_heads(t, cfg.n_head).float() for t in qkv.chunk(3, -1))
+            q, k = (F.elu(q) + 1) * q.size(-1) ** -0.5, F.elu(k) + 1
+            v = F.pad(v, (0, 1), value=1.0)
+            log_decay = log_retention(self.retention, cfg.mem_range) + plasticity.log()
+            log_decay = log_decay[None, :, None].expand(1, -1, q.size(2))
+            read, matrix = decaying_memory(q, k, v, log_decay, past["matrix"])
+            read = read[..., :-1] / (read[..., -1:] + 1e-6)
+        read = self.norm(self.proj(merge_heads(read)))
+        return F.dropout(read, cfg.dropout, self.training), dict(matrix=matrix)
+
+
+class ScaledMemory(nn.Module):
+    """Our memory: a short convolution, keys and queries of length 1, a retention that the input
+    moves, a norm per head in place of the division, and a gate on what is read."""
+
+    def __init__(self, cfg: Knobs):
+        super().__init__()
+        D, H = cfg.n_embd, cfg.n_head
+        self.cfg, self.value_width, self.operator = cfg, D // H, decaying_memory
+        self.qkv, self.gate = nn.Linear(D, 3 * D), nn.Linear(D, D)
+        self.conv_kernel = nn.Parameter(torch.empty(4, 3 * D))  # three patches before, and this one
+        self.conv_bias = nn.Parameter(torch.empty(3 * D))
+        self.retention = nn.Parameter(torch.empty(H))  # logits, where `decay` adds nothing
+        self.decay = nn.Linear(D, H, bias=False)
+        self.head_norm = nn.RMSNorm(D // H, eps=1e-6)
+        self.beta = nn.Linear(D, H) if cfg.delta_rule else None  # share that a write replaces
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """A key starts as the query of the patch before, so that what followed a patch is found
+        by that patch from the first step on. Without it, recall is hardly learned."""
+        D = self.cfg.n_embd
+        init_retention(self.retention, self.cfg)
+        self.decay.weight.zero_()
+        self.qkv.weight[D : 2 * D] = self.qkv.weight[:D]
+        self.qkv.bias[D : 2 * D] = self.qkv.bias[:D]
+        for parameter in (self.conv_bias, self.conv_kernel):
+            parameter.zero_()
+        self.conv_kernel[3, :D] = self.conv_kernel[2, D : 2 * D] = self.conv_kernel[3, 2 * D :] = 1
+
+    def convolve(self, qkv: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+        """Depthwise and causal, as four shifted products: one kernel when compiled."""
+        N = qkv.size(1)
+        whole = torch.cat([past.type_as(qkv), qkv], 1)
+        kernel = self.conv_kernel.type_as(qkv)
+        mixed = sum(whole[:, i : i + N] * kernel[i] for i in range(4))
+        return F.silu(mixed + self.conv_bias.type_as(qkv)), whole[:, N:].contiguous()
+
+    def forward(self, h_BND: Tensor, past: State, plasticity: Tensor) -> tuple[Tensor, State]:
+        """What is read, (B, N, D), and the state behind the N patches."""
+        cfg = self.cfg
+        qkv, conv = self.convolve(self.qkv(h_BND), past["conv"])
+        logit = self.retention[:, None] + self.decay(h_BND).mT
+        with torch.autocast(h_BND.device.type, torch.bfloat16, enabled=False):
+            log_decay = log_retention(logit.float(), cfg.mem_range) + plasticity.log()
+            q, k, v = (split_heads(t, cfg.n_head).float() for t in qkv.chunk(3, -1))
+            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+            if self.beta is not None:  # a write is k v^T: the root of its share on each of the two
+                root = (0.5 * F.logsigmoid(self.beta(h_BND).float())).exp().mT[..., None]
+                k, v = k * root, v * root
+            read, matrix = self.operator(q, k, v, log_decay, past["matrix"], cfg.delta_rule)
+            read = self.head_norm(read)
+        read = merge_heads(read) * F.silu(self.gate(h_BND))
+        return F.dropout(read, cfg.dropout, self.training), dict(matrix=matrix, conv=conv)
+
+
+# ----------------------------------------------------------------------------
+# Model: blocks
 
 
 def make_mlp(D: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D))
 
 
-class Memory(nn.Module):
-    """Decaying Hebbian memory, one E x F matrix per head in fp32 whatever the precision of the rest."""
+class OriginalBlock(nn.Module):
+    """Phase 8's block: attention without positions and memory, each projected, then summed."""
 
-    def __init__(self, k: Knobs):
+    def __init__(self, cfg: Knobs):
         super().__init__()
-        self.k, D, H = k, k.d_model, k.n_head
-        self.qkv = nn.Linear(D, 3 * D)
-        self.retention = nn.Parameter(torch.empty(H))  # logits
-        self.conv = nn.Conv1d(3 * D, 3 * D, 4, groups=3 * D) if k.mem_conv else None
-        self.decay = nn.Linear(D, H, bias=False) if k.mem_decay == "data" else None
-        self.beta = nn.Linear(D, H) if k.delta_rule else None
-        self.gate = nn.Linear(D, D) if k.mem_gate else None
-        self.head_norm = nn.RMSNorm(D // H, eps=1e-6) if k.mem_norm == "rmsnorm" else None
-        self.proj = nn.Linear(D, D) if k.fusion == "sum" else None
-        self.norm = make_norm(k, D) if k.fusion == "sum" and k.mem_norm == "denominator" else None
-        self.operator = memory
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Runs behind the submodules' own: retention as MEM_INIT says, the same for every input at first."""
-        if self.k.mem_init is None:
-            half = torch.logspace(
-                *(math.log10(h) for h in HALF_LIVES), self.k.n_head, dtype=torch.float64
-            )
-            kept = 0.5 ** (1 / half)
-            self.retention.copy_(
-                ((kept - self.k.mem_range) / -torch.expm1(math.log(0.5) / half)).log()
-            )
-        else:
-            self.retention.fill_(self.k.mem_init)
-        if self.decay is not None:
-            self.decay.weight.zero_()
-        if (
-            self.conv is not None and self.k.mem_align
-        ):  # what follows a patch is found by that patch, from the start on
-            D = self.k.d_model
-            self.qkv.weight[D : 2 * D], self.qkv.bias[D : 2 * D] = (
-                self.qkv.weight[:D],
-                self.qkv.bias[:D],
-            )
-            self.conv.weight.zero_()
-            self.conv.bias.zero_()
-            self.conv.weight[D : 2 * D, 0, -2] += 1
-            self.conv.weight[:D, 0, -1] += 1
-            self.conv.weight[2 * D :, 0, -1] += 1
-
-    def half_lives(self, plasticity: float) -> Tensor:
-        """(H,) patches, fp64, of an input that does not move them."""
-        return math.log(0.5) / (
-            log_retention(self.retention.detach().double(), self.k.mem_range) + math.log(plasticity)
-        )
-
-    def state(self, B: int) -> dict[str, Tensor]:
-        k, D, H = self.k, self.k.d_model, self.k.n_head
-        E, new = D // H, partial(torch.zeros, device=self.retention.device)
-        F_ = E + (k.mem_norm == "denominator")
-        state = dict(S=new(B, H, E, F_))
-        if self.conv is not None:
-            state["conv"] = new(B, 3, 3 * D)
-        if k.mem_delay:
-            state |= dict(late_k=new(B, H, k.window, E), late_v=new(B, H, k.window, F_))
-        return state
-
-    def convolve(self, qkv: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
-        """Depthwise over the patch and the three before it, as four shifted products: faster than conv1d on a CPU,
-        and one kernel when compiled."""
-        N, seq = qkv.size(1), torch.cat([past.type_as(qkv), qkv], 1)
-        taps = self.conv.weight[:, 0].type_as(qkv)
-        y = sum(seq[:, i : i + N] * taps[:, i] for i in range(4)) + self.conv.bias.type_as(qkv)
-        return F.silu(y), seq[:, N:]
+        D = cfg.n_embd
+        self.cfg = cfg
+        self.norm1, self.norm2, self.mlp = nn.LayerNorm(D), nn.LayerNorm(D), make_mlp(D)
+        self.qkv, self.proj, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D), nn.Linear(D, D)
+        self.memory = OriginalMemory(cfg) if cfg.memory != "off" else None
 
     def forward(
-        self, x_BND: Tensor, state: dict[str, Tensor], plasticity: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What is read, (B, N, D), and the state behind the N patches."""
-        k, new, qkv = self.k, {}, self.qkv(x_BND)
-        if self.conv is not None:
-            qkv, new["conv"] = self.convolve(qkv, state["conv"])
-        z = self.retention if self.decay is None else self.retention[:, None] + self.decay(x_BND).mT
-        with torch.autocast(x_BND.device.type, enabled=False):
-            a = log_retention(z.float(), k.mem_range) + plasticity.log()
-            q, key, v = (
-                t.unflatten(2, (k.n_head, -1)).transpose(1, 2).float() for t in qkv.chunk(3, -1)
-            )
-            if k.mem_feature == "elu":
-                q, key = (F.elu(q) + 1) * q.size(-1) ** -0.5, F.elu(key) + 1
-            else:
-                q, key = F.normalize(q, dim=-1), F.normalize(key, dim=-1)
-            if k.mem_norm == "denominator":
-                v = F.pad(v, (0, 1), value=1.0)
-            if (
-                self.beta is not None
-            ):  # a share beta of the write: the root of it on the key, and on the value
-                root = (0.5 * F.logsigmoid(self.beta(x_BND).float())).exp().mT[..., None]
-                key, v = key * root, v * root
-            if k.mem_delay:
-                key, v = torch.cat([state["late_k"], key], 2), torch.cat([state["late_v"], v], 2)
-                new["late_k"], new["late_v"] = key[:, :, -k.window :], v[:, :, -k.window :]
-                key, v = key[:, :, : -k.window], v[:, :, : -k.window]
-            o, new["S"] = self.operator(q, key, v, a, state["S"], k.delta_rule)
-            if k.mem_norm == "denominator":
-                o = o[..., :-1] / (o[..., -1:] + 1e-6)
-            else:
-                o = self.head_norm(o)
-        o = o.transpose(1, 2).flatten(2)
-        if self.gate is not None:
-            o = o * F.silu(self.gate(x_BND))
-        o = o if self.proj is None else self.proj(o)
-        o = o if self.norm is None else self.norm(o)
-        return F.dropout(o, k.dropout, self.training), new
-
-
-class Block(nn.Module):
-    """Pre-norm residual block: window attention and memory side by side, then an MLP."""
-
-    def __init__(self, k: Knobs):
-        super().__init__()
-        self.k, D = k, k.d_model
-        self.norm1, self.norm2, self.mlp = make_norm(k, D), make_norm(k, D), make_mlp(D)
-        self.qkv = nn.Linear(D, 3 * D)
-        self.memory = Memory(k) if k.memory != "off" else None
-        self.proj = nn.Linear(D, D) if k.fusion == "sum" else None
-        self.out = nn.Linear(2 * D if k.fusion == "concat" and self.memory else D, D)
-
-    def attend(
-        self, h_BND: Tensor, state: dict, tables: tuple | None, mask: object
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Window attention (B, N, D), and the keys and values that the next patches may still see. Keys are kept as
-        they are before the rotation, so that positions start at 0 in every call."""
-        w, N = self.k.window, h_BND.size(1)
-        q, key, v = (
-            t.unflatten(2, (self.k.n_head, -1)).transpose(1, 2)
-            for t in self.qkv(h_BND).chunk(3, -1)
-        )
-        key, v = (
-            torch.cat([past.type_as(t), t], 2) for past, t in ((state["k"], key), (state["v"], v))
-        )
-        new = dict(k=key if w is None else key[:, :, max(key.size(2) - w + 1, 0) :])
-        new["v"] = v if w is None else v[:, :, max(v.size(2) - w + 1, 0) :]
-        if tables is not None:
-            cos, sin = (t[:, None] for t in tables)
-            q, key = rotate(q, cos[:, :, -N:], sin[:, :, -N:]), rotate(key, cos, sin)
-        return window_attention(q, key, v, w, mask).transpose(1, 2).flatten(2), new
-
-    def forward(
-        self, x_BND: Tensor, state: dict, tables: tuple | None, mask: object, plasticity: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+        self, x_BND: Tensor, past: State, rotary: tuple, mask: object, plasticity: Tensor
+    ) -> tuple[Tensor, State]:
+        """The N patches behind this block, and the state for the patches after them."""
+        cfg, w = self.cfg, self.cfg.window_patches
         h = self.norm1(x_BND)
-        y, new = self.attend(h, state, tables, mask)
-        y = y if self.proj is None else self.proj(y)
+        q, k, v = (split_heads(t, cfg.n_head) for t in self.qkv(h).chunk(3, -1))
+        k, v, new = join_past(k, v, past, w, mask is None)
+        mixed = self.proj(merge_heads(window_attention(q, k, v, w, mask)))
         if self.memory is not None:
-            read, kept = self.memory(h, state, plasticity)
-            read, new = (torch.zeros_like(read) if self.k.memory == "zero" else read), new | kept
-            y = y + read if self.k.fusion == "sum" else torch.cat([y, read.type_as(y)], -1)
-        x_BND = x_BND + self.out(y)
-        return x_BND + F.dropout(self.mlp(self.norm2(x_BND)), self.k.dropout, self.training), new
+            read, kept = self.memory(h, past, plasticity)
+            mixed = mixed if cfg.memory == "zero" else mixed + read
+            new |= kept
+        x_BND = x_BND + self.out(mixed)
+        return x_BND + F.dropout(self.mlp(self.norm2(x_BND)), cfg.dropout, self.training), new
 
 
-class Thinking(nn.Module):
+class ScaledBlock(nn.Module):
+    """Our block: rotary window attention and memory side by side, joined by one projection."""
+
+    def __init__(self, cfg: Knobs):
+        super().__init__()
+        D = cfg.n_embd
+        self.cfg = cfg
+        self.norm1, self.norm2 = nn.RMSNorm(D, eps=1e-6), nn.RMSNorm(D, eps=1e-6)
+        self.qkv, self.mlp = nn.Linear(D, 3 * D), make_mlp(D)
+        self.memory = ScaledMemory(cfg) if cfg.memory != "off" else None
+        self.out = nn.Linear(D if self.memory is None else 2 * D, D)
+
+    def forward(
+        self, x_BND: Tensor, past: State, rotary: tuple, mask: object, plasticity: Tensor
+    ) -> tuple[Tensor, State]:
+        """The N patches behind this block, and the state for the patches after them."""
+        cfg, w, N = self.cfg, self.cfg.window_patches, x_BND.size(1)
+        h = self.norm1(x_BND)
+        q, k, v = (split_heads(t, cfg.n_head) for t in self.qkv(h).chunk(3, -1))
+        # Keys are kept without their rotation, so that positions start at 0 in every call.
+        k, v, new = join_past(k, v, past, w, mask is None)
+        cos, sin = (table[:, -k.size(2) :] for table in rotary)
+        q, k = rotate(q, cos[:, -N:], sin[:, -N:]), rotate(k, cos, sin)
+        mixed = merge_heads(window_attention(q, k, v, w, mask))
+        if self.memory is not None:
+            read, kept = self.memory(h, past, plasticity)
+            read = torch.zeros_like(read) if cfg.memory == "zero" else read
+            mixed = torch.cat([mixed, read.type_as(mixed)], -1)
+            new |= kept
+        x_BND = x_BND + self.out(mixed)
+        return x_BND + F.dropout(self.mlp(self.norm2(x_BND)), cfg.dropout, self.training), new
+
+
+class PatchRefiner(nn.Module):
     """The same gated MLP, applied several times to each patch by itself."""
 
-    def __init__(self, k: Knobs):
+    def __init__(self, cfg: Knobs, norm: Callable[[int], nn.Module]):
         super().__init__()
-        self.steps, self.norm, self.gate = (
-            k.thinking_steps,
-            make_norm(k, k.d_model),
-            nn.Linear(k.d_model, k.d_model),
-        )
-        self.mlp = make_mlp(k.d_model)
+        D = cfg.n_embd
+        self.steps = cfg.thinking_steps
+        self.norm, self.gate, self.mlp = norm(D), nn.Linear(D, D), make_mlp(D)
 
     def forward(self, z_BND: Tensor) -> Tensor:
         for _ in range(self.steps):
@@ -621,17 +523,19 @@ class Thinking(nn.Module):
         return z_BND
 
 
-class Hashes(nn.Module):
-    """31-bit hashes (.., O) of the last bytes of x (.., P), as many as each of the O lengths says."""
+# ----------------------------------------------------------------------------
+# Model: bytes
+
+
+class SuffixHash(nn.Module):
+    """31-bit hashes (.., G) of the last n bytes of x (.., P), for each of G lengths n <= P."""
 
     PRIME = 2**31 - 1
 
     def __init__(self, lengths: tuple[int, ...], P: int):
         super().__init__()
         self.lengths = lengths
-        powers = [
-            pow(1_000_003, P - i, self.PRIME) for i in range(P)
-        ]  # sums of products stay below 2^45
+        powers = [pow(1_000_003, P - i, self.PRIME) for i in range(P)]  # sums stay below 2^45
         self.register_buffer("powers", torch.tensor(powers), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -639,1412 +543,849 @@ class Hashes(nn.Module):
         return torch.stack([weighted[..., -n:].sum(-1) % self.PRIME for n in self.lengths], -1)
 
 
-class NGrams(nn.Module):
-    """A learned vector for the last 3, 4, 5 and 6 bytes: the row that their hash names, in a table for each length.
-    What short histories say is looked up, where a GRU would learn it slowly. Hashed n-grams: Pagnoni et al., Byte
-    Latent Transformer, arXiv 2412.09871. Rows begin at zero, so that an unseen one says nothing."""
+class NGramTables(nn.Module):
+    """What the last 3, 4, 5 and 6 bytes say about the next one, learned by heart.
+
+    For each length there is a table of vectors, and a hash of the bytes names the row. The four
+    rows, side by side, are projected onto the decoder's state: common short histories are looked
+    up, where the recurrent decoder would learn them slowly. Tables are small, so that different
+    histories may share a row. Rows begin at zero, and one that training has not met says nothing.
+    Hashed n-gram embeddings: Pagnoni et al., Byte Latent Transformer, arXiv 2412.09871.
+    """
 
     def __init__(self, rows: int):
         super().__init__()
-        self.rows, self.table = rows, nn.Parameter(torch.empty(len(GRAMS) * rows, GRAM_WIDTH))
-        self.hash, self.out = (
-            Hashes(GRAMS, PAST),
-            nn.Linear(len(GRAMS) * GRAM_WIDTH, BYTES, bias=False),
-        )
-        self.register_buffer("first", torch.arange(len(GRAMS)) * rows, persistent=False)
+        self.rows = rows
+        self.table = nn.Parameter(torch.empty(len(NGRAMS) * rows, NGRAM_WIDTH))
+        self.hash = SuffixHash(NGRAMS, PAST)
+        self.out = nn.Linear(len(NGRAMS) * NGRAM_WIDTH, BYTES, bias=False)
+        self.register_buffer("first", torch.arange(len(NGRAMS)) * rows, persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.table)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(.., 256) of bytes (.., 8)."""
-        return self.out(F.embedding(self.hash(x) % self.rows + self.first, self.table).flatten(-2))
+        """(.., 256) for the bytes (.., 8) before the predicted one."""
+        rows = self.hash(x) % self.rows + self.first
+        return self.out(F.embedding(rows, self.table).flatten(-2))
+
+
+class OriginalDecoder(nn.Module):
+    """The bytes of the next patch, one after another: a GRU that reads the byte before beside the
+    latent of the patches before. It starts at zero in each patch, with a byte 0 for none."""
+
+    def __init__(self, cfg: Knobs):
+        super().__init__()
+        self.latent, self.embed = nn.Linear(cfg.n_embd, BYTES), nn.Embedding(BYTES, BYTES)
+        self.gru, self.out = nn.GRUCell(2 * BYTES, BYTES), nn.Linear(BYTES, BYTES)
+
+    def inputs(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The GRU's input product in two parts: of each byte value (256, 768), and of the latents
+        (.., 768), which are the same for all bytes of a patch."""
+        of_byte, of_latent = self.gru.weight_ih.split(BYTES, dim=1)
+        of_byte = F.linear(self.embed.weight, of_byte)
+        return of_byte, F.linear(self.latent(z), of_latent, self.gru.bias_ih)
+
+    def step(self, hidden: Tensor | None, given: Tensor) -> Tensor:
+        """The GRU's cell: the next hidden state from the last one (None: zero) and the input."""
+        of_hidden = self.gru.bias_hh
+        if hidden is not None:
+            of_hidden = F.linear(hidden, self.gru.weight_hh, of_hidden)
+        gates, candidate = given.split([2 * BYTES, BYTES], -1)
+        hidden_gates, hidden_candidate = of_hidden.split([2 * BYTES, BYTES], -1)
+        reset, keep = torch.sigmoid(gates + hidden_gates).chunk(2, -1)
+        new = (1 - keep) * torch.tanh(candidate + reset * hidden_candidate)
+        return new if hidden is None else new + keep * hidden
+
+    def begin(self, x: Tensor, of_byte: Tensor, of_latent: Tensor) -> Tensor:
+        """The hidden state (.., 256) that predicts a patch's first byte."""
+        return self.step(None, of_latent + of_byte[0])
+
+    def logits(self, hidden: Tensor, x: Tensor) -> Tensor:
+        """(.., 256), fp32, of the next byte, behind the hidden state and the 8 bytes before."""
+        return self.out(hidden).float()
+
+    def forward(self, z_BND: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the bytes y (B, N, 4) of patches, and the hidden states behind them, both
+        (B, N, 4, 256), given the latent before each patch, the 8 bytes x (B, N, 8) before it, and
+        the bytes before them in their own patch."""
+        of_byte, of_latent = self.inputs(z_BND)
+        states = [self.begin(x, of_byte, of_latent)]
+        for given in F.embedding(y[..., :-1], of_byte).unbind(2):
+            states.append(self.step(states[-1], of_latent + given))
+        hidden = torch.stack(states, 2)
+        return self.logits(hidden, torch.cat([x, y[..., :-1]], -1).unfold(-1, PAST, 1)), hidden
+
+
+class ScaledDecoder(OriginalDecoder):
+    """The same GRU, which first reads the four bytes before the patch, so that its weights learn
+    short histories from every byte; and beside it tables of n-grams."""
+
+    def __init__(self, cfg: Knobs):
+        super().__init__(cfg)
+        self.grams = NGramTables(cfg.ngram_rows) if cfg.ngram_rows else None
+
+    def begin(self, x: Tensor, of_byte: Tensor, of_latent: Tensor) -> Tensor:
+        hidden = None
+        for byte in x[..., PAST - READS :].unbind(-1):
+            hidden = self.step(hidden, of_latent + F.embedding(byte, of_byte))
+        return hidden
+
+    def logits(self, hidden: Tensor, x: Tensor) -> Tensor:
+        return self.out(hidden if self.grams is None else hidden + self.grams(x)).float()
 
 
 class ByteMemory(nn.Module):
-    """A decaying associative memory from histories of bytes to what followed them, wherever patches begin: for each
-    length of HISTORIES a table whose row, named by a hash, holds one history and the last two bytes behind it. Another
-    history that falls into the row replaces it.
+    """Remembers which bytes followed the last 3, 5, 8, 12 and 24 bytes, and says so when these
+    come again, wherever patches begin.
 
-    A read weighs the two by a learned factor and by 2^(-age / half-life), learned too, and mixes them into the model's
-    distribution as PPM does: p <- (sum w + d p) / (w + d), from the shortest history to the longest. d is learned for
-    a history met once, for two equal bytes and for two different ones, and moved by the decoder's state. What followed
-    the same history: n-gram heads, Akyurek et al., arXiv 2401.12973; a cache beside a model: Grave et al., arXiv
-    1612.04426; mixing: Cleary and Witten, Data Compression Using Adaptive Coding and Partial String Matching, 1984.
+    For each length there is a table of constant size. A hash of the last n bytes names its row,
+    which holds one history and the two bytes that followed it last, with their times; another
+    history that falls into the row replaces it. What is found is weighed by a learned factor and
+    fades with its age, by a learned half-life. It is mixed into the model's distribution as PPM
+    mixes its contexts (Cleary and Witten, 1984), from the shortest history to the longest:
+
+        p <- (found + doubt * p) / (sum of found + doubt)
+
+    where the doubt is learned for a history met once, for two equal and for two different bytes,
+    and moved by the decoder's hidden state. Caches beside a model: Grave et al., arXiv 1612.04426.
+    What followed the same history: n-gram heads, Akyurek et al., arXiv 2401.12973.
     """
 
     def __init__(self, rows: int):
         super().__init__()
-        self.rows, self.hash = rows, Hashes(HISTORIES, max(HISTORIES))
-        self.how = nn.Parameter(
-            torch.empty(6 * len(HISTORIES))
-        )  # a vector, which weight decay leaves alone
-        self.doubt = nn.Linear(BYTES, len(HISTORIES))  # what the decoder's state adds to log d
+        self.rows = rows
+        self.hash = SuffixHash(HISTORIES, LONGEST)
+        self.doubt = nn.Linear(BYTES, len(HISTORIES))
+        # Logarithms for each length: weight of the last byte and of the one before; doubt of one
+        # byte, two equal and two different ones; decay per byte. Flat: a vector has no decay.
+        self.how = nn.Parameter(torch.empty(6 * len(HISTORIES)))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Logarithms: weight of the last byte and of the one before, d for one byte, two equal and two different ones,
-        decay per byte."""
-        half = torch.logspace(*(math.log10(h) for h in HISTORY_HALF_LIVES), len(HISTORIES))
+        """Half-lives from 128 bytes for the shortest history to 131,072 for the longest."""
+        half_life = torch.logspace(math.log10(128), math.log10(131072), len(HISTORIES))
         start = torch.tensor([0.0, -1.0, 1.0, 0.5, 1.5, 0.0]).repeat(len(HISTORIES), 1)
-        start[:, 5] = (math.log(2) / half).log()
+        start[:, 5] = (math.log(2) / half_life).log()
         self.how.copy_(start.flatten())
         self.doubt.weight.zero_()
         self.doubt.bias.zero_()
 
     def half_lives(self) -> Tensor:
-        """(O,) bytes."""
+        """(G,) bytes."""
         return math.log(2) / self.how.detach().view(-1, 6)[:, 5].exp()
 
-    def state(self, B: int) -> dict[str, Tensor]:
-        """Empty tables. The row behind the last takes writes that a later one of the same window replaces."""
+    def empty_state(self, B: int) -> State:
+        """Empty tables. An entry is 256 times its time plus the byte, -1 for none. The last row
+        takes the writes that do not last."""
         shape, device = (B, len(HISTORIES), self.rows + 1), self.how.device
-        return dict(
-            key=torch.zeros(shape, dtype=torch.long, device=device),
-            byte=torch.zeros(*shape, 2, dtype=torch.uint8, device=device),
-            time=torch.full(
-                (*shape, 2), -1, device=device
-            ),  # of the byte, counted from the strip's first; -1: none
-        )
+        history = torch.zeros(shape, dtype=torch.long, device=device)
+        return dict(history=history, entries=torch.full((*shape, 2), -1, device=device))
 
-    def read(
-        self, text: Tensor, first_B: Tensor, state: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor, tuple]:
-        """For each of the T bytes of text (B, 24 + T) behind the first 24, the first of them at `first` of its row: the
-        bytes (B, T, O, 2) that followed its histories, newest first, and how long ago, -1 for none; and what to write.
+    def read(self, text: Tensor, first_B: Tensor, state: State) -> tuple[Tensor, tuple]:
+        """For each of the T bytes of text (B, 24 + T) behind its first 24, which are at times
+        first, first + 1, ..: the last two entries (B, T, G, 2) of its histories; and what to write.
 
-        All at once and exactly as one by one: sorted by row, then by time, what is above in the same row came before.
+        All at once, and exactly as byte by byte: sorted by row, then by time, what stands before
+        in the same row came before.
         """
-        P, T = max(HISTORIES), text.size(1) - max(HISTORIES)
-        h = self.hash(text[:, :-1].unfold(1, P, 1)).mT  # (B, O, T)
-        row, order = torch.sort(h % self.rows, stable=True)
-        i, of = (
-            torch.arange(T, device=text.device),
-            lambda t_BT: t_BT[:, None].expand_as(h).gather(2, order),
-        )
-        h, byte, time = h.gather(2, order), of(text[:, P:]), of(first_B[:, None] + i)
-        starts = lambda t: (t != t.roll(1, -1)) | (i == 0)
-        row_start, run_start = (torch.where(starts(t), i, 0).cummax(-1).values for t in (row, h))
-        met = (
-            i - run_start
-        )  # how often the window has met this history since another one was in its row
-        known = (state["key"].gather(2, row) == h) & (run_start == row_start)
+        T = text.size(1) - LONGEST
+        i = torch.arange(T, device=text.device)
+        history = self.hash(text[:, :-1].unfold(1, LONGEST, 1)).mT  # (B, G, T)
+        row, order = torch.sort(history % self.rows, stable=True)
+        history = history.gather(2, order)
+        entry = ((first_B[:, None] + i) * BYTES + text[:, LONGEST:])[:, None]
+        entry = entry.expand_as(order).gather(2, order)
+
+        # A row is one stretch of the sorted bytes, and within it each history one or more runs.
+        row_start = torch.where((row != row.roll(1, -1)) | (i == 0), i, 0).cummax(-1).values
+        new_run = (history != history.roll(1, -1)) | (i == row_start)
+        run_start = torch.where(new_run, i, 0).cummax(-1).values
         at = row[..., None].expand(*row.shape, 2)
-        old = state["byte"].gather(2, at).long() * known[..., None]
-        old = old, state["time"].gather(2, at).masked_fill(~known[..., None], -1)
-        last, before = [], []
-        for new, (a, b) in zip((byte, time), (t.unbind(-1) for t in old), strict=True):
-            last.append(torch.where(met > 0, new.roll(1, -1), a))
-            before.append(torch.where(met > 1, new.roll(2, -1), torch.where(met > 0, a, b)))
-        place = torch.where(
-            (row != row.roll(-1, -1)) | (i == T - 1), row, self.rows
-        )  # what comes last in a row stays
-        writes = place, h, torch.stack([byte, last[0]], -1), torch.stack([time, last[1]], -1)
-        back = order.argsort(-1)[..., None].expand(*h.shape, 2)
-        found, when = (
-            torch.stack(pair, -1).gather(2, back).transpose(1, 2)
-            for pair in zip(last, before, strict=True)
-        )
-        age = (first_B[:, None] + i)[..., None, None] - when
-        return found, age.masked_fill(when < 0, -1), writes
+        known = (state["history"].gather(2, row) == history) & (run_start == row_start)
+        old = torch.where(known[..., None], state["entries"].gather(2, at), -1)
+        met = (i - run_start)[..., None]  # how often the history came before in this run
+        recent = torch.stack([entry.roll(1, -1), entry.roll(2, -1)], -1)
+        once = torch.stack([recent[..., 0], old[..., 0]], -1)
+        found = torch.where(met == 0, old, torch.where(met == 1, once, recent))
 
-    def write(self, state: dict[str, Tensor], writes: tuple) -> None:
+        lasts = (row != row.roll(-1, -1)) | (i == T - 1)  # only a row's last entry stays
+        writes = (
+            torch.where(lasts, row, self.rows),
+            history,
+            torch.stack([entry, found[..., 0]], -1),
+        )
+        back = order.argsort(-1)[..., None].expand_as(at)
+        return found.gather(2, back).transpose(1, 2), writes
+
+    def write(self, state: State, writes: tuple) -> None:
         """Into the state itself."""
-        place, h, byte, time = writes
-        at = place[..., None].expand_as(byte)
-        state["key"].scatter_(2, place, h)
-        state["byte"].scatter_(2, at, byte.to(torch.uint8))
-        state["time"].scatter_(2, at, time)
-        for name, empty in dict(key=0, byte=0, time=-1).items():
-            state[name][:, :, -1] = empty
+        place, history, entries = writes
+        state["history"].scatter_(2, place, history)[:, :, -1] = 0
+        at = place[..., None].expand_as(entries)
+        state["entries"].scatter_(2, at, entries)[:, :, -1] = -1
 
-    def forward(self, logits: Tensor, h: Tensor, byte: Tensor, age: Tensor) -> Tensor:
-        """log p (.., 256), fp32, of the decoder's logits and states (.., 256) and what was read, (.., O, 2) each."""
-        one, two, alone, same, other, decay = self.how.view(-1, 6).unbind(-1)
-        some = age >= 0
-        w = some * (torch.stack([one, two], -1) - decay.exp()[:, None] * age).exp()
-        d = torch.where(some[..., 1], torch.where(byte[..., 0] == byte[..., 1], same, other), alone)
-        d = (d + self.doubt(h).float()).exp()
-        whole = w.sum(-1) + d
-        longer = F.pad(
-            (d / whole).flip(-1).cumprod(-1).flip(-1), (0, 1), value=1.0
-        )  # what longer histories leave
-        p = longer[..., :1] * logits.softmax(-1)
-        w = w / whole[..., None] * longer[..., 1:, None]
-        return p.scatter_add(-1, byte.flatten(-2), w.flatten(-2)).clamp(min=1e-30).log()
+    def mix(self, logits: Tensor, hidden: Tensor, entries: Tensor, now: Tensor) -> Tensor:
+        """log p (.., 256), fp32, from the decoder's logits and hidden states (.., 256) and what was
+        read, (.., G, 2), at the times `now` (..)."""
+        one, two, alone, equal, different, decay = self.how.view(-1, 6).unbind(-1)
+        found, byte = entries >= 0, entries % BYTES
+        age = torch.where(found, now[..., None, None] - entries // BYTES, 0)
+        weight = found * (torch.stack([one, two], -1) - decay.exp()[:, None] * age).exp()
+        pair = torch.where(byte[..., 0] == byte[..., 1], equal, different)
+        doubt = torch.where(found[..., 1], pair, alone)
+        doubt = (doubt + self.doubt(hidden).float()).exp()
+        whole = weight.sum(-1) + doubt
+        # What the longer histories leave to each length, and in front to the model.
+        left = F.pad((doubt / whole).flip(-1).cumprod(-1).flip(-1), (0, 1), value=1.0)
+        p = left[..., :1] * logits.softmax(-1)
+        weight = weight / whole[..., None] * left[..., 1:, None]
+        return p.scatter_add(-1, byte.flatten(-2), weight.flatten(-2)).clamp(min=1e-30).log()
 
-
-class ByteDecoder(nn.Module):
-    """The bytes of the next patch, one after another: a GRU of width 256 that reads the byte before beside the patch's
-    latent. It starts at zero in each patch, and reads the last R bytes before it first (with none a byte 0, which
-    stands for none): its weights then learn short histories from every byte, wherever patches begin."""
-
-    def __init__(self, k: Knobs):
-        super().__init__()
-        self.reads, self.latent, self.embed = (
-            k.decoder_reads,
-            nn.Linear(k.d_model, BYTES),
-            nn.Embedding(BYTES, BYTES),
-        )
-        self.gru, self.out = nn.GRU(2 * BYTES, BYTES, batch_first=True), nn.Linear(BYTES, BYTES)
-        self.grams = NGrams(k.ngram_rows) if k.ngram_rows else None
-
-    def inputs(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """nn.GRU's input product in two parts: of each byte value, (256, 3 * 256), and of the latents, (.., 3 * 256),
-        which are the same for all bytes of a patch."""
-        of_byte, of_latent = self.gru.weight_ih_l0.split(BYTES, dim=1)
-        return F.linear(self.embed.weight, of_byte), F.linear(
-            self.latent(z), of_latent, self.gru.bias_ih_l0
-        )
-
-    def step(self, h: Tensor | None, given: Tensor) -> Tensor:
-        """nn.GRU's cell: the next hidden state from the last one (None: zero) and the input product."""
-        r, z, n = given.chunk(3, -1)
-        of_h = (
-            self.gru.bias_hh_l0
-            if h is None
-            else F.linear(h, self.gru.weight_hh_l0, self.gru.bias_hh_l0)
-        )
-        hr, hz, hn = of_h.chunk(3, -1)
-        z = torch.sigmoid(z + hz)
-        new = (1 - z) * torch.tanh(n + torch.sigmoid(r + hr) * hn)
-        return new if h is None else new + z * h
-
-    def begin(self, x: Tensor, of_byte: Tensor, of_latent: Tensor) -> Tensor:
-        """The hidden state (.., 256) that predicts a patch's first byte, from the 8 bytes before it, (.., 8)."""
-        h = None
-        for byte in (
-            x[..., PAST - self.reads :] if self.reads else torch.zeros_like(x[..., :1])
-        ).unbind(-1):
-            h = self.step(h, of_latent + F.embedding(byte, of_byte))
-        return h
-
-    def logits(self, h: Tensor, x: Tensor) -> Tensor:
-        """(.., 256), fp32, of the next byte, from the hidden state and the 8 bytes before it."""
-        return self.out(h if self.grams is None else h + self.grams(x)).float()
-
-    def forward(self, z_BND: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of the bytes y (B, N, 4) of patches, given the latent before each, the 8 bytes x (B, N, 8) before it,
-        and the bytes before them in their own patch; and the hidden states behind these. (B, N, 4, 256) both."""
-        of_byte, of_latent = self.inputs(z_BND)
-        states = [self.begin(x, of_byte, of_latent)]
-        for given in F.embedding(y[..., :-1], of_byte).unbind(2):
-            states.append(self.step(states[-1], of_latent + given))
-        h = torch.stack(states, 2)
-        return self.logits(h, torch.cat([x, y[..., :-1]], -1).unfold(-1, PAST, 1)), h
+    def forward(
+        self, logits: Tensor, hidden: Tensor, text: Tensor, first_B: Tensor, state: State
+    ) -> tuple[Tensor, State]:
+        """log p (B, T, 256) of the bytes of `text`, and new tables behind them."""
+        entries, writes = self.read(text, first_B, state)
+        now = first_B[:, None] + torch.arange(logits.size(1), device=text.device)
+        state = {name: table.clone() for name, table in state.items()}
+        self.write(state, writes)
+        return self.mix(logits, hidden, entries, now), state
 
 
 class ByteLM(nn.Module):
-    """Bytes to 4-byte patches, through the blocks, to the next 4 bytes. Patch n has seen bytes 0 .. 4n + 3 and its
-    latent predicts bytes 4n + 4 .. 4n + 7: with x = s[i : i + T] the targets are y = s[i + 4 : i + 4 + T]."""
+    """Bytes to patches, through the blocks, to the bytes of the next patch.
 
-    def __init__(self, k: Knobs):
+    Patch n has seen bytes 0 .. 4n + 3 and its latent predicts bytes 4n + 4 .. 4n + 7: with
+    x = s[i : i + T] the targets are y = s[i + 4 : i + 4 + T].
+    """
+
+    def __init__(self, cfg: Knobs):
         super().__init__()
-        self.k, D = k, k.d_model
+        D, original = cfg.n_embd, cfg.blocks == "original"
+        self.cfg = cfg
+        norm = nn.LayerNorm if original else partial(nn.RMSNorm, eps=1e-6)
+        block = OriginalBlock if original else ScaledBlock
+        decoder = OriginalDecoder if cfg.decoder == "original" else ScaledDecoder
         self.embed, self.patch = nn.Embedding(BYTES, D), nn.Conv1d(D, D, PATCH, stride=PATCH)
-        self.norm_in, self.norm_out = make_norm(k, D), make_norm(k, D)
-        self.blocks = nn.ModuleList(Block(k) for _ in range(k.n_layer))
-        self.thinking = Thinking(k) if k.thinking_steps else None
-        self.decoder = ByteDecoder(k)
-        self.byte_memory = ByteMemory(k.mem_rows) if k.mem_rows and k.memory != "off" else None
-        self.register_buffer(
-            "plasticity", torch.ones(())
-        )  # multiplies every retention; saved, so applied as trained
-        self.masks: dict[
-            tuple[int, int], object
-        ] = {}  # FlexAttention's block masks by (N, P); empty: chunked SDPA
+        self.norm_in, self.norm_out = norm(D), norm(D)
+        self.blocks = nn.ModuleList(block(cfg) for _ in range(cfg.n_layer))
+        self.thinking = PatchRefiner(cfg, norm) if cfg.thinking_steps else None
+        self.decoder = decoder(cfg)
+        by_bytes = cfg.mem_rows > 0 and cfg.memory != "off"
+        self.byte_memory = ByteMemory(cfg.mem_rows) if by_bytes else None
+        # Multiplies every retention of the blocks' memory. Saved, so that it is applied as trained.
+        self.register_buffer("plasticity", torch.ones(()))
+        self.flex_masks: dict[bool, object] = {}  # FlexAttention's, of fresh rows and of others
 
     def init_weights(self, seed: int) -> None:
-        """PyTorch's default initialisation. Each module draws from a generator of its own, made of seed and name: a
-        part more, or another one, moves no other part's weights."""
+        """PyTorch's default initialisation. Each module draws from a generator of its own, made of
+        seed and name, so that another part moves no other part's weights."""
         with torch.random.fork_rng(devices=[]):
-            for name, module in self.named_modules():
+            for name, module in reversed(list(self.named_modules())):  # parts before their whole
                 if hasattr(module, "reset_parameters"):
                     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
                     torch.manual_seed(int.from_bytes(digest[:7], "big"))
                     module.reset_parameters()
-        for memory in (*(block.memory for block in self.blocks), self.byte_memory):
-            if (
-                memory is not None
-            ):  # it comes before its own parts in the walk, which would undo what it sets
-                memory.reset_parameters()
 
-    def state(self, B: int) -> State:
-        """The state of B rows before their first patch; constant in size from the first full window on."""
-        k, device = self.k, self.plasticity.device
-        keys = torch.zeros(B, k.n_head, 0, k.d_model // k.n_head, device=device)
-        layers = [
-            dict(k=keys, v=keys) | (b.memory.state(B) if b.memory else {}) for b in self.blocks
-        ]
-        whole = dict(dtype=torch.long, device=device)
-        state = dict(
-            position=torch.zeros(B, **whole), bytes=torch.zeros(B, FURTHEST, **whole), layers=layers
-        )
-        return state | (dict(histories=self.byte_memory.state(B)) if self.byte_memory else {})
+    def empty_state(self, B: int) -> State:
+        """The state of B rows before their first patch, as large as any later one."""
+        cfg, new = self.cfg, partial(torch.zeros, device=self.plasticity.device)
+        H, E = cfg.n_head, cfg.n_embd // cfg.n_head
+        layers = []
+        for block in self.blocks:
+            past = (B, H, cfg.window_patches - 1, E)
+            layers.append(dict(keys=new(past), values=new(past)))
+            if block.memory is not None:
+                layers[-1]["matrix"] = new(B, H, E, block.memory.value_width)
+                layers[-1]["conv"] = new(B, 3, 3 * cfg.n_embd)
+        state = dict(layers=layers, position=new(B, dtype=torch.long))  # in patches
+        state["bytes"] = new(B, LONGEST - PATCH, dtype=torch.long)
+        if self.byte_memory is not None:
+            state["histories"] = self.byte_memory.empty_state(B)
+        return state
 
-    def trunk(self, x_BT: Tensor, state: State) -> tuple[Tensor, State]:
-        """Latents (B, N, D) of the patches of x, which continue `state`, and the state behind them."""
-        k, N = self.k, x_BT.size(1) // PATCH
-        first, P = state["position"], state["layers"][0]["k"].size(2)
-        z = (
-            self.embed(x_BT).unflatten(1, (N, PATCH)).flatten(2)
-        )  # one product; conv1d would move channels to and fro
-        z = F.linear(z, self.patch.weight.mT.flatten(1), self.patch.bias)
-        tables = None
-        if k.rope == "input":
-            z = rotate(z, *rotary_tables(first, N, k.d_model))
+    def trunk(self, x_BT: Tensor, state: State, fresh: bool = False) -> tuple[Tensor, State]:
+        """Latents (B, N, D) of the patches of x, which continue `state`, and the state behind
+        them. Its rows have all seen as many patches; fresh: they have seen none."""
+        cfg, w, N = self.cfg, self.cfg.window_patches, x_BT.size(1) // PATCH
+        first_B = state["position"]
+        if fresh and N <= w:
+            mask = None
+        elif self.flex_masks and N == cfg.sequence_length // PATCH:
+            mask = self.flex_masks[fresh]
         else:
-            tables = rotary_tables(torch.zeros_like(first[:1]), P + N, k.d_model // k.n_head)
-        z, layers = F.dropout(self.norm_in(z), k.dropout, self.training), []
-        for block, old in zip(self.blocks, state["layers"], strict=True):
-            run = (
-                partial(checkpoint, block, use_reentrant=False)
-                if k.recompute and self.training
-                else block
-            )
-            z, new = run(z, old, tables, self.masks.get((N, P)), self.plasticity)
+            mask = window_mask(N, w, first_B[0].clamp(max=w - 1))
+        z = self.embed(x_BT).unflatten(1, (N, PATCH)).flatten(2)
+        z = F.linear(z, self.patch.weight.mT.flatten(1), self.patch.bias)  # faster than conv1d
+        rotary = ()
+        if cfg.blocks == "original":
+            z = rotate(z, *rotary_tables(first_B, N, cfg.n_embd))
+        else:
+            zero = torch.zeros_like(first_B[:1])
+            rotary = rotary_tables(zero, w - 1 + N, cfg.n_embd // cfg.n_head)
+        z = F.dropout(self.norm_in(z), cfg.dropout, self.training)
+        layers = []
+        for block, past in zip(self.blocks, state["layers"], strict=True):
+            if cfg.recompute and self.training:
+                block = partial(checkpoint, block, use_reentrant=False)
+            z, new = block(z, past, rotary, mask, self.plasticity)
             layers.append(new)
         z = self.norm_out(z)
-        past = torch.cat([state["bytes"], x_BT], 1)[:, -FURTHEST:]
-        state = state | dict(position=first + N, bytes=past, layers=layers)
-        return (z if self.thinking is None else self.thinking(z)), state
+        z = z if self.thinking is None else self.thinking(z)
+        seen = torch.cat([state["bytes"], x_BT], 1)[:, -(LONGEST - PATCH) :]
+        return z, state | dict(layers=layers, position=first_B + N, bytes=seen)
 
-    def logits(
-        self, x_BT: Tensor, y_BT: Tensor, state: State | None = None
-    ) -> tuple[Tensor, State]:
-        """Logits (B, T, 256), fp32, of the targets y, each given all bytes before it; and the state behind x."""
-        old = self.state(len(x_BT)) if state is None else state
-        z_BND, state = self.trunk(x_BT, old)
-        x = torch.cat([old["bytes"][:, -PATCH:], x_BT], 1).unfold(1, PAST, PATCH)
-        logits, h = (
-            t.flatten(1, 2) for t in self.decoder(z_BND, x, y_BT.unflatten(1, (-1, PATCH)))
-        )
+    def logits(self, x_BT: Tensor, y_BT: Tensor, past: State | None = None) -> tuple:
+        """Logits (B, T, 256), fp32, of the targets y, each given all bytes before it; and the
+        state behind x. past: the state in front of it, None at the beginning of a text."""
+        old = self.empty_state(len(x_BT)) if past is None else past
+        z_BND, state = self.trunk(x_BT, old, fresh=past is None)
+        before = torch.cat([old["bytes"][:, -PATCH:], x_BT], 1).unfold(1, PAST, PATCH)
+        logits, hidden = self.decoder(z_BND, before, y_BT.unflatten(1, (-1, PATCH)))
+        logits, hidden = logits.flatten(1, 2), hidden.flatten(1, 2)
         if self.byte_memory is not None:
-            byte, age, writes = self.read_histories(x_BT, y_BT, old)
-            state["histories"] = each(Tensor.clone, state["histories"])
-            self.byte_memory.write(state["histories"], writes)
-            logits = logits if self.k.memory == "zero" else self.byte_memory(logits, h, byte, age)
+            text = torch.cat([old["bytes"], x_BT[:, :PATCH], y_BT], 1)
+            first_B = old["position"] * PATCH
+            log_p, tables = self.byte_memory(logits, hidden, text, first_B, old["histories"])
+            state["histories"] = tables
+            logits = logits if self.cfg.memory == "zero" else log_p
         return logits, state
 
-    def read_histories(
-        self, x_BT: Tensor, y_BT: Tensor, state: State
-    ) -> tuple[Tensor, Tensor, tuple]:
-        """ByteMemory.read at each of the targets y."""
-        text = torch.cat([state["bytes"], x_BT[:, :PATCH], y_BT], 1)
-        return self.byte_memory.read(text, state["position"] * PATCH, state["histories"])
-
-    def nll(self, x_BT: Tensor, y_BT: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """-log p of each target byte, (B, T), in nats; 0 where y is -1: what such a byte is, x says."""
-        logits, state = self.logits(
-            x_BT, torch.where(y_BT < 0, F.pad(x_BT[:, PATCH:], (0, PATCH)), y_BT), state
-        )
-        nll = F.cross_entropy(
-            logits.flatten(0, 1), y_BT.flatten(), ignore_index=-1, reduction="none"
-        )
-        return nll.view_as(y_BT), state
-
-    def half_lives(self) -> Tensor | None:
-        """(L, H) patches, of an input that does not move them; None without memory."""
-        memories = [b.memory for b in self.blocks if b.memory is not None]
-        return (
-            torch.stack([m.half_lives(self.plasticity.item()) for m in memories]).cpu()
-            if memories
-            else None
-        )
-
-
-class Stream:
-    """A growing text of B rows in constant memory: bytes go in one by one or many at a time, in any number, and
-    `logits` is what comes next. Exactly the full forward, whatever the cuts."""
-
-    def __init__(self, model: ByteLM, B: int = 1, prefill: int = 4096):
-        self.model, self.state, self.prefill = (
-            model,
-            model.state(B),
-            prefill,
-        )  # prefill: bytes a forward takes
-        device = model.plasticity.device
-        self.held = torch.zeros(B, 0, dtype=torch.long, device=device)  # of the unfinished patch
-        self.past = torch.zeros(
-            B, max(HISTORIES), dtype=torch.long, device=device
-        )  # the last bytes of all
-        self.of_byte = self.of_latent = self.h = None
-
-    def next_byte(self) -> Tensor:
-        """(B,) place of the next byte in its row, counted from the first predicted one."""
-        return self.state["position"] * PATCH + self.held.size(1) - PATCH
-
-    @torch.no_grad()
-    def feed(self, x_BT: Tensor, remember: bool = True) -> None:
-        """Bytes (B, T), any T. Those that are not remembered are no part of the memory by bytes: a sampled text that
-        remembers itself soon repeats itself."""
-        x_BT, done = x_BT.to(self.held), self.held.size(1)
-        seen = torch.cat([self.past, x_BT], 1)
-        if self.model.byte_memory is not None and remember:
-            memory, old = self.model.byte_memory, self.state["histories"]
-            # Bytes of the first patch have a time below 0, which is none: no window predicts them.
-            memory.write(old, memory.read(seen, self.next_byte(), old)[-1])
-        x_BT = torch.cat([self.held, x_BT], 1)
-        while x_BT.size(1) >= PATCH:
-            n = min(x_BT.size(1), self.prefill) // PATCH * PATCH
-            z_BND, self.state = self.model.trunk(x_BT[:, :n], self.state)
-            x_BT, done = x_BT[:, n:], 0
-            self.of_byte, self.of_latent = self.model.decoder.inputs(z_BND[:, -1])
-            before = seen[:, : seen.size(1) - x_BT.size(1)][:, -PAST:]
-            self.h = self.model.decoder.begin(before, self.of_byte, self.of_latent)
-        self.held, self.past = x_BT, seen[:, -max(HISTORIES) :]
-        if self.h is not None:
-            for byte_B in x_BT[:, done:].unbind(1):
-                self.h = self.model.decoder.step(
-                    self.h, self.of_latent + F.embedding(byte_B, self.of_byte)
-                )
-
-    @torch.no_grad()
-    def logits(self) -> Tensor:
-        """(B, 256), fp32, of the next byte. All equal before the first patch is whole: no window scores its own."""
-        if self.h is None:
-            return torch.zeros(len(self.held), BYTES, device=self.held.device)
-        logits = self.model.decoder.logits(self.h, self.past[:, -PAST:])
-        if self.model.byte_memory is None or self.model.k.memory == "zero":
-            return logits
-        text = F.pad(self.past, (0, 1))  # a place for the byte that is not there yet
-        byte, age, _ = self.model.byte_memory.read(text, self.next_byte(), self.state["histories"])
-        return self.model.byte_memory(logits, self.h, byte[:, 0], age[:, 0])
-
-    def state_bytes(self) -> int:
-        """Memory that the text so far takes, whatever its length."""
-        tensors = [self.held, self.past]
-        each(tensors.append, self.state)
-        return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def each(f: Callable[..., Tensor], *states: State) -> State:
-    """f of the corresponding tensors of states."""
-    if isinstance(states[0], dict):
-        return {key: each(f, *(s[key] for s in states)) for key in states[0]}
-    if isinstance(states[0], list):
-        return [each(f, *parts) for parts in zip(*states, strict=True)]
-    return f(*states)
-
-
-# ----------------------------------------------------------------------------
-# Optimizers
-
-
-class LossScale:
-    """torch.amp.GradScaler's rule without its wait for the device: fp16 gradients carry a factor, halved when they
-    overflow (that update is skipped) and doubled after 2,000 steps that do not. Constantly 1 in other precisions."""
-
-    def __init__(self, on: bool, device: torch.device):
-        self.on = on
-        self.scale = torch.tensor(2.0**16 if on else 1.0, device=device)
-        self.good = torch.zeros((), device=device)  # steps since the last change
-
-    def skip(self, norm: Tensor) -> Tensor:
-        """Whether this step overflowed, as a device bool. At a factor of 1 it is no overflow, but a real failure."""
-        return (
-            ~norm.isfinite() & (self.scale > 1)
-            if self.on
-            else torch.zeros_like(norm, dtype=torch.bool)
-        )
-
-    def update(self, skipped: Tensor) -> None:
-        if self.on:
-            grown = ~skipped & (self.good >= 1999)
-            self.scale = torch.where(
-                skipped, self.scale / 2, torch.where(grown, self.scale * 2, self.scale)
-            )
-            self.good = torch.where(skipped | grown, 0.0, self.good + 1)
-
-
-class AdamW:
-    """torch's fused AdamW on this rank's row of a table (W, part) that holds all parameters end to end: gradients are
-    summed there over micro-batches without talking to other ranks, then reduce-scattered once; the updated rows are
-    all-gathered; the moments are held once over all ranks. Unlike train_gpt.py's: weight decay, on the parameters at
-    the front of the table, and the norm of the whole gradient."""
-
-    def __init__(self, model: ByteLM, k: Knobs, w: World):
-        named = dict(model.named_parameters())
-        decayed = [n for n, p in named.items() if k.decay_on == "all" or p.dim() > 1]
-        self.params, self.w = (
-            {n: named[n] for n in [*decayed, *(n for n in named if n not in set(decayed))]},
-            w,
-        )
-        part = -(-sum(p.numel() for p in named.values()) // w.size)
-        self.data, self.grads = (torch.zeros(w.size, part, device=w.device) for _ in range(2))
-        for name, p in self.params.items():
-            p.data = self.views(self.data)[name].copy_(p.data)
-            p.grad = self.views(self.grads)[name]
-        cut = min(max(sum(named[n].numel() for n in decayed) - w.rank * part, 0), part)
-        self.mine = [nn.Parameter(piece) for piece in self.data[w.rank].split([cut, part - cut])]
-        for piece, grad in zip(self.mine, self.grads[w.rank].split([cut, part - cut]), strict=True):
-            piece.grad = grad
-        groups = [
-            dict(params=[p], weight_decay=d)
-            for p, d in zip(self.mine, (k.weight_decay, 0.0), strict=True)
-        ]
-        self.adam = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, k.beta2), eps=1e-8, fused=True)
-
-    def views(self, table: Tensor) -> dict[str, Tensor]:
-        """The parameters' places in a (W, part) table, in their shapes."""
-        sizes = [p.numel() for p in self.params.values()]
-        parts = table.view(-1)[: sum(sizes)].split(sizes)
-        return {
-            name: part.view_as(p)
-            for part, (name, p) in zip(parts, self.params.items(), strict=True)
-        }
-
-    def norms(self) -> Tensor:
-        """Of each parameter's gradient on this rank, before the ranks' are averaged."""
-        return torch.stack(torch._foreach_norm(list(self.views(self.grads).values())))
-
-    def reduce(self) -> Tensor:
-        """Mean over ranks; returns the norm of the whole gradient, the same on every rank."""
-        self.w.mean_scatter(self.grads)
-        return self.w.sum(self.grads[self.w.rank].square().sum()).sqrt()
-
-    @torch.no_grad()
-    def step(self, lr: float, factor: Tensor, ok: Tensor) -> None:
-        """One update with the gradient times `factor`; nothing moves when the device flag `ok` is down."""
-        for group in self.adam.param_groups:
-            group["lr"] = lr
-        self.grads[self.w.rank].mul_(factor)
-        self.adam.found_inf = (~ok).float()
-        self.adam.step()
-        self.w.all_rows(self.data)
-        self.grads.zero_()
-
-    def state_dict(self) -> dict:
-        """Moments of all parameters, by name, and the number of updates."""
-        states, out = [self.adam.state.get(p, {}) for p in self.mine], {}
-        for key in ("exp_avg", "exp_avg_sq"):
-            row = torch.cat(
-                [
-                    s.get(key, torch.zeros_like(p)).detach()
-                    for s, p in zip(states, self.mine, strict=True)
-                ]
-            )
-            rows = self.w.all_rows(row.repeat(self.w.size, 1))
-            out[key] = {name: view.cpu().clone() for name, view in self.views(rows).items()}
-        return out | dict(step=float(states[0].get("step", 0.0)))
-
-    def load_state_dict(self, state: dict) -> None:
-        for p in self.mine:
-            self.adam.state[p] = dict(step=torch.tensor(state["step"], device=self.w.device))
-        for key in ("exp_avg", "exp_avg_sq"):
-            rows = torch.zeros_like(self.data)
-            for name, view in self.views(rows).items():
-                view.copy_(state[key][name])
-            row = rows[self.w.rank].clone()
-            for p, piece in zip(self.mine, row.split([p.numel() for p in self.mine]), strict=True):
-                self.adam.state[p][key] = piece
-
-
-# ----------------------------------------------------------------------------
-# Schedules
-
-
-def lr_scale(step: int, k: Knobs) -> float:
-    """Up to 1 over the first WARMUP_ITERS updates, then 1, or down to 0 at NUM_ITERATIONS; updates count from 0."""
-    if step < k.warmup_iters:
-        return (step + 1) / k.warmup_iters
-    left = 1 - (step - k.warmup_iters) / max(k.num_iterations - k.warmup_iters, 1)
-    return {
-        "constant": 1.0,
-        "linear": max(left, 0.0),
-        "cosine": 0.5 - 0.5 * math.cos(math.pi * max(left, 0.0)),
-    }[k.schedule]
-
-
-def plasticity(step: int, k: Knobs) -> float:
-    """What multiplies every retention in update `step`: 1, or with CURRICULUM that of the stage it is in."""
-    return (
-        next(p for at, p in reversed(STAGES) if step >= at * k.num_iterations)
-        if k.curriculum
-        else 1.0
-    )
-
-
-# ----------------------------------------------------------------------------
-# Batches
-
-
-class Batches:
-    """Which bytes each step trains on: a pure function of the step, whatever the number of ranks.
-
-    CARRY_STATE=1: row r reads its own strip of the text, one of BATCH_SIZE equal ones, window after window, and starts
-    over at its end. CARRY_STATE=0: windows at random places, drawn from a hash of seed and step.
-    """
-
-    def __init__(self, shards: TokenShards, k: Knobs, w: World):
-        self.shards, self.k, self.w, T = shards, k, w, k.sequence_length
-        strips = k.batch_size if k.carry_state else 1
-        if shards.total < strips * T + PATCH:
-            rows = f"BATCH_SIZE={strips} strips of " if strips > 1 else ""
-            raise UserError(
-                f"{shards.pattern}: {shards.total:,} bytes of training text, {rows}SEQUENCE_LENGTH={T} needs "
-                f"{strips * T + PATCH:,}; use more text or shorter rows"
-            )
-        if k.batch_size % w.size:
-            raise UserError(
-                f"BATCH_SIZE={k.batch_size} does not divide among {w.size} ranks; change one of the two"
-            )
-        self.local = k.batch_size // w.size
-        self.windows = (shards.total - PATCH) // strips // T  # per strip
-
-    def starts(self, step: int) -> list[int]:
-        """Stream positions of the rows' windows."""
-        k, T = self.k, self.k.sequence_length
-        if k.carry_state:
-            strip = (self.shards.total - PATCH) // k.batch_size
-            return [row * strip + step % self.windows * T for row in range(k.batch_size)]
-        draw = np.random.default_rng([k.seed, step])
-        return draw.integers(0, self.shards.total - T - PATCH + 1, k.batch_size).tolist()
-
-    def fresh(self, step: int) -> bool:
-        """Whether this step's rows start without the state of the step before."""
-        return not self.k.carry_state or step % self.windows == 0
-
-    def make(self, step: int) -> tuple[Tensor, Tensor]:
-        """This rank's inputs and targets of the step, (B_local, T) uint8; targets are the bytes 4 further on."""
-        rows = self.starts(step)[self.w.rank * self.local : (self.w.rank + 1) * self.local]
-        text = [
-            self.shards.read(at, self.k.sequence_length + PATCH).astype(np.uint8) for at in rows
-        ]
-        text = torch.from_numpy(np.stack(text))
-        return text[:, :-PATCH].contiguous(), text[:, PATCH:].contiguous()
-
-
-# ----------------------------------------------------------------------------
-# Data
-
-WIKIPEDIA, DUMP = "wikimedia/wikipedia", "20231101"
-SHORTEST = 1000  # characters of a Wikipedia article, as in the original
-
-
-def clean_article(text: str) -> str:
-    """One article in NFC: bracketed references and tags deleted, spaces joined within paragraphs, which are kept (the
-    original joined them too)."""
-    text = re.sub(r"<[^<>]*>", "", re.sub(r"\[[^\[\]]*\]", "", unicodedata.normalize("NFC", text)))
-    lines = (" ".join(line.split()) for line in text.split("\n"))
-    return "\n".join(line for line in lines if line)
-
-
-def write_split(
-    folder: Path, pieces: Iterator[bytes], shares: dict[str, float], separator: bytes
-) -> None:
-    """Write each piece to the file of the share that its hash falls into: `train.txt`, `val.txt`, ..."""
-    ends = np.cumsum(list(shares.values()))
-    files = [open(folder / f"{name}.txt", "wb") for name in shares]
-    try:
-        for piece in pieces:
-            at = int.from_bytes(hashlib.sha256(piece).digest()[:4], "big") / 2**32
-            files[min(int(np.searchsorted(ends, at, "right")), len(files) - 1)].write(
-                piece + separator
-            )
-    finally:
-        for f in files:
-            f.close()
-
-
-def wikipedia(language: str) -> Path:
-    """Folder with train.txt, val.txt and test.txt of the language's Wikipedia, split by article hash, made once. The
-    dump's parquet files are downloaded (resumably), read and kept."""
-    if not re.fullmatch(r"[a-z][a-z_-]{1,15}", language):
-        raise UserError(
-            f"DATA=wikipedia:{language}: expected a language code, such as wikipedia:tr"
-        )
-    if (home := HERE / f"data/wikipedia-{DUMP}.{language}").exists():
-        return home
-    if importlib.util.find_spec("pyarrow") is None:
-        raise UserError(
-            "DATA=wikipedia needs pyarrow to read the dump; pip install pyarrow, or set DATA to a text file"
-        )
-    prefix = f"{DUMP}.{language}/"
-    names = [n for n in plumbing.hub_list(WIKIPEDIA, prefix) if n.endswith(".parquet")]
-
-    def articles(paths: list[Path]) -> Iterator[bytes]:
-        import pyarrow.parquet as parquet  # optional: only this needs it
-
-        for path in paths:
-            for batch in parquet.ParquetFile(path).iter_batches(batch_size=1000, columns=["text"]):
-                for text in map(clean_article, batch.column("text").to_pylist()):
-                    if len(text) >= SHORTEST:
-                        yield text.encode("utf-8", "replace")
-
-    def make(folder: Path) -> None:
-        paths = [HERE / "data/parquet" / n for n in names]
-        for name, path in zip(names, paths, strict=True):
-            if not path.exists():
-                print(f"downloading {name}", flush=True)
-                plumbing.hub_fetch(WIKIPEDIA, name, path)
-        write_split(folder, articles(paths), dict(train=0.99, val=0.005, test=0.005), b"\n\n")
-
-    return plumbing.build_once(home, make)
-
-
-def paragraphs(paths: list[str]) -> Iterator[bytes]:
-    """The files' paragraphs, blank line included; text without blank lines in pieces of lines, 4 KiB or a bit more."""
-    for path in paths:
-        lines, size = [], 0
-        with open(path, "rb") as f:
-            while line := f.readline(1 << 16):
-                lines.append(line)
-                size += len(line)
-                if not line.strip() or size >= 4096:
-                    yield b"".join(lines)
-                    lines, size = [], 0
-        if lines:
-            yield b"".join(lines)
-
-
-def named(path: str, words: str) -> bool:
-    return re.search(rf"(^|[._-])({words})([._-]|$)", Path(path).name.lower()) is not None
-
-
-def split_files(data: str) -> tuple[list[str], list[str]]:
-    """Training and validation files of DATA=PATH. A file named val, valid, validation or dev, among them or beside a
-    single one, is the validation text, and test files are left alone; else 5% of the paragraphs, by hash, in a copy."""
-    files = plumbing.text_files(data)
-    if empty := next((p for p in files if os.path.getsize(p) == 0), None):
-        raise UserError(f"{empty}: an empty file; expected text")
-    beside = (
-        plumbing.text_files(Path(files[0]).parent)
-        if len(files) == 1 and named(files[0], "train")
-        else files
-    )
-    val = [p for p in beside if named(p, "val|valid|validation|dev")]
-    train = [p for p in files if not named(p, "val|valid|validation|dev|test")]
-    if val and train:
-        return train, val
-    content = json.dumps(
-        [[os.path.abspath(p), os.path.getsize(p), os.stat(p).st_mtime_ns] for p in files]
-    )
-    home = HERE / f"data/split-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
-    make = lambda folder: write_split(folder, paragraphs(files), dict(train=0.95, val=0.05), b"")
-    plumbing.build_once(home, make)
-    return [str(home / "train.txt")], [str(home / "val.txt")]
-
-
-def open_data(k: Knobs) -> tuple[TokenShards, TokenShards, str]:
-    """Training text, validation text, and the SHA-256 of the embedded corpus ('' for other data). Any bytes will do."""
-    if k.data == "embedded":
-        train, val, sha = plumbing.embedded_corpus(HERE / "data")
-        return TokenShards(train), TokenShards(val), sha
-    train, val = split_files(
-        str(wikipedia(k.data[10:])) if k.data.startswith("wikipedia:") else k.data
-    )
-    if os.path.getsize(val[0]) <= PATCH:
-        raise UserError(
-            f"{k.data}: its validation part has {os.path.getsize(val[0])} bytes; use more text, or put a file val.txt "
-            f"beside it"
-        )
-    hint = "set DATA to a text file, a folder, a pattern, wikipedia:tr or embedded"
-    return *(TokenShards(paths, hint, open_file=plumbing.read_bytes) for paths in (train, val)), ""
-
-
-# ----------------------------------------------------------------------------
-# Evaluation
-
-STRIPS = 8  # parts of the validation text that are read side by side, whatever the number of ranks
-
-
-def evaluate(
-    step: "MicroStep", val: TokenShards, micro: int, k: Knobs, w: World
-) -> tuple[float, float]:
-    """Mean loss per byte, nats, and characters per byte of the whole validation text (VAL_BYTES of it), in windows that
-    do not overlap; each byte behind the first 4 counts once. With CARRY_STATE a strip's windows carry their state. The
-    same windows for every world size and micro-batch, whose rows are filled up with targets of -1."""
-    T, total = k.sequence_length, min(val.total, (k.val_bytes or val.total) + PATCH) - PATCH
-    strip = -(-total // (STRIPS * PATCH)) * PATCH
-    lo, hi = STRIPS * w.rank // w.size, STRIPS * (w.rank + 1) // w.size
-    sums = torch.zeros(2, device=w.device, dtype=torch.float64)
-    for row in range(lo, hi, micro):
-        state = None
-        for at in range(0, strip, T):
-            x, y = np.zeros((micro, T), np.int64), np.full((micro, T), -1)
-            for i in range(min(micro, hi - row)):
-                start = (row + i) * strip + at
-                if (n := min(T, strip - at, total - start)) > 0:
-                    text, whole = val.read(start, n + PATCH), -(-n // PATCH) * PATCH
-                    x[i, :whole], y[i, :n] = text[:whole], text[PATCH:]
-            loss, new = step.loss_sum(
-                torch.from_numpy(x).to(w.device), torch.from_numpy(y).to(w.device), state
-            )
-            state, sums[0] = new if k.carry_state else None, sums[0] + loss
-            sums[1] += int(((y >= 0) & (y & 0xC0 != 0x80)).sum())  # bytes that begin a character
-    sums = w.sum(sums)
-    return sums[0].item() / total, sums[1].item() / total
-
-
-# ----------------------------------------------------------------------------
-# Build
-
-HINT = "set DEVICE=cpu; PRESET=demo is a size that makes that sensible"
-RESULTS = (
-    "run_id date git_commit seed preset d_model n_layer n_head window memory mem_decay delta_rule carry_state data "
-    "learning_rate batch_size device_batch_size sequence_length num_iterations final_val_loss best_val_loss "
-    "final_val_bpc val_bits_per_char train_time_ms ms_per_step gpu_name n_gpus notes stage status steps_done n_params "
-    "tokens_seen epochs peak_memory_mib torch world_size code_sha256 dirty"
-).split()
-IN_COLUMNS = (
-    "seed d_model n_layer n_head window memory mem_decay delta_rule carry_state data lr batch_size "
-)
-IN_COLUMNS += "device_batch_size sequence_length num_iterations"
-DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
-
-
-def choose_precision(
-    wanted: str, device: str, capability: tuple[int, int] | None
-) -> tuple[str, str]:
-    """fp32, bf16 or fp16, and why. auto: fp32 on a CPU, bf16 from compute capability 8 on, fp16 below (there bf16 would
-    be emulated, which torch.cuda.is_bf16_supported() calls support)."""
-    where = "CPU" if device == "cpu" else "compute capability {}.{}".format(*capability)
-    if wanted == "auto":
-        return (
-            "fp32" if device == "cpu" else "bf16" if capability >= (8, 0) else "fp16"
-        ), f"auto, {where}"
-    if wanted == "bf16" and device == "cuda" and capability < (8, 0):
-        raise UserError(
-            f"PRECISION=bf16: this GPU has {where} and would emulate it; use PRECISION=fp16 or auto"
-        )
-    return wanted, f"as asked, {where}"
-
-
-def flops_per_byte(model: ByteLM, k: Knobs) -> float:
-    """Model FLOPs of forward and backward, for MFU: 6 per weight of a matrix product each time it is used, attention
-    counted causal within its window, and the memory's chunkwise products."""
-    uses = dict(embed=0, thinking=k.thinking_steps)
-    used, steps = (
-        0,
-        PATCH - 2 + max(k.decoder_reads, 1),
-    )  # of the GRU that multiply a state; the first has none
-    per_byte = {
-        "decoder.gru.weight_hh_l0": steps,
-        "decoder.out.weight": PATCH,
-        "decoder.grams.out.weight": PATCH,
-    }
-    per_byte |= {"decoder.grams.table": 0, "byte_memory.doubt.weight": PATCH}
-    for name, p in model.named_parameters():
-        often = per_byte.get(name, uses.get(name.split(".")[0], 1))
-        used += p.numel() * (0 if "embed" in name else often) * (p.dim() > 1)
-    N = k.sequence_length // PATCH
-    keys = min(k.window or N, N / 2) if not k.carry_state else k.window
-    memory = (2 * CHUNK + 4 * k.d_model // k.n_head) * k.d_model if k.memory != "off" else 0
-    return (6 * used + 12 * k.n_layer * keys * k.d_model + 3 * k.n_layer * memory) / PATCH
-
-
-def memory_mib(n_params: int, rows: int, k: Knobs) -> int:
-    """Rough peak of a rank: weights, gradients, two moments, and what a micro-batch keeps for its backward pass."""
-    blocks = k.d_model if k.recompute else 70 * k.d_model + 3 * CHUNK * k.n_head
-    decoder = 25 * (PATCH - 1 + max(k.decoder_reads, 1)) * BYTES
-    floats = rows * k.sequence_length // PATCH * (k.n_layer * blocks + decoder)
-    return (16 * n_params + 4 * floats + 2 * rows * history_bytes(k)) // 2**20
-
-
-def history_bytes(k: Knobs) -> int:
-    """Of the tables of one row's memory by bytes: a hash, two bytes and two times each."""
-    return 26 * len(HISTORIES) * k.mem_rows * (k.memory != "off")
-
-
-def disk_need(n_params: int, k: Knobs) -> int:
-    """Bytes of a run's weights and checkpoints at the most: KEEP numbered weights, the best, one being written; and
-    KEEP resumable checkpoints (weights, two moments, the rows' histories), one being written."""
-    states = k.batch_size * history_bytes(k) * k.carry_state
-    return 4 * n_params * (k.keep + 2) + (12 * n_params + states) * (k.keep + 1)
-
-
-def check_disk(folder: Path, n_params: int, k: Knobs, w: World) -> None:
-    problem = None
-    if w.main:
-        free, there = (
-            shutil.disk_usage(folder).free,
-            sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()),
-        )
-        if free + there < disk_need(n_params, k):
-            problem = (
-                f"{folder}: {free / 2**20:,.0f} MiB free, KEEP={k.keep} checkpoints need "
-                f"{disk_need(n_params, k) / 2**20:,.0f} MiB; free space, lower KEEP, or set LOGS_FOLDER elsewhere"
-            )
-    w.agree(problem)
-
-
-def read_weights(path: str | Path) -> dict:
-    """A .pth of a run: model, knobs, step, val_loss. Raises UserError when it is not one."""
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-        found["model"], found["knobs"]["d_model"]
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file; a run's weights are logs/RUN_ID/best_model_scaled.pth"
-        ) from None
-    except Exception as error:  # torch.load has many ways to fail
-        raise UserError(
-            f"{path}: not weights of train_scaled.py ({type(error).__name__})"
-        ) from None
-    if missing := [name.upper() for name in MODEL.split() if name not in found["knobs"]]:
-        names = ", ".join(missing)
-        raise UserError(
-            f"{path}: weights of another version of train_scaled.py, without {names}; train new ones"
-        )
-    return found
+    def forward(self, x_BT: Tensor, y_BT: Tensor, past: State | None = None) -> tuple:
+        """-log p of each target byte, (B, T), in nats, and the state behind x. 0 where a target is
+        -1; what such a byte is, x says."""
+        known = torch.where(y_BT < 0, F.pad(x_BT[:, PATCH:], (0, PATCH)), y_BT)
+        logits, state = self.logits(x_BT, known, past)
+        nll_BT = F.cross_entropy(logits.mT, y_BT, ignore_index=-1, reduction="none")
+        return nll_BT, state
+
+    def half_lives(self) -> Tensor:
+        """(L, H) patches, fp64, for an input that does not move them; empty without memory."""
+        memories = [block.memory for block in self.blocks if block.memory is not None]
+        logits = [memory.retention.detach().double().cpu() for memory in memories]
+        kept = log_retention(torch.stack(logits), self.cfg.mem_range) if logits else torch.empty(0)
+        return math.log(0.5) / (kept + math.log(self.plasticity.item()))
 
 
 def load_model(path: str | Path, device: str = "cpu", **changes: object) -> ByteLM:
-    """The model of a .pth in evaluation mode, for scripts; `changes` are knobs, such as memory="zero"."""
-    found = read_weights(path)
-    known = {f.name for f in dataclasses.fields(Knobs)}
-    k = Knobs(**({name: v for name, v in found["knobs"].items() if name in known} | changes))
-    model = ByteLM(k)
+    """The model of a weights file in evaluation mode, for scripts; `changes` are knobs, such as
+    memory="zero"."""
+    found = read_model_weights(path, __name__, MODEL_KNOBS)
+    shape = {name: found["knobs"][name] for name in [*MODEL_KNOBS, "sequence_length", "dropout"]}
+    model = ByteLM(Knobs(**(shape | changes)))
     model.load_state_dict(found["model"])
     return model.to(device).eval()
 
 
-def check_weights(path: str, k: Knobs) -> dict:
-    """The weights at INIT_FROM; raises UserError when they are of another model."""
-    found, fields = read_weights(path), {f.name: f for f in dataclasses.fields(k)}
-    other = [n for n in MODEL.split() if found["knobs"].get(n) != getattr(k, n)]
-    if other:
-        show = lambda name, v: f"{name.upper()}={plumbing.show(fields[name], v)}"
-        words = ", ".join(
-            f"{show(n, found['knobs'].get(n))}, not {show(n, getattr(k, n))}" for n in other
-        )
-        preset = found["knobs"].get("preset")
+def use_fla(model: ByteLM, world: World) -> None:
+    capable = world.device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
+    if not capable or importlib.util.find_spec("fla") is None:
         raise UserError(
-            f"{path}: weights of another model (PRESET={preset}: {words}); set these knobs as they were"
+            "FLA=1 needs a GPU of compute capability 8 or more and the package fla-core; "
+            "pip install fla-core, or set FLA=0"
         )
-    return found["model"]
+    for block in model.blocks:
+        if block.memory is not None:
+            block.memory.operator = decaying_memory_fla
 
 
-class MicroStep:
-    """Loss and gradients of a micro-batch, compiled if COMPILE says so and the compiler can."""
-
-    def __init__(
-        self, model: ByteLM, k: Knobs, w: World, dtype: torch.dtype, say: Callable[[str], None]
-    ):
-        self.model, self.k, self.w, self.dtype, self.nll = model, k, w, dtype, model.nll
-        if k.compile:
-            self.compile(say)
-
-    def compile(self, say: Callable[[str], None]) -> None:
-        """Compile, and train one micro-batch of zeros to see that it works; if not, one line, and on without."""
-        problem, N = None, self.k.sequence_length // PATCH
-        try:
-            if self.w.device.type == "cuda" and torch.cuda.get_device_capability(self.w.device) >= (
-                8,
-                0,
-            ):
-                self.plan_flex(N)
-            self.nll = torch.compile(self.model.nll, dynamic=False)
-            zeros = torch.zeros(
-                min(self.k.device_batch_size, self.k.batch_size), N * PATCH, dtype=torch.long
-            )
-            self.backward(
-                zeros.to(self.w.device),
-                zeros.to(self.w.device),
-                None,
-                torch.ones((), device=self.w.device),
-            )
-        except torch.OutOfMemoryError:
-            raise
-        except (
-            Exception
-        ) as error:  # a compiler fails in any way it likes; training does not depend on it
-            problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        if problems := [p for p in self.w.gather(problem) if p]:
-            self.nll, self.model.masks = self.model.nll, {}
-            say(f"compile: failed, training goes on without it ({problems[0]})")
-
-    def plan_flex(self, N: int) -> None:
-        """FlexAttention's block masks for the first window of a strip and for those behind it."""
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        w = self.k.window
-        for P in {0, w - 1 if self.k.carry_state else 0} if w and w < N else ():
-            seen = lambda b, h, i, j, P=P: (j <= i + P) & (j > i + P - w)
-            self.model.masks[N, P] = create_block_mask(
-                seen, None, None, N, P + N, device=self.w.device
-            )
-
-    def run(self, x_BT: Tensor, y_BT: Tensor, state: State | None) -> tuple[Tensor, State]:
-        with torch.autocast(
-            self.w.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32
-        ):
-            return self.nll(
-                x_BT.long(), y_BT.long(), self.model.state(len(x_BT)) if state is None else state
-            )
-
-    def backward(
-        self, x_BT: Tensor, y_BT: Tensor, state: State | None, factor: Tensor
-    ) -> tuple[Tensor, State]:
-        """Mean loss in nats; adds `factor` times its gradient to every parameter's. The state carries no gradient."""
-        nll_BT, state = self.run(x_BT, y_BT, state)
-        loss = nll_BT.mean()
-        (loss * factor).backward()
-        return loss.detach(), each(Tensor.detach, state)
-
-    @torch.no_grad()
-    def loss_sum(self, x_BT: Tensor, y_BT: Tensor, state: State | None) -> tuple[Tensor, State]:
-        """Summed loss over the targets that are not -1, in nats, and the state behind them."""
-        nll_BT, state = self.run(x_BT, y_BT, state)
-        return nll_BT.double().sum(), state
+# ----------------------------------------------------------------------------
+# Optimizer and schedule
 
 
-def show_plan(k: Knobs) -> int:
-    """--dry_run: what would be trained, on what. Needs neither GPU nor data."""
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    with torch.device("meta"):
-        model = ByteLM(k)
-    n_params, size = sum(p.numel() for p in model.parameters()), k.batch_size * k.sequence_length
-    micro = min(k.device_batch_size, max(k.batch_size // ranks, 1))
-    print(knobs_json(k))
-    print(f"parameters:      {n_params:,}")
-    print(
-        f"tokens per step: {size:,} bytes ({ranks} rank(s), micro-batch {micro} x {k.sequence_length})"
-    )
-    print(f"training tokens: {size * k.num_iterations:,} in {k.num_iterations} steps")
-    print(f"compute:         {flops_per_byte(model, k) * size * k.num_iterations:.3g} FLOPs")
-    print(
-        f"memory:          about {memory_mib(n_params, micro, k):,} MiB per rank at micro-batch {micro}"
-    )
-    print(
-        f"disk:            up to {disk_need(n_params, k) / 2**20:,.0f} MiB of checkpoints at KEEP={k.keep}"
-    )
-    reach = "all patches" if k.window is None else f"{k.n_layer * (k.window - 1) * PATCH:,} bytes"
-    print(f"window reach:    {reach} through {k.n_layer} blocks; a row has {k.sequence_length:,}")
-    if (
-        k.data.startswith("wikipedia:")
-        and not (HERE / f"data/wikipedia-{DUMP}.{k.data[10:]}").exists()
-    ):
-        print(f"data:            {k.data} is not here yet; a run downloads it")
-        return 0
-    try:
-        train, val, sha = open_data(k)
-        batches = Batches(train, k, World(0, ranks, torch.device("cpu")))
-        print(
-            f"data:            {train.total:,} bytes, {val.total:,} to validate; {batches.windows} windows per strip"
-        )
-        print(f"epochs:          {size * k.num_iterations / train.total:.2f}")
-        print(
-            f"data_sha256:     {sha}"
-            if sha
-            else f"files:           {train.pattern} | {val.pattern}"
-        )
-    except UserError as error:
-        print(f"problem:         {error}")
-    return 0
+class AdamW(torch.optim.AdamW):
+    """torch's fused AdamW, whose step is left out where the device flag `all_finite` is down."""
+
+    # differs from train_gpt.py: matrices decay, vectors as DECAY_ON says; one rate for both
+    def __init__(self, model: ByteLM, cfg: Knobs):
+        decayed, rest = [], []
+        for p in model.parameters():
+            (decayed if p.dim() > 1 or cfg.decay_on == "all" else rest).append(p)
+        groups = [dict(params=decayed), dict(params=rest, weight_decay=0.0)]
+        betas = (0.9, cfg.beta2)
+        super().__init__(groups, cfg.lr, betas, weight_decay=cfg.weight_decay, fused=True)
+
+    def step(self, lr: float, all_finite: Tensor) -> None:
+        for group in self.param_groups:
+            group["lr"] = lr
+        self.found_inf = (~all_finite).float()  # how torch's GradScaler tells the fused kernel
+        super().step()
 
 
-class Run:
-    """One run: everything checked and built, restored from its newest checkpoint if there is one, and its records."""
+class LossScale(nn.Module):
+    """torch.amp.GradScaler's rule without its wait for the device: fp16 gradients carry a factor,
+    halved when they overflow and doubled after 2,000 steps that do not. 1 for other dtypes."""
 
-    EXTRA = "val_bpc val_bits_per_char half_life_min half_life_median half_life_max plasticity skipped".split()
+    # differs from train_gpt.py: at a factor of 1 an overflow is a real failure; 2,000 steps
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.is_fp16 = dtype == torch.float16
+        self.register_buffer("scale", torch.tensor(2.0**16 if self.is_fp16 else 1.0))
+        self.register_buffer("good_steps", torch.tensor(0))
 
-    def __init__(self, k: Knobs, w: World):
-        self.k, self.w, self.bytes = k, w, k.batch_size * k.sequence_length
-        plumbing.check_compiler(k.compile, k.device)
-        capability = torch.cuda.get_device_capability(w.device) if k.device == "cuda" else None
-        self.precision, self.why = choose_precision(k.precision, k.device, capability)
-        self.train, self.val, self.data_sha = open_data(k)
-        self.batches = Batches(self.train, k, w)
-        self.micro = min(k.device_batch_size, self.batches.local)
-        if self.batches.local % self.micro:
+    def update(self, grad_norms_P: Tensor) -> Tensor:
+        """Whether this step has overflowed."""
+        overflow = ~grad_norms_P.isfinite().all() & self.is_fp16 & (self.scale > 1)
+        good_steps = torch.where(overflow, 0, self.good_steps + self.is_fp16)
+        self.scale *= torch.where(overflow, 0.5, torch.where(good_steps == 2000, 2.0, 1.0))
+        self.good_steps.copy_(good_steps % 2000)
+        return overflow
+
+
+def lr_scale(step: int, cfg: Knobs) -> float:
+    """Up to 1 over the first WARMUP_ITERS updates, then 1, or down to 0 at NUM_ITERATIONS."""
+    if step < cfg.warmup_iters:
+        return (step + 1) / cfg.warmup_iters
+    if cfg.schedule == "constant":
+        return 1.0
+    left = 1 - (step - cfg.warmup_iters) / max(cfg.num_iterations - cfg.warmup_iters, 1)
+    left = max(left, 0.0)
+    return left if cfg.schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
+
+
+def plasticity(step: int, cfg: Knobs) -> float:
+    """What multiplies every retention in update `step`: 1, or with CURRICULUM its stage's."""
+    if not cfg.curriculum:
+        return 1.0
+    return [alpha for share, alpha in STAGES if step >= share * cfg.num_iterations][-1]
+
+
+def seed_dropout(cfg: Knobs, step: int, rank: int, micro_batch: int) -> None:
+    """Dropout of the step, the rank and the micro-batch alone, so that resuming is exact."""
+    if cfg.dropout:
+        seeds = np.random.SeedSequence([cfg.seed, step, rank, micro_batch])
+        torch.manual_seed(int(seeds.generate_state(1, np.uint32)[0]))
+
+
+# ----------------------------------------------------------------------------
+# Batches and evaluation
+
+
+class Batches:
+    """Which bytes each step trains on: a function of the step, whatever the number of ranks.
+
+    CARRY_STATE=1: row r reads its own strip of the text, one of BATCH_SIZE equal ones, window
+    after window, and starts over at its end. CARRY_STATE=0: windows at random places.
+    """
+
+    def __init__(self, text: TokenShards, cfg: Knobs, world: World):
+        self.text, self.cfg, self.rows = text, cfg, world.share(cfg.batch_size)
+        T, strips = cfg.sequence_length, cfg.batch_size if cfg.carry_state else 1
+        if cfg.batch_size < world.size:
             raise UserError(
-                f"DEVICE_BATCH_SIZE={self.micro} does not divide a rank's {self.batches.local} of "
-                f"BATCH_SIZE={k.batch_size} rows; use a divisor"
+                f"BATCH_SIZE={cfg.batch_size} leaves some of {world.size} ranks without a row; "
+                f"set BATCH_SIZE={world.size} or more, or use fewer ranks"
             )
-        initial = check_weights(k.init_from, k) if k.init_from else None
-        plumbing.check_results(Path(k.results_file), RESULTS, w)
-        run_id = k.run_id or plumbing.new_run_id(w)
-        self.log = RunLog(
-            Path(k.logs_folder), run_id, w, k.num_iterations, extra=self.EXTRA, unit="bytes"
-        )
-        self.build(capability, initial)
-        self.step, self.clock, self.lrs, self.rate_s = 0, Clock(w), [], math.nan
-        self.val_loss = self.best_loss = self.train_loss = self.val_bits_per_char = math.nan
-        self.validated_at, self.signal, self.rolled_back, self.skipped, self.told = -1, 0, 0, 0, 0.0
-        self.interval = [0.0, 0]  # summed loss and number of steps since the last log line
-        self.metrics = {key: [] for key in ("train_bpc", "val_bpc", "steps", "lr", "val_steps")}
-        self.states: list[State | None] = [None] * (
-            self.batches.local // self.micro
-        )  # of each micro-batch's rows
-        self.log.header(k, (__file__, plumbing.__file__), self.facts())
-        self.log.rates(self.bytes, flops_per_byte(self.model, k))
-        self.log.track("" if k.tracker == "off" else k.tracker, "train_scaled", run_id, k)
-        self.restore()
-        self.log.say(self.half_lives()[0])
-        self.micro_step = MicroStep(self.model, k, w, DTYPES[self.precision], self.log.say)
-        self.adam.grads.zero_()
-        self.saved_at = self.step
-
-    def build(self, capability: tuple[int, int] | None, initial: dict | None) -> None:
-        k, w = self.k, self.w
-        self.model = ByteLM(k)
-        self.n_params = sum(p.numel() for p in self.model.parameters())
-        check_disk(self.log.folder, self.n_params, k, w)
-        self.model.init_weights(k.seed)
-        if initial is not None:
-            self.model.load_state_dict(initial)
-        self.model.to(w.device)
-        self.operator = "chunkwise, fp32 state" if k.memory != "off" else "none"
-        if k.fla and k.memory != "off":
-            if capability is None or capability < (8, 0) or importlib.util.find_spec("fla") is None:
-                raise UserError(
-                    f"FLA=1 needs the package fla-core and a GPU of compute capability 8 or more, here {capability}; "
-                    f"pip install fla-core, or set FLA=0"
-                )
-            for block in self.model.blocks:
-                block.memory.operator = memory_fla
-            self.operator = "fla-core, bf16 products"
-        if k.device == "cuda" and self.precision != "fp32":
-            torch.set_float32_matmul_precision(
-                "high"
-            )  # the memory's fp32 products on TF32 cores; its sums stay fp32
-        self.adam = AdamW(self.model, k, w)
-        self.scaler = LossScale(self.precision == "fp16", w.device)
-        self.names = ["loss", *self.adam.params, "gradient norm", "skipped"]
-
-    def facts(self) -> dict[str, object]:
-        k, w, local = self.k, self.w, self.batches.local
-        split = f"{w.size} rank(s) x {local // self.micro} micro-batch(es) x {self.micro} x {k.sequence_length} bytes"
-        scaling = " with loss scaling" if self.scaler.on else ""
-        return dict(
-            run_id=self.log.id,
-            parameters=f"{self.n_params:,}",
-            bytes_per_step=f"{self.bytes:,} = {split}",
-            precision=f"{self.precision}{scaling} ({self.why}); memory state and decay fp32",
-            memory_operator=self.operator,
-            data=f"{self.train.total:,} bytes, {self.bytes * k.num_iterations / self.train.total:.2f} epochs, "
-            f"validation on {min(self.val.total, k.val_bytes or self.val.total):,}",
-            disk=f"up to {disk_need(self.n_params, k) / 2**20:,.0f} MiB of weights and checkpoints at KEEP={k.keep}",
-            **({"data_sha256": self.data_sha} if self.data_sha else {}),
-        )
-
-    def half_lives(self) -> tuple[str, dict[str, float]]:
-        found = self.model.half_lives()
-        if found is None:
-            return "half_life_patches: no memory", {}
-        low, middle, high = found.min().item(), found.median().item(), found.max().item()
-        line = (
-            f"half_life_patches: min:{low:.4g} median:{middle:.4g} max:{high:.4g} median_by_layer:"
-        )
-        values = dict(half_life_min=low, half_life_median=middle, half_life_max=high)
-        line += ",".join(f"{h:.4g}" for h in found.median(1).values.tolist())
-        if (byte_memory := self.model.byte_memory) is not None:
-            found = zip(HISTORIES, byte_memory.half_lives().tolist(), strict=True)
-            line += " half_life_bytes_by_history:" + ",".join(f"{n}:{h:.0f}" for n, h in found)
-        return line, values
-
-    # Restored and saved as they are; with model, optimizer, scaler, states and clock all that the next step depends on.
-    KEPT = "step val_loss best_loss train_loss val_bits_per_char validated_at rolled_back skipped interval".split()
-    KEPT += ["metrics"]
-
-    def restore(self) -> bool:
-        state = plumbing.load_checkpoint(self.log.folder, self.w, self.log.say)
-        if state is None:
-            return False
-        plumbing.check_resume(state, self.k, FREE.split(), self.train, self.log)
-        self.model.load_state_dict(state["model"])
-        self.adam.load_state_dict(state["adam"])
-        self.scaler.scale, self.scaler.good = (t.to(self.w.device) for t in state["scaler"])
-        if state["states"] is not None:
-            local = self.batches.local
-            mine = each(
-                lambda t: t[self.w.rank * local :][:local].to(self.w.device), state["states"]
+        if text.total < strips * T + PATCH:
+            raise UserError(
+                f"{text.pattern}: {text.total:,} bytes of training text, {strips} row(s) of "
+                f"SEQUENCE_LENGTH={T} need {strips * T + PATCH:,}; use more text or shorter rows"
             )
-            self.states = [
-                each(lambda t, at=at: t[at : at + self.micro].clone(), mine)
-                for at in range(0, local, self.micro)
-            ]
-        self.clock = Clock(self.w, *state["clock"])
-        for name in self.KEPT:
-            setattr(self, name, state[name])
-        return True
+        self.strip = (text.total - PATCH) // strips
+        self.num_windows = self.strip // T  # of a strip
 
-    def carried(self) -> State | None:
-        """The rows' states, of all ranks, in the rows' order; any number of ranks can load them."""
+    def starts(self, step: int) -> list[int]:
+        """Positions in the text of all rows' windows."""
+        cfg, T = self.cfg, self.cfg.sequence_length
+        if cfg.carry_state:
+            return [r * self.strip + step % self.num_windows * T for r in range(cfg.batch_size)]
+        draw = np.random.default_rng([cfg.seed, step])
+        return draw.integers(0, self.text.total - T - PATCH + 1, cfg.batch_size).tolist()
+
+    def starts_over(self, step: int) -> bool:
+        return not self.cfg.carry_state or step % self.num_windows == 0
+
+    def make(self, step: int) -> tuple[Tensor, Tensor]:
+        """This rank's inputs and targets, (rows, T) uint8: targets are the bytes 4 further on."""
+        n = self.cfg.sequence_length + PATCH
+        rows = [self.text.read(at, n).astype(np.uint8) for at in self.starts(step)[self.rows]]
+        text = torch.from_numpy(np.stack(rows))
+        return text[:, :-PATCH].contiguous(), text[:, PATCH:].contiguous()
+
+
+class CarriedState:
+    """What the rows of this rank's micro-batches have left behind, None at their beginning. Saved
+    as one state of all rows of all ranks, so that any number of ranks can go on from it."""
+
+    def __init__(self, cfg: Knobs, world: World):
+        self.cfg, self.world = cfg, world
+        self.rows = range(cfg.batch_size)[world.share(cfg.batch_size)]
+        self.reset()
+
+    def reset(self) -> None:
+        self.states = [None] * -(-len(self.rows) // self.cfg.device_batch_size)
+
+    def keep(self, i: int, state: State) -> None:
+        if self.cfg.carry_state:
+            self.states[i] = map_state(Tensor.detach, state)
+
+    def state_dict(self) -> dict:
+        """Every rank must call it. Rows are padded, since the ranks' shares may differ by one."""
         if self.states[0] is None:
-            return None
+            return {}
+        world, B = self.world, self.cfg.batch_size
+        sizes = [len(range(B)[replace(world, rank=r).share(B)]) for r in range(world.size)]
 
         def gather(*parts: Tensor) -> Tensor:
             own = torch.cat(parts)
-            table = self.w.all_rows(own.flatten().repeat(self.w.size, 1))
-            return table.view(self.w.size * len(own), *own.shape[1:]).cpu()
+            padding = own[:1].expand(max(sizes) - len(own), *own.shape[1:])
+            table = world.all_gather(torch.cat([own, padding])).cpu()
+            return torch.cat([rows[:size] for rows, size in zip(table, sizes, strict=True)])
 
-        return each(gather, *self.states)
+        return map_state(gather, *self.states)
 
-    def save(self) -> None:
-        model = {name: p.detach().cpu().clone() for name, p in self.model.state_dict().items()}
-        state = dict(
-            model=model,
-            adam=self.adam.state_dict(),
-            scaler=[self.scaler.scale.cpu(), self.scaler.good.cpu()],
-            states=self.carried(),
-            clock=[self.clock.timed_s, self.clock.timed_steps],
-            tokens=self.step * self.bytes,
-            **{name: getattr(self, name) for name in self.KEPT},
-            **plumbing.resume_facts(self.k, self.train, self.log),
-        )
-        self.log.sync()  # a row is on disk before the checkpoint that follows it
-        plumbing.save_checkpoint(self.log.folder, self.step, state, self.w, self.k.keep)
-        name = f"checkpoint_step_{self.step:04d}.pth"
-        self.write_weights(name, ("last_model_scaled.pth",))
-        if self.w.main:
-            number = lambda p: int(p.stem.rsplit("_", 1)[1])
-            for old in sorted(self.log.folder.glob("checkpoint_step_*.pth"), key=number)[
-                : -self.k.keep
-            ]:
-                old.unlink()
-        self.saved_at = self.step
+    def load_state_dict(self, saved: dict) -> None:
+        self.reset()
+        for i in range(len(self.states) if saved else 0):
+            mine = list(self.rows)[i * self.cfg.device_batch_size :][: self.cfg.device_batch_size]
+            self.states[i] = map_state(lambda t, mine=mine: t[mine].to(self.world.device), saved)
 
-    def write_weights(self, name: str, links: tuple[str, ...] = ()) -> None:
-        """Weights and knobs as `name` in the run's folder, and under further names: written aside, then renamed."""
-        problem, folder = None, self.log.folder
-        if self.w.main:
-            aside = folder / f".{name}.part"
-            try:
-                knobs = dataclasses.asdict(self.k)
-                weights = {n: p.detach().cpu() for n, p in self.model.state_dict().items()}
-                torch.save(
-                    dict(model=weights, knobs=knobs, step=self.step, val_loss=self.val_loss), aside
-                )
-                os.replace(aside, folder / name)
-                for link in links:
-                    aside.unlink(missing_ok=True)
-                    try:
-                        os.link(folder / name, aside)
-                    except OSError:  # a file system without hard links
-                        shutil.copyfile(folder / name, aside)
-                    os.replace(aside, folder / link)
-            except (
-                OSError,
-                RuntimeError,
-            ) as error:  # torch.save turns a full disk into a RuntimeError
-                aside.unlink(missing_ok=True)
-                problem = f"{folder / name} could not be written ({error}); free space and resume"
-        self.w.agree(problem)
 
-    def write_metrics(self) -> None:
-        if self.w.main:
-            path, self.told = self.log.folder / "metrics_scaled.json", time.monotonic()
-            aside = path.with_suffix(".part")
-            aside.write_text(json.dumps(self.metrics, indent=2) + "\n")
-            os.replace(aside, path)
+def map_state(f: Callable[..., Tensor], *states: State) -> State:
+    """f of the corresponding tensors of states."""
+    if isinstance(states[0], dict):
+        return {name: map_state(f, *(s[name] for s in states)) for name in states[0]}
+    if isinstance(states[0], list):
+        return [map_state(f, *parts) for parts in zip(*states, strict=True)]
+    return f(*states)
 
-    def roll_back(self) -> bool:
-        """After a step that was not finite: back to the last checkpoint, once, and on at half the rate."""
-        if self.k.on_nan != "rollback" or self.rolled_back:
-            return False
-        self.lrs, self.states = [], [None] * len(self.states)
-        if not self.restore():
-            self.log.say("ON_NAN=rollback: there is no checkpoint to go back to")
-            return False
-        self.rolled_back, self.saved_at = 1, -1
-        self.adam.grads.zero_()
-        self.log.say(
-            f"rolled back to step:{self.step}; the rate is half of the schedule's from here on"
-        )
-        self.save()  # so that a resume from here on knows of it
-        return True
 
-    def hear(self, beat: plumbing.Beat) -> str:
-        """Record one finished step; returns the status with which to stop, or ''."""
-        if not beat.finite:
-            self.log.say(
-                f"step:{beat.step} not finite: {beat.culprit(self.names)}; its update was not applied"
-            )
-            return "nan"
-        k, step, lr = self.k, beat.step, self.lrs.pop(0)
-        self.train_loss, self.signal = float(beat.values[:, 0].mean()), beat.signal
-        norm, skipped = (float(v) for v in beat.values[0, -2:])
-        self.skipped += int(skipped)
-        self.interval = [self.interval[0] + self.train_loss, self.interval[1] + 1]
-        self.rate_s = (
-            self.clock.step_s
-            if math.isnan(self.rate_s)
-            else 0.95 * self.rate_s + 0.05 * self.clock.step_s
-        )
-        line = ""
-        if step % k.log_every == 0 or step == k.num_iterations:
-            loss, self.interval = self.interval[0] / self.interval[1], [0.0, 0]
-            bpc, eta_h = loss / math.log(2), (k.num_iterations - step) * self.rate_s / 3600
-            line = f"step:{step}/{k.num_iterations} loss:{loss:.4f} bpc:{bpc:.4f} lr:{lr:.2e} "
-            line += f"bytes_per_s:{self.bytes / self.rate_s:.0f} eta_h:{eta_h:.2f}"
-            line += f" overflows_skipped:{self.skipped}" * bool(self.skipped)
-            for key, value in zip(("train_bpc", "steps", "lr"), (bpc, step, lr), strict=True):
-                self.metrics[key].append(value)
-            if time.monotonic() - self.told > 5:
-                self.write_metrics()
-        own = dict(plasticity=plasticity(step - 1, k)) if k.curriculum else {}
-        own |= dict(skipped=self.skipped) if self.scaler.on else {}
-        self.log.step(step, self.train_loss, lr, norm, self.clock, line, **own)
-        return "preempted" if beat.signal else ""
+@torch.no_grad()
+def evaluate(
+    model: ByteLM, val: TokenShards, precision: torch.autocast, cfg: Knobs, world: World
+) -> tuple[float, float]:
+    """Mean loss per byte of the validation text, in nats, and its characters per byte.
 
-    def validate(self) -> None:
-        k = self.k
-        self.model.eval()
-        self.val_loss, share = evaluate(self.micro_step, self.val, self.micro, k, self.w)
-        self.model.train()
-        self.validated_at, bpc = self.step, self.val_loss / math.log(2)
-        self.val_bits_per_char = bpc / share if share else math.nan
-        line, values = self.half_lives()
-        mark = f" val_bpc:{bpc:.4f} val_bits_per_char:{self.val_bits_per_char:.4f}"
-        mark += f" data_sha256:{self.data_sha[:12]}" * bool(self.data_sha)
-        values |= dict(val_bpc=bpc, val_bits_per_char=self.val_bits_per_char)
-        self.log.validation(self.step, self.val_loss, self.clock, mark, **values)
-        self.log.say(line)
-        self.metrics["val_bpc"].append(bpc)
-        self.metrics["val_steps"].append(self.step)
-        self.write_metrics()
-        if not self.val_loss >= self.best_loss:  # also the first, when best is nan
-            self.best_loss = self.val_loss
-            self.write_weights("best_model_scaled.pth")
+    The text is cut into 8 strips, read side by side in windows that do not overlap and, with
+    CARRY_STATE, carry their state; each byte behind the first 4 counts once. The same windows for
+    any number of ranks and micro-batch, whose rows are filled up with targets of -1.
+    """
+    strips, T, micro = 8, cfg.sequence_length, min(cfg.device_batch_size, cfg.batch_size)
+    total = min(val.total, (cfg.val_bytes or val.total) + PATCH) - PATCH
+    length = -(-total // (strips * PATCH)) * PATCH
+    sums = torch.zeros(2, device=world.device, dtype=torch.float64)
+    rows = range(strips)[world.share(strips)]
+    model.eval()
+    for first in range(0, len(rows), micro):
+        state = None
+        for at in range(0, length, T):
+            x, y = np.zeros((micro, T), np.int64), np.full((micro, T), -1)
+            for i, row in enumerate(rows[first : first + micro]):
+                n = min(T, length - at, total - row * length - at)
+                if n > 0:
+                    text, whole = val.read(row * length + at, n + PATCH), -(-n // PATCH) * PATCH
+                    x[i, :whole], y[i, :n] = text[:whole], text[PATCH:]
+            x, y = (torch.from_numpy(t).to(world.device) for t in (x, y))
+            with precision:
+                nll, state = model(x, y, state if cfg.carry_state else None)
+            begins_character = (y >= 0) & (y & 0xC0 != 0x80)
+            sums += torch.stack([nll.double().sum(), begins_character.sum()])
+    model.train()
+    loss, characters = (world.all_reduce(sums) / total).tolist()
+    return loss, characters
 
-    def close(self, status: str) -> None:
-        """Write the status and the results row, whatever way the run ended."""
-        k, w, log, clock = self.k, self.w, self.log, self.clock
-        self.write_metrics()
-        notes = plumbing.notes(k, PRESETS, [*FREE.split(), *IN_COLUMNS.split()])
-        notes += [f"data_sha256={self.data_sha[:12]}"] * bool(self.data_sha) + [
-            "rolled_back=1"
-        ] * self.rolled_back
-        row = {name: getattr(k, name) for name in RESULTS if hasattr(k, name)}
-        row |= dict(
-            run_id=log.id, date=log.started, git_commit=log.commit, window=k.window or "off"
+
+# ----------------------------------------------------------------------------
+# Plan
+
+HINT = "set DEVICE=cpu; PRESET=demo is a size that makes that sensible"
+RESULTS = (
+    "run_id date git_commit seed preset blocks decoder n_embd n_layer n_head window memory "
+    "delta_rule carry_state data learning_rate batch_size device_batch_size sequence_length "
+    "num_iterations final_val_loss best_val_loss final_val_bpc val_bits_per_char train_time_ms "
+    "ms_per_step gpu_name n_gpus notes stage status steps_done n_params tokens_seen epochs "
+    "peak_memory_mib torch world_size code_sha256 dirty"
+).split()
+METRICS = (
+    "val_bpc val_bits_per_char half_life_min half_life_median half_life_max plasticity".split()
+)
+DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
+
+
+def flops_per_byte(model: ByteLM, cfg: Knobs) -> float:
+    """Model FLOPs of forward and backward, for MFU: 6 for each use of a matrix's weight, attention
+    counted causal within its window, and the chunks of the blocks' memory."""
+    decoder_steps = PATCH - 2 + (READS if cfg.decoder == "scaled" else 1)  # the first has no state
+    uses = {"decoder.gru.weight_hh": decoder_steps, "decoder.out.weight": PATCH}
+    uses |= {"decoder.grams.out.weight": PATCH, "byte_memory.doubt.weight": PATCH}
+    uses |= {"decoder.grams.table": 0, "embed.weight": 0, "decoder.embed.weight": 0}
+    products = 0
+    for name, p in model.named_parameters():
+        often = cfg.thinking_steps if name.startswith("thinking") else 1
+        products += p.numel() * uses.get(name, often) * (p.dim() > 1)
+    N = cfg.sequence_length // PATCH
+    keys = cfg.window_patches if cfg.carry_state else min(cfg.window_patches, N / 2)
+    memory = (2 * CHUNK + 4 * cfg.n_embd // cfg.n_head) * cfg.n_embd * (cfg.memory != "off")
+    return (6 * products + cfg.n_layer * (12 * keys * cfg.n_embd + 3 * memory)) / PATCH
+
+
+def disk_bytes(model: ByteLM, cfg: Knobs) -> int:
+    """Of a run's files at the most: KEEP weights, the best, one being written; KEEP checkpoints of
+    weights, two moments and the rows' tables of the memory by bytes, and one being written."""
+    n_params = sum(p.numel() for p in model.parameters())
+    tables = 24 * len(HISTORIES) * cfg.mem_rows * (cfg.memory != "off")
+    carried = cfg.batch_size * tables * cfg.carry_state
+    return 4 * n_params * (cfg.keep + 2) + (12 * n_params + carried) * (cfg.keep + 1)
+
+
+def run_step(model: ByteLM, rows: int, cfg: Knobs) -> None:
+    """A micro-batch of zeros, forward and backward."""
+    zeros = torch.zeros(rows, cfg.sequence_length, dtype=torch.long, device=model.plasticity.device)
+    model(zeros, zeros)[0].mean().backward()
+
+
+def plan(cfg: Knobs, world: World) -> dict[str, object]:
+    """What --dry_run and the log show. Raises UserError for what the run would refuse."""
+    check_compiler(cfg.compile, cfg.device)
+    with torch.device("meta"):
+        model = ByteLM(cfg)
+        facts = plan_facts(cfg, world, model, partial(run_step, cfg=cfg))
+    step_bytes = cfg.batch_size * cfg.sequence_length
+    total_bytes = step_bytes * cfg.num_iterations
+    facts |= {
+        "tokens per step": f"{step_bytes:,} bytes",
+        "training tokens": f"{total_bytes:,} in {cfg.num_iterations} steps",
+        "compute": f"{flops_per_byte(model, cfg) * total_bytes:.3g} FLOPs",
+        "disk": f"up to {disk_bytes(model, cfg) / 2**20:,.0f} MiB at KEEP={cfg.keep}",
+        "window reach": f"{cfg.n_layer * (cfg.window_patches - 1) * PATCH:,} bytes",
+    }
+    try:
+        train, val, sha = open_byte_files(cfg.data, ROOT / "data", PATCH, download=False)
+    except NotFetched as error:
+        return facts | {"data": error}
+    epochs = total_bytes / train.total
+    facts["data"] = f"{train.total:,} bytes, {val.total:,} to validate{sha and ', sha256 '}{sha}"
+    facts["epochs"] = f"{epochs:.2f} in {Batches(train, cfg, world).num_windows} windows a strip"
+    if epochs > MANY_EPOCHS:
+        facts["warning"] = (
+            f"this run would read {train.total / 1e6:.1f} MB of text {epochs:.0f} times; name more "
+            f"text with DATA=wikipedia:tr or DATA=FOLDER, or lower NUM_ITERATIONS"
         )
-        row |= dict(learning_rate=k.lr, device_batch_size=self.micro, delta_rule=int(k.delta_rule))
-        row |= dict(
-            carry_state=int(k.carry_state),
-            final_val_loss=self.val_loss,
-            best_val_loss=self.best_loss,
-        )
-        row |= dict(
-            final_val_bpc=self.val_loss / math.log(2), val_bits_per_char=self.val_bits_per_char
-        )
-        row |= dict(
-            train_time_ms=1000 * clock.train_s(self.step), ms_per_step=1000 * clock.step_avg_s
-        )
-        row |= dict(
-            gpu_name=w.name(),
-            n_gpus=w.size * (k.device == "cuda"),
-            notes=" ".join(notes),
-            status=status,
-        )
-        row |= dict(
-            steps_done=self.step, n_params=self.n_params, tokens_seen=self.step * self.bytes
-        )
-        row |= dict(
-            epochs=round(self.step * self.bytes / self.train.total, 4),
-            peak_memory_mib=w.peak_memory_mib(),
-        )
-        row |= dict(
-            torch=torch.__version__,
-            world_size=w.size,
-            code_sha256=log.code_sha256,
-            dirty=int(log.dirty),
-        )
-        plumbing.append_result(Path(k.results_file), RESULTS, row, w)
-        log.close(status, self.step)
+    return facts
 
 
 # ----------------------------------------------------------------------------
 # Training
 
 
-def update(run: Run, x: Tensor, y: Tensor, pulse: Pulse) -> None:
-    """One optimizer step on this rank's rows."""
-    k, w, adam, micros = run.k, run.w, run.adam, len(run.states)
-    if run.batches.fresh(run.step):
-        run.states = [None] * micros
-    run.model.plasticity.fill_(plasticity(run.step, k))
-    loss, factor = torch.zeros((), device=w.device), run.scaler.scale / micros
-    for i, (x_BT, y_BT) in enumerate(zip(x.split(run.micro), y.split(run.micro), strict=True)):
-        if (
-            k.dropout
-        ):  # of the step, the rank and the micro-batch alone: a resume needs no generator's state
-            seeds = np.random.SeedSequence([k.seed, run.step, w.rank, i])
-            torch.manual_seed(int(seeds.generate_state(1, np.uint32)[0]))
-        part, state = run.micro_step.backward(x_BT, y_BT, run.states[i], factor)
-        loss, run.states[i] = loss + part / micros, state if k.carry_state else None
-    norms, norm = adam.norms() / run.scaler.scale, adam.reduce() / run.scaler.scale
-    skipped = run.scaler.skip(norm)
-    norms, known = (
-        norms.masked_fill(skipped, 0),
-        norm.masked_fill(skipped, 0),
-    )  # an overflow is no failure
-    ok = pulse.send(
-        run.step + 1,
-        torch.stack([loss, *norms, known, skipped.float()]),
-        run.clock.train_s(run.step),
+@dataclass
+class TrainState:
+    """With model, optimizer, loss scale and carried state, all that the next step depends on."""
+
+    step: int = 0
+    rolled_back: int = 0
+    val_bits_per_char: float = math.nan
+
+
+def compile_model(model: ByteLM, cfg: Knobs, world: World, precision: torch.autocast) -> str:
+    """Compile the parts that repeat, and train a micro-batch of zeros. Returns what went wrong on
+    any rank, after which nothing is compiled, or ''."""
+    parts = [*model.blocks, model.decoder, model.thinking, model.byte_memory]
+    parts = [part for part in parts if part is not None]
+    problem = ""
+    try:
+        if cfg.flex and world.device.type == "cuda":
+            model.flex_masks = flex_masks(cfg, world.device)
+        for part in parts:
+            part.forward = torch.compile(part.forward, dynamic=False)
+        with precision:
+            run_step(model, choose_rows(cfg, world, model, run_step), cfg)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a compiler fails in any way; training does not depend on it
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    problems = [p for p in world.gather(problem) if p]
+    if problems:
+        model.flex_masks = {}
+        for part in parts:
+            vars(part).pop("forward", None)  # the class's own again
+    return problems[0] if problems else ""
+
+
+def flex_masks(cfg: Knobs, device: torch.device) -> dict[bool, object]:
+    """FlexAttention's masks of a row: of a fresh one, which has no keys before it, and others."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    N, w = cfg.sequence_length // PATCH, cfg.window_patches
+    masks = {}
+    for fresh in (True, False):
+        first = w - 1 if fresh else 0
+        sees = lambda b, h, i, j, first=first: (j >= i) & (j < i + w) & (j >= first)
+        masks[fresh] = create_block_mask(sees, None, None, N, w - 1 + N, device=device)
+    return masks
+
+
+def half_lives(model: ByteLM) -> tuple[str, dict[str, float]]:
+    """Half-lives of both memories: a log line, and columns of metrics.csv."""
+    line, columns, found = "half_life_patches:", {}, model.half_lives()
+    if found.numel():
+        for name in ("min", "median", "max"):
+            columns[f"half_life_{name}"] = getattr(found, name)().item()
+            line += f" {name}:{columns[f'half_life_{name}']:.4g}"
+    if model.byte_memory is not None:
+        by_length = zip(HISTORIES, model.byte_memory.half_lives().tolist(), strict=True)
+        line += " half_life_bytes_by_history:" + ",".join(f"{n}:{h:.0f}" for n, h in by_length)
+    return line, columns
+
+
+def log_validation(
+    session: Session, model: ByteLM, state: TrainState, loss: float, share: float
+) -> None:
+    """Record a validation; share: characters per byte."""
+    bpc = loss / math.log(2)
+    state.val_bits_per_char = bpc / share if share else math.nan
+    words, columns = half_lives(model)
+    columns |= dict(val_bpc=bpc, val_bits_per_char=state.val_bits_per_char)
+    note = f" val_bpc:{bpc:.4f} val_bits_per_char:{state.val_bits_per_char:.4f}"
+    session.log_validation(state.step, loss, note, **columns)
+    session.say(words)
+    session.row.update(final_val_bpc=bpc, val_bits_per_char=state.val_bits_per_char)
+    if session.progress.best_loss == loss:
+        export_weights(session, model, "best_model_scaled.pth")
+    write_metrics_json(session.folder, session.cfg.log_every, session.world)
+
+
+def save(session: Session, saved: dict) -> None:
+    """A checkpoint to resume from, and the same weights for other programs."""
+    session.save(saved["state"].step, **saved)
+    name = f"checkpoint_step_{saved['state'].step:04d}.pth"
+    export_weights(session, saved["model"], name, "last_model_scaled.pth", keep=session.cfg.keep)
+
+
+def roll_back(session: Session, saved: dict) -> bool:
+    """After a step that was not finite: to the last checkpoint, once, and on at half the rate."""
+    state = saved["state"]
+    if session.cfg.on_nan != "rollback" or state.rolled_back:
+        return False
+    session.reset()
+    if session.restore(**saved) is None:
+        session.stop("nan", "ON_NAN=rollback: there is no checkpoint to go back to")
+        return False
+    state.rolled_back = 1
+    session.say(f"rolled back to step:{state.step}; from here on at half the learning rate")
+    save(session, saved)  # so that a resume knows of it
+    return True
+
+
+def build_model(cfg: Knobs, world: World, dtype: torch.dtype) -> ByteLM:
+    model = ByteLM(cfg)
+    model.init_weights(cfg.seed)
+    if cfg.init_from:
+        found = read_model_weights(cfg.init_from, "train_scaled.py", MODEL_KNOBS, cfg)
+        model.load_state_dict(found["model"])
+    if cfg.fla:
+        use_fla(model, world)
+    if world.device.type == "cuda" and dtype != torch.float32:
+        torch.set_float32_matmul_precision("high")  # the memory's fp32 products on TF32 cores
+    return model.to(world.device)
+
+
+def train(cfg: Knobs, world: World, session: Session, batches: Batches, val: TokenShards) -> None:
+    dtype = DTYPES[choose_precision(cfg.precision, world.device)]
+    precision = torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)
+    model = build_model(cfg, world, dtype)
+    gradients = flat_gradients(model)
+    adam, loss_scale = AdamW(model, cfg), LossScale(dtype).to(world.device)
+    carried, state = CarriedState(cfg, world), TrainState()
+    saved = dict(model=model, adam=adam, loss_scale=loss_scale, carried=carried, state=state)
+    facts = plan(cfg, world) | dict(precision=f"{dtype}; state and decay of the memory in fp32")
+    session.describe(model, flops_per_byte(model, cfg), facts)
+    check_disk(
+        session.folder, disk_bytes(model, cfg), world, "lower KEEP, or set LOGS_FOLDER elsewhere"
     )
-    rate = k.lr * lr_scale(run.step, k) * (0.5 if run.rolled_back else 1.0)
-    run.lrs.append(rate)
-    adam.step(rate, (k.clip / norm).clamp(max=1.0) / run.scaler.scale, ok & ~skipped)
-    run.scaler.update(skipped)
+    session.restore(**saved)
+    session.say(half_lives(model)[0])
+    if cfg.compile and (problem := compile_model(model, cfg, world, precision)):
+        session.say(f"compile: failed, training goes on without it ({problem})")
+    gradients.zero_()
+    prefetch = Prefetch(batches.make, state.step, world.device)
 
-
-def train(run: Run, k: Knobs, w: World) -> str:
-    """The loop. Returns finished, nan or preempted."""
-    batches, pulse, status = Prefetch(run.batches.make, run.step, w.device), Pulse(w), ""
-    run.clock.start()
     while True:
-        # -------- clock stopped: hear of the last step, evaluate, save, leave --------
-        status = status or ("finished" if run.step >= k.num_iterations else "")
-        due = (
-            every and run.step and run.step % every == 0 for every in (k.val_every, k.save_every)
-        )
-        validate, save = (bool(status or d) for d in due)
-        validate = validate and run.validated_at != run.step and status in ("", "finished")
-        save = save and run.saved_at != run.step
-        if validate or save or status:
-            run.clock.stop()
-            for beat in pulse.read(keep=0) if status != "nan" else ():
-                status = run.hear(beat) or status
-            if status == "nan" and run.roll_back():
-                batches.close()
-                batches, pulse, status = (
-                    Prefetch(run.batches.make, run.step, w.device),
-                    Pulse(w),
-                    "",
-                )
-                run.clock.start()
-                continue
-            if validate and status != "nan":
-                run.validate()
-            if (save or status) and status != "nan" and run.saved_at != run.step:
-                run.save()
-            if status:
-                batches.close()
-                return status
-            run.clock.start()
+        # -------- clock stopped: evaluate, save, leave --------
+        session.between_steps(state.step, finished=state.step >= cfg.num_iterations)
+        if session.status == "nan" and roll_back(session, saved):
+            prefetch.close()
+            prefetch = Prefetch(batches.make, state.step, world.device)
+        if session.should_validate:
+            loss, share = evaluate(model, val, precision, cfg, world)
+            log_validation(session, model, state, loss, share)
+        if session.should_save:
+            save(session, saved)
+        if session.stopping:
+            break
 
-        # -------- one optimizer step --------
-        update(run, *batches.get(run.step), pulse)
-        run.step += 1
-        run.clock.tick()
-        for (
-            beat
-        ) in pulse.read():  # of the step before: the host never waits for the one just queued
-            status = run.hear(beat) or status
+        # -------- clock running: one optimizer step --------
+        session.start_clock()
+        x_BT, y_BT = prefetch.get(state.step)
+        if batches.starts_over(state.step):
+            carried.reset()
+        model.plasticity.fill_(plasticity(state.step, cfg))
+        train_loss = torch.zeros((), device=world.device)
+        micro_batches = zip(
+            x_BT.split(cfg.device_batch_size), y_BT.split(cfg.device_batch_size), strict=True
+        )
+        for i, (x, y) in enumerate(micro_batches):
+            seed_dropout(cfg, state.step, world.rank, i)
+            with precision:
+                nll_BT, past = model(x.long(), y.long(), carried.states[i])
+            loss = nll_BT.sum() / (cfg.batch_size * cfg.sequence_length)
+            (loss * loss_scale.scale).backward()
+            train_loss += loss.detach()
+            carried.keep(i, past)
+        world.all_reduce(gradients)  # each rank has added its share of the batch's mean
+        gradients /= loss_scale.scale
+        grad_norms = torch.stack(torch._foreach_norm([p.grad for p in model.parameters()]))
+        overflow = loss_scale.update(grad_norms)
+        lr = cfg.lr * lr_scale(state.step, cfg) * (0.5 if state.rolled_back else 1.0)
+        all_finite = session.step(
+            state.step + 1,
+            train_loss,
+            lr=lr,
+            grad_norms=grad_norms,
+            overflow=overflow,
+            plasticity=model.plasticity / world.size,
+        )
+        gradients *= (cfg.grad_clip / grad_norms.norm()).clamp(max=1.0)
+        adam.step(lr, all_finite)
+        gradients.zero_()
+        state.step += 1
+    prefetch.close()
 
 
 def main() -> int:
-    k = plumbing.read_knobs(Knobs, PRESETS, doc=__doc__)
-    if k.dry_run:
-        return show_plan(k)
-    with plumbing.world(k.device, HINT) as w:
-        run, status = Run(k, w), "failed"
-        try:
-            status = train(run, k, w)
-        except torch.OutOfMemoryError:
-            raise UserError(
-                f"out of GPU memory at DEVICE_BATCH_SIZE={run.micro}; lower it, or set RECOMPUTE=1"
-            ) from None
-        finally:
-            run.close(status)
-    return {"finished": 0, "nan": 1}.get(status, 128 + run.signal if run.signal else 1)
+    cfg = read_knobs(Knobs, PRESETS, doc=__doc__)
+    if cfg.dry_run:
+        return show_plan(cfg, plan)
+    with join_world(cfg.device, HINT) as world:
+        check_compiler(cfg.compile, cfg.device)
+        text, val, sha = open_byte_files(cfg.data, ROOT / "data", PATCH)
+        batches = Batches(text, cfg, world)
+        session = Session(
+            cfg,
+            world,
+            total_steps=cfg.num_iterations,
+            tokens_per_step=cfg.batch_size * cfg.sequence_length,
+            data={"training": text.content, "validation": val.content},
+            columns=RESULTS,
+            column_knobs={"learning_rate": "lr"},
+            presets=PRESETS,
+            resume_may_differ=RESUME_MAY_DIFFER,
+            sources=[__file__],
+            steps_per_epoch=text.total / (cfg.batch_size * cfg.sequence_length),
+            validate_at_start=False,
+            log_every=cfg.log_every,
+            metrics=METRICS,
+            unit="bytes",
+            out_of_memory="lower DEVICE_BATCH_SIZE, or set RECOMPUTE=1",
+        )
+        with session:
+            if sha:
+                session.notes.append(f"data_sha256={sha[:12]}")
+            train(cfg, world, session, batches, val)
+    return session.exit_code
 
 
 if __name__ == "__main__":

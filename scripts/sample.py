@@ -25,7 +25,6 @@ from lib.runs import pick
 from torch import Tensor, nn
 
 import plumbing
-import train_scaled
 from plumbing import UserError
 
 
@@ -89,7 +88,9 @@ class Patches:
     line ends in front. Its memory by bytes hears the prompt alone: a text that remembers itself repeats itself."""
 
     def __init__(self, model: nn.Module):
-        self.stream, self.held = train_scaled.Stream(model), 0
+        from lib.byte_stream import Stream  # it imports the trainer
+
+        self.stream, self.held = Stream(model), 0
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         missing = max(0, 4 - len(ids)) if self.held == 0 else 0

@@ -1,4 +1,4 @@
-"""lib_bytes.py -- shared by the programs that prove what train_scaled.py's memory does: how far stacked windows see,
+"""byte_models.py -- shared by the programs that prove what train_scaled.py's memory does: how far stacked windows see,
 a model trained on answers, text to hide things in, intervals, tables.
 
 Shapes   B rows, T bytes, N = T / 4 patches, D model width, A patches that hold an answer, 4 bytes of a patch
@@ -26,12 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
+REPO = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(REPO), str(REPO / "scripts")]  # for the trainer, and for what scripts share
 
-import plumbing  # noqa: E402
 import train_scaled  # noqa: E402
-from plumbing import UserError, World  # noqa: E402
+from plumbing import ROOT, TokenShards, UserError, embedded_corpus, flat_gradients, read_knobs  # noqa: E402
+from plumbing.texts import text_files  # noqa: E402
 from train_scaled import PAST, PATCH, ByteLM, Knobs  # noqa: E402
 
 TURKISH = REPO.parent / "shared/data/turkish"
@@ -40,7 +40,9 @@ TURKISH = REPO.parent / "shared/data/turkish"
 BASE = dict(
     device="cpu", compile=False, n_layer=2, n_head=2, window=8, thinking_steps=0, carry_state=False
 )
-BASE |= dict(schedule="linear", beta2=0.95, weight_decay=0.1, clip=1.0, ngram_rows=0, mem_rows=0)
+BASE |= dict(
+    schedule="linear", beta2=0.95, weight_decay=0.1, grad_clip=1.0, ngram_rows=0, mem_rows=0
+)
 
 
 # ----------------------------------------------------------------------------
@@ -73,12 +75,12 @@ def safe_gap(k: Knobs) -> int:
 # Models
 
 
-def read_model_knobs(given: Sequence[str], base: Mapping[str, object] = BASE) -> Knobs:
+def rean_embd_knobs(given: Sequence[str], base: Mapping[str, object] = BASE) -> Knobs:
     """Knobs of train_scaled.py from `name=value` words, on top of `base`."""
     if bad := next((word for word in given if "=" not in word), None):
-        raise UserError(f"--knobs {bad}: expected name=value, such as d_model=64")
+        raise UserError(f"--knobs {bad}: expected name=value, such as n_embd=64")
     flags = [f"--{word.lstrip('-')}" for word in given]
-    return plumbing.read_knobs(Knobs, {"scaled": dict(base)}, argv=flags, env={}, doc="")
+    return read_knobs(Knobs, {"scaled": dict(base)}, argv=flags, env={}, doc="")
 
 
 def check_device(device: str) -> torch.device:
@@ -110,7 +112,7 @@ def load(path: Path, device: torch.device) -> ByteLM:
 
 def other_memory(model: ByteLM, memory: str) -> ByteLM:
     """A copy with the same weights and another MEMORY: zero is the model whose memory says nothing."""
-    copy = ByteLM(dataclasses.replace(model.k, memory=memory))
+    copy = ByteLM(dataclasses.replace(model.cfg, memory=memory))
     copy.load_state_dict(model.state_dict())
     return copy.to(model.plasticity.device).eval()
 
@@ -122,24 +124,28 @@ def n_params(model: ByteLM) -> int:
 def answer_logits(model: ByteLM, x_BT: Tensor, at_BA: Tensor, y_BAP: Tensor) -> Tensor:
     """Logits (B, A, 4, 256) of the bytes y of the patches `at`, each given all bytes before it. The same numbers as
     model.logits' at these places, without decoding all others."""
-    state, at = model.state(len(x_BT)), (at_BA - 1)[..., None]
+    at = (at_BA - 1)[..., None]
     places, y_BT = (
         (at * PATCH + torch.arange(PATCH, device=at.device)).flatten(1),
         F.pad(x_BT[:, PATCH:], (0, PATCH)),
     )
     y_BAP = torch.where(y_BAP < 0, y_BT.gather(1, places).view_as(y_BAP), y_BAP)
-    z_BND, _ = model.trunk(x_BT, state)
+    state = model.empty_state(len(x_BT))
+    z_BND, _ = model.trunk(x_BT, state, fresh=True)
     before = F.pad(x_BT, (PAST - PATCH, 0)).unfold(
         1, PAST, PATCH
     )  # (B, N, 8), a patch and the one before
     z_BAD, x_BAP = (t.gather(1, at.expand(-1, -1, t.size(-1))) for t in (z_BND, before))
     logits, h = model.decoder(z_BAD, x_BAP, y_BAP)
-    if model.byte_memory is None or model.k.memory == "zero":
+    if model.byte_memory is None or model.cfg.memory == "zero":
         return logits
-    read = model.read_histories(x_BT, y_BT.scatter(1, places, y_BAP.flatten(1)), state)[:2]
-    byte, age = (t.gather(1, places[..., None, None].expand(-1, -1, *t.shape[2:])) for t in read)
-    return model.byte_memory(
-        logits, h, byte.unflatten(1, (-1, PATCH)), age.unflatten(1, (-1, PATCH))
+    text = torch.cat(
+        [state["bytes"], x_BT[:, :PATCH], y_BT.scatter(1, places, y_BAP.flatten(1))], 1
+    )
+    entries, _ = model.byte_memory.read(text, state["position"] * PATCH, state["histories"])
+    entries = entries.gather(1, places[..., None, None].expand(-1, -1, *entries.shape[2:]))
+    return model.byte_memory.mix(
+        logits, h, entries.unflatten(1, (-1, PATCH)), places.unflatten(1, (-1, PATCH))
     )
 
 
@@ -177,17 +183,17 @@ def train_on_answers(
     if start is not None:
         model.load_state_dict(start.state_dict())
     model.to(device).train()
-    adam = train_scaled.AdamW(model, k, World(0, 1, device))
-    adam.grads.zero_()
+    gradients = flat_gradients(model)
+    adam = train_scaled.AdamW(model, k)
     t0, stage, recent, since = clock(device), 0, [], []
     for step in range(k.num_iterations):
         x_BT, at_BA, y_BAP = (t.to(device) for t in make(step, stage))
         loss = answer_nll(model, x_BT, at_BA, y_BAP).sum() / (y_BAP >= 0).sum()
         loss.backward()
-        norm = adam.reduce()
-        adam.step(
-            k.lr * train_scaled.lr_scale(step, k), (k.clip / norm).clamp(max=1.0), norm.isfinite()
-        )
+        norm = gradients.norm()
+        gradients *= (k.grad_clip / norm).clamp(max=1.0)
+        adam.step(k.lr * train_scaled.lr_scale(step, k), norm.isfinite())
+        gradients.zero_()
         recent.append(loss.item())
         since.append(recent[-1])
         if (step + 1) % 100 == 0 or step + 1 == k.num_iterations:
@@ -218,12 +224,12 @@ def read_text(source: str | None, part: str = "test") -> tuple[bytes, str]:
     if source is None and TURKISH.is_dir():
         source = str(TURKISH / f"{part}.txt")
     if source is not None:
-        text = b"".join(Path(p).read_bytes() for p in plumbing.text_files(source))
+        text = b"".join(Path(p).read_bytes() for p in text_files(source))
         if not text:
             raise UserError(f"{source}: an empty file; expected text")
         return text, source
-    train, val, _ = plumbing.embedded_corpus(plumbing.HERE / "data")
-    shards = plumbing.TokenShards(train if part == "train" else val)
+    train, val, _ = embedded_corpus(ROOT / "data")
+    shards = TokenShards(train if part == "train" else val)
     return shards.read(0, shards.total).astype(
         np.uint8
     ).tobytes(), f"the embedded corpus' {part} part"
@@ -290,7 +296,7 @@ def write_results(
     )
 
 
-def add_model_options(p: argparse.ArgumentParser) -> None:
+def adn_embd_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--run", metavar="ID", help="a run of train_scaled.py: its best_model_scaled.pth"
     )

@@ -1,9 +1,9 @@
-"""test_recall_fixed.py -- does train_scaled.py's memory hand on a passkey from beyond what its windows can reach?
+"""recall_fixed.py -- does train_scaled.py's memory hand on a passkey from beyond what its windows can reach?
 
-    python scripts/test_recall_fixed.py --train                          trains a small model and a control, tests both
-    python scripts/test_recall_fixed.py --run ID --window_run ID2        of runs of train_scaled.py
-    python scripts/test_recall_fixed.py --weights best_model_scaled.pth --lengths 1024,4096 --n 50
-    python scripts/test_recall_fixed.py --train --run ID                   fine-tunes that run's model on passkeys first
+    python scripts/scaled/recall_fixed.py --train                          trains a small model and a control, tests both
+    python scripts/scaled/recall_fixed.py --run ID --window_run ID2        of runs of train_scaled.py
+    python scripts/scaled/recall_fixed.py --weights best_model_scaled.pth --lengths 1024,4096 --n 50
+    python scripts/scaled/recall_fixed.py --train --run ID                   fine-tunes that run's model on passkeys first
 
 A text of LENGTH bytes is real prose with one sentence in it that holds a random 5-digit key, DEPTH percent of the way
 from its beginning, and the question for it at its end. A hit is all five digits, written greedily; the text streams
@@ -22,20 +22,21 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import lib_bytes as lib
+import byte_models as lib
 import numpy as np
 import torch
-from lib_bytes import PATCH, ByteLM, Knobs, UserError
+from byte_models import PATCH, ByteLM, Knobs, UserError
+from lib.byte_stream import Stream
 
-import plumbing
-from train_scaled import MODEL, Stream
+from plumbing import launch
+from train_scaled import MODEL_KNOBS
 
 NEEDLE, QUESTION, DIGITS = " GİZLİ KOD: {}. ", " SORU: GİZLİ KOD NEDİR? CEVAP: ", 5
 BEFORE = len(" GİZLİ KOD: ".encode())  # bytes of the needle before its digits
 NEEDLE_BYTES, QUESTION_BYTES = len(NEEDLE.format("00000").encode()), len(QUESTION.encode())
 LENGTHS, DEPTHS = "1024,2048,4096,8192,16384,32768,65536", "0,10,20,30,40,50,60,70,80,90,100"
 TRAIN = dict(
-    d_model=96,
+    n_embd=96,
     n_head=2,
     lr=3e-3,
     num_iterations=3000,
@@ -136,7 +137,7 @@ def grid(
             rng = np.random.default_rng([a.seed, length, round(1000 * depth)])
             rows, keys, needle, end = make_cell(text, length, depth, a.n, a.align, rng)
             for name, model in models.items():
-                counts = lib.beyond(needle + DIGITS - 1, end, models["full"].k)
+                counts = lib.beyond(needle + DIGITS - 1, end, models["full"].cfg)
                 said, state = answer(model, rows)
                 pairs = [(word, key.encode()) for word, key in zip(said, keys, strict=True)]
                 digits = sum(c == d for word, key in pairs for c, d in zip(word, key, strict=True))
@@ -198,8 +199,8 @@ def save(model: ByteLM, path: Path) -> None:
     weights = {name: p.detach().cpu() for name, p in model.state_dict().items()}
     state = dict(
         model=weights,
-        knobs=dataclasses.asdict(model.k),
-        step=model.k.num_iterations,
+        knobs=dataclasses.asdict(model.cfg),
+        step=model.cfg.num_iterations,
         val_loss=float("nan"),
     )
     torch.save(state, path)
@@ -211,8 +212,8 @@ def train(
     """A model taught to answer, from `start` or from new weights, and the seconds it took."""
     base = lib.BASE | TRAIN
     if start is not None:  # its model, our schedule
-        base = dataclasses.asdict(start.k) | {
-            name: v for name, v in base.items() if name not in MODEL.split()
+        base = dataclasses.asdict(start.cfg) | {
+            name: v for name, v in base.items() if name not in MODEL_KNOBS
         }
         base["lr"] /= 3
     base |= dict(
@@ -221,7 +222,7 @@ def train(
         sequence_length=a.train_length,
         seed=a.seed,
     )
-    k = dataclasses.replace(lib.read_model_knobs(a.knobs, base), memory=memory)
+    k = dataclasses.replace(lib.rean_embd_knobs(a.knobs, base), memory=memory)
     check_fits([a.train_length], a.align)
     if k.sequence_length < NEEDLE_BYTES + QUESTION_BYTES + DIGITS + lib.safe_gap(k):
         raise UserError(
@@ -246,7 +247,7 @@ def check_fits(lengths: Sequence[int], align: int) -> None:
         )
 
 
-def read_models(
+def rean_embds(
     a: argparse.Namespace, device: torch.device
 ) -> tuple[dict[str, ByteLM], dict[str, float]]:
     """The models to test, and the seconds that those trained here took."""
@@ -262,14 +263,14 @@ def read_models(
     if full is None:
         raise UserError("no model: --run ID, --weights FILE, or --train to train a small one here")
     models = dict(full=full) | (
-        {"memory zeroed": lib.other_memory(full, "zero")} if full.k.memory == "on" else {}
+        {"memory zeroed": lib.other_memory(full, "zero")} if full.cfg.memory == "on" else {}
     )
     if window is not None:
-        if window.k.memory == "on":
+        if window.cfg.memory == "on":
             raise UserError(
                 "--window_run/--window_weights: a model with MEMORY=on is no window-only control"
             )
-        if lib.reach(window.k) != lib.reach(full.k):
+        if lib.reach(window.cfg) != lib.reach(full.cfg):
             print("note: the window-only model has another reach; cells count by the full model's")
         models["window only"] = window
     return models, seconds
@@ -279,7 +280,7 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    lib.add_model_options(p)
+    lib.adn_embd_options(p)
     p.add_argument(
         "--train",
         action="store_true",
@@ -333,8 +334,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     a = read_options(argv)
     device = lib.check_device(a.device)
     text, source = lib.read_text(a.filler)
-    models, seconds = read_models(a, device)
-    k, t0 = models["full"].k, lib.clock(device)
+    models, seconds = rean_embds(a, device)
+    k, t0 = models["full"].cfg, lib.clock(device)
     trained = k.sequence_length if a.train else None
     reach = (
         "everything"
@@ -365,4 +366,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    plumbing.launch(main)
+    launch(main)

@@ -1,8 +1,8 @@
 # ruff: noqa: RUF001 -- Turkish has a dotless i
-"""test_curriculum_intelligence.py -- how much Turkish a byte model of train_scaled.py knows, in numbers.
+"""curriculum_intelligence.py -- how much Turkish a byte model of train_scaled.py knows, in numbers.
 
-    python scripts/test_curriculum_intelligence.py --run ID
-    python scripts/test_curriculum_intelligence.py --weights best_model_scaled.pth --samples 20 --heldout val.txt
+    python scripts/scaled/curriculum_intelligence.py --run ID
+    python scripts/scaled/curriculum_intelligence.py --weights best_model_scaled.pth --samples 20 --heldout val.txt
 
 Minimal pairs   two words in one sentence, alike but for what a rule of Turkish decides; a hit is a higher likelihood of
                 the right one, in all bytes from the word on. Vowel harmony: the suffix's vowels follow the stem's last
@@ -23,14 +23,15 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import lib_bytes as lib
+import byte_models as lib
 import numpy as np
 import torch
+from byte_models import ByteLM, UserError
+from lib.byte_stream import Stream
 from lib.runs import pick
-from lib_bytes import ByteLM, UserError
 
-import plumbing
-from train_scaled import PATCH, Stream
+from plumbing import launch
+from train_scaled import PATCH
 
 PROMPTS = (
     "Elma kelimesinin anlamı: ",
@@ -92,7 +93,7 @@ def log_likelihoods(model: ByteLM, texts: Sequence[tuple[bytes, bytes]]) -> list
         y[len(before) : len(whole)] = whole[len(before) :]
         x = np.pad(whole, (0, len(y) - len(whole)))
         x_BT, y_BT = (torch.from_numpy(t)[None].to(device) for t in (x[:-PATCH], y[PATCH:]))
-        out.append(-float(model.nll(x_BT, y_BT)[0].double().sum()))
+        out.append(-float(model(x_BT, y_BT)[0].double().sum()))
     return out
 
 
@@ -344,4 +345,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    plumbing.launch(main)
+    launch(main)

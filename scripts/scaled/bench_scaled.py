@@ -1,11 +1,11 @@
 """bench_scaled.py -- train_scaled.py's operators beside plain references, and its time per byte by length of row.
 
-    python scripts/bench_scaled.py                                      one thread of this CPU, 10 minutes
-    python scripts/bench_scaled.py --parts length,step --repeats 9
-    python scripts/bench_scaled.py --parts step --malloc glibc          without plumbing's setting, as plain scripts run
-    python scripts/bench_scaled.py --device cuda --out experiments/gpu  the default size, bf16, compiled
+    python scripts/scaled/bench_scaled.py                                      one thread of this CPU, 10 minutes
+    python scripts/scaled/bench_scaled.py --parts length,step --repeats 9
+    python scripts/scaled/bench_scaled.py --parts step --malloc glibc          without plumbing's setting, as plain scripts run
+    python scripts/scaled/bench_scaled.py --device cuda --out experiments/gpu  the default size, bf16, compiled
 
-Parts    memory  the memory operator, forward and backward, and the original's cumulative sum (tests/scaled_support.py)
+Parts    memory  the memory operator, forward and backward, and the original's cumulative sum (tests/scaled/plain_scaled.py)
          window  window attention, forward and backward, and the dense mask
          step    a whole training step at 1,024 bytes and width 256, PRESET=phase8's mathematics: ours, and the plain
                  model with its cumulative sums and dense masks; the same AdamW on both sides
@@ -31,26 +31,25 @@ from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(REPO), str(REPO / "tests")]
-import scaled_support as plain  # noqa: E402
+REPO = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(REPO), str(REPO / "tests/scaled")]
+import plain_scaled as plain  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-import plumbing  # noqa: E402
 import train_scaled  # noqa: E402
-from plumbing import UserError, World  # noqa: E402
-from train_scaled import PATCH, ByteLM, Knobs, MicroStep  # noqa: E402
+from plumbing import UserError, World, join_world, launch  # noqa: E402
+from train_scaled import PATCH, ByteLM, Knobs  # noqa: E402
 
 PARTS = ("memory", "window", "step", "blocks", "length")
 STEP = dict(
-    preset="phase8", d_model=256, n_layer=4, n_head=4, window=64, dropout=0.0, sequence_length=1024
+    preset="phase8", n_embd=256, n_layer=4, n_head=4, window=64, dropout=0.0, sequence_length=1024
 )
 LENGTH = dict(
-    d_model=256, n_layer=4, n_head=4, window=64, thinking_steps=1
+    n_embd=256, n_layer=4, n_head=4, window=64, thinking_steps=1
 )  # on a CPU; a GPU runs the default size
 STUDY = dict(
-    d_model=128,
+    n_embd=128,
     n_layer=4,
     n_head=4,
     thinking_steps=1,
@@ -58,7 +57,7 @@ STUDY = dict(
     sequence_length=1024,
     batch_size=2,
 )
-DECODER = dict(preset="phase8", decoder_reads=4, ngram_rows=12288)
+DECODER = dict(preset="phase8", decoder="scaled")
 BLOCKS = {
     "phase 8, 5 layers": dict(preset="phase8", n_layer=5),
     "phase 8's blocks, scaled's decoder": DECODER,
@@ -74,10 +73,10 @@ LENGTHS = [2**n for n in range(10, 17)]
 def seconds(f: Callable[[], object], w: World) -> float:
     """One call, after what was queued before it."""
     clock = time.perf_counter if w.device.type == "cuda" else time.process_time
-    w.sync()
+    w.synchronize()
     t0 = clock()
     f()
-    w.sync()
+    w.synchronize()
     return clock() - t0
 
 
@@ -114,12 +113,12 @@ def operands(N: int, w: World) -> list[torch.Tensor]:
 def memory_at(N: int, a: argparse.Namespace, w: World) -> dict:
     q, k, v = operands(N, w)
     log_decay, state = (
-        torch.full((4,), -0.001, device=w.device),
+        torch.full((1, 4, N), -0.001, device=w.device),
         torch.zeros(2, 4, 64, 64, device=w.device),
     )
     features = lambda: (F.elu(q) + 1, F.elu(k) + 1, v, log_decay)  # the original's
-    ours = lambda: train_scaled.memory(*features(), state)[0].sum().backward()
-    other = lambda: plain.cumsum_memory(*features()).sum().backward()
+    ours = lambda: train_scaled.decaying_memory(*features(), state)[0].sum().backward()
+    other = lambda: plain.cumsum_memory(*features()[:3], log_decay[0, :, 0]).sum().backward()
     return dict(patches=N) | compared(by_turns(dict(ours=ours, plain=other), a.repeats, w))
 
 
@@ -129,7 +128,11 @@ def part_memory(a: argparse.Namespace, w: World) -> list[dict]:
 
 def window_at(N: int, a: argparse.Namespace, w: World) -> dict:
     q, k, v = operands(N, w)
-    ours = lambda: train_scaled.window_attention(q, k, v, 64).sum().backward()
+    past = torch.zeros(2, 4, 63, 64, device=w.device)
+    mask = train_scaled.window_mask(N, 64, torch.zeros((), device=w.device))
+    keys, values = (torch.cat([past, t], 2) for t in (k, v))
+    attend = lambda: train_scaled.window_attention(q, keys, values, 64, mask)
+    ours = lambda: attend().sum().backward(retain_graph=True)
     other = lambda: plain.dense_window(q, k, v, 64).sum().backward()
     return dict(patches=N) | compared(by_turns(dict(ours=ours, plain=other), a.repeats, w))
 
@@ -153,15 +156,33 @@ def text(T: int, rows: int, w: World) -> tuple[torch.Tensor, torch.Tensor]:
     return x[:, :-PATCH], x[:, PATCH:]
 
 
-def training_step(model: ByteLM, k: Knobs, w: World) -> Callable[[], None]:
-    """Forward, backward and AdamW on two rows of SEQUENCE_LENGTH bytes, fp32."""
-    (x, y), one, states = text(k.sequence_length, 2, w), torch.ones((), device=w.device), [None]
-    micro = MicroStep(model, k, w, torch.float32, print)
+def passes(model: ByteLM, cfg: Knobs, w: World, dtype: torch.dtype) -> Callable[[], None]:
+    """Forward and backward on rows of SEQUENCE_LENGTH bytes, with state if they carry it."""
+    x, y = text(cfg.sequence_length, cfg.device_batch_size, w)
+    states = [None]
+    precision = torch.autocast(w.device.type, dtype, enabled=dtype != torch.float32)
+    if cfg.compile:
+        problem = train_scaled.compile_model(model, cfg, w, precision)
+        if problem:
+            raise UserError(f"it cannot be compiled: {problem}")
+
+    def run() -> None:
+        with precision:
+            nll, state = model(x, y, states[0])
+        nll.mean().backward()
+        if cfg.carry_state:
+            states[0] = train_scaled.map_state(torch.Tensor.detach, state)
+
+    return run
+
+
+def training_step(model: ByteLM, cfg: Knobs, w: World) -> Callable[[], None]:
+    """The same in fp32, and AdamW."""
+    run = passes(model, cfg, w, torch.float32)
     adam = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
-        _, state = micro.backward(x, y, states[0], one)
-        states[0] = state if k.carry_state else None
+        run()
         adam.step()
         adam.zero_grad()
 
@@ -178,7 +199,7 @@ def part_step(a: argparse.Namespace, w: World) -> list[dict]:
     model = ByteLM(k)
     model.init_weights(k.seed)
     other = plain.PlainPhase8(
-        k.d_model, k.n_layer, k.n_head, k.window, 0.995, k.thinking_steps, form="cumsum"
+        k.n_embd, k.n_layer, k.n_head, k.window, 0.995, k.thinking_steps, form="cumsum"
     )
     plain.copy_phase8(model, other)
     model.to(w.device), other.to(w.device)
@@ -222,14 +243,10 @@ def length_at(T: int, a: argparse.Namespace, w: World) -> dict:
     model = ByteLM(k)
     model.init_weights(k.seed)
     model.to(w.device)
-    micro = MicroStep(model, k, w, torch.bfloat16 if cuda else torch.float32, print)
-    (x, y), one = text(T, 1, w), torch.ones((), device=w.device)
+    run = passes(model, k, w, torch.bfloat16 if cuda else torch.float32)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    ms = [
-        1000 * t
-        for t in by_turns(dict(ours=lambda: micro.backward(x, y, None, one)), a.repeats, w)["ours"]
-    ]
+    ms = [1000 * t for t in by_turns(dict(ours=run), a.repeats, w)["ours"]]
     return dict(
         bytes=T,
         us_per_byte=1000 * statistics.median(ms) / T,
@@ -256,7 +273,7 @@ def facts(w: World) -> dict:
         date=f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S}",
     )
     return found | dict(
-        device=w.name(),
+        device=w.device_name(),
         torch=torch.__version__,
         threads=torch.get_num_threads(),
         load=os.getloadavg(),
@@ -290,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     if alone and a.device == "cuda":
         raise UserError("--malloc glibc is about CPU memory; leave out --device cuda")
-    with alone or plumbing.world(a.device, "use --device cpu") as w:
+    with alone or join_world(a.device, "use --device cpu") as w:
         torch.set_num_threads(a.threads)
         start = facts(w)
         print(
@@ -313,4 +330,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    plumbing.launch(main)
+    launch(main)

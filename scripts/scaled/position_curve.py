@@ -1,8 +1,8 @@
 """position_curve.py -- bits per byte against position in long texts: what the memory of train_scaled.py adds.
 
-    python scripts/position_curve.py --run ID --window_run ID2
-    python scripts/position_curve.py --weights best_model_scaled.pth --text held_out.txt --length 65536
-    python scripts/position_curve.py --run ID --full_attention_run ID3      beside full attention of the same size
+    python scripts/scaled/position_curve.py --run ID --window_run ID2
+    python scripts/scaled/position_curve.py --weights best_model_scaled.pth --text held_out.txt --length 65536
+    python scripts/scaled/position_curve.py --run ID --full_attention_run ID3      beside full attention of the same size
 
 The text is cut into documents of LENGTH bytes (or at --separator), each read from an empty state to its end, in
 constant memory. Every byte counts once; the first four of a document, which no model scores, count 8 bits each. Means
@@ -25,12 +25,12 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-import lib_bytes as lib
+import byte_models as lib
 import numpy as np
 import torch
-from lib_bytes import PATCH, ByteLM, UserError
+from byte_models import PATCH, ByteLM, UserError
 
-import plumbing
+from plumbing import launch
 
 FIRST_BIN, UNSCORED = (
     64,
@@ -70,7 +70,7 @@ def read_bits(
         longest = max(len(docs[i]) for i in some)
         size = restart or -(-longest // PATCH) * PATCH
         for start in range(0, longest, size):
-            state = model.state(len(some))
+            state = model.empty_state(len(some))
             for at in range(start, min(start + size, longest), PIECE):
                 stop = min(at + PIECE, start + size, -(-longest // PATCH) * PATCH)
                 x, y = (
@@ -84,7 +84,7 @@ def read_bits(
                         doc[at + PATCH : min(stop, start + size - PATCH) + PATCH],
                     )
                     x[row, : len(seen)], y[row, : len(due)] = seen, due
-                nll, state = model.nll(
+                nll, state = model(
                     torch.from_numpy(x).to(device), torch.from_numpy(y).to(device), state
                 )
                 bits = nll.double().cpu().numpy() / math.log(2)
@@ -253,7 +253,7 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    lib.add_model_options(p)
+    lib.adn_embd_options(p)
     p.add_argument(
         "--full_attention_run", metavar="ID", help="a run with WINDOW=off, a row of the table"
     )
@@ -285,7 +285,7 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     return a
 
 
-def read_models(a: argparse.Namespace, device: torch.device) -> dict[str, ByteLM]:
+def rean_embds(a: argparse.Namespace, device: torch.device) -> dict[str, ByteLM]:
     models = {}
     for name, kind in (
         ("full", ""),
@@ -295,13 +295,13 @@ def read_models(a: argparse.Namespace, device: torch.device) -> dict[str, ByteLM
         run, weights = (getattr(a, kind + word) for word in ("run", "weights"))
         if run or weights:
             models[name] = lib.load(lib.weights_path(a.logs_folder, run, weights), device)
-            if name == "full" and models[name].k.memory == "on":
+            if name == "full" and models[name].cfg.memory == "on":
                 models["memory zeroed"] = lib.other_memory(models[name], "zero")
-    if "window only" in models and models["window only"].k.memory == "on":
+    if "window only" in models and models["window only"].cfg.memory == "on":
         raise UserError(
             "--window_run/--window_weights: a model with MEMORY=on is no window-only control"
         )
-    if "full attention" in models and models["full attention"].k.window is not None:
+    if "full attention" in models and models["full attention"].cfg.window is not None:
         raise UserError("--full_attention_run: that model has a WINDOW; name a run with WINDOW=off")
     return models
 
@@ -317,14 +317,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     docs, models, bits, seconds = (
         documents(text, a.length, separator),
-        read_models(a, device),
+        rean_embds(a, device),
         {},
         {},
     )
     for name, model in models.items():
         t0 = lib.clock(device)
         bits[name] = read_bits(
-            model, docs, a.rows, model.k.sequence_length if model.k.window is None else None
+            model, docs, a.rows, model.cfg.sequence_length if model.cfg.window is None else None
         )
         seconds[name] = lib.clock(device) - t0
     characters = sum(b & 0xC0 != 0x80 for b in text)
@@ -332,7 +332,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         curves(bits, edges(max(map(len, docs))), a.seed),
         totals(bits, text, characters, a.seed),
     )
-    far = lib.reach(models["full"].k)
+    far = lib.reach(models["full"].cfg)
     print(f"{source}: {len(text):,} bytes, {characters:,} characters, {len(docs)} documents")
     print(
         f"windows reach {'everything' if far is None else f'{PATCH * far:,} bytes'}; n: documents in the bin"
@@ -370,4 +370,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    plumbing.launch(main)
+    launch(main)

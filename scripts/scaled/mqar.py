@@ -1,8 +1,8 @@
 """mqar.py -- multi-query associative recall on bytes, beyond what train_scaled.py's stacked windows can reach.
 
-    python scripts/mqar.py                                        trains a small model and its control, tests both
-    python scripts/mqar.py --seeds 0,1,2 --knobs d_model=128 num_iterations=2000
-    python scripts/mqar.py --layout half --pairs 8 --distances 16,64,256 --test_pairs 4,8,16
+    python scripts/scaled/mqar.py                                        trains a small model and its control, tests both
+    python scripts/scaled/mqar.py --seeds 0,1,2 --knobs n_embd=128 num_iterations=2000
+    python scripts/scaled/mqar.py --layout half --pairs 8 --distances 16,64,256 --test_pairs 4,8,16
 
 A text is PAIRS of a random key and a random value, then random digits, then the keys again in another order, each with
 its value behind it. A hit is both letters of a value, greedily. The last pair lies beyond n_layers x (window - 1)
@@ -23,15 +23,15 @@ import dataclasses
 from collections.abc import Sequence
 from functools import partial
 
-import lib_bytes as lib
+import byte_models as lib
 import numpy as np
 import torch
-from lib_bytes import PATCH, ByteLM, Knobs, UserError
+from byte_models import PATCH, ByteLM, Knobs, UserError
 
-import plumbing
+from plumbing import launch
 
 MQAR = dict(
-    d_model=64, lr=3e-3, num_iterations=1000, warmup_iters=50, batch_size=64, device_batch_size=64
+    n_embd=64, lr=3e-3, num_iterations=1000, warmup_iters=50, batch_size=64, device_batch_size=64
 )
 MQAR |= dict(delta_rule=True, mem_init=8.0)
 MQAR |= dict(
@@ -143,7 +143,7 @@ def hits(
 
 def grid(models: dict[str, ByteLM], seed: int, a: argparse.Namespace) -> list[dict[str, object]]:
     """A row per model, number of pairs and distance; every model is asked the same questions."""
-    found, least = [], least_gap(models["full"].k)
+    found, least = [], least_gap(models["full"].cfg)
     for pairs in a.test_pairs:
         for distance in a.distances or (least, 2 * least, 4 * least, 16 * least):
             for name, model in models.items():
@@ -218,7 +218,7 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     a = read_options(argv)
     device, found, seconds = lib.check_device(a.device), [], []
-    knobs = lib.read_model_knobs(a.knobs, lib.BASE | MQAR)
+    knobs = lib.rean_embd_knobs(a.knobs, lib.BASE | MQAR)
     least = least_gap(knobs)
     print(
         f"{a.pairs} pairs, layout {a.layout}, {a.letters**2} values; windows reach {least} patches = "
@@ -250,4 +250,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    plumbing.launch(main)
+    launch(main)

@@ -180,7 +180,10 @@ def copy_phase8(model: nn.Module, plain: PlainPhase8) -> None:
         pairs += [(theirs.up, ours.mlp[0]), (theirs.down, ours.mlp[2])]
         theirs.decay_logits.data.copy_(ours.memory.retention.data)
     for theirs, ours in pairs:
-        theirs.load_state_dict(ours.state_dict())
+        weights = ours.state_dict()
+        if theirs is plain.gru:  # ours is a cell
+            weights = {f"{name}_l0": t for name, t in weights.items()}
+        theirs.load_state_dict(weights)
 
 
 def half_life(retention: float) -> float:

@@ -1,0 +1,85 @@
+"""byte_stream.py -- a growing text before a model of train_scaled.py, in constant memory.
+
+stream = Stream(model)
+stream.feed(torch.tensor([list(b"Ankara ")]))
+stream.logits()                                    # (1, 256), of the byte that comes next
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from train_scaled import BYTES, LONGEST, PAST, PATCH, ByteLM
+
+
+class Stream:
+    """A text of B rows that grows by one byte or by many at a time, and what may come next: exactly
+    the numbers of the whole text's forward pass, whatever the cuts."""
+
+    def __init__(self, model: ByteLM, B: int = 1, prefill: int = 4096):
+        self.model = model
+        self.state = model.empty_state(B)
+        self.prefill = prefill  # bytes of a forward pass at the most
+        device = model.plasticity.device
+        self.held = torch.zeros(B, 0, dtype=torch.long, device=device)  # of the unfinished patch
+        self.past = torch.zeros(B, LONGEST, dtype=torch.long, device=device)  # the last bytes
+        self.of_byte = self.of_latent = self.hidden = None
+
+    def next_byte(self) -> Tensor:
+        """(B,) time of the next byte, counted from the first that is predicted."""
+        return self.state["position"] * PATCH + self.held.size(1) - PATCH
+
+    @torch.no_grad()
+    def feed(self, x_BT: Tensor, remember: bool = True) -> None:
+        """Bytes (B, T), any T. Those that are not remembered are no part of the memory by bytes: a
+        sampled text that remembers itself soon repeats itself."""
+        model, decoder = self.model, self.model.decoder
+        x_BT = x_BT.to(self.held)
+        done = self.held.size(1)
+        seen = torch.cat([self.past, x_BT], 1)
+        if model.byte_memory is not None and remember:
+            # Bytes of the first patch have a negative time, which is none: nothing predicts them.
+            tables = self.state["histories"]
+            _, writes = model.byte_memory.read(seen, self.next_byte(), tables)
+            model.byte_memory.write(tables, writes)
+        x_BT = torch.cat([self.held, x_BT], 1)
+        while x_BT.size(1) >= PATCH:
+            n = min(x_BT.size(1), self.prefill) // PATCH * PATCH
+            z_BND, self.state = model.trunk(x_BT[:, :n], self.state)
+            x_BT = x_BT[:, n:]
+            done = 0
+            before = seen[:, : seen.size(1) - x_BT.size(1)][:, -PAST:]
+            self.of_byte, self.of_latent = decoder.inputs(z_BND[:, -1])
+            self.hidden = decoder.begin(before, self.of_byte, self.of_latent)
+        self.held = x_BT
+        self.past = seen[:, -LONGEST:]
+        if self.hidden is not None:
+            for byte_B in x_BT[:, done:].unbind(1):
+                given = self.of_latent + F.embedding(byte_B, self.of_byte)
+                self.hidden = decoder.step(self.hidden, given)
+
+    @torch.no_grad()
+    def logits(self) -> Tensor:
+        """(B, 256), fp32, of the next byte. All equal before the first patch is whole."""
+        model = self.model
+        if self.hidden is None:
+            return torch.zeros(len(self.held), BYTES, device=self.held.device)
+        logits = model.decoder.logits(self.hidden, self.past[:, -PAST:])
+        if model.byte_memory is None or model.cfg.memory == "zero":
+            return logits
+        text = F.pad(self.past, (0, 1))  # a place for the byte that is not there yet
+        now = self.next_byte()
+        entries, _ = model.byte_memory.read(text, now, self.state["histories"])
+        return model.byte_memory.mix(logits, self.hidden, entries[:, 0], now)
+
+    def state_bytes(self) -> int:
+        """Memory that the text so far takes, whatever its length."""
+        return sum(t.numel() * t.element_size() for t in (*tensors_of(self.state), self.past))
+
+
+def tensors_of(state: object) -> list[Tensor]:
+    """All tensors of nested dicts and lists."""
+    if isinstance(state, Tensor):
+        return [state]
+    parts = state.values() if isinstance(state, dict) else state
+    return [tensor for part in parts for tensor in tensors_of(part)]

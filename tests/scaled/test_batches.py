@@ -1,0 +1,127 @@
+"""Loss scale, schedules, batches and validation."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scaled_support import fresh, small
+from support import ONE
+
+import train_scaled
+from plumbing import TokenShards, World, read_bytes
+from train_scaled import LossScale
+
+CPU = torch.device("cpu")
+FP32 = torch.autocast("cpu", enabled=False)
+
+
+def shards(folder: Path, data: bytes, name: str = "t.txt") -> TokenShards:
+    (folder / name).write_bytes(data)
+    return TokenShards([str(folder / name)], open_file=read_bytes)
+
+
+class Part(World):
+    """One of several ranks, by itself: nothing is summed."""
+
+    def all_reduce(self, x):
+        return x
+
+
+def test_the_loss_scale_moves_as_torchs_grad_scaler_does():
+    ours, theirs = LossScale(torch.float16), torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    p = torch.nn.Parameter(torch.zeros(1))
+    sgd = torch.optim.SGD([p], lr=0.0)
+    for step in range(4100):
+        p.grad = torch.full((1,), float("inf") if step in (3, 4, 2500) else 1.0)
+        theirs.scale(torch.zeros(1))
+        theirs.step(sgd)
+        theirs.update()
+        ours.update(p.grad)
+        assert ours.scale == theirs.get_scale(), step
+
+
+def test_the_schedules_are_what_their_names_say():
+    k = lambda s: small(schedule=s, num_iterations=10, warmup_iters=2)
+    rates = {
+        s: [round(train_scaled.lr_scale(i, k(s)), 3) for i in (0, 1, 2, 6, 10)]
+        for s in ("constant", "linear", "cosine")
+    }
+    assert rates == dict(
+        constant=[0.5, 1, 1, 1, 1], linear=[0.5, 1, 1, 0.5, 0], cosine=[0.5, 1, 1, 0.5, 0]
+    )
+    seed = train_scaled.Knobs(preset="phase8", **train_scaled.PRESETS["phase8"])
+    assert [seed.lr * train_scaled.lr_scale(s, seed) for s in (0, 499, 49999)] == pytest.approx(
+        [4e-7, 2e-4, 2e-4]
+    )
+    stages = [
+        train_scaled.plasticity(s, small(curriculum=True, num_iterations=100))
+        for s in (0, 14, 15, 39, 40, 99)
+    ]
+    assert stages == [0.1, 0.1, 0.5, 0.5, 0.99, 0.99] and train_scaled.plasticity(0, small()) == 1
+
+
+def test_carried_rows_read_their_strips_window_after_window(tmp_path):
+    data = bytes(range(256)) * 5
+    batches = train_scaled.Batches(
+        shards(tmp_path, data), small(batch_size=4, sequence_length=64), ONE
+    )
+    strip = (1280 - 4) // 4
+    assert batches.num_windows == strip // 64 and [batches.starts_over(s) for s in range(5)] == [
+        True,
+        False,
+        False,
+        False,
+        True,
+    ]
+    for step in range(10):
+        x, y = batches.make(step)
+        for row in range(4):
+            at = row * strip + step % batches.num_windows * 64
+            assert (
+                bytes(x[row].tolist()) == data[at : at + 64]
+                and bytes(y[row].tolist()) == data[at + 4 : at + 68]
+            )
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("carry", [True, False])
+def test_any_number_of_ranks_reads_the_same_windows(tmp_path, carry, ranks):
+    s, k = shards(tmp_path, bytes(range(256)) * 5), small(carry_state=carry)
+    whole, parts = (
+        train_scaled.Batches(s, k, ONE),
+        [train_scaled.Batches(s, k, World(r, ranks, CPU)) for r in range(ranks)],
+    )
+    seen = set()
+    for step in range(6):
+        for i in range(2):
+            assert torch.equal(whole.make(step)[i], torch.cat([p.make(step)[i] for p in parts]))
+        seen.add(tuple(whole.starts(step)))
+    assert len(seen) == (whole.num_windows if carry else 6)
+
+
+@pytest.mark.parametrize("carry", [True, False])
+@pytest.mark.parametrize(("size", "limit"), [(1003, None), (2777, None), (2777, 1000), (40, None)])
+def test_validation_is_every_byte_once_and_weighted_by_bytes(tmp_path, carry, size, limit):
+    data = ("ağaç kıyı " * 400).encode()[:size]
+    val, model = shards(tmp_path, data, "v.txt"), fresh()
+    total = min(size, (limit or size) + 4) - 4
+    strip, nats, count = -(-total // 32) * 4, 0.0, 0
+    for start in range(
+        0, total, strip
+    ):  # by hand: a strip at once if its state is carried, else window by window
+        end = min(start + strip, total)
+        for at in range(start, end, strip if carry else 64):
+            n = min(end - at, strip if carry else 64)
+            x = np.frombuffer(data + b"\0" * 8, np.uint8)[at : at + -(-n // 4) * 4]
+            y = np.full(len(x), -1)
+            y[:n] = np.frombuffer(data, np.uint8)[at + 4 : at + 4 + n]
+            nll = model(*(torch.tensor(t.astype(np.int64))[None] for t in (x, y)))[0]
+            nats, count = nats + nll.sum().item(), count + n
+    chars = len(data[4 : 4 + total].decode(errors="ignore"))
+    for micro, ranks in ((2, 1), (3, 1), (8, 2)):
+        cfg = small(carry_state=carry, val_bytes=limit, batch_size=8, device_batch_size=micro)
+        parts = [Part(r, ranks, CPU) for r in range(ranks)]
+        found = [train_scaled.evaluate(model, val, FP32, cfg, part) for part in parts]
+        assert count == total and abs(sum(f[0] for f in found) - nats / total) < 1e-5
+        assert abs(sum(f[1] for f in found) * total - chars) <= 1

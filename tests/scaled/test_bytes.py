@@ -1,0 +1,113 @@
+"""The byte decoder, its tables of n-grams, and the memory by bytes."""
+
+import pytest
+import torch
+from plain_scaled import byte_memory
+from scaled_support import fresh, repeats, text
+
+from lib.byte_stream import Stream
+from train_scaled import ByteMemory
+
+
+@pytest.mark.parametrize("decoder", ["original", "scaled"])
+def test_the_byte_decoder_is_torchs_gru_over_what_it_reads_and_its_own_patch(decoder):
+    ours = fresh(decoder=decoder, ngram_rows=0).decoder
+    gru = torch.nn.GRU(512, 256, batch_first=True)
+    gru.load_state_dict({f"{name}_l0": t for name, t in ours.gru.state_dict().items()})
+    z, x, y = torch.randn(2, 3, 32), text(2, 3, 8), text(2, 3, 4, seed=1)
+    seen = x[..., 4:] if decoder == "scaled" else torch.zeros(2, 3, 1, dtype=torch.long)
+    before = torch.cat([seen, y[..., :3]], -1).flatten(0, 1)
+    latent = ours.latent(z).view(6, 1, 256).expand(-1, before.size(1), -1)
+    hidden, _ = gru(torch.cat([ours.embed(before), latent], -1))
+    wanted = ours.out(hidden[:, -4:]).view(2, 3, 4, 256)
+    assert torch.allclose(ours(z, x, y)[0], wanted, atol=1e-5)
+
+
+def test_the_n_gram_tables_are_read_by_the_last_3_to_6_bytes_alone():
+    """By what each byte moves, at every place of a text; the tables are the only thing that says anything here."""
+    model = fresh(ngram_rows=1 << 16, mem_rows=0)
+    torch.nn.init.normal_(model.decoder.grams.table)
+    for parameter in (*model.decoder.gru.parameters(), *model.decoder.out.parameters()):
+        torch.nn.init.zeros_(parameter)
+    torch.nn.init.eye_(model.decoder.out.weight)
+    x = text(1, 36)
+    with torch.no_grad():
+        logits = model.logits(x[:, :-4], x[:, 4:])[0][0]  # of bytes 4 .. 35
+        for at in range(36):
+            other = x.clone()
+            other[0, at] ^= 1
+            moved = (model.logits(other[:, :-4], other[:, 4:])[0][0] != logits).any(
+                -1
+            ).nonzero().flatten() + 4
+            assert moved.tolist() == [t for t in range(4, 36) if t - 6 <= at < t]
+        rows = [model.decoder.grams.table[i << 16 : (i + 1) << 16] for i in range(4)]
+        out = model.decoder.grams.out.weight.split(64, 1)
+        seen = {n: {} for n in (3, 4, 5, 6)}
+        for i, n in enumerate((3, 4, 5, 6)):
+            for t in range(8, 36):
+                key = x[:, t - 8 : t].clone()
+                key[:, : 8 - n] = 7  # what lies before the n-gram moves no row of its table
+                index = (
+                    ((key + 1) * model.decoder.grams.hash.powers)[..., 8 - n :].sum(-1)
+                    % (2**31 - 1)
+                    % (1 << 16)
+                )
+                seen[n][t] = rows[i][index] @ out[i].T
+        whole = torch.cat([sum(seen[n][t] for n in seen) for t in range(8, 36)])
+    torch.testing.assert_close(logits[4:], whole)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 1 << 16])
+def test_the_memory_by_bytes_is_its_recurrence_with_its_gradients_whatever_the_cuts(rows):
+    """With one row, with histories that fall into each other's rows, and without such."""
+    (s,), logits, h = repeats(1, 150).tolist(), torch.randn(1, 126, 256), torch.randn(1, 126, 256)
+    for sizes in ([126], [1] * 126, [5, 70, 51]):
+        memory = ByteMemory(rows)
+        torch.nn.init.normal_(memory.how, std=0.3)
+        torch.nn.init.normal_(memory.doubt.weight, std=0.05)
+        memory.how.data.view(-1, 6)[:, 5] -= 3  # a half-life of about 14 bytes
+        wanted = byte_memory(memory, s, logits[0], h[0])
+        (wanted * logits[0]).sum().backward()
+        gradients = [p.grad.clone() for p in memory.parameters()]
+        memory.zero_grad()
+        state, at, out = memory.empty_state(1), 0, []
+        for n in sizes:
+            given = torch.tensor([s[at : at + n + 24]])
+            part = logits[:, at : at + n], h[:, at : at + n]
+            log_p, state = memory(*part, given, torch.tensor([at]), state)
+            out.append(log_p)
+            at += n
+        out = torch.cat(out, 1)[0]
+        torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
+        (out * logits[0]).sum().backward()
+        for p, gradient in zip(memory.parameters(), gradients, strict=True):
+            torch.testing.assert_close(p.grad, gradient, atol=1e-3, rtol=1e-4)
+        assert (wanted - logits[0].log_softmax(-1)).abs().max() > 1 and wanted.exp().sum(
+            -1
+        ).allclose(torch.ones(126))
+
+
+def test_the_memory_by_bytes_finds_what_followed_wherever_patches_begin_and_4000_bytes_later():
+    """An untrained model: words met once, 0 to 4,000 bytes ago, at each of the four places in a patch."""
+    model, once = fresh(mem_rows=1 << 16), "Parola: kırk bir çınar ".encode()
+    for gap in (0, 1, 2, 3, 4000):
+        s = torch.cat([torch.tensor([list(once)]), text(1, gap), torch.tensor([list(once)])], 1)
+        stream, right = Stream(model), 0
+        stream.feed(s[:, : -len(once) + 9])
+        for byte in once[9:]:
+            right += int(stream.logits().argmax(-1)) == byte
+            stream.feed(torch.tensor([[byte]]))
+        assert right == len(once) - 9, gap
+
+
+def test_histories_last_from_128_bytes_to_131072_at_first_and_decay_as_they_say():
+    memory = ByteMemory(8)
+    torch.testing.assert_close(memory.half_lives()[[0, -1]], torch.tensor([128.0, 131072.0]))
+    logits = torch.zeros(1, 256)
+    share = lambda p: (p[0, 7] - p[0, 8]) / (256 * p[0, 8])  # the memory's mass over the model's
+    for i, half_life in enumerate(memory.half_lives()):  # only one history is known
+        entries = torch.full((1, 5, 2), -1)
+        entries[0, i, 0] = 7  # byte 7 at time 0
+        now, later = (torch.tensor([time]) for time in (0, round(half_life.item())))
+        shares = [share(memory.mix(logits, logits, entries, t).exp()).item() for t in (now, later)]
+        assert shares[1] / shares[0] == pytest.approx(0.5, rel=1e-2)
