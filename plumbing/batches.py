@@ -123,7 +123,7 @@ class TokenBatches:
 
 
 def read_rows(shards: TokenShards, starts: Sequence[int], T: int) -> tuple[Tensor, Tensor]:
-    """Inputs and targets, (rows, T) int32: T tokens from each stream position, and the next ones."""
+    """Inputs and targets, (rows, T) int32: T tokens from each position, and those behind them."""
     rows = np.empty((len(starts), T + 1), np.int32)
     for row, start in zip(rows, starts, strict=True):
         row[:] = shards.read(start, T + 1)

@@ -249,8 +249,8 @@ class TokenShards:
         """Refuse shards with fewer than `num_tokens` tokens, which `knob_name` asks for."""
         if self.total < num_tokens:
             raise UserError(
-                f"{self.pattern}: {self.total:,} tokens, {knob_name} needs {num_tokens:,} (one more "
-                f"than it says); lower it, or get more"
+                f"{self.pattern}: {self.total:,} tokens, {knob_name} needs {num_tokens:,}, one "
+                f"more than it says; lower it, or get more"
             )
 
     def check_ids(self, vocab_size: int, world: World, last: int | None = None) -> None:

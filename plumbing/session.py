@@ -1,7 +1,7 @@
 """session.py -- one run from start to end, as a training loop sees it.
 
 A session owns what surrounds training: the log, metrics.csv, status.json, the results row,
-trackers, checkpoints, the clock, and every decision to stop. It never computes or changes a loss. Its loop:
+trackers, checkpoints, the clock, and every decision to stop. It never computes or changes a loss.
 
     with Session(cfg, world, ...) as session:
         ...                                                # build model and optimizers
