@@ -346,7 +346,7 @@ def draw_split(
     found: list[Problems] = []
     missing = count
     seen = np.empty(0, np.uint64) if excluded is None else excluded
-    for _ in range(200):
+    for _ in range(40):
         wanted = missing * 1.1 if split == "train" else missing * BUCKETS
         problems, hashes_N = draw(language, rng, min(int(wanted) + 16, 65536), most)
         buckets_N = hashes_N % np.uint64(BUCKETS)

@@ -18,9 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
+import arithmetic
 from arithmetic import (
     BOS,
     IDS,
+    VOCABULARY,
     Language,
     Problems,
     depth_labels,
@@ -34,6 +36,8 @@ from plumbing.knobs import ROOT, UserError, knob
 
 GENERATE = "generate"  # instead of a file's name: expressions are drawn
 IGNORE = -100  # label of a token that is not scored
+SOURCES = (arithmetic.__file__, __file__)
+__all__ = ["VOCABULARY", "Data", "DataKnobs", "Problems"]  # what a trainer finds here
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,28 @@ class DataKnobs(Language):
             raise ValueError("CURRICULUM_EXACT sorts generated examples: set TRAIN_PATH=generate")
         if self.curriculum_exact and not self.answer_only_loss:
             raise ValueError("CURRICULUM_EXACT needs the training answers: set ANSWER_ONLY_LOSS=1")
+
+
+# The sections of a YAML file. Its keys are the knobs, most in the original's spelling.
+SECTIONS = {
+    "model": "d_model num_layers num_heads d_ff max_seq_len dropout use_rope tie_weights ffn_type",
+    "data": "train_path val_path test_path max_seq_len train_examples val_examples "
+    "curriculum_exact " + " ".join(f.name for f in fields(Language)),
+    "training": "num_epochs num_iterations batch_size schedule warmdown_frac answer_only_loss "
+    "grad_clip eval_interval val_every save_interval save_every",
+    "training.optimizer": "lr muon_lr weight_decay warmup_steps betas",
+    "logging": "log_interval use_wandb wandb_project tracker",
+}
+SECTIONS = {section: words.split() for section, words in SECTIONS.items()}
+YAML = {f"{section}.{key}": key for section, keys in SECTIONS.items() for key in keys}
+YAML |= {"model.name": "model_name", "training.optimizer.name": "optimizer"}
+KNOB_OF = {"d_model": "n_embd", "num_layers": "n_layer", "num_heads": "n_head"}
+KNOB_OF |= {"max_seq_len": "sequence_length", "learning_rate": "lr"}
+FIXED = {
+    "model.vocab_size": (35, "the tokenizer has 35 ids"),
+    "data.use_steps": (False, "there are no steps in the text"),
+    "data.step_masking_mode": ("none", "there are no steps in the text; see ANSWER_ONLY_LOSS"),
+}
 
 
 def how_to_make(path: str) -> str:
@@ -279,3 +305,27 @@ def inputs_and_labels(
     labels = np.full((rows, T - 1), IGNORE)
     labels[: len(problems)] = np.where(is_scored, ids[: len(problems), 1:], IGNORE)
     return ids[:, :-1], labels
+
+
+SCORES = "loss tokens answer_loss answer_tokens end_loss end_ok first_ok digits_ok exact".split()
+
+
+def summary(table: np.ndarray) -> dict[str, float]:
+    """Means over a score table. eos_after_gold is the original's "accuracy": whether the end is
+    predicted after the whole gold answer was read. A model that always says "end" has 1."""
+    s = dict(zip(SCORES, table.sum(0).tolist(), strict=True))
+    n, loss = len(table), s["loss"] / s["tokens"]
+    return {
+        "loss": loss,
+        "perplexity": perplexity(loss),
+        "exact_match": s["exact"] / n,
+        "eos_after_gold": s["end_ok"] / n,
+        "digit_accuracy": s["digits_ok"] / s["answer_tokens"],
+        "first_token_accuracy": s["first_ok"] / n,
+        "answer_loss": s["answer_loss"] / s["answer_tokens"],
+        "end_loss": s["end_loss"] / n,
+    }
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700))

@@ -27,8 +27,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,17 +35,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import arithmetic
-import arithmetic_data
-from arithmetic import VOCABULARY, Language, Problems
-from arithmetic_data import IGNORE, Data, DataKnobs, inputs_and_labels
+from arithmetic_data import (
+    FIXED,
+    IGNORE,
+    KNOB_OF,
+    SCORES,
+    SECTIONS,
+    SOURCES,
+    VOCABULARY,
+    YAML,
+    Data,
+    DataKnobs,
+    Problems,
+    baselines,
+    breakdown,
+    inputs_and_labels,
+    perplexity,
+    summary,
+)
 from plumbing import (
     ROOT,
+    RUN_KNOBS,
     Prefetch,
+    RunKnobs,
     Session,
     StepStats,
     UserError,
     World,
+    check_compiler,
     flat_gradients,
     join_world,
     knob,
@@ -58,37 +74,30 @@ from plumbing import (
 )
 from plumbing.config import read_assignments, read_yaml
 from plumbing.knobs import spellings
-from plumbing.trackers import TRACKERS
 
 # ----------------------------------------------------------------------------
 # Knobs
 
 PRESETS = {"pilot": {}}
-RESUME_MAY_DIFFER = (
-    "preset config output_dir gpu_only eval_interval val_every save_interval save_every keep device "
-    "cuda_graph log_interval tracker tracker_project run_id stage logs_folder results_file dry_run "
-    "model_name train_path val_path test_path"
-).split()
+RESUME_MAY_DIFFER = [*RUN_KNOBS, "config", "output_dir", "gpu_only", "eval_interval", "model_name"]
+RESUME_MAY_DIFFER += ["save_interval", "cuda_graph", "log_interval", "tracker_project"]
+RESUME_MAY_DIFFER += ["train_path", "val_path", "test_path"]  # their contents decide
 
 
 @dataclass(frozen=True)
-class Knobs(DataKnobs):
-    preset: str = knob("pilot", "named set of defaults", group="Run", choices=tuple(PRESETS))
+class Knobs(DataKnobs, RunKnobs):
+    preset: str = knob("pilot", "named set of defaults", group="run", choices=tuple(PRESETS))
     config: str = knob("", "YAML file of knobs")
     output_dir: str = knob("", "folder of the run, whose last part is its id")
-    run_id: str = knob("", "id of the run; that of an unfinished one resumes it; empty: a new one")
     device: str = knob("cpu", "where to train; cuda falls back", choices=("cpu", "cuda"))
     fp16: bool = knob(False, "train in half precision with loss scaling; needs CUDA")
     bf16: bool = knob(False, "train in bfloat16")
     gpu_only: bool = knob(False, "abort where training would not run on a GPU")
-    cuda_graph: bool = knob(False, "launch forward and backward pass as one CUDA graph")
-    stage: str = knob("", "stage of a study, copied into the results row")
-    logs_folder: str = knob(str(ROOT / "logs"), "folder of the runs that have no OUTPUT_DIR")
+    compile: bool = knob(False, "compile the model's blocks with torch.compile")
+    cuda_graph: bool = knob(False, "launch the model's passes as CUDA graphs")
     results_file: str = knob(str(ROOT / "experiments/results_arith.csv"), "gets one row per run")
     log_interval: int = knob(25, "steps between printed steps", low=1)
-    tracker: str = knob("off", "where figures are also sent", choices=TRACKERS)
     tracker_project: str = knob("math-compact-pilot", "its project", alias=("wandb_project",))
-    dry_run: bool = knob(False, "show knobs, sizes and data, and stop")
 
     model_name: str = knob("pilot-arithmetic", "name that checkpoints carry", group="Model")
     n_layer: int = knob(4, "number of transformer blocks", low=1)
@@ -112,11 +121,10 @@ class Knobs(DataKnobs):
     betas: str = knob("0.9,0.95", "AdamW's two decay rates")
     grad_clip: float = knob(1.0, "largest norm of the whole gradient; 0: off", low=0)
 
-    eval_interval: int = knob(5, "epochs between validations", group="Evaluation", low=1)
+    eval_interval: int = knob(5, "epochs between validations", low=1)
     val_every: int | None = knob(None, "steps between validations", low=0, none="auto")
     save_interval: int = knob(10, "epochs between saved models", low=1)
     save_every: int | None = knob(None, "steps between checkpoints", low=0, none="auto")
-    keep: int = knob(2, "checkpoints kept for a resume", low=1)
 
     def __post_init__(self):
         super().__post_init__()
@@ -139,28 +147,6 @@ class Knobs(DataKnobs):
         if self.fp16:
             return torch.float16
         return torch.bfloat16 if self.bf16 else torch.float32
-
-
-# The sections of a YAML file. Its keys are the knobs, most in the original's spelling.
-SECTIONS = {
-    "model": "d_model num_layers num_heads d_ff max_seq_len dropout use_rope tie_weights ffn_type",
-    "data": "train_path val_path test_path max_seq_len train_examples val_examples "
-    "curriculum_exact " + " ".join(f.name for f in fields(Language)),
-    "training": "num_epochs num_iterations batch_size schedule warmdown_frac answer_only_loss "
-    "grad_clip eval_interval val_every save_interval save_every",
-    "training.optimizer": "lr muon_lr weight_decay warmup_steps betas",
-    "logging": "log_interval use_wandb wandb_project tracker",
-}
-SECTIONS = {section: words.split() for section, words in SECTIONS.items()}
-YAML = {f"{section}.{key}": key for section, keys in SECTIONS.items() for key in keys}
-YAML |= {"model.name": "model_name", "training.optimizer.name": "optimizer"}
-KNOB_OF = {"d_model": "n_embd", "num_layers": "n_layer", "num_heads": "n_head"}
-KNOB_OF |= {"max_seq_len": "sequence_length", "learning_rate": "lr"}
-FIXED = {
-    "model.vocab_size": (35, "the tokenizer has 35 ids"),
-    "data.use_steps": (False, "there are no steps in the text"),
-    "data.step_masking_mode": ("none", "there are no steps in the text; see ANSWER_ONLY_LOSS"),
-}
 
 
 def settle_device(device: str, fp16: bool, gpu_only: bool, say: Callable = print) -> str:
@@ -380,6 +366,7 @@ class Muon:
 
     def __init__(self, params: Sequence[nn.Parameter], cfg: Knobs):
         self.peak_lr, self.weight_decay = cfg.muon_lr, cfg.weight_decay
+        self.param_groups = [{"params": params}]  # what torch's GradScaler reads
         self.stacks: dict[str, list[nn.Parameter]] = {}
         for p in params:
             self.stacks.setdefault(f"{len(p)}x{p.size(1)}", []).append(p)
@@ -420,26 +407,6 @@ class AdamW(torch.optim.AdamW):
         self.param_groups[0]["lr"] = lr
         self.found_inf = (~all_finite).float()  # how torch's GradScaler tells the fused kernel
         super().step()
-
-
-class LossScale(nn.Module):
-    """Keeps small fp16 gradients representable (Micikevicius et al., arXiv 1710.03740); 1 for other
-    dtypes."""
-
-    def __init__(self, dtype: torch.dtype):
-        super().__init__()
-        self.is_fp16 = dtype == torch.float16
-        self.register_buffer("scale", torch.tensor(2.0**16 if self.is_fp16 else 1.0))
-        self.register_buffer("good_steps", torch.tensor(0))
-
-    def update(self, grad_norms_P: Tensor) -> Tensor:
-        """Halve after an overflow, double after 1,000 steps without; returns whether fp16 has
-        overflowed."""
-        overflow = ~grad_norms_P.isfinite().all() & self.is_fp16
-        self.good_steps.copy_(torch.where(overflow, 0, self.good_steps + self.is_fp16))
-        growth = torch.where(self.good_steps % 1000 == 999, 2.0, 1.0)
-        self.scale *= torch.where(overflow, 0.5, growth)
-        return overflow
 
 
 def make_optimizers(model: CompactTransformer, cfg: Knobs) -> list[AdamW | Muon]:
@@ -493,8 +460,6 @@ def make_batch(step: int, data: Data, cfg: Knobs, world: World, state: "TrainSta
 # ----------------------------------------------------------------------------
 # Evaluation
 
-SCORES = "loss tokens answer_loss answer_tokens end_loss end_ok first_ok digits_ok exact".split()
-
 
 def autocast(cfg: Knobs, device: torch.device) -> torch.autocast:
     enabled = cfg.amp_dtype != torch.float32
@@ -542,27 +507,6 @@ def score(
     return world.all_reduce(table).cpu().numpy()
 
 
-def summary(table: np.ndarray) -> dict[str, float]:
-    """Means over a score table. eos_after_gold is the original's "accuracy": whether the end is
-    predicted after the whole gold answer was read. A model that always says "end" has 1."""
-    s = dict(zip(SCORES, table.sum(0).tolist(), strict=True))
-    n, loss = len(table), s["loss"] / s["tokens"]
-    return {
-        "loss": loss,
-        "perplexity": perplexity(loss),
-        "exact_match": s["exact"] / n,
-        "eos_after_gold": s["end_ok"] / n,
-        "digit_accuracy": s["digits_ok"] / s["answer_tokens"],
-        "first_token_accuracy": s["first_ok"] / n,
-        "answer_loss": s["answer_loss"] / s["answer_tokens"],
-        "end_loss": s["end_loss"] / n,
-    }
-
-
-def perplexity(loss: float) -> float:
-    return math.exp(min(loss, 700))
-
-
 # ----------------------------------------------------------------------------
 # Training
 
@@ -577,6 +521,7 @@ class TrainState:
     exact: float = 0.0  # running exact match of the training batches, since the last switch
     epoch_loss: float = 0.0  # sums over the epoch's scored tokens
     epoch_tokens: float = 0.0
+    epoch_start_s: float = 0.0  # training time when the epoch began
     best_at: int = 0  # epoch, or step, of the best validation
     history: list[dict] = field(default_factory=list)  # validations
 
@@ -592,8 +537,11 @@ class TrainState:
             loss = self.epoch_loss / self.epoch_tokens
             num_epochs = -(-data.total_steps // data.epoch_steps)
             say(f"Epoch {stats.step // data.epoch_steps}/{num_epochs}")
-            say(f"Train Loss: {loss:.4f} | Train Perplexity: {perplexity(loss):.2f}")
+            spent_s = stats.spent_s - self.epoch_start_s
+            words = f"Train Loss: {loss:.4f} | Train Perplexity: {perplexity(loss):.2f}"
+            say(f"{words} | Time: {spent_s:.2f}s")
             self.epoch_loss = self.epoch_tokens = 0.0
+            self.epoch_start_s = stats.spent_s
         if not cfg.curriculum_exact:
             return
         self.exact = 0.9 * self.exact + 0.1 * stats.metrics["train_exact"]
@@ -605,44 +553,6 @@ class TrainState:
             say(f"step:{stats.step} curriculum: {what}")
 
 
-class GraphedStep:
-    """A forward and backward pass as one launch: a CUDA graph over fixed buffers. Small steps are
-    bound by the launches of their hundreds of kernels."""
-
-    def __init__(self, run: Callable, *inputs: Tensor):
-        self.inputs = [tensor.clone() for tensor in inputs]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # what is made at the first use must not be captured
-            for _ in range(3):
-                run(*self.inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.outputs = run(*self.inputs)
-
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        for buffer, tensor in zip(self.inputs, inputs, strict=True):
-            buffer.copy_(tensor, non_blocking=True)
-        self.graph.replay()
-        return self.outputs
-
-
-def forward_backward(
-    model: CompactTransformer, loss_scale: LossScale, cfg: Knobs, x: Tensor, y: Tensor, n: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Add this rank's part of the gradient of the mean over all labels; returns its share of the
-    loss and of the fraction of examples that are right."""
-    with autocast(cfg, x.device):
-        logits = model(x)
-    flat = logits.float().flatten(0, 1)
-    loss = F.cross_entropy(flat, y.flatten(), ignore_index=IGNORE, reduction="sum") / n
-    (loss * loss_scale.scale).backward()
-    is_right = ((logits.detach().argmax(dim=-1) == y) | (y == IGNORE)).all(dim=1)
-    is_example = (y != IGNORE).any(dim=1)
-    return loss.detach(), (is_right & is_example).sum() / cfg.batch_size
-
-
 def seed_dropout(cfg: Knobs, step: int) -> None:
     """Masks are a function of seed and step, so that a resume needs no generator's state."""
     if cfg.dropout:
@@ -650,18 +560,48 @@ def seed_dropout(cfg: Knobs, step: int) -> None:
         torch.manual_seed(int(words[0]))
 
 
+def sum_loss(logits_BTV: Tensor, y_BT: Tensor) -> Tensor:
+    """Summed cross-entropy of the labels."""
+    flat = logits_BTV.flatten(0, 1)
+    return F.cross_entropy(flat, y_BT.flatten(), ignore_index=IGNORE, reduction="sum")
+
+
+def batch_metrics(logits_BTV: Tensor, y_BT: Tensor, cfg: Knobs) -> dict[str, Tensor]:
+    """This rank's number of labels, and its share of the fraction of answers that are right."""
+    is_label = y_BT != IGNORE
+    metrics = {"scored_tokens": is_label.sum()}
+    if cfg.answer_only_loss:
+        is_right = ((logits_BTV.argmax(dim=-1) == y_BT) | ~is_label).all(dim=1)
+        metrics["train_exact"] = (is_right & is_label.any(dim=1)).sum() / cfg.batch_size
+    return metrics
+
+
+def compile_model(model: CompactTransformer, cfg: Knobs, rows: int) -> None:
+    """COMPILE: one block is compiled and serves all of them. CUDA_GRAPH: forward and backward pass
+    of the model are one launch each, because small steps are bound by their launches."""
+    check_compiler(cfg.compile, cfg.device)
+    if cfg.compile:
+        for block in model.blocks:
+            block.compile(dynamic=True)
+    if cfg.cuda_graph:
+        ids = torch.zeros(rows, cfg.sequence_length - 1, dtype=torch.long, device=cfg.device)
+        with autocast(cfg, ids.device):
+            torch.cuda.make_graphed_callables(model, (ids,), allow_unused_input=True)
+
+
 def train(cfg: Knobs, world: World, session: Session, data: Data) -> None:
-    model = CompactTransformer(cfg, first_row=world.share(cfg.batch_size).start)
+    rows = world.share(cfg.batch_size)
+    model = CompactTransformer(cfg, first_row=rows.start)
     model.init_weights(cfg.seed)
     model.to(world.device).train()
+    compile_model(model, cfg, rows.stop - rows.start)
     gradients = flat_gradients(model)
     optimizers = make_optimizers(model, cfg)
-    loss_scale = LossScale(cfg.amp_dtype).to(world.device)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=cfg.fp16)
     state = TrainState()
-    session.describe(model, flops_per_token(cfg), **facts_of(cfg, world, data))
-    saved = dict(model=model, optimizers=optimizers, loss_scale=loss_scale, state=state)
+    session.describe(model, flops_per_token(cfg), facts_of(cfg, world, data))
+    saved = dict(model=model, optimizers=optimizers, scaler=scaler, state=state)
     session.restore(**saved)
-    run_step = partial(forward_backward, model, loss_scale, cfg)
     make = lambda step: make_batch(step, data, cfg, world, state)
     prefetch = Prefetch(make, state.step, world.device)
 
@@ -670,7 +610,7 @@ def train(cfg: Knobs, world: World, session: Session, data: Data) -> None:
         for stats in session.between_steps(state.step, finished=state.step >= data.total_steps):
             state.hear(stats, cfg, data, session.say)
         if session.should_validate:
-            validate(model, session, data, state)
+            evaluate(model, session, data, state)
         if session.should_save:
             session.save(state.step, **saved)
             save_models(model, optimizers, session, data, state)
@@ -679,27 +619,27 @@ def train(cfg: Knobs, world: World, session: Session, data: Data) -> None:
 
         # -------- clock running: one optimizer step --------
         session.start_clock()
-        batch = prefetch.get(state.step)
+        x_BT, y_BT, num_labels = prefetch.get(state.step)
         seed_dropout(cfg, state.step)
-        if cfg.cuda_graph and not isinstance(run_step, GraphedStep):
-            run_step = GraphedStep(run_step, *batch)
-            gradients.zero_()  # the warm-up of the graph has added to them
-        loss, train_exact = run_step(*batch)
-        world.all_reduce(gradients)
-        gradients /= loss_scale.scale
+        with autocast(cfg, world.device):
+            logits = model(x_BT).float()
+        loss = sum_loss(logits, y_BT) / num_labels
+        scaler.scale(loss).backward()
+        world.all_reduce(gradients)  # each rank has added its share of the mean over all labels
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
         norms = torch.stack(torch._foreach_norm([p.grad for p in model.parameters()]))
         clip_gradients(gradients, norms, cfg.grad_clip)
-        overflow = loss_scale.update(norms)
+        overflow = ~norms.isfinite().all() & cfg.fp16
         scale = lr_scale(state.step - state.skipped, cfg, data.total_steps)
-        metrics = {"scored_tokens": (batch[1] != IGNORE).sum()}
-        if cfg.answer_only_loss:
-            metrics["train_exact"] = train_exact
-        step_figures = dict(lr=cfg.lr * scale, grad_norms=norms, overflow=overflow, **metrics)
-        all_finite = session.step(state.step + 1, loss, **step_figures)
+        metrics = batch_metrics(logits.detach(), y_BT, cfg)
+        state.step += 1
+        figures = (state.step, loss.detach(), cfg.lr * scale, norms, overflow)
+        all_finite = session.step(*figures, **metrics)
         for optimizer in optimizers:
             optimizer.step(optimizer.peak_lr * scale, all_finite)
+        scaler.update()
         gradients.zero_()
-        state.step += 1
     prefetch.close()
     if session.status == "finished":
         score_test_sets(model, session, data, state)
@@ -718,7 +658,7 @@ RESULTS = (
 METRICS = ("exact_match", "eos_after_gold", "digit_accuracy", "train_exact", "scored_tokens")
 
 
-def validate(model: nn.Module, session: Session, data: Data, state: TrainState) -> None:
+def evaluate(model: nn.Module, session: Session, data: Data, state: TrainState) -> None:
     """Score the validation set, and save the model where its loss is the best so far."""
     cfg, progress = session.cfg, session.progress
     s = summary(score(model, data.val, cfg, session.world))
@@ -755,7 +695,7 @@ def write_json(session: Session, name: str, content: dict) -> None:
     session.world.agree(problem)
 
 
-def save_models(model, optimizers, session: Session, data: Data, state: TrainState) -> None:
+def save_models(model, optimizers: list, session: Session, data: Data, state: TrainState) -> None:
     """checkpoint_latest.pt, and at every SAVE_INTERVAL epochs a model that is kept."""
     if data.epoch_steps and state.step % (session.cfg.save_interval * data.epoch_steps) == 0:
         name = f"checkpoint_epoch_{state.step // data.epoch_steps}.pt"
@@ -795,8 +735,8 @@ def score_test_sets(model: nn.Module, session: Session, data: Data, state: Train
     for name, problems in {cfg.val_path: data.val, **data.tests}.items():
         table = score(model, problems, cfg, session.world)
         s, exact_N = summary(table), table[:, SCORES.index("exact")]
-        groups = arithmetic_data.breakdown(problems, exact_N, data.language)
-        base = arithmetic_data.baselines(problems, data.language, common)
+        groups = breakdown(problems, exact_N, data.language)
+        base = baselines(problems, data.language, common)
         report[name] = {**s, "n": len(problems), **groups, "baselines": base}
         say(
             f"{name}: n:{len(problems)} exact_match:{s['exact_match']:.4f} "
@@ -826,7 +766,11 @@ def facts_of(cfg: Knobs, world: World, data: Data) -> dict[str, object]:
     facts: dict[str, object] = {"Configuration": cfg.config or "none"}
     if world.device.type == "cuda":
         memory = torch.cuda.get_device_properties(world.device).total_memory
-        facts |= {"GPU Name": world.device_name(), "GPU Memory": f"{memory / 1e9:.2f} GB"}
+        facts |= {
+            "GPU INFORMATION": "=" * 40,
+            "GPU Name": world.device_name(),
+            "GPU Memory": f"{memory / 1e9:.2f} GB",
+        }
         facts["FP16 Mixed Precision"] = "ENABLED" if cfg.fp16 else "DISABLED"
     return facts | {
         "Vocabulary size": len(VOCABULARY),
@@ -885,7 +829,7 @@ def main() -> int:
             column_knobs=KNOB_OF,
             presets=PRESETS,
             resume_may_differ=RESUME_MAY_DIFFER,
-            sources=[__file__, arithmetic.__file__, arithmetic_data.__file__],
+            sources=[__file__, *SOURCES],
             steps_per_epoch=data.epoch_steps or None,
             val_every=val_every,
             save_every=[save_every, cfg.save_interval * data.epoch_steps],

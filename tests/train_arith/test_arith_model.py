@@ -229,11 +229,3 @@ def test_clipping_is_torchs():
         clipped = gradients.clone()
         train_arith.clip_gradients(clipped, norms, limit)
         torch.testing.assert_close(clipped, gradients * scale, rtol=1e-4, atol=1e-6)
-
-
-def test_the_loss_scale_halves_after_an_overflow_and_tells_of_it():
-    scale = train_arith.LossScale(torch.float16)
-    assert not scale.update(torch.tensor([1.0, 2.0])) and scale.scale == 2.0**16
-    assert scale.update(torch.tensor([1.0, math.inf])) and scale.scale == 2.0**15
-    plain = train_arith.LossScale(torch.float32)
-    assert not plain.update(torch.tensor([math.nan])) and plain.scale == 1.0

@@ -173,22 +173,22 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_its_update(monkeypatch, 
 
 def test_a_run_is_not_resumed_with_other_records_or_knobs(monkeypatch, tmp_path):
     stop = dict(run_id="r", num_epochs=4)
-    real = train_arith.validate
+    real = train_arith.evaluate
 
     def stop_at_once(model, session, data, state):
         real(model, session, data, state)
         session.world.signals.append(signal.SIGTERM)
 
-    monkeypatch.setattr(train_arith, "validate", stop_at_once)
+    monkeypatch.setattr(train_arith, "evaluate", stop_at_once)
     assert run_here(monkeypatch, tmp_path, **stop)[0] == 128 + signal.SIGTERM
-    monkeypatch.setattr(train_arith, "validate", real)
+    monkeypatch.setattr(train_arith, "evaluate", real)
     with pytest.raises(UserError, match=re.escape("was started with LR=0.01, not 0.02")):
         run_here(monkeypatch, tmp_path, **stop, lr=0.02)
     monkeypatch.setattr(sys, "argv", ["train_arith.py", *flags(tmp_path, **stop)])
     lines = (tmp_path / "train.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "train.jsonl").write_text("".join(reversed(lines)))
     with (
-        pytest.raises(UserError, match=r"other data .*another RUN_ID"),
+        pytest.raises(UserError, match=r"other training data .*another RUN_ID"),
         redirect_stdout(StringIO()),
     ):
         train_arith.main()
@@ -201,7 +201,7 @@ def test_the_pilot_configuration_starts_to_learn_within_seconds(tmp_path):
         "--set",
         "training.num_iterations=12",
         "--set",
-        "training.optimizer.warmup_iters=4",
+        "training.optimizer.warmup_steps=4",
         "--seed",
         "42",
     ]
