@@ -27,7 +27,7 @@ Shared   plumbing/ keeps the run alive and accounted for. What can change the lo
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +40,7 @@ from plumbing import ROOT, RUN_KNOBS, RunKnobs, Session, knob, read_knobs, show_
 from plumbing.data import Prefetch
 from plumbing.device import check_compiler, choose_precision, choose_rows
 from plumbing.plan import plan_facts
+from plumbing.row_states import RowStates
 from plumbing.splits import NotFetched, Split, open_splits
 from plumbing.text_batches import Score, TextBatches, read_window, window_batches, window_starts
 from plumbing.world import World, flat_gradients, join_world, launch
@@ -193,10 +194,9 @@ def apply_rotary(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated.type_as(x_BTHD)
 
 
-def autocast(x: Tensor, dtype: torch.dtype) -> torch.autocast:
-    """Matrix products in `dtype`. Tensors without data (--dry_run) are taken for a CPU's."""
-    kind = "cpu" if x.is_meta else x.device.type
-    return torch.autocast(kind, dtype, enabled=dtype != torch.float32)
+def device_type(x: Tensor) -> str:
+    """For autocast, which does not know tensors without data: --dry_run counts as a CPU."""
+    return "cpu" if x.device.type == "meta" else x.device.type
 
 
 def bind(item: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -301,11 +301,7 @@ def gated_linear_attention(
         added = (k_at_end.type_as(v).mT @ v).type_as(state)
         states, state = states_between(added, decay, state, group, BY_DECAYS)
     else:
-        beta, k_falling = split(beta), k * falling
-        overlap = (beta * (k_falling @ k_rising.mT)).tril(-1)
-        values = beta * torch.cat([v.type_as(k), k_falling * math.exp(middle)], dim=-1)
-        solved = torch.linalg.solve_triangular(overlap, values, upper=False, unitriangular=True)
-        v_new, found = solved.tensor_split([v.size(-1)], dim=-1)
+        v_new, found = new_values(split(beta), k * falling, k_rising, v, math.exp(middle))
         kept = torch.diag_embed(decay.exp()) - k_at_end.mT @ found
         added = k_at_end.mT @ v_new
         states, state = states_between(added, kept, state, group, BY_MATRICES)
@@ -314,6 +310,18 @@ def gated_linear_attention(
     read = scores.type_as(v) @ v + q_at_start.type_as(v) @ states.type_as(v)
     read = read.permute(0, 2, 3, 1, 4).flatten(1, 2)
     return read[:, :T] if missing else read, state
+
+
+def new_values(
+    beta: Tensor, k_falling: Tensor, k_rising: Tensor, v: Tensor, at_start: float
+) -> tuple[Tensor, Tensor]:
+    """Of the delta rule in a chunk: what each token writes if the chunk starts with an empty state,
+    and the keys by which it finds what the first state takes off that (arXiv 2406.06484).
+    """
+    overlap = (beta * (k_falling @ k_rising.mT)).tril(-1)
+    values = beta * torch.cat([v.type_as(beta), k_falling * at_start], dim=-1)
+    solved = torch.linalg.solve_triangular(overlap, values, upper=False, unitriangular=True)
+    return solved.tensor_split([v.size(-1)], dim=-1)
 
 
 def recurrent_step(
@@ -449,7 +457,7 @@ class Memory(nn.Module):
         """The output (B, T, C), the state behind the last token, and the auxiliary loss."""
         cfg, (memory, past), D = self.cfg, state, self.cfg.hcm_dim
         made = F.linear(x_BTC, self.in_proj)
-        with autocast(made, torch.float32):  # phases, decays, state stay fp32
+        with torch.autocast(device_type(x_BTC), enabled=False):  # phases, decays, state stay fp32
             parts = made.type_as(memory).split(list(self.widths(cfg).values()), dim=-1)
             item, key, address, decay, beta, gate = parts
             mixed = torch.cat([item, key, key, address, address], dim=-1)
@@ -537,7 +545,7 @@ class Attention(nn.Module):
         old_k, old_v, past = state
         made = F.linear(x_BTC, self.in_proj)
         if self.cfg.has_conv:
-            with autocast(made, torch.float32):
+            with torch.autocast(device_type(x_BTC), enabled=False):
                 mixed, past = causal_conv(made.type_as(past), self.conv_kernel, past)
             made = mixed.type_as(made)
         q, k, v = (part.view(B, T, self.cfg.n_head, -1) for part in made.split(C, dim=-1))
@@ -612,6 +620,11 @@ class Model(nn.Module):
         position = torch.zeros((), dtype=torch.long, device=self.wte.device)
         return State(position, [block.mixer.empty_state(B) for block in self.blocks])
 
+    def carried(self, world: World) -> State | None:
+        """With CARRY_STATE, empty states for this rank's rows of the batch."""
+        share = world.share(self.cfg.batch_size)
+        return self.empty_state(share.stop - share.start) if self.cfg.carry_state else None
+
     def phases(self, position: Tensor, T: int) -> Tensor:
         """Half of a memory's phases turn with position, so that it reads by content and distance."""
         is_memory = self.cfg.mixer == "hamt"
@@ -642,7 +655,8 @@ class Model(nn.Module):
         seed_B = x_BT.new_zeros(B) if seed_B is None else seed_B
         phase_TK = self.phases(state.position, T)
         layers, aux_sum = [], torch.zeros((), device=x_BT.device)
-        with autocast(x_BT, DTYPES[cfg.precision]):
+        dtype = DTYPES[cfg.precision]
+        with torch.autocast(device_type(x_BT), dtype, enabled=dtype != torch.float32):
             x_BTC = F.embedding(x_BT, self.wte)
             x_BTC = dropout(x_BTC, self.kept(seed_B, x_BTC), cfg.dropout)
             for i, (block, layer) in enumerate(zip(self.blocks, state.layers, strict=True)):
@@ -831,61 +845,7 @@ def lr_scale(position: float, total_steps: int, cfg: Knobs) -> float:
 
 
 # ------------------------------------------------
-# Carried states and evaluation
-
-
-class RowStates:
-    """The states from which this rank's rows of the batch go on (CARRY_STATE); else all empty."""
-
-    def __init__(self, model: Model, cfg: Knobs, world: World):
-        self.cfg, self.world = cfg, world
-        share = world.share(cfg.batch_size)
-        self.state = model.empty_state(share.stop - share.start) if cfg.carry_state else None
-
-    def take(self, rows: slice) -> State | None:
-        if self.state is None:
-            return None
-        layers = [tuple(t[rows] for t in layer) for layer in self.state.layers]
-        return State(self.position, layers)
-
-    def start_step(self, is_new_epoch: bool) -> None:
-        """In a new epoch the rows start over, at the front of their parts of the text."""
-        if self.state is None:
-            return
-        if is_new_epoch:
-            self.state.position.zero_()
-            for t in self.tensors():
-                t.zero_()
-        self.position = self.state.position.clone()
-
-    def put(self, rows: slice, state: State) -> None:
-        if self.state is None:
-            return
-        self.state.position.copy_(state.position)
-        for own, new in zip(self.state.layers, state.layers, strict=True):
-            for t, value in zip(own, new, strict=True):
-                t[rows] = value.detach()
-
-    def tensors(self) -> list[Tensor]:
-        return [t for layer in self.state.layers for t in layer]
-
-    def state_dict(self) -> dict[str, object]:
-        """The states of all rows of the batch, on every rank."""
-        if self.state is None:
-            return {}
-        whole = []
-        for t in self.tensors():
-            rows = t.new_zeros(self.cfg.batch_size, *t.shape[1:])
-            rows[self.world.share(self.cfg.batch_size)] = t
-            whole.append(self.world.all_reduce(rows))
-        return dict(position=self.state.position, rows=whole)
-
-    def load_state_dict(self, saved: dict[str, object]) -> None:
-        if self.state is None:
-            return
-        self.state.position.copy_(saved["position"])
-        for t, rows in zip(self.tensors(), saved["rows"], strict=True):
-            t.copy_(rows[self.world.share(self.cfg.batch_size)])
+# Evaluation
 
 
 # differs: the whole of a split or its first windows, as a score
@@ -1003,7 +963,8 @@ def open_data(
 # differs: a text that a run would download is no reason not to start it
 def plan(cfg: Knobs, world: World) -> dict[str, object]:
     """What --dry_run shows; raises UserError for what the run would refuse."""
-    check_compiler(cfg.compile, cfg.device)
+    if cfg.device == "cpu" or torch.cuda.is_available():
+        check_compiler(cfg.compile, cfg.device)
     with torch.device("meta"):
         model = Model(cfg)
         facts = {"mixer": cfg.mixer_words, **plan_facts(cfg, world, model, run_step)}
@@ -1029,6 +990,11 @@ class TrainState:
     step: int = 0
     overflows: int = 0  # of fp16, one after another
 
+    def count_overflow(self, skipped: bool, session: Session) -> None:
+        self.overflows = self.overflows + 1 if skipped else 0
+        if self.overflows == 50:
+            session.stop("nan", "50 steps in a row overflowed fp16; use bf16, or a lower LR")
+
 
 # differs: what dropout keeps is drawn by a function of its own
 def compile_model(model: Model) -> None:
@@ -1039,30 +1005,13 @@ def compile_model(model: Model) -> None:
     model.dropout_mask = torch.compile(dropout_mask, dynamic=False)
 
 
-def add_gradients(
-    model: Model, batch: tuple[Tensor, ...], states: RowStates, rows: int, scale: Callable
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """This rank's shares of the batch's mean loss and auxiliary loss; adds their gradients, of the
-    scaled loss, micro-batch by micro-batch.
-    """
-    cfg, (x_BT, y_BT, seed_B) = model.cfg, batch
-    loss_sum, aux_sum = torch.zeros(2, device=x_BT.device).unbind()
-    for first in range(0, len(x_BT), rows):
-        part = slice(first, min(first + rows, len(x_BT)))
-        x, y = x_BT[part].long(), y_BT[part].long()
-        loss, aux, state = model(x, y, states.take(part), seed_B[part])
-        states.put(part, state)
-        loss = loss / (cfg.batch_size * cfg.sequence_length)
-        aux = aux * len(x) / cfg.batch_size
-        objective = loss
-        if cfg.use_auxiliary_loss:
-            objective = loss + cfg.aux_loss_weight * aux
-        scale(objective).backward()
-        loss_sum += loss.detach()
-        aux_sum += aux.detach()
-    if cfg.use_auxiliary_loss:
-        return loss_sum, dict(aux_loss=aux_sum)
-    return loss_sum, {}
+def micro_batches(batch: tuple[Tensor, ...], rows: int) -> Iterator[tuple[slice, tuple]]:
+    """Parts of a batch, `rows` rows at a time, and which rows they are."""
+    num_rows = len(batch[0])
+    for first in range(0, num_rows, rows):
+        part = slice(first, min(first + rows, num_rows))
+        x_BT, y_BT, seed_B = (tensor[part].long() for tensor in batch)
+        yield part, (x_BT, y_BT, seed_B)
 
 
 # differs: states are carried, and there is one optimizer
@@ -1078,22 +1027,16 @@ def train(cfg: Knobs, session: Session, batches: TextBatches, splits: dict[str, 
         compile_model(model)
     rows = choose_rows(cfg, world, model, run_step)  # sequences of a micro-batch
     gradients.zero_()
-    states, state = RowStates(model, cfg, world), TrainState()
+    states, state = RowStates(model.carried(world), cfg.batch_size, world), TrainState()
     saved = dict(model=model, adam=adam, scaler=scaler, states=states, state=state)
-    session.row["device_batch_size"] = rows
-    facts = {"mixer": cfg.mixer_words, "rows": rows, "data": batches.summary}
-    facts["state"] = f"{model.empty_state(1).num_bytes:,} bytes per sequence, before any token"
-    session.describe(model, flops_per_token(model, cfg), facts)
+    session.describe(model, flops_per_token(model, cfg), facts_of(model, batches, rows, session))
     session.restore(**saved)
     prefetch = Prefetch(batches.make, state.step, world.device, cfg.num_workers)
-
     while True:
         # -------- clock stopped: evaluate, save, leave --------
         position = schedule_position(state.step, session.spent_s, total_steps, cfg)
         for stats in session.between_steps(state.step, finished=position >= total_steps):
-            state.overflows = state.overflows + 1 if stats.skipped else 0
-        if state.overflows >= 50:
-            session.stop("nan", "50 steps in a row overflowed fp16; use bf16, or a lower LR")
+            state.count_overflow(stats.skipped, session)
         if session.should_validate:
             score = evaluate(model, splits["val"], rows, world, cfg.max_val_samples)
             log_score(session, state.step, score)
@@ -1105,21 +1048,36 @@ def train(cfg: Knobs, session: Session, batches: TextBatches, splits: dict[str, 
         # -------- clock running: one optimizer step --------
         session.start_clock()
         states.start_step(is_new_epoch=state.step % batches.epoch_steps == 0)
-        batch = prefetch.get(state.step)
-        loss, metrics = add_gradients(model, batch, states, rows, scaler.scale)
+        train_loss, aux_loss = torch.zeros(2, device=world.device).unbind()
+        for part, (x_BT, y_BT, seed_B) in micro_batches(prefetch.get(state.step), rows):
+            loss, aux, row_states = model(x_BT, y_BT, states.take(part), seed_B)
+            states.put(part, row_states)
+            loss = loss / batches.batch_tokens
+            aux = aux * len(x_BT) / cfg.batch_size
+            scaler.scale(loss + cfg.aux_loss_weight * aux).backward()
+            train_loss += loss.detach()
+            aux_loss += aux.detach()
         world.all_reduce(gradients)  # each rank has added its share of the batch's mean
         scaler.unscale_(adam)
         grad_norms = torch.stack(torch._foreach_norm([p.grad for p in model.parameters()]))
         overflow = ~grad_norms.isfinite().all() & scaler.is_enabled()
         lr = cfg.lr * lr_scale(position, total_steps, cfg)
         state.step += 1
-        all_finite = session.step(state.step, loss, lr, grad_norms, overflow, **metrics)
+        metrics = {"aux_loss": aux_loss} if cfg.use_auxiliary_loss else {}
+        all_finite = session.step(state.step, train_loss, lr, grad_norms, overflow, **metrics)
         adam.step(lr, grad_norms, all_finite)
         scaler.update()
         gradients.zero_()
     prefetch.close()
     if cfg.final_test and session.status in ("finished", "early_stop"):
         report(model, splits, rows, session)
+
+
+def facts_of(model: Model, batches: TextBatches, rows: int, session: Session) -> dict[str, object]:
+    """What the head of the log says of a run, besides its knobs."""
+    session.row["device_batch_size"] = rows
+    state = f"{model.empty_state(1).num_bytes:,} bytes per sequence, before any token"
+    return {"mixer": model.cfg.mixer_words, "rows": rows, "state": state, "data": batches.summary}
 
 
 def log_score(session: Session, step: int, score: Score) -> None:

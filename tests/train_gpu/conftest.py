@@ -5,5 +5,6 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 torch.set_num_threads(1)  # threads that wait for each other on a busy machine are slower than one

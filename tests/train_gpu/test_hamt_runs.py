@@ -148,14 +148,20 @@ def test_early_stop_time_budget_and_preemption_leave_their_status(monkeypatch, t
 
 
 def test_a_loss_that_is_not_finite_stops_before_its_update(monkeypatch, tmp_path):
-    add_gradients, weights = train_gpu.add_gradients, []
+    step, weights = train_gpu.AdamW.step, []
+    forward, calls = train_gpu.Model.forward, []
 
-    def bad(model, *args):
-        loss, more = add_gradients(model, *args)
-        weights.append(model.wte.detach().clone())
-        return loss * (float("nan") if len(weights) == 5 else 1.0), more
+    def bad(self, *args):
+        loss, *more = forward(self, *args)
+        calls.append(torch.is_grad_enabled())
+        return loss * (float("nan") if sum(calls) == 9 and calls[-1] else 1.0), *more
 
-    monkeypatch.setattr(train_gpu, "add_gradients", bad)
+    def watched(self, *args):
+        weights.append(self.param_groups[0]["params"][0].detach().clone())
+        return step(self, *args)
+
+    monkeypatch.setattr(train_gpu.Model, "forward", bad)
+    monkeypatch.setattr(train_gpu.AdamW, "step", watched)
     code, out = run_here(monkeypatch, tmp_path)
     assert code == 1 and "step:5 not finite" in out and rows(tmp_path)[0]["status"] == "nan"
     assert torch.equal(weights[4], weights[-1]) and not torch.equal(weights[3], weights[4])
@@ -187,7 +193,7 @@ def test_running_out_of_memory_says_what_to_lower(monkeypatch, tmp_path):
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(train_gpu, "add_gradients", full)
+    monkeypatch.setattr(train_gpu.AdamW, "step", full)
     with pytest.raises(UserError, match="lower DEVICE_BATCH_SIZE or set GRADIENT_CHECKPOINTING=1"):
         run_here(monkeypatch, tmp_path)
     assert rows(tmp_path)[0]["status"] == "failed"

@@ -11,9 +11,10 @@ from hamt_support import MODELS, ONE, knobs, lively, same, tokens
 
 import train_gpu
 from plumbing import TokenShards, World, write_shard
+from plumbing.row_states import RowStates
 from plumbing.splits import Split
 from plumbing.text_batches import Score, TextBatches, window_batches, window_starts
-from train_gpu import AdamW, LinearCrossEntropy, RowStates
+from train_gpu import AdamW, LinearCrossEntropy
 
 TRUE, FALSE = torch.tensor(True), torch.tensor(False)
 
@@ -139,7 +140,7 @@ def test_with_a_carried_state_each_row_goes_on_where_it_stopped(tmp_path):
 
 def test_a_carried_state_is_used_no_gradient_flows_into_it_and_an_epoch_starts_without():
     model, x = lively(double=False, carry_state=True, batch_size=2), tokens(2, 33)
-    states, everything = RowStates(model, model.cfg, ONE), slice(0, 2)
+    states, everything = RowStates(model.carried(ONE), 2, ONE), slice(0, 2)
     states.start_step(is_new_epoch=True)
     cold, _, state = model(x[:, :16], x[:, 1:17], states.take(everything))
     states.put(everything, state)

@@ -1,0 +1,76 @@
+"""row_states.py -- what each row of a batch carries from one step to the next.
+
+Promises: a rank keeps the states of its own rows; a checkpoint holds those of all rows, so that any
+number of ranks can go on with them; and no gradient flows from one step into the one before.
+"""
+
+from typing import Protocol, TypeVar
+
+from torch import Tensor
+
+from plumbing.world import World
+
+
+class State(Protocol):
+    """What a model carries from token to token, for some rows."""
+
+    position: Tensor  # tokens so far, the same for all rows
+    layers: list[tuple[Tensor, ...]]  # the rows are the first dimension
+
+
+S = TypeVar("S", bound=State)
+
+
+class RowStates:
+    """The states from which this rank's rows of the batch go on. With None nothing is carried, and
+    every row always starts from an empty state.
+    """
+
+    def __init__(self, empty: S | None, batch_size: int, world: World):
+        self.state, self.batch_size, self.world = empty, batch_size, world
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [tensor for layer in self.state.layers for tensor in layer]
+
+    def start_step(self, is_new_epoch: bool) -> None:
+        """In a new epoch the rows start over, at the front of their parts of the text."""
+        if self.state is None:
+            return
+        if is_new_epoch:
+            self.state.position.zero_()
+            for tensor in self.tensors:
+                tensor.zero_()
+        self.position = self.state.position.clone()  # put() moves it on before all rows are taken
+
+    def take(self, rows: slice) -> S | None:
+        if self.state is None:
+            return None
+        layers = [tuple(tensor[rows] for tensor in layer) for layer in self.state.layers]
+        return type(self.state)(self.position, layers)
+
+    def put(self, rows: slice, state: S) -> None:
+        if self.state is None:
+            return
+        self.state.position.copy_(state.position)
+        for own_layer, new_layer in zip(self.state.layers, state.layers, strict=True):
+            for own, new in zip(own_layer, new_layer, strict=True):
+                own[rows] = new.detach()
+
+    def state_dict(self) -> dict[str, object]:
+        """The states of all rows of the batch, on every rank."""
+        if self.state is None:
+            return {}
+        whole = []
+        for tensor in self.tensors:
+            rows = tensor.new_zeros(self.batch_size, *tensor.shape[1:])
+            rows[self.world.share(self.batch_size)] = tensor
+            whole.append(self.world.all_reduce(rows))
+        return {"position": self.state.position, "rows": whole}
+
+    def load_state_dict(self, saved: dict[str, object]) -> None:
+        if self.state is None:
+            return
+        self.state.position.copy_(saved["position"])
+        for tensor, rows in zip(self.tensors, saved["rows"], strict=True):
+            tensor.copy_(rows[self.world.share(self.batch_size)])
