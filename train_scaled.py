@@ -19,6 +19,7 @@ Sources  AGIFORMER phase 8 (inkbytefo/agi-former, a393cb5), rewritten from its d
 Shared   plumbing/ keeps the run alive and accounted for. What can change a loss is in this file.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import math
@@ -351,6 +352,13 @@ def init_retention(retention_H: Tensor, cfg: Knobs) -> None:
     retention_H.copy_(logit if cfg.mem_init is None else torch.full_like(logit, cfg.mem_init))
 
 
+def full_precision(device: torch.device) -> contextlib.AbstractContextManager:
+    """Products in fp32 whatever the rest is in. The meta device of a plan has no autocast."""
+    if device.type == "meta":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 class OriginalMemory(nn.Module):
     """Phase 8's memory: keys and queries are ELU + 1, what is read is divided by the sum of its
     weights, and each head has one retention. The last column of the values makes that sum."""
@@ -370,7 +378,7 @@ class OriginalMemory(nn.Module):
         """What is read, (B, N, D), and the state behind the N patches."""
         cfg = self.cfg
         qkv = self.qkv(h_BND)
-        with torch.autocast(h_BND.device.type, torch.bfloat16, enabled=False):
+        with full_precision(h_BND.device):
             q, k, v = (split_heads(t, cfg.n_head).float() for t in qkv.chunk(3, -1))
             q, k = (F.elu(q) + 1) * q.size(-1) ** -0.5, F.elu(k) + 1
             v = F.pad(v, (0, 1), value=1.0)
@@ -425,7 +433,7 @@ class ScaledMemory(nn.Module):
         cfg = self.cfg
         qkv, conv = self.convolve(self.qkv(h_BND), past["conv"])
         logit = self.retention[:, None] + self.decay(h_BND).mT
-        with torch.autocast(h_BND.device.type, torch.bfloat16, enabled=False):
+        with full_precision(h_BND.device):
             log_decay = log_retention(logit.float(), cfg.mem_range) + plasticity.log()
             q, k, v = (split_heads(t, cfg.n_head).float() for t in qkv.chunk(3, -1))
             q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
@@ -884,7 +892,7 @@ def use_fla(model: ByteLM, world: World) -> None:
     capable = world.device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
     if not capable or importlib.util.find_spec("fla") is None:
         raise UserError(
-            "FLA=1 needs a GPU of compute capability 8 or more and the package fla-core; "
+            "FLA=1 needs the package fla-core and a GPU of compute capability 8 or more; "
             "pip install fla-core, or set FLA=0"
         )
     for block in model.blocks:
@@ -1353,6 +1361,7 @@ def train(cfg: Knobs, world: World, session: Session, batches: Batches, val: Tok
         gradients.zero_()
         state.step += 1
     prefetch.close()
+    session.notes += ["rolled_back=1"] * state.rolled_back
 
 
 def main() -> int:

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-
 import train_scaled
 from plumbing.exchange import StepExchange
 from train_scaled import ByteLM, Knobs

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from lib.byte_stream import Stream
 from plain_scaled import byte_memory
 from scaled_support import fresh, repeats, text
 
-from lib.byte_stream import Stream
 from train_scaled import ByteMemory
 
 

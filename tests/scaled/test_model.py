@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from lib.byte_stream import Stream
 from plain_scaled import PlainPhase8, copy_phase8, step_recurrence
 from scaled_support import VARIANTS, fresh, repeats, tensors_equal, text
 
 import train_scaled
-from lib.byte_stream import Stream
 from train_scaled import ByteLM, Knobs
 
 

@@ -7,21 +7,17 @@ import dataclasses
 import json
 import lzma
 import math
-import sys
 
-import numpy as np
-import pytest
-import torch
-from support import ROOT
-
-sys.path.insert(0, str(ROOT / "scripts"))
 import bench_scaled
-import lib_bytes as lib
+import byte_models as lib
+import curriculum_intelligence as intelligence
 import mqar
+import numpy as np
 import position_curve
+import pytest
+import recall_fixed as recall
 import sample
-import test_curriculum_intelligence as intelligence
-import test_recall_fixed as recall
+import torch
 
 from plumbing import UserError
 from train_scaled import PATCH, ByteLM, ByteMemory
@@ -30,7 +26,7 @@ TEXT = ("Bir varmış bir yokmuş, evvel zaman içinde kalbur saman içinde. " *
 
 
 def tiny(seed: int = 1, **changes: object) -> ByteLM:
-    k = dataclasses.replace(lib.read_model_knobs(["d_model=16", "window=3"]), **changes)
+    k = dataclasses.replace(lib.rean_embd_knobs(["n_embd=16", "window=3"]), **changes)
     model = ByteLM(k)
     model.init_weights(seed)
     return model.eval()
@@ -60,11 +56,11 @@ def read_csv(path) -> list[dict[str, str]]:
 # ---- reach
 
 
-@pytest.mark.parametrize("n_layer, window, reads", [(1, 2, 4), (2, 3, 4), (3, 5, 4), (2, 1, 8)])
+@pytest.mark.parametrize("n_layer, window", [(1, 2), (2, 3), (3, 5), (2, 1)])
 def test_no_byte_beyond_reach_moves_a_window_only_model_and_the_nearest_within_does(
-    n_layer, window, reads
+    n_layer, window
 ):
-    model, T = tiny(memory="off", n_layer=n_layer, window=window, decoder_reads=reads), 96
+    model, T = tiny(memory="off", n_layer=n_layer, window=window), 96
     x = torch.randint(256, (1, T), generator=torch.Generator().manual_seed(0))
     moved = set()
     with torch.no_grad():
@@ -80,18 +76,18 @@ def test_no_byte_beyond_reach_moves_a_window_only_model_and_the_nearest_within_d
                 moved.add(at)
     answer = T - PATCH
     for at in range(T - PATCH):
-        assert lib.beyond(at, answer, model.k) == (at not in moved), at
+        assert lib.beyond(at, answer, model.cfg) == (at not in moved), at
 
 
 def test_a_gap_is_safe_wherever_the_patches_edges_lie_and_one_byte_less_is_not():
-    k = tiny().k
+    k = tiny().cfg
     gap = lib.safe_gap(k)
     assert all(lib.beyond(at, at + gap, k) for at in range(8))
     assert not all(lib.beyond(at, at + gap - 1, k) for at in range(8))
 
 
 def test_full_attention_has_no_beyond():
-    k = tiny(window=None, memory="off").k
+    k = tiny(window=None, memory="off").cfg
     assert lib.reach(k) is None and not lib.beyond(0, 10**6, k)
     with pytest.raises(UserError, match="WINDOW=off"):
         lib.safe_gap(k)
@@ -110,7 +106,7 @@ def test_mqar_pairs_cannot_move_the_window_only_model_but_a_gap_of_one_patch_les
                 *(lib.answer_nll(model, text, at[:, :1], y[:, :1]) for text in (x, other))
             )
 
-    least = mqar.least_gap(model.k)
+    least = mqar.least_gap(model.cfg)
     assert not moved(least) and moved(least - 1)
 
 
@@ -128,7 +124,7 @@ def test_a_passkey_that_counts_cannot_move_the_window_only_model_but_one_that_do
         other[:, needle : needle + recall.DIGITS] = (
             ord("0") + (other[:, needle : needle + recall.DIGITS] - 40) % 10
         )
-        counts = lib.beyond(needle + recall.DIGITS - 1, end, model.k)
+        counts = lib.beyond(needle + recall.DIGITS - 1, end, model.cfg)
         first = []
         for text in (rows, other):
             stream = recall.Stream(model, 2)
@@ -163,7 +159,7 @@ def test_mqar_layout_half_puts_a_pair_into_one_patch():
 
 def test_training_texts_never_put_a_pair_within_reach():
     k, a = (
-        lib.read_model_knobs([], lib.BASE | mqar.MQAR | dict(batch_size=2)),
+        lib.rean_embd_knobs([], lib.BASE | mqar.MQAR | dict(batch_size=2)),
         mqar.read_options([]),
     )
     for stage in range(len(mqar.stages(k, a.pairs))):
@@ -198,7 +194,7 @@ def test_passkeys_are_random_and_the_same_for_every_model():
 
 
 def test_training_rows_ask_for_the_key_that_they_hold_beyond_reach_in_the_first_stages():
-    k = lib.read_model_knobs([], lib.BASE | dict(batch_size=4, sequence_length=512))
+    k = lib.rean_embd_knobs([], lib.BASE | dict(batch_size=4, sequence_length=512))
     plan = recall.stages(k)
     assert plan[-1] == (512, 0.0) and plan[0][1] == 1.0
     for stage in range(len(plan)):
@@ -238,10 +234,10 @@ class Fixed(torch.nn.Module):
         self.knows = knows
         self.register_buffer("plasticity", torch.ones(()))
 
-    def state(self, B: int) -> dict:
+    def empty_state(self, B: int) -> dict:
         return {}
 
-    def trunk(self, x_BT: torch.Tensor, state: dict) -> tuple[torch.Tensor, dict]:
+    def trunk(self, x_BT: torch.Tensor, state: dict, fresh: bool = False) -> tuple[torch.Tensor, dict]:
         return torch.zeros(len(x_BT), x_BT.size(1) // PATCH, 1), state
 
     def decoder(
@@ -266,7 +262,7 @@ def test_answer_losses_are_those_of_the_whole_models_forward(mem_rows):
     x, at, y = mqar.make_texts(rng, 3, 4, 12, 8, "full")
     with torch.no_grad():
         ours = lib.answer_nll(model, x, at, y)[..., :2]
-        whole = model.nll(x[:, :-PATCH], x[:, PATCH:])[0].unflatten(1, (-1, PATCH))
+        whole = model(x[:, :-PATCH], x[:, PATCH:])[0].unflatten(1, (-1, PATCH))
     theirs = whole.gather(1, (at - 1)[..., None].expand(-1, -1, PATCH))[..., :2]
     torch.testing.assert_close(ours, theirs)
 
@@ -312,13 +308,13 @@ def test_memory_zeroed_hears_nothing_from_its_memory_and_shares_all_weights():
         for a, b in zip(model.state_dict().values(), silent.state_dict().values(), strict=True)
     )
     with torch.no_grad():
-        ours, theirs = ([m.nll(t, x)[0][0, -4:] for t in (x, other)] for m in (model, silent))
+        ours, theirs = ([m(t, x)[0][0, -4:] for t in (x, other)] for m in (model, silent))
     assert not torch.equal(*ours) and torch.equal(*theirs)
 
 
 def test_training_learns_an_answer_and_moves_on_only_when_it_has(capsys):
     k, seen = (
-        lib.read_model_knobs(["d_model=16", "num_iterations=60", "lr=0.01", "warmup_iters=1"]),
+        lib.rean_embd_knobs(["n_embd=16", "num_iterations=60", "lr=0.01", "warmup_iters=1"]),
         [],
     )
 
@@ -339,7 +335,7 @@ def test_training_learns_an_answer_and_moves_on_only_when_it_has(capsys):
 
 
 def test_training_stays_in_the_stage_that_it_cannot_learn():
-    k, seen = lib.read_model_knobs(["d_model=16", "num_iterations=45", "warmup_iters=1"]), []
+    k, seen = lib.rean_embd_knobs(["n_embd=16", "num_iterations=45", "warmup_iters=1"]), []
 
     def make(step: int, stage: int) -> lib.Batch:
         seen.append(stage)
@@ -369,7 +365,7 @@ def test_bits_by_position_add_up_to_the_whole_texts_and_count_each_byte_once(wei
         pad = torch.nn.functional.pad(whole, (0, -size % PATCH))
         y = torch.nn.functional.pad(whole[:, PATCH:], (0, -size % PATCH), value=-1)
         with torch.no_grad():
-            expected += 8 * PATCH + model.nll(pad[:, : y.size(1)], y)[
+            expected += 8 * PATCH + model(pad[:, : y.size(1)], y)[
                 0
             ].double().sum().item() / math.log(2)
     assert sums.sum() == pytest.approx(expected, rel=1e-5)
@@ -583,7 +579,7 @@ def test_recall_writes_its_grid_its_sums_and_what_made_them(weights, tmp_path, c
 
 def test_recall_trains_its_models_and_saves_them(tmp_path, weights):
     out = tmp_path / "recall"
-    knobs = ["--knobs", "d_model=16", "n_head=2", "window=2", "num_iterations=2", "warmup_iters=0"]
+    knobs = ["--knobs", "n_embd=16", "n_head=2", "window=2", "num_iterations=2", "warmup_iters=0"]
     sizes = [
         "--train_length",
         "160",
@@ -602,7 +598,7 @@ def test_recall_trains_its_models_and_saves_them(tmp_path, weights):
         set(about["seconds_training"]) == {"full", "window only"} and about["trained_length"] == 160
     )
     again = lib.load(tmp_path / "recall_window.pth", torch.device("cpu"))
-    assert again.k.memory == "off" and again.k.num_iterations == 2
+    assert again.cfg.memory == "off" and again.cfg.num_iterations == 2
     tuned = [*sizes, "--knobs", "num_iterations=1", "warmup_iters=0"]
     files = [
         "--weights",
@@ -613,7 +609,7 @@ def test_recall_trains_its_models_and_saves_them(tmp_path, weights):
         str(tmp_path / "b"),
     ]
     recall.main(["--train", *files, *tuned])
-    assert lib.load(tmp_path / "b_full.pth", torch.device("cpu")).k.d_model == 16
+    assert lib.load(tmp_path / "b_full.pth", torch.device("cpu")).cfg.n_embd == 16
 
 
 def test_mqar_writes_a_line_per_model_seed_pairs_and_distance(tmp_path, capsys):
@@ -630,7 +626,7 @@ def test_mqar_writes_a_line_per_model_seed_pairs_and_distance(tmp_path, capsys):
         "--seeds",
         "0,1",
     ]
-    knobs = ["d_model=16", "window=3", "num_iterations=1", "warmup_iters=0", "batch_size=2"]
+    knobs = ["n_embd=16", "window=3", "num_iterations=1", "warmup_iters=0", "batch_size=2"]
     mqar.main([*options, "--out", str(out), "--knobs", *knobs])
     rows = read_csv(out.with_suffix(".csv"))
     assert len(rows) == 3 * 2 * 2 * 2 and {r["beyond_window"] for r in rows} == {"1"}
@@ -686,8 +682,8 @@ WRONG = [
     (recall, ["--train", "--lengths", "40"], "does not hold key and question"),
     (recall, ["--train", "--depths", "0,101"], "--depths 0,101"),
     (recall, ["--train", "--train_length", "100"], "too short for a key beyond"),
-    (recall, ["--train", "--knobs", "d_model"], "expected name=value"),
-    (recall, ["--train", "--knobs", "d_modle=3"], "d_model"),
+    (recall, ["--train", "--knobs", "n_embd"], "expected name=value"),
+    (recall, ["--train", "--knobs", "d_modle=3"], "n_embd"),
     (recall, ["--train", "--knobs", "window=off"], "WINDOW=off sees everything"),
     (recall, ["--train", "--n", "0"], "--n 0"),
     (mqar, ["--pairs", "100"], "more letters"),
@@ -737,9 +733,9 @@ def test_a_gpu_that_is_not_there_is_an_error(weights, tmp_path):
 def test_the_bench_writes_both_sides_and_their_ratio_with_what_they_came_from(
     monkeypatch, tmp_path, capsys
 ):
-    small = dict(d_model=16, n_layer=1, n_head=2, window=4)
+    small = dict(n_embd=16, n_layer=1, n_head=2, window=4)
     monkeypatch.setattr(bench_scaled, "STEP", bench_scaled.STEP | small | dict(sequence_length=64))
-    monkeypatch.setattr(bench_scaled, "STUDY", bench_scaled.STUDY | dict(d_model=16, n_head=2))
+    monkeypatch.setattr(bench_scaled, "STUDY", bench_scaled.STUDY | dict(n_embd=16, n_head=2))
     monkeypatch.setattr(bench_scaled, "LENGTH", bench_scaled.LENGTH | small)
     monkeypatch.setattr(bench_scaled, "LENGTHS", [64, 128])
     assert (
