@@ -1,12 +1,15 @@
 """plain_gpt.py -- the plain implementation that train_gpt.py's faster one is compared with.
 
 The same training step the straightforward way: one weight per projection, logits in full, one
-Newton-Schulz per matrix. Nothing here is tuned and nothing is shared with train_gpt.py, so that agreement
-between the two means something. Dtypes follow the bf16 autocast that train_step() puts around the forward.
+Newton-Schulz per matrix. Nothing here is tuned and nothing is shared with train_gpt.py, so that
+agreement between the two means something. Dtypes follow the bf16 autocast that train_step() puts
+around the forward.
 
-Shapes   B sequences, T tokens, C model width, H heads, D = C / H head width, V vocabulary; x_BT is (B, T)
-Weights  wte (V, C), also the head; blocks.{i}.q k v o (C, C), up (M, C), down (C, M), M = mlp_hidden or 4 C;
-         blocks.{i}.gate: headwise (H, C), elementwise (C, C) with channel = head * D + dim, const (H, D)
+Shapes   B sequences, T tokens, C model width, H heads, D = C / H head width, V vocabulary, M width
+         of the MLP; x_BT is (B, T)
+Weights  wte (V, C), also the head; blocks.N.{q,k,v,out}_proj (C, C), up_proj (M, C), down_proj
+         (C, M); blocks.N.gate: headwise (H, C), elementwise (C, C) with channel = head * D + dim,
+         const (H, D)
 Source   modded-nanogpt, the record of 2024-10-14 by Keller Jordan and others, from its description;
          gates after Qiu et al., arXiv 2505.06708
 """
@@ -57,12 +60,12 @@ class Block(nn.Module):
         super().__init__()
         self.n_head, self.head_dim = n_head, n_embd // n_head
         self.attngate, self.gatepos, self.activation = attngate, gatepos, GATE_ACTIVATIONS[gateact]
-        self.q = linear_init(n_embd, n_embd)
-        self.k = linear_init(n_embd, n_embd)
-        self.v = linear_init(n_embd, n_embd)
-        self.o = zero_init(n_embd, n_embd)
-        self.up = linear_init(mlp_hidden, n_embd)
-        self.down = zero_init(n_embd, mlp_hidden)
+        self.q_proj = linear_init(n_embd, n_embd)
+        self.k_proj = linear_init(n_embd, n_embd)
+        self.v_proj = linear_init(n_embd, n_embd)
+        self.out_proj = zero_init(n_embd, n_embd)
+        self.up_proj = linear_init(mlp_hidden, n_embd)
+        self.down_proj = zero_init(n_embd, mlp_hidden)
         if attngate == "headwise":
             self.gate = linear_init(n_head, n_embd)
         elif attngate == "elementwise":
@@ -77,7 +80,7 @@ class Block(nn.Module):
             raise ValueError(f"gatepos={gatepos!r}: expected sdpa, value, key, query or output")
 
     def gated(self, y_BTHD: Tensor, h_BTC: Tensor, position: str) -> Tensor:
-        """y times the gate computed from the normed block input h, if this is where the gate sits."""
+        """y times the gate made of the normed block input h, if this is where the gate sits."""
         if self.attngate == "none" or self.gatepos != position:
             return y_BTHD
         if self.attngate == "const":
@@ -89,9 +92,9 @@ class Block(nn.Module):
     def attention(self, h_BTC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         B, T, C = h_BTC.shape
         heads = (B, T, self.n_head, self.head_dim)
-        q = rms_norm(rotate(F.linear(h_BTC, self.q).view(heads), cos, sin))
-        k = rms_norm(rotate(F.linear(h_BTC, self.k).view(heads), cos, sin))
-        v = F.linear(h_BTC, self.v).view(heads)
+        q = rms_norm(rotate(F.linear(h_BTC, self.q_proj).view(heads), cos, sin))
+        k = rms_norm(rotate(F.linear(h_BTC, self.k_proj).view(heads), cos, sin))
+        v = F.linear(h_BTC, self.v_proj).view(heads)
         # Gates on q and k come after their norm, which would undo a headwise one.
         q, k, v = (
             self.gated(q, h_BTC, "query"),
@@ -101,11 +104,12 @@ class Block(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         y = self.gated(y.transpose(1, 2), h_BTC, "sdpa").reshape(B, T, C)
-        return self.gated(F.linear(y, self.o).view(heads), h_BTC, "output").reshape(B, T, C)
+        return self.gated(F.linear(y, self.out_proj).view(heads), h_BTC, "output").reshape(B, T, C)
 
     def forward(self, x_BTC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x_BTC = x_BTC + self.attention(rms_norm(x_BTC), cos, sin)
-        return x_BTC + F.linear(F.linear(rms_norm(x_BTC), self.up).relu().square(), self.down)
+        hidden = F.linear(rms_norm(x_BTC), self.up_proj).relu().square()
+        return x_BTC + F.linear(hidden, self.down_proj)
 
 
 class PlainGPT(nn.Module):
@@ -153,7 +157,9 @@ def newton_schulz(G: Tensor) -> Tensor:
 
 
 class PlainMuon(torch.optim.Optimizer):
-    """Nesterov momentum, each matrix orthogonalized by itself; the root makes the update's RMS about lr."""
+    """Nesterov momentum, each matrix orthogonalized by itself; the root makes the update's RMS
+    about lr.
+    """
 
     def __init__(
         self, params: list[nn.Parameter], lr: float, momentum: float = 0.95, compiled: bool = False
@@ -176,7 +182,7 @@ class PlainMuon(torch.optim.Optimizer):
 def plain_optimizers(
     model: PlainGPT, lr: float, compiled: bool = False
 ) -> list[torch.optim.Optimizer]:
-    """AdamW for the tied embedding, Muon at a tenth of its rate for all in the blocks, gates included."""
+    """AdamW for the tied embedding, Muon at a tenth of its rate for the blocks, gates included."""
     return [
         torch.optim.AdamW(
             [model.wte], lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0, fused=True
@@ -192,7 +198,7 @@ def train_step(
     y_BT: Tensor,
     micro_batch_seqs: int,
 ) -> Tensor:
-    """One optimizer step; model is a PlainGPT or torch.compile of one. Returns the batch's mean loss."""
+    """One optimizer step of a PlainGPT or a compiled one. Returns the batch's mean loss."""
     num_micro = len(x_BT) // micro_batch_seqs
     losses = []
     for x, y in zip(x_BT.split(micro_batch_seqs), y_BT.split(micro_batch_seqs), strict=True):
