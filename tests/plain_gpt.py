@@ -7,8 +7,8 @@ around the forward.
 
 Shapes   B sequences, T tokens, C model width, H heads, D = C / H head width, V vocabulary, M width
          of the MLP; x_BT is (B, T)
-Weights  wte (V, C), also the head; blocks.N.{q,k,v,out}_proj (C, C), up_proj (M, C), down_proj
-         (C, M); blocks.N.gate: headwise (H, C), elementwise (C, C) with channel = head * D + dim,
+Weights  wte (V, C), also the head; blocks.N.{q,k,v,o} (C, C), up (M, C), down (C, M);
+         blocks.N.gate: headwise (H, C), elementwise (C, C) with channel = head * D + dim,
          const (H, D)
 Source   modded-nanogpt, the record of 2024-10-14 by Keller Jordan and others, from its description;
          gates after Qiu et al., arXiv 2505.06708
@@ -60,12 +60,12 @@ class Block(nn.Module):
         super().__init__()
         self.n_head, self.head_dim = n_head, n_embd // n_head
         self.attngate, self.gatepos, self.activation = attngate, gatepos, GATE_ACTIVATIONS[gateact]
-        self.q_proj = linear_init(n_embd, n_embd)
-        self.k_proj = linear_init(n_embd, n_embd)
-        self.v_proj = linear_init(n_embd, n_embd)
-        self.out_proj = zero_init(n_embd, n_embd)
-        self.up_proj = linear_init(mlp_hidden, n_embd)
-        self.down_proj = zero_init(n_embd, mlp_hidden)
+        self.q = linear_init(n_embd, n_embd)
+        self.k = linear_init(n_embd, n_embd)
+        self.v = linear_init(n_embd, n_embd)
+        self.o = zero_init(n_embd, n_embd)
+        self.up = linear_init(mlp_hidden, n_embd)
+        self.down = zero_init(n_embd, mlp_hidden)
         if attngate == "headwise":
             self.gate = linear_init(n_head, n_embd)
         elif attngate == "elementwise":
@@ -92,9 +92,9 @@ class Block(nn.Module):
     def attention(self, h_BTC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         B, T, C = h_BTC.shape
         heads = (B, T, self.n_head, self.head_dim)
-        q = rms_norm(rotate(F.linear(h_BTC, self.q_proj).view(heads), cos, sin))
-        k = rms_norm(rotate(F.linear(h_BTC, self.k_proj).view(heads), cos, sin))
-        v = F.linear(h_BTC, self.v_proj).view(heads)
+        q = rms_norm(rotate(F.linear(h_BTC, self.q).view(heads), cos, sin))
+        k = rms_norm(rotate(F.linear(h_BTC, self.k).view(heads), cos, sin))
+        v = F.linear(h_BTC, self.v).view(heads)
         # Gates on q and k come after their norm, which would undo a headwise one.
         q, k, v = (
             self.gated(q, h_BTC, "query"),
@@ -104,12 +104,12 @@ class Block(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         y = self.gated(y.transpose(1, 2), h_BTC, "sdpa").reshape(B, T, C)
-        return self.gated(F.linear(y, self.out_proj).view(heads), h_BTC, "output").reshape(B, T, C)
+        return self.gated(F.linear(y, self.o).view(heads), h_BTC, "output").reshape(B, T, C)
 
     def forward(self, x_BTC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x_BTC = x_BTC + self.attention(rms_norm(x_BTC), cos, sin)
-        hidden = F.linear(rms_norm(x_BTC), self.up_proj).relu().square()
-        return x_BTC + F.linear(hidden, self.down_proj)
+        hidden = F.linear(rms_norm(x_BTC), self.up).relu().square()
+        return x_BTC + F.linear(hidden, self.down)
 
 
 class PlainGPT(nn.Module):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-for folder in ("tests", "scripts", "scripts/gpt", ""):
+for folder in ("tests/gpt", "scripts", "scripts/gpt"):
     sys.path.insert(0, str(ROOT / folder))
 
 from run_support import train_run  # noqa: E402
