@@ -2,8 +2,8 @@
 
 The same training step the straightforward way: one weight per projection, logits in full, one
 Newton-Schulz per matrix. Nothing here is tuned and nothing is shared with train_gpt.py, so that
-agreement between the two means something. Dtypes follow the bf16 autocast that train_step() puts
-around the forward.
+agreement between the two means something. Dtypes follow the autocast, bf16 unless told otherwise,
+that train_step() puts around the forward.
 
 Shapes   B sequences, T tokens, C model width, H heads, D = C / H head width, V vocabulary, M width
          of the MLP; x_BT is (B, T)
@@ -143,10 +143,10 @@ class PlainGPT(nn.Module):
         return F.cross_entropy(self.logits(x_BT).flatten(0, 1), y_BT.flatten())
 
 
-def newton_schulz(G: Tensor) -> Tensor:
-    """Nearly the orthogonal factor of G: five steps of Keller Jordan's quintic, in bf16."""
+def newton_schulz(G: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Nearly the orthogonal factor of G: five steps of Keller Jordan's quintic."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    X = G.bfloat16() / (G.norm() + 1e-7)
+    X = G.to(dtype) / (G.norm() + 1e-7)
     if G.size(0) > G.size(1):
         X = X.T
     for _ in range(5):
@@ -162,8 +162,14 @@ class PlainMuon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: list[nn.Parameter], lr: float, momentum: float = 0.95, compiled: bool = False
+        self,
+        params: list[nn.Parameter],
+        lr: float,
+        momentum: float = 0.95,
+        compiled: bool = False,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
+        self.dtype = dtype
         super().__init__(params, dict(lr=lr, momentum=momentum))
         self.orthogonalize = torch.compile(newton_schulz) if compiled else newton_schulz
 
@@ -175,19 +181,19 @@ class PlainMuon(torch.optim.Optimizer):
                 if not state:
                     state["buf"] = torch.zeros_like(p)
                 state["buf"].mul_(group["momentum"]).add_(p.grad)
-                X = self.orthogonalize(p.grad + group["momentum"] * state["buf"])
+                X = self.orthogonalize(p.grad + group["momentum"] * state["buf"], self.dtype)
                 p.add_(X, alpha=-group["lr"] * max(p.shape) ** 0.5)
 
 
 def plain_optimizers(
-    model: PlainGPT, lr: float, compiled: bool = False
+    model: PlainGPT, lr: float, compiled: bool = False, dtype: torch.dtype = torch.bfloat16
 ) -> list[torch.optim.Optimizer]:
     """AdamW for the tied embedding, Muon at a tenth of its rate for the blocks, gates included."""
     return [
         torch.optim.AdamW(
             [model.wte], lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0, fused=True
         ),
-        PlainMuon(list(model.blocks.parameters()), lr=0.1 * lr, compiled=compiled),
+        PlainMuon(list(model.blocks.parameters()), 0.1 * lr, compiled=compiled, dtype=dtype),
     ]
 
 
@@ -197,12 +203,13 @@ def train_step(
     x_BT: Tensor,
     y_BT: Tensor,
     micro_batch_seqs: int,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
     """One optimizer step of a PlainGPT or a compiled one. Returns the batch's mean loss."""
     num_micro = len(x_BT) // micro_batch_seqs
     losses = []
     for x, y in zip(x_BT.split(micro_batch_seqs), y_BT.split(micro_batch_seqs), strict=True):
-        with torch.autocast(x.device.type, dtype=torch.bfloat16):
+        with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
             loss = model(x, y)
         loss.backward()
         losses.append(loss.detach())
