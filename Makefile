@@ -33,10 +33,10 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 
 bench: $(READY)
-	$(BIN)/python scripts/bench.py --device cpu
+	$(BIN)/python scripts/gpt/bench.py
 
 bench-gpu: $(READY)
-	$(BIN)/python scripts/bench.py --device cuda --out experiments/gpu
+	$(BIN)/python scripts/gpt/bench.py --device cuda --out experiments/gpu --deadline_s 240
 	$(BIN)/python scripts/compare_baselines.py --speed_only --preset 100m --mixer both --device cuda --output_dir experiments/gpu
 	$(BIN)/python scripts/scaled/bench_scaled.py --device cuda --out experiments/gpu
 

@@ -1,18 +1,18 @@
 """replay.py -- the program of a run, taken back out of its log, and the command that runs it again.
 
     python scripts/replay.py logs/ID.txt OUT
-    python scripts/replay.py logs/ID.txt OUT --start 2        the program as it was when the run was resumed
-    sh -c "$(python scripts/replay.py logs/ID.txt OUT)"       take out and train again
+    python scripts/replay.py logs/ID.txt OUT --start 2     the program as it was when it resumed
+    sh -c "$(python scripts/replay.py logs/ID.txt OUT)"    take out and train again
 
-Writes the trainer, plumbing.py and knobs.json into OUT. stdout is the command, all else goes to stderr. The new run
-is called replay-ID and keeps its logs and its results row under OUT. Same program, same data, same torch, same
-device and number of ranks: the same losses. The exit code is 1 when the text is not what the log's code_sha256 says.
-Raises   UserError: no such log, no program in it, no such start, OUT has a program, one that cannot be imported
+Writes all sources of the run (the trainer, its data module, plumbing) and knobs.json into OUT.
+stdout is the command, all else goes to stderr. The new run is called replay-ID and keeps its logs
+and its results row under OUT. Same program, same data, same torch, same device and number of ranks:
+the same losses. The exit code is 1 when the text is not what the log's code_sha256 says.
+Raises   UserError: no such log, no program in it, no such start, OUT has a program, one that cannot
+         be imported
 """
 
 import argparse
-import ast
-import hashlib
 import itertools
 import json
 import os
@@ -25,25 +25,25 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # plumbing.py
-from plumbing import RULE, UserError, launch
+import lib  # noqa: F401  puts the checkout on sys.path
 
-CHANGED = (
-    "run_id logs_folder results_file".split()
-)  # knobs that say where a run is kept, and no more
-# Run in OUT: each of the program's knobs, whether the environment sets it, and how a flag spells it where its
-# value is not that of the preset.
-FLAGS = """
+from plumbing import UserError, launch
+from plumbing.records import RULE, sources_sha256
+
+# Run in OUT: the name of each knob whose value is not that of the preset, or that this environment
+# sets, and the value as a flag spells it.
+LIST_FLAGS = """
 import dataclasses, json, os
-import plumbing, {module} as trainer
-knobs = json.load(open("knobs.json"))
-preset = getattr(trainer, "PRESETS", {{}}).get(knobs.get("preset"), {{}})
-usual = trainer.Knobs(**preset)
-for f in dataclasses.fields(usual):
-    value = knobs.get(f.name, f.default)
-    usually = f.default if f.name == "preset" else getattr(usual, f.name)
-    if value != usually or any(name.upper() in os.environ for name in (f.name, *f.metadata["alias"])):
-        print(json.dumps([f.name, plumbing.show(f, value)]))
+import {module} as trainer
+from plumbing.knobs import describe, spellings
+cfg = json.load(open("knobs.json"))
+usual = trainer.Knobs(**trainer.PRESETS.get(cfg.get("preset"), {{}}))
+in_environment = {{f.name for name, f in spellings(trainer.Knobs).items() if name in os.environ}}
+for field in dataclasses.fields(usual):
+    value = cfg.get(field.name, field.default)
+    usually = field.default if field.name == "preset" else getattr(usual, field.name)
+    if value != usually or field.name in in_environment:
+        print(json.dumps([field.name, describe(field, value)]))
 """
 
 
@@ -51,152 +51,225 @@ for f in dataclasses.fields(usual):
 class Start:
     """What the log holds of one start of the run."""
 
-    sources: list[str]  # the trainer, then plumbing.py
-    matches: bool  # whether they are the text that code_sha256 was made of
+    sources: dict[str, str]  # texts by file name; the trainer is the first
+    matches: bool  # whether they are the texts that code_sha256 was made of
     command: str
     knobs: dict[str, object]
     torch: str
-    ranks: int
+    num_ranks: int
+
+    @property
+    def trainer(self) -> str:
+        return next(iter(self.sources))
 
 
-def with_ends(texts: Sequence[str], sha: str) -> list[str] | None:
-    """The texts with the line ends at their end, which the log leaves out, that give `sha`; None if none do."""
-    for ends in itertools.product(("\n", "", "\n\n"), repeat=len(texts)):
-        whole = [text + end for text, end in zip(texts, ends, strict=True)]
-        if hashlib.sha256("".join(whole).encode()).hexdigest() == sha:
-            return whole
-    return None
+# ----------------------------------------------------------------------------
+# Reading a log
 
 
 def read_starts(path: Path) -> list[Start]:
     """Every start in the log whose header is whole. Raises UserError when there is none."""
     try:
-        lines = path.read_bytes().decode("utf-8", "surrogateescape").split("\n")
+        text = path.read_bytes().decode("utf-8", "replace")  # sources are UTF-8
     except OSError as error:
         raise UserError(
             f"{path}: {error.strerror}; name a run's log, such as logs/<run_id>.txt"
         ) from None
-    rules = [i for i, line in enumerate(lines) if line == RULE]
     starts = []
-    for a, b, c, d in zip(rules, rules[1:], rules[2:], rules[3:], strict=False):
-        facts = lines[c + 1 : d]
-        if not facts or not facts[0].startswith("git_commit: "):
-            continue
-        said = dict(
-            line.split(": ", 1) for line in facts if ": " in line and not line.startswith(" ")
-        )
-        try:
-            after = facts[facts.index("hyperparameters:") + 1 :]
-            knobs = json.loads("\n".join(after[: after.index("}") + 1]))
-            torch_version = next(
-                m[1] for line in facts if (m := re.match(r"Running pytorch (\S+)", line))
-            )
-            device = next(
-                m for line in lines[d + 1 :] if (m := re.match(r"device: (\d+) x ", line))
-            )
-            command, sha = said["command"], said["code_sha256"]
-        except (KeyError, StopIteration, ValueError):  # cut short by a crash
-            continue
-        texts = ["\n".join(lines[start + 1 : end]) for start, end in ((a, b), (b, c))]
-        whole = with_ends(texts, sha)
-        texts = whole or [text + "\n" for text in texts]
-        starts.append(
-            Start(texts, whole is not None, command, knobs, torch_version, int(device[1]))
-        )
+    sources: dict[str, str] = {}
+    for title, body in sections(text.split("\n")):
+        if title.startswith("source: "):
+            name = title.removeprefix("source: ")
+            if name in sources:  # the header before was cut short by a crash
+                sources = {}
+            sources[name] = body
+        else:
+            start = read_start(sources, f"{title}\n{body}")
+            if start is not None:
+                starts.append(start)
+            sources = {}
     if not starts:
         raise UserError(
-            f"{path}: holds no program between lines of {len(RULE)} '='; is it the log of a run of ours?"
+            f"{path}: holds no program in sections between lines of {len(RULE)} '='; is it the log "
+            f"of a run of ours?"
         )
     return starts
 
 
-def trainer_name(start: Start) -> str:
-    """The trainer's file name, from the command; if that names no file, from the first word of its docstring."""
-    words = [Path(word).name for word in shlex.split(start.command)[1:]]
-    words += (ast.get_docstring(ast.parse(start.sources[0])) or "").split()[:1]
-    name = next((word for word in words if word.endswith(".py")), "train.py")
-    if not re.fullmatch(r"[A-Za-z_]\w*\.py", name) or name == "plumbing.py":
+def sections(lines: Sequence[str]) -> list[tuple[str, str]]:
+    """The header's sections, title and text: `source: NAME` with the source, and `git_commit: ...`
+    with all that follows up to the next header.
+    """
+    begins = []  # (line of the rule, first line of the text)
+    for i in range(len(lines) - 2):
+        if lines[i] != RULE:
+            continue
+        if lines[i + 1].startswith("source: ") and lines[i + 2] == RULE:
+            begins.append((i, i + 3))
+        elif lines[i + 1].startswith("git_commit: "):
+            begins.append((i, i + 2))
+    found = []
+    for k, (i, first) in enumerate(begins):
+        end = begins[k + 1][0] if k + 1 < len(begins) else len(lines)
+        found.append((lines[i + 1], "\n".join(lines[first:end])))
+    return found
+
+
+def read_start(sources: dict[str, str], facts: str) -> Start | None:
+    """A start from its sources and what stands behind them; None where a crash cut that short."""
+    said = {}
+    for key in ("code_sha256", "command", "Running pytorch", "device"):
+        match = re.search(rf"^{key}:? (.*)$", facts, re.MULTILINE)
+        if match is None:
+            return None
+        said[key] = match[1]
+    hyperparameters = re.search(r"^hyperparameters:\n(\{.*?^\})$", facts, re.MULTILINE | re.DOTALL)
+    num_ranks = re.match(r"(\d+) x ", said["device"])
+    if hyperparameters is None or num_ranks is None or not sources:
+        return None
+    whole = with_line_ends(sources, said["code_sha256"])
+    return Start(
+        sources=whole or {name: text + "\n" for name, text in sources.items()},
+        matches=whole is not None,
+        command=said["command"],
+        knobs=json.loads(hyperparameters[1]),
+        torch=said["Running pytorch"].split()[0],
+        num_ranks=int(num_ranks[1]),
+    )
+
+
+def with_line_ends(sources: dict[str, str], sha256: str) -> dict[str, str] | None:
+    """The texts with the line ends at their end, which the log leaves out, that give `sha256`; None
+    if none do. Files of plumbing end in one line end, others in up to two.
+    """
+    whole = {name: f"{text}\n" if text else "" for name, text in sources.items()}
+    own = [name for name in sources if not name.startswith("plumbing/")]
+    for ends in itertools.product(("\n", "", "\n\n"), repeat=len(own)):
+        for name, end in zip(own, ends, strict=True):
+            whole[name] = sources[name] + end
+        if sources_sha256(whole) == sha256:
+            return whole
+    return None
+
+
+# ----------------------------------------------------------------------------
+# Writing the program
+
+
+def check_names(sources: Sequence[str]) -> None:
+    """Raise UserError unless the sources are Python files below one folder, the trainer first."""
+    for name in sources:
+        is_inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+        if not (is_inside and re.fullmatch(r"[\w./-]+\.py", name, re.ASCII)):
+            raise UserError(f"{name!r} cannot be the name of a run's source; the log was edited")
+    trainer = next(iter(sources))
+    if not Path(trainer).stem.isidentifier() or "/" in trainer:
+        raise UserError(f"{trainer!r} cannot be the name of a trainer; the log was edited")
+
+
+def write_files(out: Path, texts: dict[str, str]) -> None:
+    """Raises UserError when one of them is there already, or cannot be written."""
+    present = [name for name in texts if (out / name).exists()]
+    if present:
+        raise UserError(f"{out} already has {', '.join(present)}; choose another folder")
+    try:
+        for name, text in texts.items():
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            (out / name).write_bytes(text.encode())
+    except OSError as error:
         raise UserError(
-            f"{name!r} cannot be a trainer's file name; the log's command is: {start.command}"
-        )
-    return name
+            f"{out}: cannot be written ({error.strerror}); choose another folder"
+        ) from None
 
 
-def rerun_command(out: Path, name: str, start: Start) -> list[str]:
-    """The command, with a flag for each knob that is not as the program (in `out`) or this environment has it."""
-    clean = os.environ | dict(PYTHONPATH="")
-    run = [sys.executable, "-c", FLAGS.format(module=name[:-3])]
-    done = subprocess.run(run, cwd=out, env=clean, capture_output=True, text=True)
+def rerun_command(out: Path, start: Start) -> list[str]:
+    """The command, with a flag for each knob that is not as the program (in `out`) or this
+    environment has it.
+    """
+    program = LIST_FLAGS.format(module=Path(start.trainer).stem)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=out,
+        env={**os.environ, "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        lines = done.stderr.strip().splitlines() or ["no reason given"]
         raise UserError(
-            f"the program is in {out}, but it cannot be imported here ({last[:300]}); knobs.json has its knobs"
+            f"the program is in {out}, but it cannot be imported here ({lines[-1][:300]}); "
+            f"knobs.json has its knobs"
         )
     flags = dict(json.loads(line) for line in done.stdout.splitlines())
     place = out.resolve()
-    flags = {key: value for key, value in flags.items() if key not in CHANGED}
-    flags |= dict(run_id=f"replay-{start.knobs['run_id'] or 'run'}", logs_folder=place / "logs")
-    flags |= dict(results_file=place / "results.csv")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={start.ranks}"]
-    command = [sys.executable, *(torchrun if start.ranks > 1 else []), str(place / name)]
-    return command + [f"--{key}={value}" for key, value in flags.items()]
+    flags["run_id"] = f"replay-{start.knobs['run_id']}"
+    flags["logs_folder"] = place / "logs"
+    flags["results_file"] = place / "results.csv"
+    command = [sys.executable]
+    if start.num_ranks > 1:
+        ranks = f"--nproc_per_node={start.num_ranks}"
+        command += ["-m", "torch.distributed.run", "--standalone", ranks]
+    command.append(str(place / start.trainer))
+    return command + [f"--{name}={value}" for name, value in flags.items()]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument("log", type=Path, help="logs/<run_id>.txt")
-    p.add_argument("out", type=Path, help="folder for the program")
-    p.add_argument(
-        "--start", type=int, default=1, metavar="N", help="which start of a resumed run (1)"
-    )
-    a = p.parse_args(argv)
-    say = lambda line: print(line, file=sys.stderr, flush=True)
-    starts = read_starts(a.log)
-    if not 1 <= a.start <= len(starts):
-        raise UserError(
-            f"--start {a.start}: {a.log} holds {len(starts)} start(s) of the run; choose 1 to {len(starts)}"
-        )
-    start = starts[a.start - 1]
-    name = trainer_name(start)
-    start.knobs["run_id"] = start.knobs.get("run_id") or a.log.stem
-    texts = {name: start.sources[0], "plumbing.py": start.sources[1]}
-    texts["knobs.json"] = json.dumps(start.knobs, indent=2) + "\n"
-    if there := [file for file in texts if (a.out / file).exists()]:
-        raise UserError(f"{a.out} already has {', '.join(there)}; choose another folder")
-    try:
-        a.out.mkdir(parents=True, exist_ok=True)
-        for file, text in texts.items():
-            (a.out / file).write_bytes(text.encode("utf-8", "surrogateescape"))
-    except OSError as error:
-        raise UserError(
-            f"{a.out}: cannot be written ({error.strerror}); choose another folder"
-        ) from None
+# ----------------------------------------------------------------------------
+# Program
 
-    say(f"{a.log}: start {a.start} of {len(starts)}, written to {a.out}: {', '.join(texts)}")
-    say(
-        "code_sha256: matches"
-        if start.matches
-        else "warning: the text is NOT what the log's code_sha256 was made of"
-    )
-    say(f"it ran as: {start.command}")
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def say_what_differs(start: Start) -> None:
+    """Lines on what a second run may not have as the first one had it."""
     try:
         installed = version("torch")
     except PackageNotFoundError:
         installed = "none"
-    differs = start.torch.split("+")[0] != installed.split("+")[0]
-    say(
-        f"torch: {start.torch}"
-        + f"; warning: {installed} is installed, losses may differ" * differs
-    )
-    for knob in ("input_bin", "input_val_bin"):
+    line = f"torch: {start.torch}"
+    if start.torch.split("+")[0] != installed.split("+")[0]:
+        line += f"; warning: {installed} is installed, losses may differ"
+    say(line)
+    for knob in ("input_bin", "input_val_bin", "data", "dataset"):
         pattern = str(start.knobs.get(knob, "embedded"))
-        if pattern != "embedded" and not os.path.isabs(pattern):
+        if "/" in pattern and not os.path.isabs(pattern):
             say(
-                f"warning: {knob.upper()}={pattern} is relative to the folder the run was started in"
+                f"warning: {knob.upper()}={pattern} is relative to the folder that the run was "
+                f"started in"
             )
-    print(shlex.join(rerun_command(a.out, name, start)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("log", type=Path, help="logs/<run_id>.txt")
+    add("out", type=Path, help="folder for the program")
+    add("--start", type=int, default=1, metavar="N", help="which start of a resumed run (1)")
+    args = parser.parse_args(argv)
+    starts = read_starts(args.log)
+    if not 1 <= args.start <= len(starts):
+        raise UserError(
+            f"--start {args.start}: {args.log} holds {len(starts)} start(s) of the run; choose 1 "
+            f"to {len(starts)}"
+        )
+    start = starts[args.start - 1]
+    check_names(list(start.sources))
+    start.knobs["run_id"] = start.knobs.get("run_id") or args.log.stem
+    knobs_text = json.dumps(start.knobs, indent=2) + "\n"
+    write_files(args.out, {**start.sources, "knobs.json": knobs_text})
+
+    names = ", ".join(start.sources)
+    say(f"{args.log}: start {args.start} of {len(starts)}, written to {args.out}: {names}")
+    if start.matches:
+        say("code_sha256: matches")
+    else:
+        say("warning: the text is NOT what the log's code_sha256 was made of")
+    say(f"it ran as: {start.command}")
+    say_what_differs(start)
+    print(shlex.join(rerun_command(args.out, start)))
     return 0 if start.matches else 1
 
 

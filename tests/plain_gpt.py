@@ -1,12 +1,15 @@
 """plain_gpt.py -- the plain implementation that train_gpt.py's faster one is compared with.
 
 The same training step the straightforward way: one weight per projection, logits in full, one
-Newton-Schulz per matrix. Nothing here is tuned and nothing is shared with train_gpt.py, so that agreement
-between the two means something. Dtypes follow the bf16 autocast that train_step() puts around the forward.
+Newton-Schulz per matrix. Nothing here is tuned and nothing is shared with train_gpt.py, so that
+agreement between the two means something. Dtypes follow the autocast, bf16 unless told otherwise,
+that train_step() puts around the forward.
 
-Shapes   B sequences, T tokens, C model width, H heads, D = C / H head width, V vocabulary; x_BT is (B, T)
-Weights  wte (V, C), also the head; blocks.{i}.q k v o (C, C), up (M, C), down (C, M), M = mlp_hidden or 4 C;
-         blocks.{i}.gate: headwise (H, C), elementwise (C, C) with channel = head * D + dim, const (H, D)
+Shapes   B sequences, T tokens, C model width, H heads, D = C / H head width, V vocabulary, M width
+         of the MLP; x_BT is (B, T)
+Weights  wte (V, C), also the head; blocks.N.{q,k,v,o} (C, C), up (M, C), down (C, M);
+         blocks.N.gate: headwise (H, C), elementwise (C, C) with channel = head * D + dim,
+         const (H, D)
 Source   modded-nanogpt, the record of 2024-10-14 by Keller Jordan and others, from its description;
          gates after Qiu et al., arXiv 2505.06708
 """
@@ -77,7 +80,7 @@ class Block(nn.Module):
             raise ValueError(f"gatepos={gatepos!r}: expected sdpa, value, key, query or output")
 
     def gated(self, y_BTHD: Tensor, h_BTC: Tensor, position: str) -> Tensor:
-        """y times the gate computed from the normed block input h, if this is where the gate sits."""
+        """y times the gate made of the normed block input h, if this is where the gate sits."""
         if self.attngate == "none" or self.gatepos != position:
             return y_BTHD
         if self.attngate == "const":
@@ -105,7 +108,8 @@ class Block(nn.Module):
 
     def forward(self, x_BTC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x_BTC = x_BTC + self.attention(rms_norm(x_BTC), cos, sin)
-        return x_BTC + F.linear(F.linear(rms_norm(x_BTC), self.up).relu().square(), self.down)
+        hidden = F.linear(rms_norm(x_BTC), self.up).relu().square()
+        return x_BTC + F.linear(hidden, self.down)
 
 
 class PlainGPT(nn.Module):
@@ -139,10 +143,10 @@ class PlainGPT(nn.Module):
         return F.cross_entropy(self.logits(x_BT).flatten(0, 1), y_BT.flatten())
 
 
-def newton_schulz(G: Tensor) -> Tensor:
-    """Nearly the orthogonal factor of G: five steps of Keller Jordan's quintic, in bf16."""
+def newton_schulz(G: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Nearly the orthogonal factor of G: five steps of Keller Jordan's quintic."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    X = G.bfloat16() / (G.norm() + 1e-7)
+    X = G.to(dtype) / (G.norm() + 1e-7)
     if G.size(0) > G.size(1):
         X = X.T
     for _ in range(5):
@@ -153,11 +157,19 @@ def newton_schulz(G: Tensor) -> Tensor:
 
 
 class PlainMuon(torch.optim.Optimizer):
-    """Nesterov momentum, each matrix orthogonalized by itself; the root makes the update's RMS about lr."""
+    """Nesterov momentum, each matrix orthogonalized by itself; the root makes the update's RMS
+    about lr.
+    """
 
     def __init__(
-        self, params: list[nn.Parameter], lr: float, momentum: float = 0.95, compiled: bool = False
+        self,
+        params: list[nn.Parameter],
+        lr: float,
+        momentum: float = 0.95,
+        compiled: bool = False,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
+        self.dtype = dtype
         super().__init__(params, dict(lr=lr, momentum=momentum))
         self.orthogonalize = torch.compile(newton_schulz) if compiled else newton_schulz
 
@@ -169,19 +181,19 @@ class PlainMuon(torch.optim.Optimizer):
                 if not state:
                     state["buf"] = torch.zeros_like(p)
                 state["buf"].mul_(group["momentum"]).add_(p.grad)
-                X = self.orthogonalize(p.grad + group["momentum"] * state["buf"])
+                X = self.orthogonalize(p.grad + group["momentum"] * state["buf"], self.dtype)
                 p.add_(X, alpha=-group["lr"] * max(p.shape) ** 0.5)
 
 
 def plain_optimizers(
-    model: PlainGPT, lr: float, compiled: bool = False
+    model: PlainGPT, lr: float, compiled: bool = False, dtype: torch.dtype = torch.bfloat16
 ) -> list[torch.optim.Optimizer]:
-    """AdamW for the tied embedding, Muon at a tenth of its rate for all in the blocks, gates included."""
+    """AdamW for the tied embedding, Muon at a tenth of its rate for the blocks, gates included."""
     return [
         torch.optim.AdamW(
             [model.wte], lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0, fused=True
         ),
-        PlainMuon(list(model.blocks.parameters()), lr=0.1 * lr, compiled=compiled),
+        PlainMuon(list(model.blocks.parameters()), 0.1 * lr, compiled=compiled, dtype=dtype),
     ]
 
 
@@ -191,12 +203,13 @@ def train_step(
     x_BT: Tensor,
     y_BT: Tensor,
     micro_batch_seqs: int,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """One optimizer step; model is a PlainGPT or torch.compile of one. Returns the batch's mean loss."""
+    """One optimizer step of a PlainGPT or a compiled one. Returns the batch's mean loss."""
     num_micro = len(x_BT) // micro_batch_seqs
     losses = []
     for x, y in zip(x_BT.split(micro_batch_seqs), y_BT.split(micro_batch_seqs), strict=True):
-        with torch.autocast(x.device.type, dtype=torch.bfloat16):
+        with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
             loss = model(x, y)
         loss.backward()
         losses.append(loss.detach())
