@@ -12,7 +12,7 @@ from lib.tables import Table
 MEANS = ("n", "final_loss", "sd", "train_time", "ms/step", "MiB")
 
 
-VERSUS = ("diff", "rel", "95% CI", "p", "Holm p", "test", "can see", "flags")
+VERSUS = ("diff", "rel", "95% CI", "p", "Holm p", "test", "decision", "can see", "flags")
 
 
 COSTS = ("step time", "peak memory", "equal steps", "equal time", "equal time by")
@@ -63,6 +63,7 @@ def cells_of(table: Table, most: int | None = None) -> list[dict[str, str]]:
         out |= {"95% CI": span("", "{:+.4f}") if c and c.chosen else c.test if c else "-"}
         out |= {"p": rounded(n, "p", "{:.2g}"), "Holm p": rounded(n, "p_holm", "{:.2g}")}
         out |= {
+            "decision": c.decision or "-" if c else "-",
             "test": c.test if c and c.chosen else "-",
             "can see": rounded(n, "least_diff", "{:.4f}"),
         }
@@ -103,8 +104,15 @@ def pieces_of(
 ) -> list[tuple[str, list[str], list[Mapping[str, str]]]]:
     """Title, columns and lines of each piece of the table. What no line knows is left out."""
     out = []
-    num_tested = sum(1 for line in table.lines if line.comparison and line.comparison.chosen)
-    always = {"p", "test", "sd", "ms/step", *(["Holm p"] if num_tested > 1 else [])}
+    compared = [line.comparison for line in table.lines if line.comparison]
+    num_tested = sum(1 for c in compared if c.chosen and not c.anytime)
+    always = {
+        "test",
+        *(["p"] if num_tested else []),
+        "sd",
+        "ms/step",
+        *(["Holm p"] if num_tested > 1 else []),
+    }
     for title, columns in PIECES.items():
         rows = [
             row

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from lib.cells import Cell, find_baselines, fitted, is_baseline, make_cells
-from lib.comparisons import Comparison, Reach, compare, reach, timed_pairs
+from lib.comparisons import Comparison, Reach, compare, reach, sequentially, timed_pairs
 from lib.curves import Curves
 from lib.flags import facts_of, problems_of
 from lib.program import listing
@@ -66,7 +66,10 @@ def make_table(
     ]
     table = table_of(rows, list(zip(cells, bases, strict=True)), cells, stage, curves, target)
     if not stage.baseline and len(cells) > 1:
-        remark = "nothing is compared: no baseline is named; --stages FILE names one, and run_study.py writes such a FILE"
+        remark = (
+            "nothing is compared: no baseline is named; --stages FILE names one, and "
+            "run_study.py writes such a FILE"
+        )
         return dataclasses.replace(table, remarks=(*table.remarks, remark))
     if orphans := [
         line.cell.label for line in table.lines if not line.is_baseline and not line.baseline
@@ -93,7 +96,12 @@ def table_of(
         compare(c, b, curves, target, t) if b else None
         for (c, b), t in zip(pairs, timed, strict=True)
     ]
-    tested = [i for i, c in enumerate(compared) if c and c.chosen]
+    if stage.sequential:
+        compared = [
+            sequentially(found, *both, stage.sequential) if found else None
+            for both, found in zip(pairs, compared, strict=True)
+        ]
+    tested = [i for i, c in enumerate(compared) if c and c.chosen and not c.anytime]
     for i, p in zip(tested, holm([compared[i].chosen.p for i in tested]), strict=True):
         compared[i] = dataclasses.replace(compared[i], p_holm=p)
     facts = {
@@ -203,7 +211,7 @@ def numbers_of(line: Line) -> dict[str, object]:
     }
     p_of = lambda judged: judged.chosen.p if judged.chosen else NAN
     out |= dict(diff=c.diff, rel_pct=c.rel_pct) | interval("", c.chosen)
-    out |= dict(p=p_of(c), p_holm=c.p_holm, test=c.test, least_diff=c.least)
+    out |= dict(p=p_of(c), p_holm=c.p_holm, test=c.test, least_diff=c.least, decision=c.decision)
     for name, r in dict(
         overhead=c.step_time, steps_to_target=c.steps_to, seconds_to_target=c.seconds_to
     ).items():
