@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from lib.program import count
 from lib.results import canon
+from lib.sequential import Rule
 from lib.tables import Table
 
 MEANS = ("n", "final_loss", "sd", "train_time", "ms/step", "MiB")
@@ -125,30 +126,41 @@ def pieces_of(
     return out
 
 
+def sequential_legend(rule: Rule) -> str:
+    """What the decisions and intervals of a sequential stage mean."""
+    level = f"{100 - 100 * rule.alpha / rule.num_comparisons:g}%"
+    return (
+        f"sequential: seeds were added until each comparison was decided, so that no plain p holds; "
+        f"CI: {level}, valid after every seed; better and worse are wrong in at most "
+        f"{100 * rule.alpha:g}% of such stages, not better by delta ({rule.delta:g} nats) in at most "
+        f"{100 - 100 * rule.power:g}% of cells that are better by it"
+    )
+
+
 def legend_of(table: Table) -> list[str]:
     """What the columns mean, the remarks, and the knobs left out."""
     compared = [line.comparison for line in table.lines if line.comparison]
-    num_tested = sum(1 for c in compared if c.chosen)
+    num_tested = sum(1 for c in compared if c.chosen and not c.anytime)
     out = []
     if compared:
-        out.append(
-            "final_loss in nats per token, mean over n seeds; diff, rel, CI and p: against the baseline, below 0 is "
-            "better; paired t where both ran the same seeds, Welch's t otherwise"
-            + (f"; Holm over {num_tested} comparisons" if num_tested > 1 else "")
-            + (
-                "; can see: the smallest difference that this n and spread show 4 times in 5"
-                if num_tested
-                else ""
-            )
-        )
-        out.append(
-            "step time, and steps and time to a target: ratios of means, [95% CI] by Welch's t on logarithms"
-        )
+        words = "final_loss in nats per token, mean over n seeds; diff, rel and CI: against the "
+        words += "baseline, below 0 is better"
+        if num_tested:
+            words += "; paired t where both ran the same seeds, Welch's t otherwise"
+        if num_tested > 1:
+            words += f"; Holm over {num_tested} comparisons"
+        if num_tested:
+            words += "; can see: the smallest difference that this n and spread show 4 times in 5"
+        words_of_ratios = "step time, and steps and time to a target: ratios of means, [95% CI] by "
+        out += [words, words_of_ratios + "Welch's t on logarithms"]
+    if table.stage.sequential and compared:
+        out.append(sequential_legend(table.stage.sequential))
     if any(c.equal_time.how.startswith("interpolated") for c in compared):
-        out.append(
-            "equal time, interpolated, un-annealed: the slower arm's curve where the faster arm ends, its rate not yet "
-            "down; only runs with TIME_BUDGET_S show who wins"
+        words = (
+            "equal time, interpolated, un-annealed: the slower arm's curve where the faster arm "
         )
+        words += "ends, its rate not yet down; only runs with TIME_BUDGET_S show who wins"
+        out.append(words)
     if any(line.numbers["reached"] for line in table.lines):
         targets = {line.target for line in table.lines}
         by = (
