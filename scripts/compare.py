@@ -25,7 +25,7 @@ from pathlib import Path
 from lib.cells import Cell, key_value, keys_of, make_cells
 from lib.comparisons import Effect
 from lib.curves import Curves
-from lib.program import ROOT, UserError, count, launch, listing
+from lib.program import UserError, add_data_options, count, launch, listing
 from lib.render import grid, rounded
 from lib.results import Row, canon, read_results
 from lib.stages import Stage, read_stages, sort_into_stages, stages_by_iters
@@ -280,12 +280,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("b", metavar="B", help="what is compared with it")
     p.add_argument("--stage", help="only rows of this stage")
     p.add_argument("--stages", type=Path, metavar="TOML", help="as of split_results.py")
-    p.add_argument(
-        "--source", nargs="+", type=Path, metavar="CSV", default=[ROOT / "experiments/results.csv"]
-    )
-    p.add_argument(
-        "--logs", type=Path, default=ROOT / "logs", metavar="DIR", help="run folders, for curves"
-    )
+    add_data_options(p, many=True)
     p.add_argument(
         "--curves", nargs="+", type=Path, default=[], metavar="CSV", help="validations of many runs"
     )
@@ -297,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--target {o.target}: expected a loss above 0, in nats per token")
     every: dict[tuple, Row] = {}
     problems: list[str] = []
-    for source in o.source:
+    for source in o.results_file:
         rows, torn = read_results(source)
         problems += torn
         every |= {
@@ -305,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         }  # a row that two sources have is one
     if not every:
         raise UserError(
-            f"{', '.join(map(str, o.source))}: no rows yet; a trainer appends one when a run ends"
+            f"{', '.join(map(str, o.results_file))}: no rows yet; a trainer appends one when a run ends"
         )
     rows, stage = stage_rows(list(every.values()), o)
     found = {arm: select(rows, text, arm) for arm, text in (("A", o.a), ("B", o.b))}
@@ -319,7 +314,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         [r for r in rows if r.status == "finished" and math.isfinite(r.number("final_val_loss"))],
         stage,
     )
-    table = table_of(matched, [(a, None), (b, a)], whole, stage, Curves(o.logs, o.curves), o.target)
+    table = table_of(
+        matched, [(a, None), (b, a)], whole, stage, Curves(o.logs_folder, o.curves), o.target
+    )
     out = described(a, "A", o.a, len(found["A"])) + described(b, "B", o.b, len(found["B"]))
     differ = differing(a, b)
     out += textwrap.wrap(f"they differ in {'; '.join(differ) or 'nothing that is recorded'}", WIDTH)

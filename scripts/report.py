@@ -28,7 +28,7 @@ from lib.details import Pool, details_of
 from lib.findings import NO_STAGE, Cache, Findings, going, read_findings, read_text_log
 from lib.logs import MOST_POINTS
 from lib.page import esc, library, page
-from lib.program import ROOT, UserError, count, launch, write_whole
+from lib.program import ROOT, UserError, add_data_options, count, launch, write_whole
 from lib.sections import anchor, going_html, overview, stage_html
 from lib.stages import Stage
 from lib.tables import hardware_changes, make_table
@@ -41,7 +41,7 @@ MOST_DETAILS = 5_000  # runs whose details are on the page
 
 def stage_of_loose(findings: Findings, run_id: str, a: argparse.Namespace, cache: Cache) -> str:
     """Where a run without a row belongs: its knob says so."""
-    name = cache.read(a.logs / f"{run_id}.txt", read_text_log)[0].get("stage", "")
+    name = cache.read(a.logs_folder / f"{run_id}.txt", read_text_log)[0].get("stage", "")
     return name if name in findings.stages else NO_STAGE
 
 
@@ -53,7 +53,7 @@ def build(a: argparse.Namespace, cache: Cache) -> tuple[str, dict[str, object]]:
         loose.setdefault(stage_of_loose(findings, run_id, a, cache), []).append(run_id)
     if NO_STAGE in loose:
         findings.stages.setdefault(NO_STAGE, (Stage(NO_STAGE), []))
-    curves = Curves(a.logs)
+    curves = Curves(a.logs_folder)
     curves.known |= {run_id: log.val for run_id, log in findings.logs.items() if log.val.step}
     made = [make_table(rows, stage, curves, a.target) for stage, rows in findings.stages.values()]
     tables = {table.stage.name: table for table in hardware_changes(made)}
@@ -82,7 +82,7 @@ def build(a: argparse.Namespace, cache: Cache) -> tuple[str, dict[str, object]]:
         f"<p class=soft id=made>made {datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} UTC ",
     ]
     out.append(
-        f"by scripts/report.py from {esc(', '.join(map(str, a.results)))} and {esc(a.logs)}</p>"
+        f"by scripts/report.py from {esc(', '.join(map(str, a.results_file)))} and {esc(a.logs_folder)}</p>"
     )
     out.append(
         "<nav>" + " ".join(f'<a href="#{anchor(n)}">{esc(n)}</a>' for n in tables) + "</nav>"
@@ -199,10 +199,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument(
-        "--results", nargs="+", type=Path, default=[ROOT / "experiments/results.csv"], metavar="CSV"
-    )
-    p.add_argument("--logs", type=Path, default=ROOT / "logs", metavar="DIR")
+    add_data_options(p, many=True)
     p.add_argument(
         "--curves", nargs="+", type=Path, default=[], metavar="CSV", help="as of split_results.py"
     )

@@ -3,8 +3,8 @@
     python scripts/split_results.py
     python scripts/split_results.py --stage1-iters 1500,1501 --stage2-iters 800
     python scripts/split_results.py --target 3.3                          steps and seconds to this loss
-    python scripts/split_results.py --source old/results_*.csv --stages experiments/stages_original.toml
-    python scripts/split_results.py --source old/results_*.csv --curves old/val_curves.csv
+    python scripts/split_results.py --results_file old/results_*.csv --stages experiments/stages_original.toml
+    python scripts/split_results.py --results_file old/results_*.csv --curves old/val_curves.csv
 
 A row belongs to the stage in its own stage column. Where that is empty, to stage1 or stage2 by num_iterations
 (the original's rule), or, with --stages, to every stage whose conditions it meets:
@@ -33,7 +33,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lib.curves import Curves
-from lib.program import ROOT, UserError, count, launch, listing, write_whole
+from lib.program import ROOT, UserError, add_data_options, count, launch, listing, write_whole
 from lib.render import table_md, table_text
 from lib.results import Row, read_results, results_text
 from lib.stages import read_stages, sort_into_stages, stages_by_iters
@@ -61,7 +61,7 @@ def check_targets(targets: Sequence[Path], sources: Sequence[Path], rows: Sequen
         if lost:
             raise UserError(
                 f"{target} holds {count(len(lost), 'row')} that no source has ({lost[0].where}, "
-                f"run {lost[0]['run_id']}); add it to --source, move it away, or choose another --out-dir"
+                f"run {lost[0]['run_id']}); add it to --results_file, move it away, or choose another --out-dir"
             )
 
 
@@ -69,17 +69,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument(
-        "--source", nargs="+", type=Path, metavar="CSV", default=[ROOT / "experiments/results.csv"]
-    )
+    add_data_options(p, many=True)
     p.add_argument("--out-dir", type=Path, metavar="DIR", default=ROOT / "experiments")
     p.add_argument("--stage1-iters", metavar="N,N", help="num_iterations of stage1 (default 1500)")
     p.add_argument("--stage2-iters", metavar="N,N", help="num_iterations of stage2 (default 800)")
     p.add_argument(
         "--stages", type=Path, metavar="TOML", help="a file that defines the stages instead"
-    )
-    p.add_argument(
-        "--logs", type=Path, default=ROOT / "logs", metavar="DIR", help="run folders, for curves"
     )
     p.add_argument(
         "--curves", nargs="+", type=Path, default=[], metavar="CSV", help="validations of many runs"
@@ -127,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     rows: list[Row] = []
     problems: list[str] = []
-    for source in a.source:
+    for source in a.results_file:
         found = read_results(source)
         rows += found[0]
         problems += found[1]
@@ -138,15 +133,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     extra_paths = []
     for name, (stage, _) in sorted_rows.items():
         for extra in stage.extra_csv:
-            extra_paths.append(a.source[0].parent / extra)
+            extra_paths.append(a.results_file[0].parent / extra)
             more, torn = read_results(extra_paths[-1])
             extras[name] = extras.get(name, []) + more
             problems += torn
     used = {name: own for name, (_, own) in sorted_rows.items() if own}
     targets = {name: a.out_dir / f"results_{name}.csv" for name in used}
-    check_targets(list(targets.values()), [*a.source, *extra_paths], rows)
+    check_targets(list(targets.values()), [*a.results_file, *extra_paths], rows)
 
-    curves = Curves(a.logs, a.curves)
+    curves = Curves(a.logs_folder, a.curves)
     tables = [
         make_table([*own, *extras.get(name, [])], stage, curves, a.target)
         for name, (stage, own) in sorted_rows.items()
@@ -167,12 +162,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if name in extras:
             print(f"  {count(len(extras[name]), 'row')} of these from {', '.join(stage.extra_csv)}")
         print()
-        sources = [path.name for path in a.source] + list(stage.extra_csv)
+        sources = [path.name for path in a.results_file] + list(stage.extra_csv)
         for suffix, text in (("csv", table_csv(table)), ("md", table_md(table, sources))):
             written.append(a.out_dir / "tables" / f"{name}.{suffix}")
             write_whole(written[-1], text)
 
-    say_what_is_left_out(a.source, rows, homeless, used)
+    say_what_is_left_out(a.results_file, rows, homeless, used)
     for problem in problems:
         print(problem)
     for path in written:

@@ -326,7 +326,7 @@ class Runner:
         if stages := write_stages(self.study, self.runs, self.records):
             source = os.path.relpath(self.a.results_file)
             print(
-                f"tables: python scripts/split_results.py --source {source} --stages {os.path.relpath(stages)}"
+                f"tables: python scripts/split_results.py --results_file {source} --stages {os.path.relpath(stages)}"
             )
         if number := self.signals.number:
             print(

@@ -28,7 +28,9 @@ from study_support import COLUMNS, ROOT, TWO_BY_TWO, make_study, result, write_l
 
 def test_the_page_holds_the_table_of_the_csv_to_the_last_digit(tmp_path, study):
     results, logs = study[1], study[3]
-    split_results.main(["--source", results, "--logs", logs, "--out-dir", str(tmp_path / "out")])
+    split_results.main(
+        ["--results_file", results, "--logs_folder", logs, "--out-dir", str(tmp_path / "out")]
+    )
     expected = list(csv.reader(io.StringIO((tmp_path / "out/tables/stage1.csv").read_text())))
     assert len(expected) == 3 and len(expected[0]) > 40
     assert expected in Page(written(tmp_path, study)).tables

@@ -118,7 +118,9 @@ def test_a_sequential_table_names_where_it_stopped_and_shows_no_plain_p(tmp_path
     rows = arms(better, [3.50, 3.515, 3.49, 3.505, 3.50, 3.49], stage="mini")
     (tmp_path / "stages.toml").write_text(STAGE)
     source, stages = str(write(tmp_path, rows)), str(tmp_path / "stages.toml")
-    split_results.main(["--source", source, "--stages", stages, "--out-dir", str(tmp_path / "out")])
+    split_results.main(
+        ["--results_file", source, "--stages", stages, "--out-dir", str(tmp_path / "out")]
+    )
     text = " ".join(capsys.readouterr().out.split())
     (line,) = [x for x in lines_of(tmp_path / "out/tables/mini.csv") if x["decision"]]
     assert line["decision"] == "better" and line["test"].startswith("sequential, stopped after ")
