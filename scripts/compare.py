@@ -26,7 +26,7 @@ from lib.cells import Cell, key_value, keys_of, make_cells
 from lib.comparisons import Effect
 from lib.curves import Curves
 from lib.program import UserError, add_data_options, count, launch, listing
-from lib.render import grid, rounded
+from lib.render import grid, rounded, terminal_width
 from lib.results import Row, canon, read_results
 from lib.stages import Stage, read_stages, sort_into_stages, stages_by_iters
 from lib.stats import ALPHA, Ratio, p_below
@@ -219,10 +219,9 @@ def report(a: Cell, b: Cell, table: Table) -> list[str]:
             "peak_memory_mib",
             f"{c.memory_mib:+.0f} ({c.memory_pct:+.1f}%)",
         )
-    out = grid(rows, [k for k in rows[0] if any(row[k] != "-" for row in rows)], 28)
-    if max(map(len, out)) > WIDTH:
-        out = grid(rows, list(rows[0]), 20, numbers=True)
-    return out
+    width = min(terminal_width(), WIDTH)
+    known = [k for k in rows[0] if any(row[k] != "-" for row in rows)]
+    return grid(rows, known, width) or grid(rows, known, width, fold=True) or []
 
 
 def conclusions(a: Cell, b: Cell, table: Table) -> list[str]:

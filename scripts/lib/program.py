@@ -35,7 +35,8 @@ def need(module: str, what: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError:
         raise UserError(
-            f"{what} needs {module.split('.')[0]}: pip install scipy matplotlib (or -r requirements-dev.txt)"
+            f"{what} needs {module.split('.')[0]}: pip install scipy matplotlib rich "
+            f"(or -r requirements-dev.txt)"
         ) from None
 
 

@@ -1,15 +1,19 @@
 """A table for eyes: rounded, in pieces, on a terminal and as Markdown."""
 
+import io
 import math
 import re
+import shutil
+import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 
-from lib.program import count
+from lib.program import count, need
 from lib.results import canon
 from lib.sequential import Rule
 from lib.tables import Table
 
+NUMBER = re.compile(r"[-+\[]?[\d.]|-$|n=1$|no spread$|(no )?baseline$")
 MEANS = ("n", "final_loss", "sd", "train_time", "ms/step", "MiB")
 
 
@@ -178,34 +182,44 @@ def legend_of(table: Table) -> list[str]:
     return out + list(table.remarks)
 
 
+# A line of dashes under the header, and spaces everywhere else.
+RULED = "    \n    \n -- \n    \n    \n    \n    \n    \n"
+
+
 def grid(
-    rows: Sequence[Mapping[str, str]], columns: Sequence[str], most: int, numbers: bool = False
-) -> list[str]:
-    """Aligned plain text; numbers to the right, words to the left. Words longer than `most`
-    characters are folded, and so are intervals where `numbers` says so."""
-    right = {
-        c: all(re.match(r"[-+\[]?[\d.]|-$|n=1$|no spread$|(no )?baseline$", row[c]) for row in rows)
-        for c in columns
-    }
+    rows: Sequence[Mapping[str, str]], columns: Sequence[str], width: int, fold: bool = False
+) -> list[str] | None:
+    """An aligned table of at most `width` columns, numbers to the right and words to the left;
+    words are wrapped where they must be, and so are intervals where `fold` says so. None where
+    it does not fit."""
+    rich_table = need("rich.table", "a table").Table(
+        box=need("rich.box", "a table").Box(RULED, ascii=True),
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    text = need("rich.text", "a table").Text  # nothing in it is markup
+    for name in columns:
+        is_number = all(NUMBER.match(row[name]) for row in rows)
+        longest = max(len(name), *(len(row[name]) for row in rows))
+        rich_table.add_column(
+            text(name), justify="right" if is_number else "left",
+            no_wrap=is_number and not fold, overflow="fold", min_width=len(name) if is_number else min(longest, 18),
+        )  # fmt: skip
+    for row in rows:
+        rich_table.add_row(*(text(row[name]) for name in columns))
+    console = need("rich.console", "a table").Console(
+        width=width, file=io.StringIO(), color_system=None, legacy_windows=False
+    )
+    if console.measure(rich_table).minimum > width:
+        return None
+    console.print(rich_table)
+    return [line.rstrip() for line in console.file.getvalue().rstrip().split("\n")]
 
-    def fold(text: str, c: str) -> list[str]:
-        if len(text) <= most or (right[c] and not numbers):
-            return [text]
-        return textwrap.wrap(text, most, break_on_hyphens=False)
 
-    folded = [{c: fold(row[c], c) for c in columns} for row in rows]
-    width = {c: max([len(c), *(len(part) for row in folded for part in row[c])]) for c in columns}
-    place = lambda text, c: text.rjust(width[c]) if right[c] else text.ljust(width[c])
-    out = [
-        "  ".join(place(c, c) for c in columns).rstrip(),
-        "  ".join("-" * width[c] for c in columns),
-    ]
-    for row in folded:
-        for i in range(max(len(parts) for parts in row.values())):
-            out.append(
-                "  ".join(place((row[c][i : i + 1] or [""])[0], c) for c in columns).rstrip()
-            )
-    return out
+def terminal_width() -> int:
+    """Columns of the terminal; 110 where there is none, as in a file or a pipe."""
+    return shutil.get_terminal_size((110, 24)).columns if sys.stdout.isatty() else 110
 
 
 def table_text(table: Table, width: int = 110, most: int = 500) -> str:
@@ -218,18 +232,17 @@ def table_text(table: Table, width: int = 110, most: int = 500) -> str:
     pieces = pieces_of(numbered, table)
 
     def fitting(keys: Sequence[str]) -> list[str] | None:
-        """All pieces, each folded no more than it must be; None where one does not fit."""
+        """All pieces; None where one does not fit."""
         lines: list[str] = []
         for title, columns, rows in pieces:
-            most = (
-                ((36, False), (16, False), (24, True), (10, True))
-                if keys == ["cell"]
-                else ((36, False), (24, False))
-            )
-            tries = (grid(rows, [*keys, *columns], *how) for how in most)
-            if not (found := next((t for t in tries if max(map(len, t)) <= width), None)):
+            found = grid(rows, [*keys, *columns], width)
+            if not found and keys == ["cell"]:
+                found = grid(rows, [*keys, *columns], width, fold=True)
+            if not found:
                 return None
-            lines += ["", title] * bool(title) + found
+            if title:
+                lines += ["", title]
+            lines += found
         return lines
 
     if numbered:
