@@ -192,27 +192,32 @@ def grid(
     """An aligned table of at most `width` columns, numbers to the right and words to the left;
     words are wrapped where they must be, and so are intervals where `fold` says so. None where
     it does not fit."""
-    rich_table = need("rich.table", "a table").Table(
-        box=need("rich.box", "a table").Box(RULED, ascii=True),
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
     text = need("rich.text", "a table").Text  # nothing in it is markup
+    box = need("rich.box", "a table").Box(RULED, ascii=True)
+    rich_table = need("rich.table", "a table").Table(
+        box=box, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
+    )
+    least_width = -2
     for name in columns:
-        is_number = all(NUMBER.match(row[name]) for row in rows)
-        longest = max(len(name), *(len(row[name]) for row in rows))
-        rich_table.add_column(
-            text(name), justify="right" if is_number else "left",
-            no_wrap=is_number and not fold, overflow="fold", min_width=len(name) if is_number else min(longest, 18),
-        )  # fmt: skip
+        cells = [name, *(row[name] for row in rows)]
+        longest = max(map(len, cells))
+        is_number = all(NUMBER.match(cell) for cell in cells[1:])
+        if is_number and fold:
+            least = max(len(word) for cell in cells for word in cell.split() or [""])
+        elif is_number:
+            least = longest
+        else:
+            least = min(longest, 18)
+        least_width += least + 2
+        justify = "right" if is_number else "left"
+        rich_table.add_column(text(name), justify=justify, min_width=least, overflow="fold")
+    if least_width > width:
+        return None
     for row in rows:
         rich_table.add_row(*(text(row[name]) for name in columns))
     console = need("rich.console", "a table").Console(
         width=width, file=io.StringIO(), color_system=None, legacy_windows=False
     )
-    if console.measure(rich_table).minimum > width:
-        return None
     console.print(rich_table)
     return [line.rstrip() for line in console.file.getvalue().rstrip().split("\n")]
 
