@@ -87,10 +87,10 @@ def rows_wanted(a: argparse.Namespace) -> tuple[list[Row], list[str], Stage]:
     stages = read_stages(a.stages, rows) if a.stages else stages_by_iters("1500", "800")
     found, _ = sort_into_stages(list(latest.values()), stages)
     stage, own = found.get(a.stage, (Stage(a.stage), []))
-    own = [row for row in own if row.status == "finished"]
+    own = [row for row in own if row.is_finished]
     if not own:
         names = sorted(
-            name for name, (_, of) in found.items() if any(r.status == "finished" for r in of)
+            name for name, (_, of) in found.items() if any(r.is_finished for r in of)
         )
         raise UserError(
             f"--stage {a.stage}: {a.results_file} has no finished run of it; it has those of {names or 'no stage'}"

@@ -102,7 +102,7 @@ def build(a: argparse.Namespace, cache: Cache) -> tuple[str, dict[str, object]]:
     for name, table in tables.items():
         problems += [f"{name}: {remark}" for remark in table.remarks]
     claims = claims_of(tables, findings)
-    num_settled = sum(claim["strip"]["kind"] != "open" for claim in claims)
+    num_settled = sum(claim["is_settled"] for claim in claims)
     content = dict(
         title=a.title,
         sources=f"{', '.join(map(str, a.results_file))} and {a.logs_folder}",

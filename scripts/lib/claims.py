@@ -3,7 +3,7 @@
 import math
 
 from lib.program import count
-from lib.sequential import BETTER, WORSE
+from lib.sequential import BETTER, NOT_BETTER, WORSE
 from lib.stats import ALPHA
 from lib.tables import Line
 
@@ -19,6 +19,11 @@ def verdict(line: Line) -> tuple[str, str]:
     if not c.p_holm < ALPHA:
         return "not settled", "open"
     return ("better", "better") if c.diff < 0 else ("worse", "worse")
+
+
+def is_settled(line: Line) -> bool:
+    """Whether the comparison came to a decision, of whichever kind."""
+    return verdict(line)[1] != "open" or line.comparison.decision == NOT_BETTER
 
 
 def seeds_of(line: Line) -> str:
@@ -50,7 +55,10 @@ def cost(line: Line) -> str:
     words = []
     if math.isfinite(c.overhead_pct):
         way = "longer" if c.overhead_pct >= 0 else "less"
-        words.append(f"a step takes {abs(c.overhead_pct):.1f}% {way}")
+        text = f"a step takes {abs(c.overhead_pct):.1f}% {way}"
+        if c.step_time.lo <= 0 <= c.step_time.hi:
+            text += " (not distinguishable from nothing)"
+        words.append(text)
     if math.isfinite(c.memory_pct) and abs(c.memory_pct) >= 0.05:
         words.append(f"memory changes by {c.memory_pct:+.1f}%")
     timed = c.equal_time.judged.diff

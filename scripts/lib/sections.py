@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 
-from lib.claims import seeds_of, sentence, verdict
+from lib.claims import is_settled, seeds_of, sentence, verdict
 from lib.findings import NO_STAGE, Findings, age, going, is_number
 from lib.groups import Group, labels_of, make_groups, mean_line
 from lib.program import count
@@ -98,15 +98,15 @@ def claims_of(tables: Mapping[str, Table], findings: Findings) -> list[dict[str,
         compared = [line for line in table.lines if line.comparison]
         scale, groups = Scale(compared), None
         for line in compared:
-            words, kind = verdict(line)
+            words, _ = verdict(line)
             p = line.comparison.p_holm if line.comparison.chosen else 9.0
-            order = (kind == "open", p if math.isfinite(p) else 0.0, len(found))
+            order = (not is_settled(line), p if math.isfinite(p) else 0.0, len(found))
             if groups is None and len(found) < 10 * MOST_CLAIMS:
                 groups = {g.style: g for g in make_groups(table, findings.logs)}
             group = (groups or {}).get(table.lines.index(line))
             text = sentence(line, labels[id(line.cell)], labels[id(line.baseline)])
             found.append((order, dict(
-                id=anchor(name), stage=name, verdict=words, text=text, strip=scale.strip(line),
+                id=anchor(name), stage=name, verdict=words, is_settled=is_settled(line), text=text, strip=scale.strip(line),
                 curve=spark(group) if len(found) < 10 * MOST_CLAIMS else None,
             )))  # fmt: skip
     return [claim for _, claim in sorted(found, key=lambda pair: pair[0])]

@@ -55,9 +55,7 @@ def make_table(
 ) -> Table:
     """Cells, comparisons and remarks of a stage's rows. Only finished rows with a finite loss
     count; the remarks name all others. `target` in nats per token, else the stage's."""
-    counted = [
-        r for r in rows if r.status == "finished" and math.isfinite(r.number("final_val_loss"))
-    ]
+    counted = [r for r in rows if r.is_finished and math.isfinite(r.number("final_val_loss"))]
     stage = fitted(stage, rows)
     cells = make_cells(counted, stage)
     bases = [
@@ -123,7 +121,7 @@ def _remarks(rows: Sequence[Row], counted: Sequence[Row], lines: Sequence[Line])
     finished = {row["run_id"] for row in counted}
     rest: dict[str, list[str]] = {}
     for row in rows:
-        if row.status != "finished":
+        if not row.is_finished:
             later = " (finished later)" if row["run_id"] in finished else ""
             rest.setdefault(row.status, []).append(row["run_id"] + later)
         elif not math.isfinite(row.number("final_val_loss")):

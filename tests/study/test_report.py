@@ -54,7 +54,7 @@ def test_the_page_opens_with_a_sentence_per_comparison_the_settled_ones_first(tm
     page = Page(written(tmp_path, make_study(tmp_path, runs)))
     text = " ".join(" ".join(page.words).split())
     first, second = text.index("better stage1"), text.index("not settled stage1")
-    assert text.index("What came out") < first < second < text.index("flagged")
+    assert text.index("What came out") < first < second < text.index("Runs 9 runs")
     assert (
         "elementwise lowers the final loss by 0.0999 nats per token (3.03%) against none; the 95% "
         "interval goes from -0.100" in text
