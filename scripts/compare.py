@@ -25,14 +25,15 @@ from pathlib import Path
 from lib.cells import Cell, key_value, keys_of, make_cells
 from lib.comparisons import Effect
 from lib.curves import Curves
-from lib.program import ROOT, UserError, count, launch, listing
-from lib.render import grid, rounded
+from lib.program import UserError, add_data_options, count, launch, listing
+from lib.render import grid, rounded, terminal_width
 from lib.results import Row, canon, read_results
 from lib.stages import Stage, read_stages, sort_into_stages, stages_by_iters
-from lib.stats import ALPHA, Ratio, p_below
+from lib.stats import ALPHA, Ratio, mean, p_below
 from lib.tables import Table, table_of
 
 WIDTH = 110
+BOARD_LOSS, BOARD_MARGIN = 3.28, 0.004  # nats per token, of the speedrun's third track
 
 
 def value_of(row: Row, name: str) -> str:
@@ -101,9 +102,7 @@ def _meeting(rows: Sequence[Row], conditions: Sequence[tuple[str, str]], where: 
 def arm_of(rows: Sequence[Row], arm: str, text: str) -> Cell:
     """The one configuration of these rows. Raises UserError when none is finished, or when there
     are several."""
-    counted = [
-        r for r in rows if r.status == "finished" and math.isfinite(r.number("final_val_loss"))
-    ]
+    counted = [r for r in rows if r.is_finished and math.isfinite(r.number("final_val_loss"))]
     if not counted:
         how = listing(sorted({f"{row['run_id']} ({row.status})" for row in rows}))
         raise UserError(
@@ -219,13 +218,12 @@ def report(a: Cell, b: Cell, table: Table) -> list[str]:
             "peak_memory_mib",
             f"{c.memory_mib:+.0f} ({c.memory_pct:+.1f}%)",
         )
-    out = grid(rows, [k for k in rows[0] if any(row[k] != "-" for row in rows)], 28)
-    if max(map(len, out)) > WIDTH:
-        out = grid(rows, list(rows[0]), 20, numbers=True)
-    return out
+    width = min(terminal_width(), WIDTH)
+    known = [k for k in rows[0] if any(row[k] != "-" for row in rows)]
+    return grid(rows, known, width) or grid(rows, known, width, fold=True) or []
 
 
-def conclusions(a: Cell, b: Cell, table: Table) -> list[str]:
+def conclusions(a: Cell, b: Cell, table: Table, rule: str = "") -> list[str]:
     """What the numbers allow one to say, and what limits them."""
     line = table.lines[1]
     c, out = line.comparison, []
@@ -256,7 +254,32 @@ def conclusions(a: Cell, b: Cell, table: Table) -> list[str]:
                 out.append(
                     f"mean final loss of {arm} is below {line.target:g}: one-sided t, p={p:.2g}"
                 )
+    if rule == "track3":
+        out += track3(a, b)
     return out + list(table.remarks)
+
+
+def track3(a: Cell, b: Cell) -> list[str]:
+    """The speedrun board's test of its third track, which takes a spread of 0.0013 for known: the
+    mean is below 3.28 by enough; and the same of one mean against another."""
+    means, sizes, out = [], [], []
+    for arm, cell in (("A", a), ("B", b)):
+        losses = list(cell.values("final_val_loss").values())
+        means.append(mean(losses))
+        sizes.append(len(losses))
+        value = (BOARD_LOSS - means[-1]) * math.sqrt(sizes[-1])
+        word = "passes" if value >= BOARD_MARGIN else "does not pass"
+        out.append(
+            f"track3, {arm}: (3.28 - {means[-1]:.4f}) * sqrt({sizes[-1]}) = {value:.4f}, "
+            f"{word} (at least 0.004)"
+        )
+    value = (means[0] - means[1]) / math.sqrt(1 / sizes[0] + 1 / sizes[1])
+    word = "passes" if value >= BOARD_MARGIN else "does not pass"
+    out.append(
+        f"track3, pairwise: (A - B) / sqrt(1/{sizes[0]} + 1/{sizes[1]}) = {value:.4f}, {word} "
+        f"(at least 0.004)"
+    )
+    return out
 
 
 def stage_rows(rows: Sequence[Row], a: argparse.Namespace) -> tuple[list[Row], Stage]:
@@ -280,12 +303,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("b", metavar="B", help="what is compared with it")
     p.add_argument("--stage", help="only rows of this stage")
     p.add_argument("--stages", type=Path, metavar="TOML", help="as of split_results.py")
-    p.add_argument(
-        "--source", nargs="+", type=Path, metavar="CSV", default=[ROOT / "experiments/results.csv"]
-    )
-    p.add_argument(
-        "--logs", type=Path, default=ROOT / "logs", metavar="DIR", help="run folders, for curves"
-    )
+    add_data_options(p, many=True)
+    p.add_argument("--rule", choices=("", "track3"), default="", help="add a board's own test")
     p.add_argument(
         "--curves", nargs="+", type=Path, default=[], metavar="CSV", help="validations of many runs"
     )
@@ -297,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--target {o.target}: expected a loss above 0, in nats per token")
     every: dict[tuple, Row] = {}
     problems: list[str] = []
-    for source in o.source:
+    for source in o.results_file:
         rows, torn = read_results(source)
         problems += torn
         every |= {
@@ -305,7 +324,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         }  # a row that two sources have is one
     if not every:
         raise UserError(
-            f"{', '.join(map(str, o.source))}: no rows yet; a trainer appends one when a run ends"
+            f"{', '.join(map(str, o.results_file))}: no rows yet; a trainer appends one when a run ends"
         )
     rows, stage = stage_rows(list(every.values()), o)
     found = {arm: select(rows, text, arm) for arm, text in (("A", o.a), ("B", o.b))}
@@ -316,15 +335,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     a, b = (arm_of(found[arm], arm, text) for arm, text in (("A", o.a), ("B", o.b)))
     matched = [*found["A"], *found["B"]]
     whole = make_cells(
-        [r for r in rows if r.status == "finished" and math.isfinite(r.number("final_val_loss"))],
-        stage,
+        [r for r in rows if r.is_finished and math.isfinite(r.number("final_val_loss"))], stage
     )
-    table = table_of(matched, [(a, None), (b, a)], whole, stage, Curves(o.logs, o.curves), o.target)
+    table = table_of(
+        matched, [(a, None), (b, a)], whole, stage, Curves(o.logs_folder, o.curves), o.target
+    )
     out = described(a, "A", o.a, len(found["A"])) + described(b, "B", o.b, len(found["B"]))
     differ = differing(a, b)
     out += textwrap.wrap(f"they differ in {'; '.join(differ) or 'nothing that is recorded'}", WIDTH)
     out += ["", *report(a, b, table), ""]
-    for note in [*conclusions(a, b, table), *problems]:
+    for note in [*conclusions(a, b, table, o.rule), *problems]:
         out += textwrap.wrap(
             note, WIDTH, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False
         )

@@ -39,7 +39,7 @@ from lib.plots import (
     side_by_side_figure,
     trace_figure,
 )
-from lib.program import ROOT, UserError, launch, write_whole
+from lib.program import ROOT, UserError, add_data_options, launch, write_whole
 from lib.results import Row, read_results
 from lib.stages import Stage, read_stages, sort_into_stages, stages_by_iters
 from lib.tables import Table, make_table
@@ -74,8 +74,8 @@ def rows_wanted(a: argparse.Namespace) -> tuple[list[Row], list[str], Stage]:
     """The rows of the runs to draw, one per run, the ids of runs that results.csv does not know,
     and the stage."""
     rows: list[Row] = []
-    if a.results.exists() or a.stage:
-        rows, problems = read_results(a.results)
+    if a.results_file.exists() or a.stage:
+        rows, problems = read_results(a.results_file)
         for problem in problems:
             print(problem, file=sys.stderr)
     latest = {
@@ -87,13 +87,13 @@ def rows_wanted(a: argparse.Namespace) -> tuple[list[Row], list[str], Stage]:
     stages = read_stages(a.stages, rows) if a.stages else stages_by_iters("1500", "800")
     found, _ = sort_into_stages(list(latest.values()), stages)
     stage, own = found.get(a.stage, (Stage(a.stage), []))
-    own = [row for row in own if row.status == "finished"]
+    own = [row for row in own if row.is_finished]
     if not own:
         names = sorted(
-            name for name, (_, of) in found.items() if any(r.status == "finished" for r in of)
+            name for name, (_, of) in found.items() if any(r.is_finished for r in of)
         )
         raise UserError(
-            f"--stage {a.stage}: {a.results} has no finished run of it; it has those of {names or 'no stage'}"
+            f"--stage {a.stage}: {a.results_file} has no finished run of it; it has those of {names or 'no stage'}"
         )
     return own, [], stage
 
@@ -152,8 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     p.add_argument("--stages", type=Path, metavar="TOML", help="as of split_results.py")
     p.add_argument("--each", action="store_true", help="one line per run, no means")
-    p.add_argument("--logs", type=Path, default=ROOT / "logs", metavar="DIR")
-    p.add_argument("--results", type=Path, default=ROOT / "experiments/results.csv", metavar="CSV")
+    add_data_options(p)
     p.add_argument(
         "--curves", nargs="+", type=Path, default=[], metavar="CSV", help="as of split_results.py"
     )
@@ -166,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows, others, stage = rows_wanted(a)
     given, wrong = from_curves(a.curves, rows)
     missing = [r for r in rows if r["run_id"] not in given]
-    logs, problems = read_logs(missing, [r for r in others if r not in given], a.logs)
+    logs, problems = read_logs(missing, [r for r in others if r not in given], a.logs_folder)
     logs |= {run_id: log for run_id, log in given.items() if log.val.step}
     for problem in [*wrong, *problems]:
         print(problem, file=sys.stderr)
@@ -176,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     figures = {kind: draw(kind, groups, table, f"{KINDS[kind][1]}, {what}") for kind in kinds}
     if not any(figures.values()):
         reason = (
-            f"no run has a validation in {a.logs}/<run_id>/metrics.csv"
+            f"no run has a validation in {a.logs_folder}/<run_id>/metrics.csv"
             if not groups
             else "the data have none"
         )

@@ -1,14 +1,17 @@
-"""report.py -- one page about a study: what ran, what is significant, tables, curves, runs.
+"""report.py -- one page about a study: what came out, how sure it is, tables, curves, runs.
 
-    python scripts/report.py                                   -> experiments/report.html, opens from disk
+    python scripts/report.py                     -> experiments/report.html, opens from disk
     python scripts/report.py --stages experiments/stages_original.toml --out /tmp/r.html
-    python scripts/report.py --watch                           serve it on 127.0.0.1:8765, anew while runs go on
+    python scripts/report.py --watch             serve it on 127.0.0.1:8765, anew while runs go on
 
-The page is one file without references to anything else; curves are drawn by plotly.js, which is inside. Tables
-are those of split_results.py, from the same functions. Curves have at most 200 points each; in a large stage
-fewer, and single runs are listed up to a limit that the page names. What is wrong with the files is on the
-page, above all else; the page itself is always complete. --watch listens on 127.0.0.1 only.
-Raises   UserError naming the file or option: a page that cannot be written, a port that is taken, no plotly
+The page opens with one sentence per comparison, beside its curve and interval, the settled ones
+first; then what is wrong with the files, and the stages with tables, curves and runs. It is one
+file without references to anything else; curves are drawn by plotly.js, which is inside. Tables
+are those of split_results.py, from the same functions. Curves have at most 200 points each; in a
+large stage fewer, and single runs are listed up to a limit that the page names. The page itself is
+always complete. --watch listens on 127.0.0.1 only.
+Raises   UserError naming the file or option: a page that cannot be written, a port that is taken,
+         no plotly
 """
 
 import argparse
@@ -16,7 +19,8 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -27,11 +31,11 @@ from lib.curves import Curves
 from lib.details import Pool, details_of
 from lib.findings import NO_STAGE, Cache, Findings, going, read_findings, read_text_log
 from lib.logs import MOST_POINTS
-from lib.page import esc, library, page
-from lib.program import ROOT, UserError, count, launch, write_whole
-from lib.sections import anchor, going_html, overview, stage_html
+from lib.page import library, main_part, page
+from lib.program import ROOT, UserError, add_data_options, count, launch, write_whole
+from lib.sections import MOST_CLAIMS, anchor, claims_of, going_table, stage_section
 from lib.stages import Stage
-from lib.tables import hardware_changes, make_table
+from lib.tables import Table, hardware_changes, make_table
 
 POINTS_OF_RUNS = 60_000  # of all single runs of the page, validations and traces each
 
@@ -41,8 +45,43 @@ MOST_DETAILS = 5_000  # runs whose details are on the page
 
 def stage_of_loose(findings: Findings, run_id: str, a: argparse.Namespace, cache: Cache) -> str:
     """Where a run without a row belongs: its knob says so."""
-    name = cache.read(a.logs / f"{run_id}.txt", read_text_log)[0].get("stage", "")
+    name = cache.read(a.logs_folder / f"{run_id}.txt", read_text_log)[0].get("stage", "")
     return name if name in findings.stages else NO_STAGE
+
+
+def chart_data(
+    findings: Findings,
+    tables: Mapping[str, Table],
+    loose: Mapping[str, list[str]],
+    a: argparse.Namespace,
+    cache: Cache,
+) -> dict[str, object]:
+    """What the page's program draws and lists: curves, and the details of runs."""
+    most = min(MOST_POINTS, POINTS_OF_RUNS // max(1, len(findings.logs)))
+    most = most if most >= 4 else 0
+    pool, stages = Pool(), []
+    num_rows = sum(len(rows) for _, rows in findings.stages.values()) + len(findings.loose)
+    for name, (_, rows) in findings.stages.items():
+        own = loose.get(name, [])
+        share = num_rows
+        if num_rows > MOST_DETAILS:
+            share = max(20, MOST_DETAILS * (len(rows) + len(own)) // num_rows)
+        curves = curves_of(name, tables[name], rows, own, findings, most)
+        details = details_of(rows, own, findings, a, cache, pool, share)
+        stages.append(dict(id=anchor(name), name=name) | curves | details)
+    return dict(stages=stages, pool=list(pool.texts))
+
+
+def tiles_of(findings: Findings) -> list[tuple[str, int]]:
+    """How many runs there are, and how they ended."""
+    tally = Counter({row["run_id"]: row.status for row in findings.rows}.values())
+    tiles = [("runs", tally.total() + len(findings.loose)), ("stages", len(findings.stages))]
+    tiles += sorted(tally.items())
+    if findings.loose:
+        tiles.append(("without a row yet", len(findings.loose)))
+    if num_going := sum(going(findings, r) for r in findings.status):
+        tiles.append(("running", num_going))
+    return tiles
 
 
 def build(a: argparse.Namespace, cache: Cache) -> tuple[str, dict[str, object]]:
@@ -53,80 +92,33 @@ def build(a: argparse.Namespace, cache: Cache) -> tuple[str, dict[str, object]]:
         loose.setdefault(stage_of_loose(findings, run_id, a, cache), []).append(run_id)
     if NO_STAGE in loose:
         findings.stages.setdefault(NO_STAGE, (Stage(NO_STAGE), []))
-    curves = Curves(a.logs)
+    curves = Curves(a.logs_folder)
     curves.known |= {run_id: log.val for run_id, log in findings.logs.items() if log.val.step}
     made = [make_table(rows, stage, curves, a.target) for stage, rows in findings.stages.values()]
     tables = {table.stage.name: table for table in hardware_changes(made)}
-    num_logs = max(1, len(findings.logs))
-    most = min(MOST_POINTS, POINTS_OF_RUNS // num_logs)
-    most = most if most >= 4 else 0
-    pool, stages = Pool(), []
-    num_rows = sum(len(rows) for _, rows in findings.stages.values()) + len(findings.loose)
-    for name, (_, rows) in findings.stages.items():
-        own = loose.get(name, [])
-        share = (
-            max(20, MOST_DETAILS * (len(rows) + len(own)) // max(1, num_rows))
-            if num_rows > MOST_DETAILS
-            else num_rows
-        )
-        stage = dict(id=anchor(name), name=name) | curves_of(
-            name, tables[name], rows, own, findings, most
-        )
-        stages.append(stage | details_of(rows, own, findings, a, cache, pool, share))
+    data = chart_data(findings, tables, loose, a, cache)
 
     problems = [*findings.problems]
     for name, table in tables.items():
         problems += [f"{name}: {remark}" for remark in table.remarks]
-    out = [
-        f"<h1>{esc(a.title)}</h1>",
-        f"<p class=soft id=made>made {datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} UTC ",
-    ]
-    out.append(
-        f"by scripts/report.py from {esc(', '.join(map(str, a.results)))} and {esc(a.logs)}</p>"
+    claims = claims_of(tables, findings)
+    num_settled = sum(claim["is_settled"] for claim in claims)
+    content = dict(
+        title=a.title,
+        sources=f"{', '.join(map(str, a.results_file))} and {a.logs_folder}",
+        claims=claims[:MOST_CLAIMS],
+        num_more=max(0, len(claims) - MOST_CLAIMS),
+        settled=f"{num_settled} of {count(len(claims), 'comparison')} settled",
+        problems=problems,
+        problem_title=f"{count(len(problems), 'problem')} flagged",
+        tiles=tiles_of(findings),
+        stages=[stage_section(name, t, len(loose.get(name, []))) for name, t in tables.items()],
     )
-    out.append(
-        "<nav>" + " ".join(f'<a href="#{anchor(n)}">{esc(n)}</a>' for n in tables) + "</nav>"
-    )
-    if problems:
-        items = [f"<li>{esc(p)}</li>" for p in problems]
-        out.append(
-            f"<section class=problems id=problems><h2>{count(len(problems), 'problem')} flagged</h2><ul>"
-        )
-        out += items[:8]
-        if len(items) > 8:
-            out.append(
-                f"</ul><details id=more-problems><summary>{len(items) - 8} more</summary><ul>"
-            )
-            out += [*items[8:200], f"<li>and {len(items) - 200} more</li>" * (len(items) > 200)]
-        out.append("</ul></details></section>" if len(items) > 8 else "</ul></section>")
-    latest = {row["run_id"]: row.status for row in findings.rows}
-    tally: dict[str, int] = {}
-    for status in latest.values():
-        tally[status] = tally.get(status, 0) + 1
-    tiles = [
-        ("runs", len(latest) + len(findings.loose)),
-        ("stages", len(findings.stages)),
-        *sorted(tally.items()),
-    ]
-    if findings.loose:
-        tiles.append(("without a row yet", len(findings.loose)))
-    if num_going := sum(going(findings, r) for r in findings.status):
-        tiles.append(("running", num_going))
-    out.append("<section><h2 id=overview>Overview</h2><ul class=tiles>")
-    out += [f"<li><b>{n:,}</b>{esc(word)}</li>" for word, n in tiles]
-    out += ["</ul>", *overview(tables), "</section>", *going_html(findings)]
-    for name, table in tables.items():
-        out += stage_html(name, table, len(loose.get(name, [])))
-    data: dict[str, object] = dict(stages=stages, pool=list(pool.texts))
-    main = "\n".join(out)
-    steady = "\n".join(part for part in out if "id=made" not in part and "id=going" not in part)
-    marks = (
-        steady
-        + json.dumps(data)
-        + "".join(str(s.get("updated")) for r, s in findings.status.items() if going(findings, r))
-    )
-    data["version"] = hashlib.sha256(marks.encode()).hexdigest()[:16]
-    return main, data
+    live = [str(s.get("updated")) for r, s in findings.status.items() if going(findings, r)]
+    marks = [main_part(content | dict(made="", going=None)), json.dumps(data), *live]
+    data["version"] = hashlib.sha256("".join(marks).encode()).hexdigest()[:16]
+    now = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S}"
+    return main_part(content | dict(made=now, going=going_table(findings))), data
 
 
 class Site:
@@ -199,10 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument(
-        "--results", nargs="+", type=Path, default=[ROOT / "experiments/results.csv"], metavar="CSV"
-    )
-    p.add_argument("--logs", type=Path, default=ROOT / "logs", metavar="DIR")
+    add_data_options(p, many=True)
     p.add_argument(
         "--curves", nargs="+", type=Path, default=[], metavar="CSV", help="as of split_results.py"
     )

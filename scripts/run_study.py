@@ -42,6 +42,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from lib.deciding import is_due, spare
 from lib.launcher import Runner
 from lib.program import UserError, count, launch
 from lib.progress import Progress, Records
@@ -68,8 +69,10 @@ def check_data(study: Study, runs: Sequence[Progress]) -> None:
         raise UserError("\n  ".join([f"{len(words)} problems:", *words]))
 
 
-def show_stage(title: str, group: Sequence[Progress], plans: Mapping[str, Plan]) -> None:
-    """The runs of a stage with their states and sizes, as a table."""
+def show_stage(
+    title: str, group: Sequence[Progress], plans: Mapping[str, Plan], due: set[str]
+) -> None:
+    """The runs of a stage with their states and sizes, as a table. `due`: not to be decided on."""
     print(f"\n{title}".rstrip())
     rows = []
     for p in group:
@@ -77,7 +80,7 @@ def show_stage(title: str, group: Sequence[Progress], plans: Mapping[str, Plan])
         rows.append({
             "cell": p.run.label + "*" * p.run.is_baseline,
             "seed": str(p.run.seed),
-            "state": f"{p.state} {p.note}".rstrip(),
+            "state": f"{p.state if p.run_id in due else 'if needed'} {p.note}".rstrip(),
             "steps": str(p.run.steps),
             "params": plan.parameters,
             "tokens": f"{plan.tokens:,}" if plan.tokens else "",
@@ -99,6 +102,7 @@ def show_study(study: Study, runs: Sequence[Progress], ignored: str) -> None:
     todo = [p for p in runs if p.state != "done"]
     missing = total = 0
     problems: Counter[str] = Counter()
+    due = {p.run_id for p in runs if is_due(study, runs, p)}
     for stage, group in itertools.groupby(runs, key=lambda p: p.run.stage):
         group = list(group)
         plans = {}  # the same for all seeds
@@ -110,7 +114,7 @@ def show_study(study: Study, runs: Sequence[Progress], ignored: str) -> None:
             if p in todo:
                 missing += plan.tokens
                 problems[plan.problem] += 1
-        show_stage(f"{stage}  {study.stages[stage]}", group, plans)
+        show_stage(f"{stage}  {study.stages[stage]}", group, plans, due)
     summary = f"{count(len(runs), 'run')}, {len(runs) - len(todo)} done, {len(todo)} to do"
     if total:
         summary += f"; {missing:,} of {total:,} training tokens to do"
@@ -192,6 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs = [Progress(run, run.default_id) for run in study.runs]
     for p in runs:
         records.look(p, a.ignore_code)
+    spare(study, runs)
     if study.said:
         print(study.said, flush=True)
     if a.dry_run:

@@ -55,7 +55,8 @@ class Board:
 
     def summary(self) -> str:
         counts = {
-            s: sum(p.state == s for p in self.runs) for s in ("running", "elsewhere", "failed")
+            s: sum(p.state == s for p in self.runs)
+            for s in ("running", "elsewhere", "failed", "spared")
         }
         words = [f"{sum(p.state == 'done' for p in self.runs)} of {len(self.runs)} done"]
         words += [f"{n} {state}" for state, n in counts.items() if n]
@@ -99,7 +100,7 @@ class Board:
             at = len(lines)
             lines.append(f"{title:<{width - len(head) - 1}} {head}")
             for p in group:
-                if busy is None and p.state not in ("done", "failed"):
+                if busy is None and p.state not in ("done", "failed", "spared"):
                     busy = len(lines)
                 lines.append(self.line(p, width, colour))
             heads += [at] * (len(lines) - at)

@@ -3,6 +3,7 @@
 Differences are cell minus baseline; losses in nats per token, below 0 is better.
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,8 @@ from dataclasses import dataclass
 from lib.cells import Cell, _number, key_value, keys_of, knobs_in, steps_of
 from lib.curves import Curves
 from lib.results import Row
-from lib.stats import NAN, Judged, Ratio, judge, mean, ratio
+from lib.sequential import Rule, decide
+from lib.stats import NAN, Judged, Ratio, TTest, judge, mean, ratio, sd
 
 NO_TEST, NO_RATIO = Judged(), Ratio()
 
@@ -50,6 +52,7 @@ class Comparison(Judged):
     steps_to: Ratio = NO_RATIO  # the target; over the runs that reach it
     seconds_to: Ratio = NO_RATIO
     p_holm: float = NAN
+    decision: str = ""  # of a sequential stage: better, worse, not better by delta, undecided
 
     @property
     def overhead_pct(self) -> float:
@@ -86,6 +89,35 @@ def compare(
         equal_time=equal_time(cell, baseline, curves, timed),
         steps_to=ratio(*(list(r.steps.values()) for r in reached)),
         seconds_to=ratio(*(list(r.seconds.values()) for r in reached)),
+    )
+
+
+def sequentially(found: Comparison, cell: Cell, baseline: Cell, rule: Rule) -> Comparison:
+    """The comparison as a stage whose seeds were stopped by what they showed may report it: the
+    decision, the always-valid interval, and no p of a plain test anywhere."""
+    ours, theirs = cell.values("final_val_loss"), baseline.values("final_val_loss")
+    shared = sorted(ours.keys() & theirs.keys(), key=_number)
+    differences = [ours[seed] - theirs[seed] for seed in shared]
+    if not differences:
+        return found
+    decision = decide(differences, rule)
+    used = tuple(differences[: decision.n])
+    plain = Judged(decision.diff, used, sd(used))
+    return dataclasses.replace(
+        found,
+        **vars(plain)
+        | dict(
+            test=f"sequential, stopped after {decision.n}",
+            anytime=TTest(NAN, NAN, NAN, decision.lo, decision.hi),
+        ),
+        decision=decision.word,
+        rel_pct=100 * decision.diff / mean(list(theirs.values())),
+        equal_steps=dataclasses.replace(found.equal_steps, judged=plain)
+        if found.equal_steps.how == "final losses"
+        else NO_EFFECT,
+        equal_time=dataclasses.replace(
+            found.equal_time, judged=Judged(found.equal_time.judged.diff)
+        ),
     )
 
 

@@ -65,7 +65,7 @@ def details_of(rows: Sequence[Row], extra: Sequence[str], findings: Findings, a:
             }
         )
         found = (
-            cache.read(a.logs / f"{run_id}.txt", read_text_log)
+            cache.read(a.logs_folder / f"{run_id}.txt", read_text_log)
             if run_id in findings.status
             else ({}, {})
         )

@@ -108,7 +108,7 @@ def some(what: str, names: Sequence[str], most: int = 4) -> str:
 def read_findings(a: argparse.Namespace, cache: Cache) -> Findings:
     """Results, logs and states, and what was wrong with them. Raises nothing for a bad file."""
     findings = Findings()
-    for path in a.results:
+    for path in a.results_file:
         found = cache.read(path, read_results)
         if isinstance(found, UserError):
             findings.problems.append(str(found))
@@ -127,7 +127,7 @@ def read_findings(a: argparse.Namespace, cache: Cache) -> Findings:
 
     for stage, own in findings.stages.values():
         for extra in stage.extra_csv:
-            more = cache.read(a.results[0].parent / extra, read_results)
+            more = cache.read(a.results_file[0].parent / extra, read_results)
             if isinstance(more, UserError):
                 findings.problems.append(str(more))
             else:
@@ -136,12 +136,12 @@ def read_findings(a: argparse.Namespace, cache: Cache) -> Findings:
 
     seeds = {row["run_id"]: canon(row["seed"]) for row in findings.rows}
     try:
-        folders = {p.name for p in a.logs.iterdir() if p.is_dir()}
+        folders = {p.name for p in a.logs_folder.iterdir() if p.is_dir()}
     except OSError:
         folders = set()
-        findings.problems.append(f"{a.logs}: no such folder of logs; there are no curves")
+        findings.problems.append(f"{a.logs_folder}: no such folder of logs; there are no curves")
     findings.loose = sorted(
-        r for r in folders - seeds.keys() if (a.logs / r / "metrics.csv").exists()
+        r for r in folders - seeds.keys() if (a.logs_folder / r / "metrics.csv").exists()
     )
     aside: dict[str, list[str]] = {}  # problem: runs
     try:
@@ -153,9 +153,10 @@ def read_findings(a: argparse.Namespace, cache: Cache) -> Findings:
         if run_id not in folders or run_id in findings.logs:
             continue  # the tables' remarks name runs without a curve
         log = cache.read(
-            a.logs / run_id / "metrics.csv", lambda p: read_log(p, p.parent.name, "", MOST_POINTS)
+            a.logs_folder / run_id / "metrics.csv",
+            lambda p: read_log(p, p.parent.name, "", MOST_POINTS),
         )
-        status = cache.read(a.logs / run_id / "status.json", read_status)
+        status = cache.read(a.logs_folder / run_id / "status.json", read_status)
         findings.status[run_id] = status
         if "problem" in status:
             findings.problems.append(str(status["problem"]))

@@ -17,6 +17,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from lib.board import Board, duration, fit
+from lib.deciding import ENDED, decision_lines, is_due, spare
 from lib.program import ROOT, UserError, count
 from lib.progress import Progress, Records, write_stages
 from lib.study import Study
@@ -182,8 +183,9 @@ class Runner:
 
     def take_one(self) -> bool:
         """Run the first missing run that nobody else has; whether there was one."""
+        self.take_stock()
         for p in self.runs:
-            if p.state in ("done", "failed"):
+            if p.state in ENDED or not is_due(self.study, self.runs, p):
                 continue
             lock = FileLock(self.a.logs_folder / ".locks" / f"{p.run.key}.lock")
             try:
@@ -206,6 +208,13 @@ class Runner:
             finally:
                 lock.release()
         return False
+
+    def take_stock(self) -> None:
+        """Which runs of sequential stages are needed, now that others may have finished some."""
+        for p in self.runs:
+            if p.state == "elsewhere" and p.run.stage in self.study.rules:
+                self.records.look(p, self.a.ignore_code)
+        spare(self.study, self.runs)
 
     def run_one(self, p: Progress) -> None:
         """Train one run, again if it fails, until it is done, given up or we are told to stop."""
@@ -311,11 +320,13 @@ class Runner:
             print(
                 f"{count(len(other), 'run')} of other code accepted (--ignore-code): their rows say which"
             )
+        for line in decision_lines(self.study, self.runs):
+            print(line)
         print(f"{self.study.title}: {self.board.summary().split(', ETA')[0]}")
         if stages := write_stages(self.study, self.runs, self.records):
             source = os.path.relpath(self.a.results_file)
             print(
-                f"tables: python scripts/split_results.py --source {source} --stages {os.path.relpath(stages)}"
+                f"tables: python scripts/split_results.py --results_file {source} --stages {os.path.relpath(stages)}"
             )
         if number := self.signals.number:
             print(

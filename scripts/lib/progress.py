@@ -1,5 +1,6 @@
 """How far the runs of a study are, from the results file, status files and checkpoints."""
 
+import dataclasses
 import json
 import math
 import re
@@ -13,7 +14,9 @@ from filelock import FileLock, Timeout
 from lib.cells import key_value, keys_of
 from lib.program import UserError, write_whole
 from lib.results import Row, read_results
-from lib.study import Run, Study
+from lib.sequential import Rule
+from lib.study import Study
+from lib.study_stage import Run
 from plumbing.records import COMPLETE, read_status
 
 
@@ -157,6 +160,12 @@ def baseline_columns(
     }  # a gate's knob, where there is no gate
 
 
+def toml_of(rule: Rule) -> str:
+    """The rule as words of a TOML table; what is not a number is left out."""
+    words = dataclasses.asdict(rule).items()
+    return ", ".join(f"{name} = {value!r}" for name, value in words if math.isfinite(value))
+
+
 def write_stages(study: Study, runs: Sequence[Progress], records: Records) -> Path | None:
     """What split_results.py, plot.py and report.py need to know of this study's stages, beside
     its results; None while no baseline has finished."""
@@ -168,6 +177,8 @@ def write_stages(study: Study, runs: Sequence[Progress], records: Records) -> Pa
             lines += [f"[stage.{json.dumps(stage)}]", f"baseline = {{ {words} }}"]
             if stage in study.targets:
                 lines.append(f"target_loss = {study.targets[stage]}")
+            if stage in study.rules:
+                lines.append(f"sequential = {{ {toml_of(study.rules[stage])} }}")
     if not lines:
         return None
     path = records.results.parent / "tables" / f"{study.path.stem}.toml"

@@ -1,18 +1,23 @@
 """A table for eyes: rounded, in pieces, on a terminal and as Markdown."""
 
+import io
 import math
 import re
+import shutil
+import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 
-from lib.program import count
+from lib.program import count, need
 from lib.results import canon
+from lib.sequential import Rule
 from lib.tables import Table
 
+NUMBER = re.compile(r"[-+\[]?[\d.]|-$|n=1$|no spread$|(no )?baseline$")
 MEANS = ("n", "final_loss", "sd", "train_time", "ms/step", "MiB")
 
 
-VERSUS = ("diff", "rel", "95% CI", "p", "Holm p", "test", "can see", "flags")
+VERSUS = ("diff", "rel", "95% CI", "p", "Holm p", "test", "decision", "can see", "flags")
 
 
 COSTS = ("step time", "peak memory", "equal steps", "equal time", "equal time by")
@@ -63,6 +68,7 @@ def cells_of(table: Table, most: int | None = None) -> list[dict[str, str]]:
         out |= {"95% CI": span("", "{:+.4f}") if c and c.chosen else c.test if c else "-"}
         out |= {"p": rounded(n, "p", "{:.2g}"), "Holm p": rounded(n, "p_holm", "{:.2g}")}
         out |= {
+            "decision": c.decision or "-" if c else "-",
             "test": c.test if c and c.chosen else "-",
             "can see": rounded(n, "least_diff", "{:.4f}"),
         }
@@ -103,8 +109,15 @@ def pieces_of(
 ) -> list[tuple[str, list[str], list[Mapping[str, str]]]]:
     """Title, columns and lines of each piece of the table. What no line knows is left out."""
     out = []
-    num_tested = sum(1 for line in table.lines if line.comparison and line.comparison.chosen)
-    always = {"p", "test", "sd", "ms/step", *(["Holm p"] if num_tested > 1 else [])}
+    compared = [line.comparison for line in table.lines if line.comparison]
+    num_tested = sum(1 for c in compared if c.chosen and not c.anytime)
+    always = {
+        "test",
+        *(["p"] if num_tested else []),
+        "sd",
+        "ms/step",
+        *(["Holm p"] if num_tested > 1 else []),
+    }
     for title, columns in PIECES.items():
         rows = [
             row
@@ -117,30 +130,41 @@ def pieces_of(
     return out
 
 
+def sequential_legend(rule: Rule) -> str:
+    """What the decisions and intervals of a sequential stage mean."""
+    level = f"{100 - 100 * rule.alpha / rule.num_comparisons:g}%"
+    return (
+        f"sequential: seeds were added until each comparison was decided, so that no plain p holds; "
+        f"CI: {level}, valid after every seed; better and worse are wrong in at most "
+        f"{100 * rule.alpha:g}% of such stages, not better by delta ({rule.delta:g} nats) in at most "
+        f"{100 - 100 * rule.power:g}% of cells that are better by it"
+    )
+
+
 def legend_of(table: Table) -> list[str]:
     """What the columns mean, the remarks, and the knobs left out."""
     compared = [line.comparison for line in table.lines if line.comparison]
-    num_tested = sum(1 for c in compared if c.chosen)
+    num_tested = sum(1 for c in compared if c.chosen and not c.anytime)
     out = []
     if compared:
-        out.append(
-            "final_loss in nats per token, mean over n seeds; diff, rel, CI and p: against the baseline, below 0 is "
-            "better; paired t where both ran the same seeds, Welch's t otherwise"
-            + (f"; Holm over {num_tested} comparisons" if num_tested > 1 else "")
-            + (
-                "; can see: the smallest difference that this n and spread show 4 times in 5"
-                if num_tested
-                else ""
-            )
-        )
-        out.append(
-            "step time, and steps and time to a target: ratios of means, [95% CI] by Welch's t on logarithms"
-        )
+        words = "final_loss in nats per token, mean over n seeds; diff, rel and CI: against the "
+        words += "baseline, below 0 is better"
+        if num_tested:
+            words += "; paired t where both ran the same seeds, Welch's t otherwise"
+        if num_tested > 1:
+            words += f"; Holm over {num_tested} comparisons"
+        if num_tested:
+            words += "; can see: the smallest difference that this n and spread show 4 times in 5"
+        words_of_ratios = "step time, and steps and time to a target: ratios of means, [95% CI] by "
+        out += [words, words_of_ratios + "Welch's t on logarithms"]
+    if table.stage.sequential and compared:
+        out.append(sequential_legend(table.stage.sequential))
     if any(c.equal_time.how.startswith("interpolated") for c in compared):
-        out.append(
-            "equal time, interpolated, un-annealed: the slower arm's curve where the faster arm ends, its rate not yet "
-            "down; only runs with TIME_BUDGET_S show who wins"
+        words = (
+            "equal time, interpolated, un-annealed: the slower arm's curve where the faster arm "
         )
+        words += "ends, its rate not yet down; only runs with TIME_BUDGET_S show who wins"
+        out.append(words)
     if any(line.numbers["reached"] for line in table.lines):
         targets = {line.target for line in table.lines}
         by = (
@@ -158,34 +182,49 @@ def legend_of(table: Table) -> list[str]:
     return out + list(table.remarks)
 
 
+# A line of dashes under the header, and spaces everywhere else.
+RULED = "    \n    \n -- \n    \n    \n    \n    \n    \n"
+
+
 def grid(
-    rows: Sequence[Mapping[str, str]], columns: Sequence[str], most: int, numbers: bool = False
-) -> list[str]:
-    """Aligned plain text; numbers to the right, words to the left. Words longer than `most`
-    characters are folded, and so are intervals where `numbers` says so."""
-    right = {
-        c: all(re.match(r"[-+\[]?[\d.]|-$|n=1$|no spread$|(no )?baseline$", row[c]) for row in rows)
-        for c in columns
-    }
+    rows: Sequence[Mapping[str, str]], columns: Sequence[str], width: int, fold: bool = False
+) -> list[str] | None:
+    """An aligned table of at most `width` columns, numbers to the right and words to the left;
+    words are wrapped where they must be, and so are intervals where `fold` says so. None where
+    it does not fit."""
+    text = need("rich.text", "a table").Text  # nothing in it is markup
+    box = need("rich.box", "a table").Box(RULED, ascii=True)
+    rich_table = need("rich.table", "a table").Table(
+        box=box, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
+    )
+    least_width = -2
+    for name in columns:
+        cells = [name, *(row[name] for row in rows)]
+        longest = max(map(len, cells))
+        is_number = all(NUMBER.match(cell) for cell in cells[1:])
+        if is_number and fold:
+            least = max(len(word) for cell in cells for word in cell.split() or [""])
+        elif is_number:
+            least = longest
+        else:
+            least = min(longest, 18)
+        least_width += least + 2
+        justify = "right" if is_number else "left"
+        rich_table.add_column(text(name), justify=justify, min_width=least, overflow="fold")
+    if least_width > width:
+        return None
+    for row in rows:
+        rich_table.add_row(*(text(row[name]) for name in columns))
+    console = need("rich.console", "a table").Console(
+        width=width, file=io.StringIO(), color_system=None, legacy_windows=False
+    )
+    console.print(rich_table)
+    return [line.rstrip() for line in console.file.getvalue().rstrip().split("\n")]
 
-    def fold(text: str, c: str) -> list[str]:
-        if len(text) <= most or (right[c] and not numbers):
-            return [text]
-        return textwrap.wrap(text, most, break_on_hyphens=False)
 
-    folded = [{c: fold(row[c], c) for c in columns} for row in rows]
-    width = {c: max([len(c), *(len(part) for row in folded for part in row[c])]) for c in columns}
-    place = lambda text, c: text.rjust(width[c]) if right[c] else text.ljust(width[c])
-    out = [
-        "  ".join(place(c, c) for c in columns).rstrip(),
-        "  ".join("-" * width[c] for c in columns),
-    ]
-    for row in folded:
-        for i in range(max(len(parts) for parts in row.values())):
-            out.append(
-                "  ".join(place((row[c][i : i + 1] or [""])[0], c) for c in columns).rstrip()
-            )
-    return out
+def terminal_width() -> int:
+    """Columns of the terminal; 110 where there is none, as in a file or a pipe."""
+    return shutil.get_terminal_size((110, 24)).columns if sys.stdout.isatty() else 110
 
 
 def table_text(table: Table, width: int = 110, most: int = 500) -> str:
@@ -198,18 +237,17 @@ def table_text(table: Table, width: int = 110, most: int = 500) -> str:
     pieces = pieces_of(numbered, table)
 
     def fitting(keys: Sequence[str]) -> list[str] | None:
-        """All pieces, each folded no more than it must be; None where one does not fit."""
+        """All pieces; None where one does not fit."""
         lines: list[str] = []
         for title, columns, rows in pieces:
-            most = (
-                ((36, False), (16, False), (24, True), (10, True))
-                if keys == ["cell"]
-                else ((36, False), (24, False))
-            )
-            tries = (grid(rows, [*keys, *columns], *how) for how in most)
-            if not (found := next((t for t in tries if max(map(len, t)) <= width), None)):
+            found = grid(rows, [*keys, *columns], width)
+            if not found and keys == ["cell"]:
+                found = grid(rows, [*keys, *columns], width, fold=True)
+            if not found:
                 return None
-            lines += ["", title] * bool(title) + found
+            if title:
+                lines += ["", title]
+            lines += found
         return lines
 
     if numbered:

@@ -56,6 +56,11 @@ class Row:
         return self["status"] or "finished"
 
     @property
+    def is_finished(self) -> bool:
+        """Whether its loss counts: it ran to its end, here or where its log was imported from."""
+        return self.status in ("finished", "imported")
+
+    @property
     def columns(self) -> tuple[str, ...]:
         return tuple(self.values)
 

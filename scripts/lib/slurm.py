@@ -5,6 +5,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+from lib.deciding import ENDED, is_due
 from lib.launcher import run_env
 from lib.program import ROOT, count, write_whole
 from lib.progress import Progress
@@ -46,7 +47,7 @@ exit "$code"
 def write_slurm(study: Study, runs: Sequence[Progress], a: argparse.Namespace) -> None:
     """One batch file per missing run, and a script that submits them all."""
     nproc, repo = a.nproc or study.nproc, shlex.quote(str(ROOT))
-    todo = [p for p in runs if p.state != "done"]
+    todo = [p for p in runs if p.state not in ENDED and is_due(study, runs, p)]
     for p in todo:
         env = run_env(p, a.logs_folder, a.results_file)
         gpus = (

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lib.program import UserError
 from lib.results import HEADER, Row, canon
+from lib.sequential import Rule
 from lib.stats import NAN
 
 USUAL = {"attn_gate": "none"}  # the baseline where none is named: train_gpt.py's
@@ -36,6 +37,7 @@ class Stage:
         NAN  # of one pass over the training shards, where rows have no column epochs
     )
     target_loss: float = NAN  # nats per token; steps and seconds to it are reported
+    sequential: Rule | None = None  # how its seeds were stopped, if not by a fixed number
 
 
 def stages_by_iters(stage1: str, stage2: str) -> list[Stage]:
@@ -97,7 +99,7 @@ def _read_stage(where: str, name: str, table: object, columns: Sequence[str]) ->
 
     def column(word: str) -> str:
         if word not in columns:
-            words = ("keys", "baseline", "extra_csv", "train_tokens", "target_loss")
+            words = ("keys", "baseline", "extra_csv", "train_tokens", "target_loss", "sequential")
             near = get_close_matches(word, [*columns, *words], n=1)
             raise UserError(
                 f"{where}: {word} is no column" + (f"; did you mean {near[0]}?" if near else "")
@@ -126,6 +128,7 @@ def _read_stage(where: str, name: str, table: object, columns: Sequence[str]) ->
         if "extra_csv" in words
         else ()
     )
+    rule = rule_in(where, words.pop("sequential", None))
     baseline = words.pop("baseline", USUAL)
     if (
         not isinstance(baseline, dict)
@@ -140,8 +143,18 @@ def _read_stage(where: str, name: str, table: object, columns: Sequence[str]) ->
         for word, value in words.items()
     }
     return Stage(
-        name, match, keys, {column(w): canon(v) for w, v in baseline.items()}, extra, *numbers
+        name, match, keys, {column(w): canon(v) for w, v in baseline.items()}, extra, *numbers, rule
     )
+
+
+def rule_in(where: str, table: object) -> Rule | None:
+    """The rule that stopped the seeds of a stage, as run_study.py wrote it; None without one."""
+    if table is None:
+        return None
+    try:
+        return Rule(**table)
+    except (TypeError, UserError) as error:
+        raise UserError(f"{where}: sequential = {table!r}: {error}") from None
 
 
 def _file_name(name: str) -> bool:

@@ -166,11 +166,14 @@ class Judged:
     sd_diff: float = NAN  # of those
     welch: TTest | None = None
     paired: TTest | None = None
-    test: str = ""  # the one that is reported: paired, Welch, "n=1" or "no spread"; "" where there is nothing
+    # The one that is reported: paired, Welch, "n=1", "no spread", or what a sequential stage says;
+    # "" where there is nothing.
+    test: str = ""
+    anytime: TTest | None = None  # an always-valid interval, which has no p; see lib/sequential.py
 
     @property
     def chosen(self) -> TTest | None:
-        return {"paired": self.paired, "Welch": self.welch}.get(self.test)
+        return self.anytime or {"paired": self.paired, "Welch": self.welch}.get(self.test)
 
 
 def judge(a: dict[str, float], b: dict[str, float]) -> Judged:

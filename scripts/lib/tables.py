@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from lib.cells import Cell, find_baselines, fitted, is_baseline, make_cells
-from lib.comparisons import Comparison, Reach, compare, reach, timed_pairs
+from lib.comparisons import Comparison, Reach, compare, reach, sequentially, timed_pairs
 from lib.curves import Curves
 from lib.flags import facts_of, problems_of
 from lib.program import listing
@@ -55,9 +55,7 @@ def make_table(
 ) -> Table:
     """Cells, comparisons and remarks of a stage's rows. Only finished rows with a finite loss
     count; the remarks name all others. `target` in nats per token, else the stage's."""
-    counted = [
-        r for r in rows if r.status == "finished" and math.isfinite(r.number("final_val_loss"))
-    ]
+    counted = [r for r in rows if r.is_finished and math.isfinite(r.number("final_val_loss"))]
     stage = fitted(stage, rows)
     cells = make_cells(counted, stage)
     bases = [
@@ -66,7 +64,10 @@ def make_table(
     ]
     table = table_of(rows, list(zip(cells, bases, strict=True)), cells, stage, curves, target)
     if not stage.baseline and len(cells) > 1:
-        remark = "nothing is compared: no baseline is named; --stages FILE names one, and run_study.py writes such a FILE"
+        remark = (
+            "nothing is compared: no baseline is named; --stages FILE names one, and "
+            "run_study.py writes such a FILE"
+        )
         return dataclasses.replace(table, remarks=(*table.remarks, remark))
     if orphans := [
         line.cell.label for line in table.lines if not line.is_baseline and not line.baseline
@@ -93,7 +94,12 @@ def table_of(
         compare(c, b, curves, target, t) if b else None
         for (c, b), t in zip(pairs, timed, strict=True)
     ]
-    tested = [i for i, c in enumerate(compared) if c and c.chosen]
+    if stage.sequential:
+        compared = [
+            sequentially(found, *both, stage.sequential) if found else None
+            for both, found in zip(pairs, compared, strict=True)
+        ]
+    tested = [i for i, c in enumerate(compared) if c and c.chosen and not c.anytime]
     for i, p in zip(tested, holm([compared[i].chosen.p for i in tested]), strict=True):
         compared[i] = dataclasses.replace(compared[i], p_holm=p)
     facts = {
@@ -115,7 +121,7 @@ def _remarks(rows: Sequence[Row], counted: Sequence[Row], lines: Sequence[Line])
     finished = {row["run_id"] for row in counted}
     rest: dict[str, list[str]] = {}
     for row in rows:
-        if row.status != "finished":
+        if not row.is_finished:
             later = " (finished later)" if row["run_id"] in finished else ""
             rest.setdefault(row.status, []).append(row["run_id"] + later)
         elif not math.isfinite(row.number("final_val_loss")):
@@ -203,7 +209,7 @@ def numbers_of(line: Line) -> dict[str, object]:
     }
     p_of = lambda judged: judged.chosen.p if judged.chosen else NAN
     out |= dict(diff=c.diff, rel_pct=c.rel_pct) | interval("", c.chosen)
-    out |= dict(p=p_of(c), p_holm=c.p_holm, test=c.test, least_diff=c.least)
+    out |= dict(p=p_of(c), p_holm=c.p_holm, test=c.test, least_diff=c.least, decision=c.decision)
     for name, r in dict(
         overhead=c.step_time, steps_to_target=c.steps_to, seconds_to_target=c.seconds_to
     ).items():

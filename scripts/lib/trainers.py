@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import math
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -170,5 +171,6 @@ def plan_of(cfg: object, trainer: Trainer) -> Plan:
         facts = trainer.module.plan(cfg, plumbing.planned_world())
     except plumbing.UserError as error:
         return Plan(problem=str(error))
-    tokens = str(facts.get("training tokens", "0")).partition(" ")[0].replace(",", "")
-    return Plan(str(facts.get("parameters", "")), int(tokens))
+    told = str(facts.get("training tokens", "")).partition(" ")[0].replace(",", "")
+    sizes = [getattr(cfg, name, 0) for name in ("batch_size", "sequence_length", "num_iterations")]
+    return Plan(str(facts.get("parameters", "")), int(told or math.prod(sizes)))

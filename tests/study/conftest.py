@@ -40,7 +40,14 @@ def attacked(tmp_path) -> list[str]:
     write_log(tmp_path / "logs", name, 3.5)
     status = dict(status="running", host=ATTACKS[1], step=ATTACKS[0], updated=time.time())
     (tmp_path / "logs" / name / "status.json").write_text(json.dumps(status))
-    return ["--results", str(path), "--logs", str(tmp_path / "logs"), "--title", ATTACKS[0]]
+    return [
+        "--results_file",
+        str(path),
+        "--logs_folder",
+        str(tmp_path / "logs"),
+        "--title",
+        ATTACKS[0],
+    ]
 
 
 @pytest.fixture

@@ -71,8 +71,8 @@ def options_of(argv: Sequence[str], **given: object) -> argparse.Namespace:
     """Options as main() has them."""
     at = dict(zip(argv[::2], argv[1::2], strict=True))
     values = dict(
-        results=[Path(at["--results"])],
-        logs=Path(at["--logs"]),
+        results_file=[Path(at["--results_file"])],
+        logs_folder=Path(at["--logs_folder"]),
         stages=None,
         curves=[],
         target=None,

@@ -9,7 +9,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import run_study
+from lib.program import UserError
+from lib.study import read_study
 from study_support import ROOT, environment
 
 PRETENDER = """
@@ -32,6 +35,7 @@ if __name__ != "__main__":
         num_iterations: int = knob(10, "", low=1)
         warmup_iters: int = knob(0, "", low=0)
         fast: bool = knob(False, "")
+        wobble: float = knob(0.0, "")  # how much a final loss depends on gate and seed
         seed: int = knob(1, "", low=0)
         seconds: float = knob(0.0, "")
         fault: str = knob("none", "")
@@ -82,11 +86,14 @@ else:
     if e.get("FAULT") == "refused":
         print("pretender.py: error: LR=1: no such thing", file=sys.stderr)
         sys.exit(2)
-    path = Path(e["RESULTS_FILE"])
+    path, loss = Path(e["RESULTS_FILE"]), 2.5
+    if float(e.get("WOBBLE", 0)):
+        noise = float(e["WOBBLE"]) * (int(e["SEED"]) * 7 % 5 - 2 + (int(e["SEED"]) * 3 % 4) * (gate != "none"))
+        loss += noise - 0.1 * (gate == "some")
     with FileLock(f"{path}.lock"):
         text = "" if path.exists() else "run_id,seed,stage,final_val_loss,status,steps_done\\n"
         with open(path, "a") as f:
-            f.write(f"{text}{run},{e['SEED']},{e['STAGE']},2.5,finished,10\\n")
+            f.write(f"{text}{run},{e['SEED']},{e['STAGE']},{loss},finished,10\\n")
     status("finished", 10)
 """
 
@@ -123,3 +130,9 @@ def lines(path: Path) -> list[str]:
 def started(tmp_path: Path) -> list[str]:
     """The runs' labels in the order of their starts: 'a-none-s1'."""
     return [line.split()[0].rsplit("-", 2)[0] for line in lines(tmp_path / "logs/started.txt")]
+
+
+def problems(path: Path) -> str:
+    with pytest.raises(UserError) as error:
+        read_study(path, {})
+    return str(error.value)

@@ -97,7 +97,7 @@ def write(folder: Path, rows: Sequence[Mapping[str, str]] | str, name: str = "re
 def split(folder: Path, rows: Sequence[Mapping[str, str]] | str, *options: str) -> Path:
     """Run split_results on these rows; returns the output folder."""
     source = write(folder, rows)
-    split_results.main(["--source", str(source), "--out-dir", str(folder / "out"), *options])
+    split_results.main(["--results_file", str(source), "--out-dir", str(folder / "out"), *options])
     return folder / "out"
 
 
@@ -237,7 +237,7 @@ def make_study(folder: Path, runs: Sequence[tuple] = TWO_BY_TWO, **given: object
     for run_id, _, loss, gate in runs:
         write_log(folder / "logs", run_id, loss, MS.get(gate, 420.0))
     path = write_results(folder / "results.csv", [result(*run, **given) for run in runs])
-    return ["--results", str(path), "--logs", str(folder / "logs")]
+    return ["--results_file", str(path), "--logs_folder", str(folder / "logs")]
 
 
 def environment(**extra: str) -> dict[str, str]:

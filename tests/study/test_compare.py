@@ -11,7 +11,9 @@ from study_support import ROOT, arms, row, write
 
 
 def run_compare(folder: Path, rows, *args: str) -> None:
-    compare.main([*args, "--source", str(write(folder, rows)), "--logs", str(folder / "logs")])
+    compare.main(
+        [*args, "--results_file", str(write(folder, rows)), "--logs_folder", str(folder / "logs")]
+    )
 
 
 def test_arms_are_named_by_columns_notes_ids_beginnings_and_patterns(tmp_path, capsys):
@@ -68,18 +70,18 @@ def test_nothing_or_more_than_one_configuration_is_one_error(tmp_path, a, b, mes
 @pytest.mark.parametrize(
     "program, args, message",
     [
-        ("compare.py", ["a", "b", "--source", "nowhere.csv"], "nowhere.csv: No such file"),
-        ("compare.py", ["a", "b", "--source", "empty.csv"], "no rows yet"),
+        ("compare.py", ["a", "b", "--results_file", "nowhere.csv"], "nowhere.csv: No such file"),
+        ("compare.py", ["a", "b", "--results_file", "empty.csv"], "no rows yet"),
         ("power.py", ["--sd", "0", "--delta", "1"], "sd above 0"),
         ("power.py", ["--sd", "1", "--delta", "1", "--rho", "1"], "rho=1.0 must lie between"),
         (
             "split_results.py",
-            ["--source", "empty.csv", "--curves", "empty.csv", "--target", "-1"],
+            ["--results_file", "empty.csv", "--curves", "empty.csv", "--target", "-1"],
             "above 0",
         ),
         (
             "split_results.py",
-            ["--source", "empty.csv", "--curves", "none.csv"],
+            ["--results_file", "empty.csv", "--curves", "none.csv"],
             "none.csv: No such file",
         ),
     ],

@@ -115,7 +115,7 @@ def test_a_shorter_run_over_the_same_data_is_no_mixture_of_epochs():
 def test_mixtures_stand_in_the_line_of_the_table_that_they_spoil(tmp_path, capsys, column, flag):
     rows = arms([3.5, 3.4], [3.6, 3.7])
     rows[0][column] = "another"
-    out = split(tmp_path, rows, "--logs", str(tmp_path))
+    out = split(tmp_path, rows, "--logs_folder", str(tmp_path))
     (line,) = [o for o in lines_of(out / "tables/stage1.csv") if o["attn_gate"] == "elementwise"]
     assert line["flags"] == flag
     shown = capsys.readouterr().out

@@ -83,7 +83,7 @@ def test_curves_from_one_file_stand_for_logs_elsewhere(monkeypatch, tmp_path, st
         f"{run},{s},{4 - s / 100},{400 * s}\n" for run, *_ in TWO_BY_TWO for s in range(0, 101, 50)
     )
     (tmp_path / "curves.csv").write_text("run_id,step,val_loss,train_time_ms\n" + curves)
-    argv = ["--stage", "stage1", "--only", "tokens", *study, "--logs", "nowhere"]
+    argv = ["--stage", "stage1", "--only", "tokens", *study, "--logs_folder", "nowhere"]
     figure = drawn(monkeypatch, [*argv, "--curves", str(tmp_path / "curves.csv")])[
         "loss_by_tokens_stage1"
     ]
@@ -243,7 +243,16 @@ def test_a_sweep_is_drawn_where_the_rate_varies(monkeypatch, tmp_path):
                 loss = 3.5 + 0.1 * abs(i - 1) - gain + seed / 100
                 rows.append(result(f"{gate}{i}{seed}", seed, loss, gate, learning_rate=rate))
     path = write_results(tmp_path / "results.csv", rows)
-    argv = ["--stage", "stage1", "--only", "lr", "--results", str(path), "--logs", str(tmp_path)]
+    argv = [
+        "--stage",
+        "stage1",
+        "--only",
+        "lr",
+        "--results_file",
+        str(path),
+        "--logs_folder",
+        str(tmp_path),
+    ]
     figure = drawn(monkeypatch, argv)["learning_rate_stage1"]
     axes = figure.axes[0]
     means = {

@@ -28,7 +28,12 @@ def study(tmp_path) -> list[str]:
     rows = [*arms([3.2, 3.3], [3.4, 3.5]), row(3, 9.0, status="preempted", run_id="cut")]
     for r in rows:
         log_run(tmp_path / "logs", r["run_id"], float(r["final_val_loss"]))
-    options = ["--logs", str(tmp_path / "logs"), "--results", str(write(tmp_path, rows))]
+    options = [
+        "--logs_folder",
+        str(tmp_path / "logs"),
+        "--results_file",
+        str(write(tmp_path, rows)),
+    ]
     return [*options, "--out", str(tmp_path / "figures")]
 
 

@@ -24,7 +24,7 @@ def original(tmp_path_factory) -> Path:
         (folder / path.name).write_bytes(path.read_bytes())
     sources = [str(path) for path in sorted(folder.glob("results_stage*.csv"))]
     split_results.main(
-        ["--source", *sources, "--stages", str(STAGES), "--out-dir", str(folder / "out")]
+        ["--results_file", *sources, "--stages", str(STAGES), "--out-dir", str(folder / "out")]
     )
     return folder / "out"
 
@@ -97,7 +97,7 @@ def test_the_originals_rule_alone_puts_both_lots_of_1500_iterations_into_stage1(
     if not ORIGINAL.exists():
         pytest.skip(f"the original's files are not in {ORIGINAL}")
     sources = [str(path) for path in sorted(ORIGINAL.glob("results_stage*.csv"))]
-    split_results.main(["--source", *sources, "--out-dir", str(tmp_path)])
+    split_results.main(["--results_file", *sources, "--out-dir", str(tmp_path)])
     assert len(lines_of(tmp_path / "results_stage1.csv")) == 10 + 4
     assert "6 rows in no stage: cadd9fa4" in capsys.readouterr().out
 
@@ -131,13 +131,13 @@ def original_with_curves(tmp_path_factory) -> Path:
 def original_options() -> list[str]:
     sources = [str(path) for path in sorted(ORIGINAL.glob("results_stage*.csv"))]
     return [
-        "--source",
+        "--results_file",
         *sources,
         "--stages",
         str(STAGES),
         "--curves",
         str(CURVES),
-        "--logs",
+        "--logs_folder",
         "nowhere",
     ]
 

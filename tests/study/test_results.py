@@ -168,7 +168,7 @@ def test_a_stage_file_with_rows_no_source_has_is_not_replaced(tmp_path):
 def test_a_source_is_never_replaced_by_its_own_rows(tmp_path):
     source = write(tmp_path, [row(1, 3.5), row(1, 3.5, num_iterations=800)], "results_stage1.csv")
     with pytest.raises(UserError, match="is a source"):
-        split_results.main(["--source", str(source), "--out-dir", str(tmp_path)])
+        split_results.main(["--results_file", str(source), "--out-dir", str(tmp_path)])
 
 
 def test_running_it_twice_changes_nothing(tmp_path):
@@ -182,12 +182,16 @@ def test_running_it_twice_changes_nothing(tmp_path):
 @pytest.mark.parametrize(
     "program, args, message",
     [
-        ("split_results.py", ["--source", "nowhere.csv"], "nowhere.csv: No such file"),
-        ("split_results.py", ["--source", __file__], "line 1 is not a header of results"),
+        ("split_results.py", ["--results_file", "nowhere.csv"], "nowhere.csv: No such file"),
+        ("split_results.py", ["--results_file", __file__], "line 1 is not a header of results"),
         ("split_results.py", ["--stage1-iters", "many"], "'many' is no number of iterations"),
         ("split_results.py", ["--stages", "x", "--stage1-iters", "1"], "give one of them"),
         ("plot.py", [], "give run ids, or --stage NAME"),
-        ("plot.py", ["nobody", "--logs", "nowhere", "--results", "none.csv"], "nothing to draw"),
+        (
+            "plot.py",
+            ["nobody", "--logs_folder", "nowhere", "--results_file", "none.csv"],
+            "nothing to draw",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, program, args, message):
@@ -207,7 +211,9 @@ def test_missing_torn_and_nan_curves_are_named_and_the_table_is_complete(tmp_pat
     metrics[1].write_text(metrics[1].read_text() + "101,3.5,3.")
     metrics[2].write_text(f"{METRICS}\n10,3.5,nan,0.001,1.0,1000,10,,1.0,5\n")
     metrics[3].write_text("")
-    out = split(tmp_path, [dict(r, stage="s") for r in rows], "--logs", str(tmp_path / "logs"))
+    out = split(
+        tmp_path, [dict(r, stage="s") for r in rows], "--logs_folder", str(tmp_path / "logs")
+    )
     (gate,) = [o for o in lines_of(out / "tables/s.csv") if o["attn_gate"] == "elementwise"]
     assert gate["seeds"] == "5" and float(gate["diff"]) == pytest.approx(-0.208)
     shown = capsys.readouterr().out.replace("\n    ", " ")
@@ -222,7 +228,7 @@ def test_missing_torn_and_nan_curves_are_named_and_the_table_is_complete(tmp_pat
 
 
 def test_a_stage_of_one_run_is_a_table_without_a_comparison(tmp_path, capsys):
-    out = split(tmp_path, [row(1, 3.5, stage="alone")], "--logs", str(tmp_path))
+    out = split(tmp_path, [row(1, 3.5, stage="alone")], "--logs_folder", str(tmp_path))
     assert len(lines_of(out / "tables/alone.csv")) == 1
     assert "n=1" in capsys.readouterr().out
 
@@ -241,7 +247,7 @@ def test_20000_rows_are_split(tmp_path, capsys, seeds):
     rate = lambda i: repr(1e-3 + i // 2 // seeds * 1e-7)
     one = lambda i: dict(attn_gate=gates[i % 2], seed=i // 2 % seeds, learning_rate=rate(i))
     rows = [row(loss=3.5 + (i * 37 % 11) / 1000, stage="big", **one(i)) for i in range(20_000)]
-    lines = lines_of(split(tmp_path, rows, "--logs", str(tmp_path)) / "tables/big.csv")
+    lines = lines_of(split(tmp_path, rows, "--logs_folder", str(tmp_path)) / "tables/big.csv")
     assert len(lines) == 20_000 // seeds and sum(int(line["seeds"]) for line in lines) == 20_000
     assert sum(line["test"] == "paired" for line in lines) == len(lines) // 2
     assert f"20000 rows, 20000 counted, {len(lines)} cells" in capsys.readouterr().out

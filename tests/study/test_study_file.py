@@ -2,18 +2,10 @@
 
 import re
 import sys
-from pathlib import Path
 
 import pytest
 from lib.program import UserError
-from lib.study import read_study
-from pretender import TWO_BY_TWO, go, launcher
-
-
-def problems(path: Path) -> str:
-    with pytest.raises(UserError) as error:
-        read_study(path, {})
-    return str(error.value)
+from pretender import TWO_BY_TWO, go, launcher, problems
 
 
 @pytest.mark.parametrize(
