@@ -7,8 +7,8 @@ knows of files or models; arithmetic_data.py makes data sets of it.
     problems = draw_split(Language(operators="+-"), np.random.default_rng(0), 1000, "train")
 
 Shapes   N problems, T tokens, M operands, W digits of an operand
-Sources  tokenizer, templates: github.com/Nishal14/Step-free-arithmetic-transformers. Answers: Lee et
-         al., arXiv 2307.03381. Constants of the hash: SplitMix64 (Steele et al. 2014)
+Sources  tokenizer, templates: github.com/Nishal14/Step-free-arithmetic-transformers. Answers: Lee
+         et al., arXiv 2307.03381. Constants of the hash: SplitMix64 (Steele et al. 2014)
 """
 
 import re
@@ -231,7 +231,8 @@ PILOT = (  # the original's templates, in its order
 
 @cache
 def nestings(n: int, depth: int) -> list[str]:
-    """Templates of n operands nested at most `depth` deep; a bracket holds at least two operands."""
+    """Templates of n operands nested at most `depth` deep; a bracket holds at least two
+    operands."""
 
     def items(m: int) -> list[str]:
         if m == 1:

@@ -1,4 +1,5 @@
-"""arithmetic_data.py -- data sets of arithmetic: records, generated sets, batches, what needs no model.
+"""arithmetic_data.py -- data sets of arithmetic: records, generated sets, batches, what needs no
+model.
 
 Promises that the examples of a step are a function of seed, step and curriculum, whatever the
 number of ranks, and that nothing of a validation or test set is drawn for training. A file of

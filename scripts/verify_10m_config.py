@@ -1,4 +1,5 @@
-"""verify_10m_config.py -- is configs/scale_10m.yaml a model of about 10M parameters, and does it fit?
+"""verify_10m_config.py -- is configs/scale_10m.yaml a model of about 10M parameters, and does it
+fit?
 
 python scripts/verify_10m_config.py           exit code 0: yes; 1: the size is off; 3: no CUDA;
                                               2: a bad file

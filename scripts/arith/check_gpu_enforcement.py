@@ -1,9 +1,11 @@
-"""check_gpu_enforcement.py -- launches train_arith.py in every way that must end, and checks texts and exit codes.
+"""check_gpu_enforcement.py -- launches train_arith.py in every way that must end, and checks texts
+and exit codes.
 
-    python scripts/arith/check_gpu_enforcement.py             a table; exit code 0 when all are as promised
+    python scripts/arith/check_gpu_enforcement.py   a table; exit code 0 when all are as promised
 
-GPUs are hidden from the launches (CUDA_VISIBLE_DEVICES=''), so the table is the same on any machine. The configuration
-named does not exist: whatever is refused must be refused before it is opened. A program, not a test for pytest.
+GPUs are hidden from the launches (CUDA_VISIBLE_DEVICES=''), so the table is the same on any
+machine. The configuration named does not exist: whatever is refused must be refused before it is
+opened. A program, not a test for pytest.
 """
 
 import os
@@ -13,8 +15,14 @@ from pathlib import Path
 
 TRAINER = Path(__file__).resolve().parents[2] / "train_arith.py"
 MISSING = "no-such-folder/no-such-config.yaml"
-ONLY = "RuntimeError: GPU-only mode requires --device cuda. Aborting to prevent accidental CPU training."
-NONE = "RuntimeError: CUDA requested but not available. GPU-only mode cannot fall back to CPU. Aborting."
+ONLY = (
+    "RuntimeError: GPU-only mode requires --device cuda. "
+    "Aborting to prevent accidental CPU training."
+)
+NONE = (
+    "RuntimeError: CUDA requested but not available. "
+    "GPU-only mode cannot fall back to CPU. Aborting."
+)
 FP16 = "RuntimeError: FP16 mixed precision requires CUDA device"
 FALLS, OPENED = "CUDA not available, using CPU", f"--config {MISSING}: cannot be read"
 CASES = [  # flags, exit code, what must be said, what must not
@@ -59,13 +67,10 @@ def main() -> int:
         right = [words in text for words in said], [words not in text for words in unsaid]
         good = got == code and all(right[0]) and all(right[1])
         failed += not good
-        last = (
-            ""
-            if good
-            else f"expected exit {code} and {said}; last line: {(text.strip().splitlines() or [''])[-1]}"
-        )
+        last = "" if good else f"expected exit {code} and {said}; it said: {text.strip()[-200:]}"
         print(
-            f"{flags:36} {got:4} {sum(right[0]):2}/{len(said)}  {'[OK]' if good else '[FAILED]'} {last}"
+            f"{flags:36} {got:4} {sum(right[0]):2}/{len(said)}  {'[OK]' if good else '[FAILED]'} "
+            f"{last}"
         )
     print(f"{len(CASES) - failed} of {len(CASES)} as promised")
     return int(failed > 0)

@@ -1,18 +1,24 @@
-"""eval_ablation.py -- what every head and MLP is worth: each replaced by zero, its mean, or another item's output.
+"""eval_ablation.py -- what every head and MLP is worth: each replaced by zero, its mean, or
+another item's output.
 
-    python scripts/arith/eval_ablation.py --checkpoint runs/honest                          sets data/study_test_*.jsonl
-    python scripts/arith/eval_ablation.py --checkpoint runs/honest_s1 runs/honest_s2        seeds, and how far heads agree
-    python scripts/arith/eval_ablation.py --checkpoint runs/pilot --data data/pilot --sets flat paren depth3 \\
-        --kinds zero --allow-incompetent                                              the original's scan
+    python scripts/arith/eval_ablation.py --checkpoint runs/honest   sets data/study_test_*.jsonl
+    python scripts/arith/eval_ablation.py --checkpoint runs/honest_s1 runs/honest_s2
+        # seeds, and how far heads agree
+    python scripts/arith/eval_ablation.py --checkpoint runs/pilot --data data/pilot \\
+        --sets flat paren depth3 --kinds zero --allow-incompetent      the original's scan
 
-Writes   ablation.csv: per model, set, kind and place the drop of exact match, answer log-probability and the legacy
-         metric with paired bootstrap intervals, units lost and gained, McNemar's p and Holm's over the heads of one
-         kind and set (MLPs by themselves); impact.csv: the original's (drop on paren) - (drop on flat); seeds.csv: by
-         layer over models; ablation.json: baselines, gate, who was named, agreement; a heat map per model and metric
-Words    zero takes a model off its distribution; mean (over the set's items, by position relative to the answer) and
-         resample (another item's output, the same position) do so less: read the three together
-Gate     heads of a model are named on a set only where it does the task, exact match 50% or more; below, nothing is
-         ablated unless --allow-incompetent, and all that is written says so. Exit code 1 when no set is left
+Writes   ablation.csv: per model, set, kind and place the drop of exact match, answer
+         log-probability and the legacy metric with paired bootstrap intervals, units lost and
+         gained, McNemar's p and Holm's over the heads of one kind and set (MLPs by themselves);
+         impact.csv: the original's (drop on paren) - (drop on flat); seeds.csv: by layer over
+         models; ablation.json: baselines, gate, who was named, agreement; a heat map per model and
+         metric
+Words    zero takes a model off its distribution; mean (over the set's items, by position relative
+         to the answer) and resample (another item's output, the same position) do so less: read
+         the three together
+Gate     heads of a model are named on a set only where it does the task, exact match 50% or more;
+         below, nothing is ablated unless --allow-incompetent, and all that is written says so.
+         Exit code 1 when no set is left
 Raises   UserError: no such checkpoint or data set, models of different shape
 """
 
@@ -34,16 +40,19 @@ SETS = "flat paren pairs depth3 depth4 depth5".split()
 def ablate(
     s: Subject, t: TestSet, kinds: Sequence[str], mlps: bool, allow: bool, seed: int
 ) -> Result:
-    """Score the model as it is and, where it passes the gate, with every place replaced in every way."""
+    """Score the model as it is and, where it passes the gate, with every place replaced in every
+    way."""
     t0, items = time.process_time(), heads.measure(s, t.problems)
     base = heads.units(items, t.pairs)
     if odd := int((heads.greedy_exact(s, t.problems) != items[:, 0]).sum()):
         print(
-            f"{s.name} {t.name}: {odd} items where generating and scoring the gold text differ: near ties"
+            f"{s.name} {t.name}: {odd} items where generating and scoring the gold text differ: "
+            f"near ties"
         )
     if met := heads.could_have_trained_on(s, t.exprs):
         print(
-            f"{s.name} {t.name}: {met} of {len(t.exprs)} expressions are not held out from its training data"
+            f"{s.name} {t.name}: {met} of {len(t.exprs)} expressions are not held out from its "
+            f"training data"
         )
     exact = float(items[:, 0].mean())
     fit = heads.competent(exact, allow, s, t.name)
@@ -106,7 +115,8 @@ def rows_of(r: Result, kinds: Sequence[str]) -> list[dict]:
 
 
 def impact_rows(found: Sequence[Result], kinds: Sequence[str]) -> list[dict]:
-    """The original's impact of each place, (drop on paren) - (drop on flat); the sets are resampled independently."""
+    """The original's impact of each place, (drop on paren) - (drop on flat); the sets are
+    resampled independently."""
     rows, by_set = [], {(r.s.name, r.set.name): r for r in found if r.ablated}
     for s in dict.fromkeys(r.s for r in found):
         paren, flat = by_set.get((s.name, "paren")), by_set.get((s.name, "flat"))
@@ -134,7 +144,8 @@ def impact_rows(found: Sequence[Result], kinds: Sequence[str]) -> list[dict]:
 
 
 def named(rows: Sequence[dict]) -> list[dict]:
-    """Heads that are claimed to matter: exact match falls, its interval excludes 0, and so does Holm's test at 5%."""
+    """Heads that are claimed to matter: exact match falls, its interval excludes 0, and so does
+    Holm's test at 5%."""
     keep = [r for r in rows if r["head"] != "MLP" and r["exact_low"] > 0 and r["holm_p"] < 0.05]
     keys = (
         "model",
@@ -165,8 +176,12 @@ def figure_of(
     """Head by layer, a panel per kind and set; MLPs in a column of their own."""
     (L, H), sets = s.shape, [r for r in found if r.s is s and r.ablated]
     W = H + mlps
-    figure, axes = tables.new_figure(1.2 + (0.5 * W + 0.3) * len(sets), 1.3 + (0.42 * L + 0.6) * len(kinds),
-                                    len(kinds), len(sets))  # fmt: skip
+    figure, axes = tables.new_figure(
+        1.2 + (0.5 * W + 0.3) * len(sets),
+        1.3 + (0.42 * L + 0.6) * len(kinds),
+        len(kinds),
+        len(sets),
+    )
     mine = [r for r in rows if r["model"] == s.name]
     limit = max([abs(r[f"{metric}_drop"]) for r in mine if r["head"] != "MLP"] + [1e-3])
     for i, kind in enumerate(kinds):
@@ -189,7 +204,8 @@ def figure_of(
             )
     figure.colorbar(image, ax=axes, shrink=0.6).set_label(f"drop of {LABELS[metric]}", fontsize=8)
     figure.suptitle(f"{s.name}: one place ablated", fontsize=11)
-    words = "framed, bold: the 95% paired bootstrap\ninterval excludes 0; colours end at the strongest head"
+    words = "framed, bold: the 95% paired bootstrap\ninterval excludes 0; "
+    words += "colours end at the strongest head"
     figure.supxlabel(words, fontsize=8, color="0.3")
     return figure
 
@@ -232,8 +248,12 @@ def tell(found: Sequence[Result], rows: Sequence[dict], kinds: Sequence[str]) ->
             mine = sorted((x for x in mine if x["head"] != "MLP"), key=lambda x: -x["exact_drop"])[
                 :3
             ]
-            words = [f"{x['place']} {x['exact_drop']:+.3f} [{x['exact_low']:+.3f}, {x['exact_high']:+.3f}] Holm "
-                     f"p={x['holm_p']:.2g}" for x in mine]  # fmt: skip
+            words = [
+                f"{x['place']} {x['exact_drop']:+.3f} [{x['exact_low']:+.3f}, "
+                f"{x['exact_high']:+.3f}] Holm "
+                f"p={x['holm_p']:.2g}"
+                for x in mine
+            ]
             mark = "" if r.competent else " BELOW THE COMPETENCE GATE:"
             print(f"{r.s.name} {r.set.name} {kind}:{mark} drop of exact match " + "; ".join(words))
 
@@ -270,7 +290,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     tables.write_json(out / "ablation.json", content)
     if not rows:
         print(
-            f"{out}/ablation.json: baselines only; no model passes the gate on any set, so no head is named"
+            f"{out}/ablation.json: baselines only; no model passes the gate on any set, so no "
+            f"head is named"
         )
         return 1
     tables.write_csv(out / "ablation.csv", rows)
@@ -282,9 +303,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     tell(found, rows, kinds)
     for row in content["agreement"]:
         if row["metric"] != "eos" and row["pairs"]:
-            print(f"seeds {row['set']} {row['kind']} {row['metric']}: tau {row['kendall_tau']:.2f}, W "
-                  f"{row['kendall_w']:.2f}, p {row['p_over_model']:.3f}, within layers {row['p_within_layers']:.3f}; "
-                  f"top {row['top_head']}")  # fmt: skip
+            print(
+                f"seeds {row['set']} {row['kind']} {row['metric']}: tau "
+                f"{row['kendall_tau']:.2f}, W "
+                f"{row['kendall_w']:.2f}, p {row['p_over_model']:.3f}, within layers "
+                f"{row['p_within_layers']:.3f}; "
+                f"top {row['top_head']}"
+            )
     for s in subjects:
         if any(r.ablated for r in found if r.s is s):
             for metric in METRICS:

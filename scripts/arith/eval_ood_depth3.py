@@ -1,14 +1,17 @@
-"""eval_ood_depth3.py -- the original's depth-3 table, baseline against L2-H2 zeroed, beside one that scores answers.
+"""eval_ood_depth3.py -- the original's depth-3 table, baseline against L2-H2 zeroed, beside one
+that scores answers.
 
-    python scripts/arith/eval_ood_depth3.py --checkpoint runs/pilot --data data/pilot      the original's model and records
-    python scripts/arith/eval_ood_depth3.py --checkpoint runs/honest --sets depth3 depth3_control depth4 depth4_control
+    python scripts/arith/eval_ood_depth3.py --checkpoint runs/pilot --data data/pilot
+        # the original's model and records
+    python scripts/arith/eval_ood_depth3.py --checkpoint runs/honest --sets depth3 depth3_control
 
-The original's accuracy asks whether the end is predicted after the whole gold answer was read (eos_after_gold); exact
-match asks for the answer. Both stand over what needs no model: always saying "end", a calculator that reads no
-brackets, and the training data's most frequent answer.
+The original's accuracy asks whether the end is predicted after the whole gold answer was read
+(eos_after_gold); exact match asks for the answer. Both stand over what needs no model: always
+saying "end", a calculator that reads no brackets, and the training data's most frequent answer.
 
-Writes   ood.csv, ood.json and a figure: per set, metric and kind of ablation the baseline, the ablated score, the drop
-         with its paired bootstrap interval, units lost and gained, and McNemar's p (of one head: nothing to adjust)
+Writes   ood.csv, ood.json and a figure: per set, metric and kind of ablation the baseline, the
+         ablated score, the drop with its paired bootstrap interval, units lost and gained, and
+         McNemar's p (of one head: nothing to adjust)
 Gate     below an exact match of 50% the table says that a drop shows nothing about arithmetic
 Raises   UserError: no such checkpoint, data set, layer or head
 """
@@ -29,7 +32,8 @@ from plumbing import UserError
 
 
 def without_a_model(s: Subject, t: TestSet, common: int) -> dict[str, dict[str, float | None]]:
-    """The scores of three answers that need no model. Only the first has a legacy score, which asks for no answer."""
+    """The scores of three answers that need no model. Only the first has a legacy score, which
+    asks for no answer."""
     values, blind = (
         t.problems.values_N,
         [evaluate_expr(re.sub(r"[()]", "", expr)) for expr in t.exprs],
@@ -84,15 +88,21 @@ def tell(t: TestSet, rows: Sequence[dict], known: dict[str, dict], place: Place)
     one = {row["metric"]: row for row in rows if row["kind"] == "zero"}
     eos = one["eos"]
     print(
-        f"\n{t.name}: {t.n} {'minimal pairs' if t.pairs else 'items'}\n{'':32}baseline  {place} zeroed    drop"
+        f"\n{t.name}: {t.n} {'minimal pairs' if t.pairs else 'items'}\n{'':32}baseline  {place} "
+        f"zeroed    drop"
     )
-    print(f"{'eos_after_gold (legacy), %':30}{100 * eos['baseline']:10.1f}{100 * eos['ablated']:14.1f}"
-          f"{100 * eos['drop']:8.1f}   McNemar p={eos['mcnemar_p']:.2g}")  # fmt: skip
+    print(
+        f"{'eos_after_gold (legacy), %':30}{100 * eos['baseline']:10.1f}"
+        f"{100 * eos['ablated']:14.1f}"
+        f"{100 * eos['drop']:8.1f}   McNemar p={eos['mcnemar_p']:.2g}"
+    )
     print(f"{'  always end (no model), %':30}{100.0:10.1f}")
     exact = one["exact"]
-    print(f"{'exact match, %':30}{100 * exact['baseline']:10.1f}{100 * exact['ablated']:14.1f}"
-          f"{100 * exact['drop']:8.1f}   McNemar p={exact['mcnemar_p']:.2g}, 95% of the baseline "
-          f"[{100 * exact['base_low']:.1f}, {100 * exact['base_high']:.1f}]")  # fmt: skip
+    print(
+        f"{'exact match, %':30}{100 * exact['baseline']:10.1f}{100 * exact['ablated']:14.1f}"
+        f"{100 * exact['drop']:8.1f}   McNemar p={exact['mcnemar_p']:.2g}, 95% of the baseline "
+        f"[{100 * exact['base_low']:.1f}, {100 * exact['base_high']:.1f}]"
+    )
     for name, words in (
         ("always_end", "always end"),
         ("paren_blind", "brackets ignored"),
@@ -101,11 +111,15 @@ def tell(t: TestSet, rows: Sequence[dict], known: dict[str, dict], place: Place)
         print(f"{f'  {words} (no model), %':30}{100 * known[name]['exact']:10.1f}")
     for kind in KINDS:
         log = next(row for row in rows if row["kind"] == kind and row["metric"] == "logprob")
-        print(f"{f'log-prob per token, {kind}':30}{log['baseline']:10.3f}{log['ablated']:14.3f}{log['drop']:8.3f}   "
-              f"[{log['low']:.3f}, {log['high']:.3f}]")  # fmt: skip
+        print(
+            f"{f'log-prob per token, {kind}':30}{log['baseline']:10.3f}{log['ablated']:14.3f}"
+            f"{log['drop']:8.3f}   "
+            f"[{log['low']:.3f}, {log['high']:.3f}]"
+        )
     if not exact["competent"]:
         print(
-            f"  below the competence gate ({heads.GATE:.0%} exact match): a drop here shows nothing about arithmetic"
+            f"  below the competence gate ({heads.GATE:.0%} exact match): a drop here shows "
+            f"nothing about arithmetic"
         )
 
 
@@ -192,7 +206,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     s, place = heads.load(a.checkpoint, a.device), Place(a.layer, a.head)
     if place not in ablation.places(s):
         raise UserError(
-            f"{place}: {s.name} has layers 0 to {s.shape[0] - 1} and heads 0 to {s.shape[1] - 1}; choose one"
+            f"{place}: {s.name} has layers 0 to {s.shape[0] - 1} and heads 0 to "
+            f"{s.shape[1] - 1}; choose one"
         )
     sets = [heads.read_set(s, a.data, name, a.limit) for name in dict.fromkeys(a.sets)]
     common = heads.most_frequent(s)

@@ -1,18 +1,21 @@
-"""exact_match.py -- how exact match falls with more operands, more digits, and deeper nesting than in training.
+"""exact_match.py -- how exact match falls with more operands, more digits, and deeper nesting than
+in training.
 
     python scripts/arith/exact_match.py --checkpoint runs/honest_s1
-    python scripts/arith/exact_match.py --checkpoint runs/honest_s1 runs/honest_s2 --sets flat paren depth3 depth3_control
+    python scripts/arith/exact_match.py --checkpoint runs/honest_s1 runs/honest_s2 --sets depth3
 
 Generated here, from the expressions that training with TRAIN_PATH=generate never draws:
   operands   2, 3, ... each, the training's depths and operand sizes
   digits     operands of 1, 2, 3 digits only, as many operands as the training's most
   cells      every operand count with every depth it allows, operands of the training's size
-and read from PREFIX_test_NAME.jsonl, where depth3, depth4 and depth5 stand beside controls of the same operands,
-operators and length, nested at most 2 deep. What a fixed number of answer digits cannot write is left out and counted.
+and read from PREFIX_test_NAME.jsonl, where depth3, depth4 and depth5 stand beside controls of the
+same operands, operators and length, nested at most 2 deep. What a fixed number of answer digits
+cannot write is left out and counted.
 
-Writes   exact_match.csv, a row per model and cell: exact match with its 95% Wilson interval, digits right given the
-         gold ones before, answers that end, and what needs no model: brackets ignored, the most frequent answer;
-         exact_match.json, the same with what it came from; a figure with each model's points and their mean
+Writes   exact_match.csv, a row per model and cell: exact match with its 95% Wilson interval,
+         digits right given the gold ones before, answers that end, and what needs no model:
+         brackets ignored, the most frequent answer; exact_match.json, the same with what it came
+         from; a figure with each model's points and their mean
 Units    fractions of items; an item is one expression, answered greedily
 Raises   UserError: no such checkpoint or data set, ranges with too few expressions
 """
@@ -36,8 +39,9 @@ SETS = "flat paren depth3 depth3_control depth4 depth4_control depth5 depth5_con
 
 
 def drawn(s: Subject, items: int, **changes: int) -> tuple[Problems, int]:
-    """Held-out problems, the same for every model, and how many more were left out because the model's answers have
-    too few digits for their values. Raises UserError where there are not enough."""
+    """Held-out problems, the same for every model, and how many more were left out because the
+    model's answers have too few digits for their values. Raises UserError where there are not
+    enough."""
     try:
         language = replace(s.language, operands_weights="", **changes)
     except ValueError as error:
@@ -92,7 +96,8 @@ def row_of(
 
 
 def figure_of(rows: Sequence[dict], trained: dict[str, Sequence[str]]):
-    """A panel per sweep but `cells`: points are models, the line is their mean; grey is what was trained on."""
+    """A panel per sweep but `cells`: points are models, the line is their mean; grey is what was
+    trained on."""
     sweeps = [
         name for name in ("operands", "digits", "sets") if any(r["sweep"] == name for r in rows)
     ]
@@ -126,8 +131,14 @@ def figure_of(rows: Sequence[dict], trained: dict[str, Sequence[str]]):
                 clip_on=False,
             )
         n, joined = len(values[0]), sweep != "sets"
-        panel.plot(range(len(cells)), [float(np.mean(v)) for v in values], "-" if joined else "_", color=tables.COLOURS[0],
-                   markersize=14, label=f"mean of {n} model{'s' * (n > 1)}")  # fmt: skip
+        panel.plot(
+            range(len(cells)),
+            [float(np.mean(v)) for v in values],
+            "-" if joined else "_",
+            color=tables.COLOURS[0],
+            markersize=14,
+            label=f"mean of {n} model{'s' * (n > 1)}",
+        )
         panel.plot(
             range(len(cells)),
             blind,
@@ -191,9 +202,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         for sweep, cell, problems, left_out in generated(s, a.operands, a.digits, a.items):
             rows.append(row_of(s, sweep, cell, problems, left_out, common))
         for r in rows[mine:]:
-            words = f"{r['exact']:.3f} [{r['low']:.3f}, {r['high']:.3f}], brackets ignored {r['paren_blind']:.3f}"
-            print(f"{s.name} {r['sweep']} {r['cell']}: n:{r['items']} exact match {words}"
-                  + (f", {r['left_out']} left out" if r["left_out"] else ""), flush=True)  # fmt: skip
+            words = f"{r['exact']:.3f} [{r['low']:.3f}, {r['high']:.3f}]"
+            words += f", brackets ignored {r['paren_blind']:.3f}"
+            print(
+                f"{s.name} {r['sweep']} {r['cell']}: n:{r['items']} exact match {words}"
+                + (f", {r['left_out']} left out" if r["left_out"] else ""),
+                flush=True,
+            )
     out, cfg = tables.out_folder(a, "exact_match", subjects), subjects[0].cfg
     tables.write_csv(out / "exact_match.csv", rows)
     tables.write_json(

@@ -1,12 +1,16 @@
-"""generate_depth3_dataset.py -- expressions nested deeper than the training's: the original's depth-3 file by default.
+"""generate_depth3_dataset.py -- expressions nested deeper than the training's: the original's
+depth-3 file by default.
 
-    python scripts/arith/generate_depth3_dataset.py         data/pilot_test_depth3.jsonl, byte for byte the original's
-    python scripts/arith/generate_depth3_dataset.py --prefix study --depths 3 4 5 --size 1000 --operators +- --dedup \\
-        --held-out --controls                         data/study_test_depth3.jsonl, _depth3_control, _depth4 ...
+    python scripts/arith/generate_depth3_dataset.py
+        # data/pilot_test_depth3.jsonl, byte for byte the original's
+    python scripts/arith/generate_depth3_dataset.py --prefix study --depths 3 4 5 --size 1000 \\
+        --operators +- --dedup --held-out --controls
+        # data/study_test_depth3.jsonl, _depth3_control, _depth4 ...
 
-With --controls a depth's templates are all nestings of the fewest operands (four or more) for which there is a control:
-another nesting, at most 2 deep, of as many brackets. Line i of the control file has the operands, operators and length
-of line i of the depth's own file; only the grouping differs, and so does the depth.
+With --controls a depth's templates are all nestings of the fewest operands (four or more) for
+which there is a control: another nesting, at most 2 deep, of as many brackets. Line i of the
+control file has the operands, operators and length of line i of the depth's own file; only the
+grouping differs, and so does the depth.
 """
 
 import argparse
@@ -38,7 +42,8 @@ class Deep(lib.Draws):
                 cells[n] += 1
                 found.append(record)
         raise UserError(
-            f"only {len(found)} of {size} records of depth 3 were found; widen the ranges, or drop --dedup"
+            f"only {len(found)} of {size} records of depth 3 were found; widen the ranges, or "
+            f"drop --dedup"
         )
 
     def controlled(self, depth: int, size: int) -> tuple[list[dict], list[dict]]:
@@ -48,7 +53,8 @@ class Deep(lib.Draws):
             n += 1
             if n > MOST:
                 raise UserError(
-                    f"--depths {depth}: no control of at most {MOST} operands; with --controls go up to 5"
+                    f"--depths {depth}: no control of at most {MOST} operands; with --controls "
+                    f"go up to 5"
                 )
             flat = lib.same_length(n, range(3), "redundant")
             deep = [t for t in lib.templates(n, depth, "redundant") if t.count("(") in flat]
@@ -88,7 +94,8 @@ def arguments() -> argparse.Namespace:
     lib.check_arguments(a)
     if bad := [d for d in a.depths if d < 3]:
         raise UserError(
-            f"--depths {bad[0]}: 3 and deeper are made here; scripts/arith/generate_pilot_dataset.py makes 0 to 2"
+            f"--depths {bad[0]}: 3 and deeper are made here; "
+            f"scripts/arith/generate_pilot_dataset.py makes 0 to 2"
         )
     if not a.controls and a.depths != [3]:
         raise UserError(

@@ -1,11 +1,15 @@
-"""generate_pilot_dataset.py -- the original's records: train, val, test_flat and test_paren, byte for byte by default.
+"""generate_pilot_dataset.py -- the original's records: train, val, test_flat and test_paren, byte
+for byte by default.
 
-    python scripts/arith/generate_pilot_dataset.py          data/pilot_train.jsonl, _val, _test_flat, _test_paren
-    python scripts/arith/generate_pilot_dataset.py --prefix study --num-train 0 --num-val 0 --num-test 1000 --operators +- \\
-        --held-out --dedup --minimal-pairs 1000       tests for a model that is trained with TRAIN_PATH=generate
+    python scripts/arith/generate_pilot_dataset.py
+        # data/pilot_train.jsonl, _val, _test_flat, _test_paren
+    python scripts/arith/generate_pilot_dataset.py --prefix study --num-train 0 --num-val 0 \\
+        --num-test 1000 --operators +- --held-out --dedup --minimal-pairs 1000
+        # tests for a model that is trained with TRAIN_PATH=generate
 
-One random stream makes one file after the other, so a file depends on the sizes of those before it. A minimal pair is
-two lines of the same operands, operators and length that differ only in grouping, and in value.
+One random stream makes one file after the other, so a file depends on the sizes of those before
+it. A minimal pair is two lines of the same operands, operators and length that differ only in
+grouping, and in value.
 """
 
 import argparse
@@ -57,7 +61,8 @@ class Splits(lib.Draws):
                 found.append(record)
         if len(found) < size:
             raise UserError(
-                f"only {len(found)} of {size} {name} records were found; widen a range, or drop --dedup"
+                f"only {len(found)} of {size} {name} records were found; widen a range, or drop "
+                f"--dedup"
             )
         return found
 
@@ -99,7 +104,8 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for name, size in (("train", 2000), ("val", 200), ("test", 100)):
-        text = f"records of {'each of the two test files' if name == 'test' else name}; default {size}; 0: no file"
+        what = "each of the two test files" if name == "test" else name
+        text = f"records of {what}; default {size}; 0: no file"
         p.add_argument(f"--num-{name}", type=int, default=size, metavar="N", help=text)
     p.add_argument(
         "--minimal-pairs",

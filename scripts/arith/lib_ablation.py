@@ -1,4 +1,5 @@
-"""lib_ablation.py -- what is put in the place of a head or an MLP: zero, its mean, another item's output.
+"""lib_ablation.py -- what is put in the place of a head or an MLP: zero, its mean, another item's
+output.
 
 Words    a place is a head (its output before the projection, hook_z) or the MLP of a layer
 Shapes   N items, B items of a batch, T tokens, D head width, C model width, R positions relative to
@@ -44,8 +45,8 @@ def places(s: Subject) -> list[Place]:
 
 
 def draw_donors(starts_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """For each item another one with a prompt of the same length; where no other has that length, the nearest in
-    length. Raises UserError for a single item."""
+    """For each item another one with a prompt of the same length; where no other has that length,
+    the nearest in length. Raises UserError for a single item."""
     N = len(starts_N)
     if N < 2:
         raise UserError(
@@ -87,7 +88,8 @@ class Bank:
         return {name: torch.cat([part[name] for part in parts]) for name in names}
 
     def _means(self, place: Place) -> tuple[Tensor, int]:
-        """(R, D) mean over items by position relative to the answer's first token, and what to add to find a row."""
+        """(R, D) mean over items by position relative to the answer's first token, and what to add
+        to find a row."""
         x = self.of(place)
         p, offset = self.problems, int(self.problems.starts_N.max())
         at = torch.arange(x.size(1)) - torch.from_numpy(p.starts_N)[:, None] + offset
@@ -118,7 +120,8 @@ class Bank:
         return x[torch.from_numpy(donor)[:, None].to(x.device), torch.from_numpy(at).to(x.device)]
 
     def hooks(self, place: Place, kind: str) -> Callable:
-        """For measure(): the hook functions of a batch that put `kind` in `place`, at all positions."""
+        """For measure(): the hook functions of a batch that put `kind` in `place`, at all
+        positions."""
 
         def of_batch(rows: np.ndarray, T: int) -> list:
             new = self.replacement(place, kind, rows, T)

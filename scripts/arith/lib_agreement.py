@@ -27,10 +27,13 @@ class Result:
     def drops(self, kind: str, place: Place) -> np.ndarray:
         return self.base_NM - self.ablated[kind, place]
 
+    def mean_drop(self, kind: str, place: Place, metric: int) -> float:
+        return float(self.drops(kind, place)[:, metric].mean())
+
 
 def concordance(ranks_SH: np.ndarray) -> np.ndarray:
-    """Kendall's W of S rankings of H heads (..., S, H), ties corrected for: 0 unrelated, 1 the same. nan where each
-    ranking is all ties."""
+    """Kendall's W of S rankings of H heads (..., S, H), ties corrected for: 0 unrelated, 1 the
+    same. nan where each ranking is all ties."""
     S, H = ranks_SH.shape[-2:]
     one = ranks_SH.reshape(-1, S, H)[0]  # the others are shuffles of it: as many ties
     ties = sum((c**3 - c).sum() for c in (np.unique(row, return_counts=True)[1] for row in one))
@@ -48,7 +51,8 @@ def ranked(effects_SLH: np.ndarray) -> np.ndarray:
 
 
 def shuffled_p(ranks_SLH: np.ndarray, within: bool, draws: int = 2000) -> float:
-    """The chance of a W as large when a head's number means nothing: shuffled over the model, or within layers."""
+    """The chance of a W as large when a head's number means nothing: shuffled over the model, or
+    within layers."""
     S, L, H = ranks_SLH.shape
     groups = ranks_SLH if within else ranks_SLH.reshape(S, 1, L * H)
     many = np.random.default_rng(0).permuted(
@@ -62,9 +66,10 @@ def shuffled_p(ranks_SLH: np.ndarray, within: bool, draws: int = 2000) -> float:
 
 
 def agreement(found: Sequence[Result], kinds: Sequence[str]) -> list[dict]:
-    """Per set, kind and metric over models that were ablated there: mean Kendall and Spearman correlation of the heads'
-    effects over pairs of seeds, W, and its p under both shuffles. Seeds can agree about layers; a head's number within
-    its layer means nothing before training, so agreement there would be a surprise."""
+    """Per set, kind and metric over models that were ablated there: mean Kendall and Spearman
+    correlation of the heads' effects over pairs of seeds, W, and its p under both shuffles. Seeds
+    can agree about layers; a head's number within its layer means nothing before training, so
+    agreement there would be a surprise."""
     from scipy.stats import kendalltau, spearmanr
 
     out = []
@@ -104,8 +109,8 @@ def agreement(found: Sequence[Result], kinds: Sequence[str]) -> list[dict]:
 
 
 def seed_rows(found: Sequence[Result], kinds: Sequence[str], mlps: bool) -> list[dict]:
-    """By layer, which has a meaning across seeds: the strongest head's drop, the heads' mean drop and the MLP's, each
-    as mean and standard deviation over models."""
+    """By layer, which has a meaning across seeds: the strongest head's drop, the heads' mean drop
+    and the MLP's, each as mean and standard deviation over models."""
     out = []
     for name in dict.fromkeys(r.set.name for r in found):
         here = [r for r in found if r.set.name == name and r.ablated]
@@ -114,7 +119,7 @@ def seed_rows(found: Sequence[Result], kinds: Sequence[str], mlps: bool) -> list
                 row = dict(set=name, kind=kind, layer=layer, models=len(here))
                 row |= dict(competent=sum(r.competent for r in here))
                 for m, metric in enumerate(METRICS):
-                    of = lambda r, h: float(r.drops(kind, Place(layer, h))[:, m].mean())  # noqa: B023
+                    of = lambda r, h: r.mean_drop(kind, Place(layer, h), m)  # noqa: B023
                     each = [[of(r, h) for h in range(r.s.cfg.n_head)] for r in here]
                     columns = dict(
                         top_head=[max(x) for x in each], mean_head=[float(np.mean(x)) for x in each]

@@ -1,4 +1,5 @@
-"""lib_arith.py -- what the programs that make arithmetic records share: the original's order of draws, and files."""
+"""lib_arith.py -- what the programs that make arithmetic records share: the original's order of
+draws, and files."""
 
 import argparse
 import json
@@ -10,7 +11,8 @@ from arithmetic import BUCKET_OF, BUCKETS, depth_labels, evaluate_expr, hash_exp
 from plumbing import ROOT, UserError, write_whole
 
 OPERATORS = "+-*"
-# The original's depth-3 templates. Two of three operands have a bracket too few; they are drawn, fail and are replaced.
+# The original's depth-3 templates. Two of three operands have a bracket too few; they are drawn,
+# fail and are replaced.
 DEPTH3 = {
     2: ["(((NoN)))"],
     3: ["(((NoN)oN))", "((No(NoN)))", "(((NoN))oN", "No(((NoN)))", "(((NoN))o(N)", "(N)o(((NoN)))"],
@@ -28,7 +30,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--balance", action="store_true", help="all (depth, operand count) cells equally large"
     )
-    held = "tests (and val) from the expressions that train_arith.py with TRAIN_PATH=generate never draws"
+    held = "tests (and val) from expressions that TRAIN_PATH=generate never draws"
     p.add_argument("--held-out", action="store_true", help=held)
     p.add_argument("--prefix", default="pilot", help="what file names start with; default pilot")
     p.add_argument(
@@ -52,8 +54,9 @@ def fill(template: str, numbers: Sequence[str], ops: Sequence[str]) -> str:
 
 
 class Draws:
-    """Expressions from one random stream, and what has become of them. With --held-out splits take their own part of
-    the hash buckets: tests from one, validation from another, training from the rest."""
+    """Expressions from one random stream, and what has become of them. With --held-out splits take
+    their own part of the hash buckets: tests from one, validation from another, training from the
+    rest."""
 
     def __init__(self, a: argparse.Namespace):
         self.a, self.rng, self.seen, self.rejected = a, random.Random(a.seed), set(), 0
@@ -65,8 +68,9 @@ class Draws:
         return self.rng.choice(self.a.operators)
 
     def expression(self, cell: Sequence[str], n: int, flat: bool) -> str:
-        """One of n operands from the templates of a cell, in the original's order of draws: flat ones, and those of two
-        operands, number, operator, number ...; others the template, then all numbers, then all operators."""
+        """One of n operands from the templates of a cell, in the original's order of draws: flat
+        ones, and those of two operands, number, operator, number ...; others the template, then
+        all numbers, then all operators."""
         if not flat and n > 2:
             template = cell[self.rng.randint(0, len(cell) - 1)]
             numbers = [self.number() for _ in range(n)]
@@ -79,7 +83,8 @@ class Draws:
         return fill(template, numbers, ops)
 
     def record(self, expr: str, split: str) -> dict | None:
-        """The original's record; None where the value is no 64-bit integer, or the flags leave the expression out."""
+        """The original's record; None where the value is no 64-bit integer, or the flags leave the
+        expression out."""
         try:
             value = evaluate_expr(expr)
         except ValueError:
@@ -97,7 +102,8 @@ class Draws:
 
 
 def same_length(n: int, depths: range, grammar: str) -> dict[int, list[str]]:
-    """Templates of n operands and these depths by their number of brackets: one list gives texts of one length."""
+    """Templates of n operands and these depths by their number of brackets: one list gives texts
+    of one length."""
     found: dict[int, list[str]] = {}
     for depth in depths:
         for template in templates(n, depth, grammar):
@@ -115,6 +121,7 @@ def write_records(path: Path, records: Sequence[dict]) -> None:
     depths = sorted({max(r["depth"]) for r in records})
     different, parens = len({r["expr"] for r in records}), sum("(" in r["expr"] for r in records)
     print(
-        f"{path}: {len(records):,} records, {different:,} different, {parens:,} with brackets, depth {depths[0]} to "
+        f"{path}: {len(records):,} records, {different:,} different, {parens:,} with brackets, "
+        f"depth {depths[0]} to "
         f"{depths[-1]}, {min(lengths)}-{max(lengths)} characters"
     )

@@ -1,11 +1,12 @@
-"""lib_heads.py -- shared by the programs that look inside an arithmetic model: models, test sets, ablations, figures.
+"""lib_heads.py -- shared by the programs that look inside an arithmetic model: models, test sets,
+ablations, figures.
 
-Words    a place is a head (its output before the projection, hook_z) or the MLP of a layer; a unit is what is counted
-         once: an item, or a minimal pair, which is right when both its items are
-Shapes   N items, B items of a batch, T tokens, H heads, D head width, C model width, R positions relative to the
-         answer's first token, M columns; x_BTHD has shape (B, T, H, D)
-Units    exact match and the legacy metric are fractions of units; log-probability is nats per token of the gold
-         answer, its end not counted
+Words    a place is a head (its output before the projection, hook_z) or the MLP of a layer; a unit
+         is what is counted once: an item, or a minimal pair, which is right when both its items are
+Shapes   N items, B items of a batch, T tokens, H heads, D head width, C model width, R positions
+         relative to the answer's first token, M columns; x_BTHD has shape (B, T, H, D)
+Units    exact match and the legacy metric are fractions of units; log-probability is nats per
+         token of the gold answer, its end not counted
 Raises   UserError: no such model or data set, data that the model cannot read, a missing library
 Source   ablation kinds: Zhang & Nanda, arXiv 2309.16042; McNemar 1947 (exact, binomial); Holm 1979
 """
@@ -157,7 +158,8 @@ def load(path: str, device: str) -> Subject:
 
 
 def load_all(paths: Sequence[str], device: str) -> list[Subject]:
-    """Raises UserError also where two have one name, or models of different shape are to be compared."""
+    """Raises UserError also where two have one name, or models of different shape are to be
+    compared."""
     found = [load(path, device) for path in paths]
     names = [s.name for s in found]
     if len(set(names)) < len(names):
@@ -166,7 +168,8 @@ def load_all(paths: Sequence[str], device: str) -> list[Subject]:
         )
     if len({s.shape for s in found}) > 1:
         raise UserError(
-            f"--checkpoint: layers and heads differ, {[s.shape for s in found]}; compare models of one shape"
+            f"--checkpoint: layers and heads differ, {[s.shape for s in found]}; compare models "
+            f"of one shape"
         )
     return found
 
@@ -191,7 +194,8 @@ def how_to_make(prefix: Path, name: str, cfg: Knobs) -> str:
     )
     if prefix.name == "pilot" and name in ("train", "val", "flat", "paren", "depth3"):
         return f"python {program}{where}"
-    flags = f" --prefix {prefix.name}{where} --operators='{cfg.operators}' --operand-max {cfg.operand_max}"
+    flags = f" --prefix {prefix.name}{where} --operators='{cfg.operators}'"
+    flags += f" --operand-max {cfg.operand_max}"
     flags += " --held-out --dedup"
     if deep:
         depths = " ".join(dict.fromkeys(["3", "4", "5", deep[1]]))
@@ -217,9 +221,10 @@ class TestSet:
 
 
 def read_set(s: Subject, prefix: Path, name: str, limit: int = 0) -> TestSet:
-    """PREFIX_test_NAME.jsonl (looked for here, then in the repository) as the model reads it, at most `limit` units;
-    what its answers have too few digits for is left out, with a line. Raises UserError when the file is missing, saying
-    how to make it, or when the model can hold none of it."""
+    """PREFIX_test_NAME.jsonl (looked for here, then in the repository) as the model reads it, at
+    most `limit` units; what its answers have too few digits for is left out, with a line. Raises
+    UserError when the file is missing, saying how to make it, or when the model can hold none of
+    it."""
     path = Path(f"{prefix}_test_{name}.jsonl")
     if not path.exists() and not (ROOT / path).exists():
         raise UserError(
@@ -229,7 +234,8 @@ def read_set(s: Subject, prefix: Path, name: str, limit: int = 0) -> TestSet:
     pairs = name.endswith("pairs")
     if pairs and len(exprs) % 2:
         raise UserError(
-            f"{path}: {len(exprs)} lines are no whole pairs; make it with: {how_to_make(prefix, name, s.cfg)}"
+            f"{path}: {len(exprs)} lines are no whole pairs; make it with: "
+            f"{how_to_make(prefix, name, s.cfg)}"
         )
     fits = writable(s, np.array(values))
     if pairs:
@@ -255,17 +261,20 @@ def writable(s: Subject, values_N: np.ndarray) -> np.ndarray:
 
 
 def as_read(s: Subject, exprs: Sequence[str], values: Sequence[int], where: str) -> Problems:
-    """Raises UserError where the model's answers have too few digits, or its positions end too early."""
+    """Raises UserError where the model's answers have too few digits, or its positions end too
+    early."""
     if not writable(s, np.array(values)).all():
         top = max(map(abs, values))
         raise UserError(
-            f"{where}: answers up to {top:,}, but {s.name} writes {s.digits} digits; use other records"
+            f"{where}: answers up to {top:,}, but {s.name} writes {s.digits} digits; use other "
+            f"records"
         )
     problems = arithmetic.problems_of(exprs, values, s.language)
     room = len(s.model.cos) if s.cfg.use_rope else s.cfg.sequence_length
     if (longest := int(problems.lengths_N.max())) > room:
         raise UserError(
-            f"{where}: up to {longest} tokens, but {s.name} has {room} positions; use shorter expressions"
+            f"{where}: up to {longest} tokens, but {s.name} has {room} positions; use shorter "
+            f"expressions"
         )
     return problems
 
@@ -295,16 +304,18 @@ def most_frequent(s: Subject) -> int:
 
 
 def nothing(rows: np.ndarray, T: int) -> list:
-    """Hooks that change nothing, so that a baseline is computed by the same code as what is compared with it."""
+    """Hooks that change nothing, so that a baseline is computed by the same code as what is
+    compared with it."""
     return [("hook_embed", lambda x, point: None)]
 
 
 def measure(
     s: Subject, problems: Problems, hooks: Callable = nothing, batch: int = 256
 ) -> np.ndarray:
-    """(N, METRICS) float64, from one pass over the gold text; hooks(rows, T) are the hook functions of a batch.
-    exact is that of greedy decoding: an answer is right when each of its tokens and its end is the likeliest one after
-    the gold tokens before it; the first that is not ends it either way. eos is the original's "accuracy"."""
+    """(N, METRICS) float64, from one pass over the gold text; hooks(rows, T) are the hook
+    functions of a batch. exact is that of greedy decoding: an answer is right when each of its
+    tokens and its end is the likeliest one after the gold tokens before it; the first that is not
+    ends it either way. eos is the original's "accuracy"."""
     out = np.empty((len(problems), 3))
     for at in range(0, len(problems), batch):
         rows = np.arange(at, min(at + batch, len(problems)))
@@ -317,7 +328,8 @@ def measure(
 
 
 def units(table_NM: np.ndarray, pairs: bool) -> np.ndarray:
-    """A score per unit. A pair is right when both its items are; its log-probability is their mean."""
+    """A score per unit. A pair is right when both its items are; its log-probability is their
+    mean."""
     if not pairs:
         return table_NM
     both = table_NM.reshape(-1, 2, table_NM.shape[1])
@@ -374,6 +386,7 @@ def competent(exact: float, allow: bool, s: Subject, what: str) -> bool:
         f"{s.name}: exact match {exact:.1%} on {what} is below the competence gate of {GATE:.0%}"
     )
     print(
-        f"{words}: {'heads are named all the same (--allow-incompetent)' if allow else 'no head is named'}"
+        f"{words}: "
+        f"{'heads are named all the same (--allow-incompetent)' if allow else 'no head is named'}"
     )
     return False

@@ -1,8 +1,10 @@
-"""lib_hooks.py -- a trained model whose activations can be read and replaced, by TransformerLens' names.
+"""lib_hooks.py -- a trained model whose activations can be read and replaced, by TransformerLens'
+names.
 
     model = hooked(trained)
     logits, cache = model.run_with_cache(ids_BT)          cache["z", 2] is (B, T, H, D), cloned
-    with model.hooks([("blocks.2.attn.hook_z", fn)]):     fn(x, point) returns a replacement, or None
+    with model.hooks([("blocks.2.attn.hook_z", fn)]):     fn(x, point) returns a replacement, or
+    None
         model(ids_BT)
 
 The subclasses here compute what the trainer's classes compute without dropout, through one named
@@ -166,8 +168,8 @@ class HookedNorm(nn.LayerNorm):
 
 
 def _on_a_clone(fn: Callable) -> Callable:
-    """fn as a forward hook. It gets a clone, so that what it was made from, a cache or a view, stays
-    as it was when fn writes into it."""
+    """fn as a forward hook. It gets a clone, so that what it was made from, a cache or a view,
+    stays as it was when fn writes into it."""
 
     def hook(point: Point, _: tuple, output: Tensor) -> Tensor:
         x = output.clone()

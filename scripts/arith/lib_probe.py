@@ -56,7 +56,8 @@ def chars_of(exprs: Sequence[str]) -> Chars:
 
 @dataclass(frozen=True)
 class Split:
-    """Characters by use: fit, dev (none in the original's set-up), test, and the deeper sets by their names."""
+    """Characters by use: fit, dev (none in the original's set-up), test, and the deeper sets by
+    their names."""
 
     fit: Chars
     dev: Chars | None
@@ -96,7 +97,8 @@ def activations(
     device: torch.device,
     batch: int = 256,
 ):
-    """(N, D) float64 by site, (kind, layer, head or None): every head's hook_z and the stream behind every block."""
+    """(N, D) float64 by site, (kind, layer, head or None): every head's hook_z and the stream
+    behind every block."""
     keep = lambda name: name.endswith(("attn.hook_z", "hook_resid_post"))
     found: dict[tuple, list] = {}
     for at in range(0, len(exprs), batch):
@@ -130,8 +132,8 @@ def one_hot(c: Chars, name: str, width: int) -> np.ndarray:
 
 
 def random_labels(c: Chars, share_K: np.ndarray, seed: int) -> np.ndarray:
-    """(N,) labels drawn per (previous character, character, position), the same wherever that occurs, on whatever side
-    of a split; as frequent as `share_K`."""
+    """(N,) labels drawn per (previous character, character, position), the same wherever that
+    occurs, on whatever side of a split; as frequent as `share_K`."""
     code = (c.previous_N * len(arithmetic.VOCABULARY) + c.char_N) * 1000 + c.position_N
     kinds, which = np.unique(code, return_inverse=True)
     drawn = np.array([np.random.default_rng([seed, kind]).random() for kind in kinds])
@@ -148,8 +150,8 @@ def balanced_accuracy(predicted_N: np.ndarray, label_N: np.ndarray) -> float:
 
 
 class Probe:
-    """Logistic regression. Features are standardised by the fitted set's mean and spread, except in the original's
-    set-up, which takes them as they are."""
+    """Logistic regression. Features are standardised by the fitted set's mean and spread, except
+    in the original's set-up, which takes them as they are."""
 
     def __init__(self, x_ND: np.ndarray, label_N: np.ndarray, scale: bool):
         from sklearn.exceptions import ConvergenceWarning
@@ -171,7 +173,8 @@ class Probe:
 
 
 def rank_correlation(fit_x: np.ndarray, fit_y: np.ndarray, x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's, of a ridge regression's depth with the real one: also of depths that were not fitted."""
+    """Spearman's, of a ridge regression's depth with the real one: also of depths that were not
+    fitted."""
     from scipy.stats import spearmanr
     from sklearn.linear_model import Ridge
 

@@ -38,7 +38,8 @@ __all__ = ["COLOURS", "Row", "holm", "key_value", "keys_of", "read_results", "st
 
 
 def mcnemar(before_N: np.ndarray, after_N: np.ndarray) -> tuple[int, int, float]:
-    """Units lost (right before, wrong after) and gained, and the exact two-sided p that both are equally likely."""
+    """Units lost (right before, wrong after) and gained, and the exact two-sided p that both are
+    equally likely."""
     lost, gained = (
         int(((before_N == 1) & (after_N == 0)).sum()),
         int(((before_N == 0) & (after_N == 1)).sum()),
@@ -49,8 +50,8 @@ def mcnemar(before_N: np.ndarray, after_N: np.ndarray) -> tuple[int, int, float]
 
 @lru_cache(maxsize=8)
 def resamplings(n: int, seed: int = 0, draws: int = 2000) -> np.ndarray:
-    """(draws, n) weights of a bootstrap over n units: the same for everything that is measured on them, so that
-    differences are paired."""
+    """(draws, n) weights of a bootstrap over n units: the same for everything that is measured on
+    them, so that differences are paired."""
     rng = np.random.default_rng([seed, n])
     return rng.multinomial(n, np.full(n, 1 / n), draws) / n
 
@@ -91,7 +92,8 @@ def provenance(subjects: Sequence, files: Sequence[Path]) -> dict:
 
 
 def write_csv(path: Path, rows: Sequence[dict]) -> None:
-    """A column for every key, in the order of their first appearance; floats to 6 significant digits."""
+    """A column for every key, in the order of their first appearance; floats to 6 significant
+    digits."""
     text = io.StringIO()
     writer = csv.DictWriter(
         text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n"
@@ -128,7 +130,8 @@ def heat(
     text: str | None = "{:.2f}",
     marked_YX: np.ndarray | None = None,
 ):
-    """A map with 0 white; beyond +-limit the colour stays. Marked cells have a frame and bold text. The image."""
+    """A map with 0 white; beyond +-limit the colour stays. Marked cells have a frame and bold
+    text. The image."""
     from matplotlib.patches import Rectangle
 
     image = axes.imshow(values_YX, cmap="PuOr_r", vmin=-limit, vmax=limit, aspect="auto")

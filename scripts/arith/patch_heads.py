@@ -1,22 +1,28 @@
-"""patch_heads.py -- activation patching on minimal pairs: what carries the grouping from the brackets to the answer.
+"""patch_heads.py -- activation patching on minimal pairs: what carries the grouping from the
+brackets to the answer.
 
-    python scripts/arith/patch_heads.py --checkpoint runs/honest                       pairs of data/study_test_pairs.jsonl
-    python scripts/arith/patch_heads.py --checkpoint runs/honest --pair 17             the map by position of one pair
+    python scripts/arith/patch_heads.py --checkpoint runs/honest
+        # pairs of data/study_test_pairs.jsonl
+    python scripts/arith/patch_heads.py --checkpoint runs/honest --pair 17
+        # the map by position of one pair
 
-A pair is two expressions of the same operands, operators and length that differ in grouping and value; each is once
-the clean and once the corrupt one. Both are followed by the answer tokens that the two values share; the logit
-difference is that of the clean answer's next token over the corrupt one's. The corrupt text is run with one activation
-taken from the clean run at the same position: recovery is (patched - corrupt) / (clean - corrupt), a ratio of means
-over pairs; 0 is no effect, 1 all of it.
+A pair is two expressions of the same operands, operators and length that differ in grouping and
+value; each is once the clean and once the corrupt one. Both are followed by the answer tokens that
+the two values share; the logit difference is that of the clean answer's next token over the
+corrupt one's. The corrupt text is run with one activation taken from the clean run at the same
+position: recovery is (patched - corrupt) / (clean - corrupt), a ratio of means over pairs; 0 is no
+effect, 1 all of it.
 
-Writes   patch.csv: per site (the residual stream before each block and after the last, what attention and MLP add,
-         every head's hook_z) and place in the text the recovery with its bootstrap interval over pairs; positions.csv:
-         the map by position over the largest group of pairs with the same brackets and operand widths; patch.json;
-         figures
-Places   all; before, span, after: the tokens up to the first that differs, up to the last that differs, and the rest
-         of the prompt; read: where the answer token is read off; answer tokens before it are in all only
-Gate     only pairs whose two answers the model gets right are used. Below an exact match of 50% on the items nothing
-         is patched unless --allow-incompetent, which then takes all pairs. Exit code 1 when it stops there
+Writes   patch.csv: per site (the residual stream before each block and after the last, what
+         attention and MLP add, every head's hook_z) and place in the text the recovery with its
+         bootstrap interval over pairs; positions.csv: the map by position over the largest group
+         of pairs with the same brackets and operand widths; patch.json; figures
+Places   all; before, span, after: the tokens up to the first that differs, up to the last that
+         differs, and the rest of the prompt; read: where the answer token is read off; answer
+         tokens before it are in all only
+Gate     only pairs whose two answers the model gets right are used. Below an exact match of 50% on
+         the items nothing is patched unless --allow-incompetent, which then takes all pairs. Exit
+         code 1 when it stops there
 Shapes   P texts (both directions of a pair follow each other), T tokens; x_PT has shape (P, T)
 Raises   UserError: no such checkpoint, data set or pair, no pair left
 Source   denoising with the logit difference: Zhang & Nanda, arXiv 2309.16042
@@ -30,6 +36,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import lib_heads as heads
+import lib_patch_figures as figures
 import lib_tables as tables
 import numpy as np
 import torch
@@ -37,16 +44,14 @@ from lib_heads import Subject, TestSet
 from lib_hooks import Point
 from torch import Tensor
 
-from arithmetic import BOS, EOS, decode
 from plumbing import UserError
 from train_arith import autocast
-
-PLACES = ("all", "before", "span", "after", "read")
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """P texts in both versions, padded on the right. Row 2i + 1 is row 2i with clean and corrupt exchanged."""
+    """P texts in both versions, padded on the right. Row 2i + 1 is row 2i with clean and corrupt
+    exchanged."""
 
     clean_PT: Tensor
     corrupt_PT: Tensor
@@ -60,8 +65,13 @@ class Pairs:
 
     def rows(self, index) -> "Pairs":
         at = torch.as_tensor(index, device=self.read_P.device)
-        return Pairs(*(getattr(self, f)[at] for f in ("clean_PT", "corrupt_PT", "read_P", "right_P", "wrong_P")),
-                     self.prompt_P[index])  # fmt: skip
+        return Pairs(
+            *(
+                getattr(self, f)[at]
+                for f in ("clean_PT", "corrupt_PT", "read_P", "right_P", "wrong_P")
+            ),
+            self.prompt_P[index],
+        )
 
 
 def make_pairs(t: TestSet, which: Sequence[int], device: torch.device) -> Pairs:
@@ -138,7 +148,8 @@ def sites(s: Subject) -> list[Site]:
 def logit_difference(
     s: Subject, ids_PT: Tensor, x: Pairs, fwd_hooks: Sequence[tuple] = ()
 ) -> np.ndarray:
-    """(P,) logit of the clean answer's token minus that of the corrupt one's, at the position that is read."""
+    """(P,) logit of the clean answer's token minus that of the corrupt one's, at the position that
+    is read."""
     with (
         s.model.hooks([*heads.nothing(x.prompt_P, 0), *fwd_hooks]),
         autocast(s.cfg, s.world.device),
@@ -160,7 +171,8 @@ def clean_run(s: Subject, x: Pairs) -> dict[str, Tensor]:
 def patched(
     s: Subject, x: Pairs, clean: dict[str, Tensor], site: Site, mask_PT: Tensor
 ) -> np.ndarray:
-    """(P,) logit differences of the corrupt texts with the clean activation at `site` where the mask is set."""
+    """(P,) logit differences of the corrupt texts with the clean activation at `site` where the
+    mask is set."""
 
     def put(act: Tensor, point: Point) -> None:
         of_site = (lambda a: a) if site.head is None else (lambda a: a[:, :, site.head])
@@ -172,7 +184,8 @@ def patched(
 def recovery(
     after_P: np.ndarray, clean_P: np.ndarray, corrupt_P: np.ndarray
 ) -> tuple[float, float, float]:
-    """Ratio of means, and the ends of its 95% bootstrap interval; both directions of a pair are drawn together."""
+    """Ratio of means, and the ends of its 95% bootstrap interval; both directions of a pair are
+    drawn together."""
     by_pair = lambda v: v.reshape(-1, 2).mean(1)
     gained, whole = by_pair(after_P - corrupt_P), by_pair(clean_P - corrupt_P)
     w = tables.resamplings(len(gained))
@@ -181,9 +194,10 @@ def recovery(
 
 
 def by_place(s: Subject, x: Pairs, batch: int = 256) -> tuple[list[dict], np.ndarray, np.ndarray]:
-    """A row per site and place in the text, over all pairs; and the clean and corrupt logit differences."""
+    """A row per site and place in the text, over all pairs; and the clean and corrupt logit
+    differences."""
     after: dict[tuple[Site, str], list] = {
-        (site, place): [] for site in sites(s) for place in PLACES
+        (site, place): [] for site in sites(s) for place in figures.PLACES
     }
     ends: list[list] = [[], []]
     for at in range(0, len(x), batch):
@@ -197,8 +211,20 @@ def by_place(s: Subject, x: Pairs, batch: int = 256) -> tuple[list[dict], np.nda
     rows = []
     for (site, place), parts in after.items():
         value, low, high = recovery(np.concatenate(parts), clean_P, corrupt_P)
-        rows.append(dict(model=s.name, site=str(site), kind=site.kind, hook=site.hook, head=site.head, place=place,
-                         pairs=len(x) // 2, recovery=value, low=low, high=high))  # fmt: skip
+        rows.append(
+            dict(
+                model=s.name,
+                site=str(site),
+                kind=site.kind,
+                hook=site.hook,
+                head=site.head,
+                place=place,
+                pairs=len(x) // 2,
+                recovery=value,
+                low=low,
+                high=high,
+            )
+        )
     return rows, clean_P, corrupt_P
 
 
@@ -207,7 +233,8 @@ def by_place(s: Subject, x: Pairs, batch: int = 256) -> tuple[list[dict], np.nda
 
 
 def largest_group(t: TestSet, which: Sequence[int], x: Pairs) -> list[int]:
-    """Indices into `which` of the pairs that share brackets, operand widths and the token that is read."""
+    """Indices into `which` of the pairs that share brackets, operand widths and the token that is
+    read."""
     form = lambda i: tuple(re.sub(r"\d", "d", t.exprs[j]) for j in (2 * i, 2 * i + 1))
     keys = [(frozenset(form(i)), int(x.read_P[2 * n])) for n, i in enumerate(which)]
     best, _ = Counter(keys).most_common(1)[0]
@@ -232,73 +259,19 @@ def by_position(s: Subject, x: Pairs) -> tuple[list[dict], np.ndarray, list[Site
             mask = torch.zeros_like(x.clean_PT, dtype=torch.bool)
             mask[:, at] = True
             grid[i, at] = (patched(s, x, clean, site, mask) - ends[1]).mean() / whole
-            rows.append(dict(model=s.name, site=str(site), kind=site.kind, position=at, texts=len(x),
-                             clean_token=letter(x.clean_PT[:, at]), corrupt_token=letter(x.corrupt_PT[:, at]),
-                             recovery=float(grid[i, at])))  # fmt: skip
+            rows.append(
+                dict(
+                    model=s.name,
+                    site=str(site),
+                    kind=site.kind,
+                    position=at,
+                    texts=len(x),
+                    clean_token=figures.letter(x.clean_PT[:, at]),
+                    corrupt_token=figures.letter(x.corrupt_PT[:, at]),
+                    recovery=float(grid[i, at]),
+                )
+            )
     return rows, grid, all_sites
-
-
-def letter(ids_P: Tensor) -> str:
-    """One position's character: a digit that is not the same in all texts is d."""
-    found = {int(i) for i in ids_P}
-    if len(found) > 1:
-        return "d"
-    return {BOS: "^", EOS: "$"}.get(i := found.pop(), decode([i]))
-
-
-# ----------------------------------------------------------------------------
-# Figures
-
-
-def position_figure(s: Subject, x: Pairs, grid: np.ndarray, all_sites: Sequence[Site], title: str):
-    """Sites over positions; below, the clean text, and the corrupt one."""
-    shown = [
-        ("resid", "residual stream"),
-        ("head", "heads (hook_z)"),
-        ("attn_out", "attention"),
-        ("mlp_out", "MLP"),
-    ]
-    T, counts = grid.shape[1], [sum(site.kind == kind for site in all_sites) for kind, _ in shown]
-    figure, axes = tables.new_figure(1.6 + 0.36 * T, 1.6 + 0.2 * sum(counts) + 0.7 * len(shown), len(shown), 1,
-                                    gridspec_kw=dict(height_ratios=counts))  # fmt: skip
-    ticks = [f"{letter(x.clean_PT[:, at])}\n{letter(x.corrupt_PT[:, at])}" for at in range(T)]
-    for panel, (kind, label) in zip(axes[:, 0], shown, strict=True):
-        rows = [i for i, site in enumerate(all_sites) if site.kind == kind]
-        image = tables.heat(panel, grid[rows], 1.0, None)
-        panel.set_yticks(range(len(rows)), [str(all_sites[i]) for i in rows], fontsize=6)
-        panel.set_xticks(
-            range(T), ticks if panel is axes[-1, 0] else [], fontsize=9, family="monospace"
-        )
-        panel.set_title(label, fontsize=8)
-    axes[-1, 0].set_xlabel(
-        "clean text above, corrupt below; the last position is where the answer is read", fontsize=8
-    )
-    figure.colorbar(image, ax=axes, shrink=0.5).set_label(
-        "recovery of the logit difference", fontsize=8
-    )
-    figure.suptitle(title, fontsize=9)
-    return figure
-
-
-def place_figure(s: Subject, rows: Sequence[dict], title: str):
-    """Sites over places in the text, all pairs; framed where the interval excludes 0."""
-    names = list(dict.fromkeys(row["site"] for row in rows))
-    value = {(row["site"], row["place"]): row for row in rows}
-    get = lambda key: np.array([[value[n, p][key] for p in PLACES] for n in names])
-    figure, axes = tables.new_figure(5.2, 1.3 + 0.22 * len(names))
-    image = tables.heat(
-        axes[0, 0], get("recovery"), 1.0, marked_YX=(get("low") > 0) | (get("high") < 0)
-    )
-    axes[0, 0].set_xticks(range(len(PLACES)), PLACES)
-    axes[0, 0].set_yticks(range(len(names)), names, fontsize=6)
-    figure.colorbar(image, ax=axes, shrink=0.4).set_label(
-        "recovery of the logit difference", fontsize=8
-    )
-    figure.suptitle(title, fontsize=9)
-    figure.supxlabel(
-        "framed, bold: the 95% bootstrap interval over pairs excludes 0", fontsize=8, color="0.3"
-    )
-    return figure
 
 
 # ----------------------------------------------------------------------------
@@ -319,7 +292,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def usable(s: Subject, t: TestSet, a: argparse.Namespace) -> tuple[list[int], bool]:
-    """The pairs to patch, none below the gate, and whether the model passes it. Raises UserError when none is left."""
+    """The pairs to patch, none below the gate, and whether the model passes it. Raises UserError
+    when none is left."""
     exact = heads.measure(s, t.problems)[:, 0].reshape(-1, 2)
     fit = heads.competent(float(exact.mean()), a.allow_incompetent, s, t.name)
     if not fit and not a.allow_incompetent:
@@ -335,7 +309,8 @@ def usable(s: Subject, t: TestSet, a: argparse.Namespace) -> tuple[list[int], bo
         )
     if a.pair is not None and a.pair not in which:
         raise UserError(
-            f"--pair {a.pair}: not one of the {len(which)} pairs in use, such as {which[:5]}; choose one"
+            f"--pair {a.pair}: not one of the {len(which)} pairs in use, such as {which[:5]}; "
+            f"choose one"
         )
     return which, fit
 
@@ -374,19 +349,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         else " against ".join(content["map_example"])
     )
     tables.write_figure(
-        out / "positions.png", position_figure(s, part, grid, all_sites, f"{s.name}: {title}{mark}")
+        out / "positions.png",
+        figures.position_figure(s, part, grid, all_sites, f"{s.name}: {title}{mark}"),
     )
     tables.write_figure(
-        out / "places.png", place_figure(s, rows, f"{s.name}: {len(which)} pairs, both ways{mark}")
+        out / "places.png",
+        figures.place_figure(s, rows, f"{s.name}: {len(which)} pairs, both ways{mark}"),
     )
     spent = time.process_time() - t0
     print(
-        f"logit difference: clean {clean.mean():.2f}, corrupt {corrupt.mean():.2f}; {spent:.0f} s CPU"
+        f"logit difference: clean {clean.mean():.2f}, corrupt {corrupt.mean():.2f}; {spent:.0f} "
+        f"s CPU"
     )
     of_heads = [r for r in rows if r["kind"] == "head" and r["place"] == "all"]
     for row in sorted(of_heads, key=lambda r: -r["recovery"])[:5]:
         print(
-            f"{row['site']}: recovery {row['recovery']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]{mark}"
+            f"{row['site']}: recovery {row['recovery']:+.3f} [{row['low']:+.3f}, "
+            f"{row['high']:+.3f}]{mark}"
         )
     return 0
 

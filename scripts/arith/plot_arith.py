@@ -1,14 +1,19 @@
-"""plot_arith.py -- learning curves of exact match, and what it reaches for how many different training examples.
+"""plot_arith.py -- learning curves of exact match, and what it reaches for how many different
+training examples.
 
-    python scripts/arith/plot_arith.py --stage arith_answers arith_examples     runs of experiments/results_arith.csv
+    python scripts/arith/plot_arith.py --stage arith_answers arith_examples
+        # runs of experiments/results_arith.csv
     python scripts/arith/plot_arith.py --run honest_s1 honest_s2 --logs-folder runs
 
-Runs whose knobs are the same are one configuration: a line per run, one colour and label for all of them.
+Runs whose knobs are the same are one configuration: a line per run, one colour and label for all
+of them.
 
-Writes   runs.csv, a row per run: what tells it from the others, exact match on the validation set with its 95% Wilson
-         interval, the legacy metric, loss and floor; learning.png: exact match against examples seen, of the training
-         batches (running mean, faint) and of the validation set; examples.png, where the runs differ in TRAIN_EXAMPLES
-Raises   UserError: no such stage or run, no finished run, a run whose metrics.csv has no exact_match
+Writes   runs.csv, a row per run: what tells it from the others, exact match on the validation set
+         with its 95% Wilson interval, the legacy metric, loss and floor; learning.png: exact match
+         against examples seen, of the training batches (running mean, faint) and of the validation
+         set; examples.png, where the runs differ in TRAIN_EXAMPLES
+Raises   UserError: no such stage or run, no finished run, a run whose metrics.csv has no
+         exact_match
 """
 
 import argparse
@@ -67,7 +72,8 @@ def rows_wanted(a: argparse.Namespace) -> list[tables.Row]:
 
 
 def labels_of(rows: Sequence[tables.Row]) -> list[str]:
-    """What differs between the rows, in the results file's order of columns; alike for seeds of one configuration."""
+    """What differs between the rows, in the results file's order of columns; alike for seeds of
+    one configuration."""
     keys = [
         key for key in tables.keys_of(rows) if len({tables.key_value(row, key) for row in rows}) > 1
     ]
@@ -185,7 +191,8 @@ def by_examples(runs: Sequence[Trained]) -> list[list[Trained]]:
 
 
 def examples_figure(groups: Sequence[Sequence[Trained]]):
-    """The validation set's exact match and the training batches', for each group of by_examples()."""
+    """The validation set's exact match and the training batches', for each group of
+    by_examples()."""
     figure, axes = tables.new_figure(5.4, 3.6)
     panel, seen = axes[0, 0], max(run.examples[-1] for group in groups for run in group)
     for i, group in enumerate(groups):
@@ -246,8 +253,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     tables.write_csv(out / "runs.csv", table)
     for r in table:
         ends = f" [{r['low']:.3f}, {r['high']:.3f}] of {r['items']}" if r["items"] else ""
-        print(f"{r['configuration']}, seed {r['seed']}: exact match {r['exact_match']:.3f}{ends} after "
-              f"{r['examples_seen']:,} examples")  # fmt: skip
+        print(
+            f"{r['configuration']}, seed {r['seed']}: exact match {r['exact_match']:.3f}{ends} "
+            f"after "
+            f"{r['examples_seen']:,} examples"
+        )
     tables.write_figure(out / "learning.png", learning_figure(runs))
     if groups := by_examples(runs):
         tables.write_figure(out / "examples.png", examples_figure(groups))

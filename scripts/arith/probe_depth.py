@@ -1,23 +1,31 @@
-"""probe_depth.py -- what a linear probe reads of nesting depth in every head and layer, beside what needs no training.
+"""probe_depth.py -- what a linear probe reads of nesting depth in every head and layer, beside
+what needs no training.
 
-    python scripts/arith/probe_depth.py --checkpoint runs/honest           fitted on data/study_test_paren, carried deeper
-    python scripts/arith/probe_depth.py --checkpoint runs/pilot --original --data data/pilot        the original's set-up
+    python scripts/arith/probe_depth.py --checkpoint runs/honest
+        # fitted on data/study_test_paren, carried deeper
+    python scripts/arith/probe_depth.py --checkpoint runs/pilot --original --data data/pilot
+        # the original's set-up
 
-Per character of an expression, two questions: is the depth above 0, and which depth. Probes are logistic regressions on
-head outputs (hook_z) and on the residual stream behind each block. In the same table:
+Per character of an expression, two questions: is the depth above 0, and which depth. Probes are
+logistic regressions on head outputs (hook_z) and on the residual stream behind each block. In the
+same table:
   majority         the most frequent label
-  character, position, previous character and sums of them   the same regression on one-hot features, no network
-  untrained        the same network before its first step, 5 seeds: causal attention and token identity alone
-  random labels    the same probe on labels drawn at random per (previous character, character, position), as frequent
-                   as the real ones; selectivity is the balanced accuracy minus that (Hewitt & Liang, arXiv 1909.03368)
-Expressions of depth up to 2 are split by operands and operators into fit, dev and test (60/20/20): no text, and no
-other grouping of it, is on two sides. Layer and head are chosen on dev, for every network by itself, and reported on
-test.
+  character, position, previous character and sums of them   the same regression on one-hot
+  features, no network
+  untrained        the same network before its first step, 5 seeds: causal attention and token
+  identity alone
+  random labels    the same probe on labels drawn at random per (previous character, character,
+                   position), as frequent as the real ones; selectivity is the balanced accuracy
+                   minus that (Hewitt & Liang, arXiv 1909.03368)
+Expressions of depth up to 2 are split by operands and operators into fit, dev and test (60/20/20):
+no text, and no other grouping of it, is on two sides. Layer and head are chosen on dev, for every
+network by itself, and reported on test.
 
-Writes   probe.csv, a row per task, network and site: accuracy, balanced accuracy (chance is 1 / labels), balanced
-         accuracy on what is no bracket, Spearman correlation with depth (ridge regression), and the same on each deeper
-         set, where balanced accuracy is over the depths that were fitted; probe.json: sizes, majority, what was chosen;
-         figures by layer, with the untrained networks as bands, and over depth
+Writes   probe.csv, a row per task, network and site: accuracy, balanced accuracy (chance is 1 /
+         labels), balanced accuracy on what is no bracket, Spearman correlation with depth (ridge
+         regression), and the same on each deeper set, where balanced accuracy is over the depths
+         that were fitted; probe.json: sizes, majority, what was chosen; figures by layer, with the
+         untrained networks as bands, and over depth
 Depth    '(' counts itself, ')' does not: as in the records
 Units    accuracies are fractions; Shapes: N characters, D features; x_ND has shape (N, D)
 Raises   UserError: no such checkpoint or data set, no expression with brackets, no scikit-learn
@@ -51,7 +59,8 @@ UNTRAINED = 5
 
 
 def by_layer(rows: Sequence[dict], task: str, network: str, kind: str, key: str) -> np.ndarray:
-    """(networks, L): of a layer's heads the best on dev, or in the original's set-up (no dev) their mean."""
+    """(networks, L): of a layer's heads the best on dev, or in the original's set-up (no dev)
+    their mean."""
     mine = [
         r
         for r in rows
@@ -69,7 +78,8 @@ def by_layer(rows: Sequence[dict], task: str, network: str, kind: str, key: str)
 
 
 def layer_figure(rows: Sequence[dict], s: Subject, original: bool):
-    """Accuracy by layer: this network's line over the untrained networks' band, and lines for what needs no network."""
+    """Accuracy by layer: this network's line over the untrained networks' band, and lines for what
+    needs no network."""
     tasks, key = (
         probes.TASKS[:1] if original else probes.TASKS,
         "test_accuracy" if original else "test_balanced",
@@ -160,8 +170,15 @@ def transfer_figure(rows: Sequence[dict], s: Subject, deeper: Sequence[str]):
             own = next(r for r in mine if r["network"] == "trained")
             band = np.array([get(r) for r in mine if r["network"] != "trained"])
             panel.plot(range(len(names)), get(own), "o-", color=colour, label=f"{own['site']}")
-            panel.fill_between(range(len(names)), band.min(0), band.max(0), color=colour, alpha=0.2, linewidth=0,
-                               label=f"{kind}, untrained (n={len(band)})")  # fmt: skip
+            panel.fill_between(
+                range(len(names)),
+                band.min(0),
+                band.max(0),
+                color=colour,
+                alpha=0.2,
+                linewidth=0,
+                label=f"{kind}, untrained (n={len(band)})",
+            )
         none = next(r for r in rows if r["task"] == task and r["site"] == probes.FEATURES[-1])
         panel.plot(range(len(names)), get(none), "x:", color="0.35", label=probes.FEATURES[-1])
         panel.set_xticks(range(len(names)), names, fontsize=8)
@@ -190,7 +207,8 @@ def records(s: Subject, prefix: Path, name: str, limit: int) -> list[str]:
 
 
 def make_split(s: Subject, a: argparse.Namespace) -> probes.Split:
-    """The original's: pilot_train against pilot_test_paren; ours: one set in three parts, and deeper ones."""
+    """The original's: pilot_train against pilot_test_paren; ours: one set in three parts, and
+    deeper ones."""
     if a.original:
         return probes.Split(
             probes.chars_of(records(s, a.data, "train", a.limit)),
@@ -202,7 +220,8 @@ def make_split(s: Subject, a: argparse.Namespace) -> probes.Split:
     parts = probes.split_by_expression(exprs, a.seed)
     if not all(parts):
         raise UserError(
-            f"--sets {' '.join(a.sets)}: {len(exprs)} expressions do not make a fit, dev and test part; give more"
+            f"--sets {' '.join(a.sets)}: {len(exprs)} expressions do not make a fit, dev and "
+            f"test part; give more"
         )
     taken = {arithmetic.hash_expr(e) for e in exprs}
     deep = {
@@ -285,7 +304,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     heads.need("sklearn", "scipy", "matplotlib")
     if a.untrained < 1:
         raise UserError(
-            f"--untrained {a.untrained}: without an untrained network a probe's number says nothing; give 1 or more"
+            f"--untrained {a.untrained}: without an untrained network a probe's number says "
+            f"nothing; give 1 or more"
         )
     s = heads.load(a.checkpoint, a.device)
     split = make_split(s, a)
@@ -295,7 +315,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     for name, (exprs, n, above) in sizes.items():
         print(
-            f"{name}: {exprs:,} expressions, {n:,} characters, {n - above:,} at depth 0 and {above:,} above"
+            f"{name}: {exprs:,} expressions, {n:,} characters, {n - above:,} at depth 0 and "
+            f"{above:,} above"
         )
     width, rows = int(split.fit.position_N.max()) + 1, probes.majority_rows(split, a.original)
     for name in probes.FEATURES:

@@ -1,13 +1,15 @@
-"""view_attention.py -- where every head looks while the model reads one expression and writes its value.
+"""view_attention.py -- where every head looks while the model reads one expression and writes its
+value.
 
     python scripts/arith/view_attention.py --checkpoint runs/honest --expr '(12-7)+30'
-    python scripts/arith/view_attention.py --checkpoint runs/honest --expr '12-(7+30)' --layer 2 --gold
+    python scripts/arith/view_attention.py --checkpoint runs/honest --expr '12-(7+30)' --gold
 
-A panel per head: rows look, columns are looked at; the text is the prompt and the model's own greedy answer (--gold:
-the right one). A row's colours are its attention probabilities; they sum to 1. What a head looks at is not what it
-does: for that see eval_ablation.py and patch_heads.py.
+A panel per head: rows look, columns are looked at; the text is the prompt and the model's own
+greedy answer (--gold: the right one). A row's colours are its attention probabilities; they sum to
+1. What a head looks at is not what it does: for that see eval_ablation.py and patch_heads.py.
 
-Writes   attention.png, attention.svg and attention.json (tokens, answer, and the patterns as layer, head, row, column)
+Writes   attention.png, attention.svg and attention.json (tokens, answer, and the patterns as
+         layer, head, row, column)
 Raises   UserError: no such checkpoint or layer, no expression
 """
 
@@ -21,8 +23,8 @@ import torch
 from lib_heads import Subject
 
 import arithmetic
-from plumbing import UserError
 from arithmetic import BOS, EOS
+from plumbing import UserError
 
 NAMES = {
     BOS: "^",
@@ -32,7 +34,8 @@ NAMES = {
 
 
 def read_and_answer(s: Subject, expr: str, gold: bool) -> tuple[list[int], str, int]:
-    """The tokens to look at, the model's answer and the value. Raises UserError for what is no expression."""
+    """The tokens to look at, the model's answer and the value. Raises UserError for what is no
+    expression."""
     try:
         value = arithmetic.evaluate_expr(expr)
     except ValueError as error:
@@ -92,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokens, answer, value = read_and_answer(s, a.expr, a.gold)
     found = arithmetic.read_answer(answer, s.cfg.answer_format)
     says = f"{answer!r}" if found is None else str(found)
-    title = f"{s.name}: {a.expr} = {value}; the model says {says}, {'right' if found == value else 'wrong'}"
+    verdict = "right" if found == value else "wrong"
+    title = f"{s.name}: {a.expr} = {value}; the model says {says}, {verdict}"
     x_LHTT, names = patterns(s, tokens), [NAMES.get(i, arithmetic.decode([i])) for i in tokens]
     out = tables.out_folder(a, "attention", [s])
     content = tables.provenance([s], []) | dict(
