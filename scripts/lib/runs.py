@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import plumbing
 from lib.program import ROOT
-from plumbing import UserError
+from plumbing import UserError, read_checkpoint
+from plumbing.checkpoints import checkpoint_problem
 
 # By trainer: its model's class, and the knobs that shape the model ('' for all; what generates,
 # compares or converts
@@ -66,13 +66,13 @@ def find_checkpoint(folder: Path, name: str | None = None) -> Path:
             raise UserError(
                 f"{folder}: no checkpoint {name!r}; it has {', '.join(p.name for p in paths[::-1])}"
             )
-        if problem := plumbing.checkpoint_problem(folder / name):
+        if problem := checkpoint_problem(folder / name):
             raise UserError(
                 f"checkpoint {folder / name} is bad: {problem}; leave out --checkpoint to use another"
             )
         return folder / name
     for path in paths:
-        problem = plumbing.checkpoint_problem(path)
+        problem = checkpoint_problem(path)
         if problem is None:
             return path
         print(f"checkpoint {path} is skipped: {problem}", file=sys.stderr, flush=True)
@@ -106,7 +106,7 @@ def trainer_of(model: nn.Module) -> str:
 def load(path: Path) -> tuple[nn.Module, dict]:
     """The model of a checkpoint that verifies, fp32 on the CPU, and the checkpoint's whole
     state."""
-    state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    state = read_checkpoint(path)
     trainer = state.get("trainer", "train_gpt")  # the first ones did not say, and were that
     if trainer not in MODELS:
         raise UserError(
@@ -126,14 +126,14 @@ def load(path: Path) -> tuple[nn.Module, dict]:
 
 def vocabulary(model: nn.Module) -> int:
     """Ids that the model scores."""
-    k = model.k
+    k = model.cfg
     return k.vocabulary if trainer_of(model) == "train_gpu" else getattr(k, "vocab_size", 256)
 
 
 def fixed_logits(model: nn.Module, num_tokens: int = 64) -> Tensor:
     """Logits of a batch (2, T) that is always the same."""
     T = min(
-        num_tokens, getattr(model.k, "sequence_length", num_tokens)
+        num_tokens, getattr(model.cfg, "sequence_length", num_tokens)
     )  # of other models any T will do
     ids = torch.randint(vocabulary(model), (2, T), generator=torch.Generator().manual_seed(0))
     if trainer_of(model) == "train_scaled":  # bytes in, and the four bytes behind each patch
