@@ -1,4 +1,4 @@
-"""lib_recall.py -- shared by the programs that test a memory: recall tasks made on the spot, and how they are scored.
+"""recall_tasks.py -- shared by the programs that test a memory: recall tasks made on the spot, and how they are scored.
 
     mqar     pairs of a key and a value, then queries among filler: each asks for the value of one of the keys
              (Arora et al., Zoology, arXiv 2312.04927)

@@ -1,4 +1,4 @@
-"""What scripts/recall_bench.py and scripts/lib_recall.py promise: right tasks, honest scores, statistics that fail."""
+"""What scripts/hamt/recall_bench.py and recall_tasks.py promise: right tasks, honest scores, statistics that fail."""
 
 import csv
 import json
@@ -8,29 +8,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import recall_bench as program
+import recall_knobs
+import recall_tables
+import recall_tasks as tasks
+import recall_training
+import slots as slots_of
 import torch
 import torch.nn.functional as F
-from support import ONE, ROOT
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import lib_recall as tasks
-import recall_bench as program
+from hamt_support import ONE
 
 import plumbing
 import train_gpu
 from plumbing import UserError
 
 A = tasks.Alphabet(keys=12, values=10, fillers=5)
-TINY = dict(
-    hidden_dim=16, hcm_dim=16, num_layers=1, num_slots=4, num_attention_heads=2, vocab_size=A.size
-)
+TINY = dict(n_embd=16, hcm_dim=16, n_layer=1, num_slots=4, n_head=2, vocab_size=A.size)
 TINY |= dict(
-    dataset="embedded",
-    mixed_precision="none",
-    device="cpu",
-    dropout=0.0,
-    max_seq_length=16,
-    batch_size=4,
+    data="embedded", precision="fp32", device="cpu", dropout=0.0, sequence_length=16, batch_size=4
 )
 
 
@@ -125,11 +120,11 @@ def test_keys_of_a_sequence_differ_and_values_are_drawn_evenly():
 
 
 def test_every_step_is_fresh_and_measuring_sees_other_sequences():
-    b = program.Bench()
+    b = recall_knobs.Bench()
     first, again, other = b.training(0, 0), b.training(0, 0), b.training(0, 1)
     assert (first.x_BT == again.x_BT).all() and (first.x_BT != other.x_BT).any()
     heads = {bytes(x[:16]) for step in range(20) for x in b.training(0, step).x_BT}
-    for stream in (program.SELECT, program.MEASURE):
+    for stream in (recall_knobs.SELECT, recall_knobs.MEASURE):
         assert not heads & {bytes(x[:16]) for x in b.held_out(stream, 100, 128, 8).x_BT}
     assert (b.training(0, 0).x_BT != b.training(1, 0).x_BT).any()
 
@@ -174,9 +169,9 @@ class Told:
 @pytest.mark.parametrize("task", tasks.TASKS)
 def test_an_oracle_scores_one_and_a_constant_scores_chance(task):
     s = tasks.TASKS[task](np.random.default_rng(6), 1000, 48, A, 4)
-    right = program.measure(Told(lambda x: oracle(x, task)), s, ONE)
+    right = recall_training.measure(Told(lambda x: oracle(x, task)), s, ONE)
     assert right["accuracy"] == 1 and right["queries"] == 4000 and 0.99 < right["low"] < 1
-    constant = program.measure(Told(lambda x: np.full(len(x), A.keys + 3)), s, ONE)
+    constant = recall_training.measure(Told(lambda x: np.full(len(x), A.keys + 3)), s, ONE)
     assert (
         constant["low"] < tasks.chance(A) == 0.1 < constant["high"]
         and constant["high"] - constant["low"] < 0.03
@@ -216,9 +211,9 @@ def test_answers_that_hang_together_widen_the_interval():
 
 def test_equal_addresses_have_rank_one_and_separate_ones_have_rank_S():
     equal = torch.tensor([0.7, 0.1, 0.1, 0.1]).expand(50, 4)
-    assert program.effective_rank(equal) == pytest.approx((1, 1), abs=1e-3)
-    assert program.effective_rank(torch.eye(4).repeat(10, 1)) == pytest.approx((4, 4))
-    entropy, participation = program.effective_rank(torch.diag(torch.tensor([2.0, 1, 0, 0])))
+    assert slots_of.effective_rank(equal) == pytest.approx((1, 1), abs=1e-3)
+    assert slots_of.effective_rank(torch.eye(4).repeat(10, 1)) == pytest.approx((4, 4))
+    entropy, participation = slots_of.effective_rank(torch.diag(torch.tensor([2.0, 1, 0, 0])))
     assert entropy == pytest.approx(
         math.exp(math.log(3) - 2 / 3 * math.log(2))
     ) and participation == pytest.approx(25 / 17)
@@ -228,11 +223,11 @@ def test_copied_slots_have_cosine_one_and_orthogonal_ones_zero():
     copies = (
         torch.randn(3, 1, 8, generator=torch.manual_seed(0)) * torch.tensor([1.0, -2, 0.5])[:, None]
     )
-    assert program.slot_cosine(copies) == pytest.approx(1)
-    assert program.slot_cosine(torch.eye(4)[None]) == 0
+    assert slots_of.slot_cosine(copies) == pytest.approx(1)
+    assert slots_of.slot_cosine(torch.eye(4)[None]) == 0
     M = torch.cat([copies, torch.zeros(3, 2, 8)], dim=1)
-    assert program.slot_cosine(M) == pytest.approx(1), "empty slots are no slots"
-    assert math.isnan(program.slot_cosine(torch.zeros(2, 4, 8)))
+    assert slots_of.slot_cosine(M) == pytest.approx(1), "empty slots are no slots"
+    assert math.isnan(slots_of.slot_cosine(torch.zeros(2, 4, 8)))
 
 
 def random_model(**more: object) -> train_gpu.Model:
@@ -245,12 +240,12 @@ def random_model(**more: object) -> train_gpu.Model:
 
 
 def test_zeroing_all_slots_is_the_model_without_its_memory_and_leaves_no_trace():
-    model, off = random_model(num_layers=2), random_model(num_layers=2, memory="off")
+    model, off = random_model(n_layer=2), random_model(n_layer=2, memory="off")
     s = tasks.mqar(np.random.default_rng(9), 6, 48, A, 4)
-    x_BT, y_BT = program.tensors(s, ONE)
-    before = program.sequence_losses(model, x_BT, y_BT)
-    heads, slots = program.slot_statistics(model, x_BT, y_BT)
-    without = program.sequence_losses(off, x_BT, y_BT)
+    x_BT, y_BT = recall_training.tensors(s, ONE)
+    before = slots_of.sequence_losses(model, x_BT, y_BT)
+    heads, slots = slots_of.slot_statistics(model, x_BT, y_BT)
+    without = slots_of.sequence_losses(off, x_BT, y_BT)
     assert (
         heads[-1]["loss_change"] == pytest.approx((without - before).mean(), abs=1e-6)
         and heads[-1]["layer"] is None
@@ -258,7 +253,7 @@ def test_zeroing_all_slots_is_the_model_without_its_memory_and_leaves_no_trace()
     assert abs(heads[-1]["loss_change"]) > 1e-3, (
         "the memory does nothing here, so nothing was tested"
     )
-    assert (program.sequence_losses(model, x_BT, y_BT) == before).all()
+    assert (slots_of.sequence_losses(model, x_BT, y_BT) == before).all()
     assert len(slots) == 2 * 2 * 4 and len(
         {(r["layer"], r["head"], r["slot"]) for r in slots}
     ) == len(slots)
@@ -267,9 +262,9 @@ def test_zeroing_all_slots_is_the_model_without_its_memory_and_leaves_no_trace()
 
 
 def test_zeroing_the_only_slot_of_all_heads_is_zeroing_the_layer():
-    model = random_model(num_slots=1, num_attention_heads=1)
-    x_BT, y_BT = program.tensors(tasks.mqar(np.random.default_rng(9), 6, 48, A, 4), ONE)
-    heads, slots = program.slot_statistics(model, x_BT, y_BT)
+    model = random_model(num_slots=1, n_head=1)
+    x_BT, y_BT = recall_training.tensors(tasks.mqar(np.random.default_rng(9), 6, 48, A, 4), ONE)
+    heads, slots = slots_of.slot_statistics(model, x_BT, y_BT)
     assert slots[0]["loss_change"] == heads[-1]["loss_change"] != 0
 
 
@@ -291,7 +286,8 @@ def learned(tmp_path_factory) -> tuple[Path, str]:
     flags += f" --curve_every=60 --out={out}"
     with pytest.MonkeyPatch.context() as patch:
         lines = []
-        patch.setattr(program, "show", lambda line="": lines.append(line))
+        for module in (program, recall_tables):
+            patch.setattr(module, "show", lambda line="": lines.append(line))
         assert run(patch, *flags.split()) == 0
     return out, "\n".join(lines)
 
@@ -337,17 +333,20 @@ def test_what_was_run_is_stated_with_its_budget(learned):
 
 def test_all_mixers_have_the_same_size_within_3_percent():
     sizes = []
-    for mixer in program.MIXERS:
-        k = program.model_knobs(program.Bench(), mixer, 1e-3, 0)
+    for mixer in recall_knobs.MIXERS:
+        k = recall_knobs.model_knobs(recall_knobs.Bench(), mixer, 1e-3, 0)
         sizes.append(sum(p.numel() for p in train_gpu.Model(k).parameters()))
-        expected = dict(hamt="on", zero="off", local="local", attention="on")[mixer]
-        assert k.memory == expected and (k.mixer == "attention") == (mixer == "attention")
+        expected = dict(zero="off", local="local").get(mixer, "on")
+        assert k.memory == expected and (k.mixer == "attention") == mixer.startswith("attention")
+        assert k.has_conv == (mixer != "attention")
     assert sizes[0] == sizes[1] == sizes[2] and max(sizes) / min(sizes) < 1.03
 
 
 def test_more_knobs_of_the_trainer_reach_it():
-    k = program.model_knobs(program.Bench(model="delta_rule=1 num_slots=7"), "hamt", 1e-3, 0)
-    assert k.delta_rule is True and k.num_slots == 7 and k.hidden_dim == 64
+    k = recall_knobs.model_knobs(
+        recall_knobs.Bench(model="delta_rule=1 num_slots=7"), "hamt", 1e-3, 0
+    )
+    assert k.delta_rule is True and k.num_slots == 7 and k.n_embd == 64
 
 
 @pytest.mark.parametrize(
@@ -360,7 +359,7 @@ def test_more_knobs_of_the_trainer_reach_it():
         ("--learning_rates=-1", "above 0"),
         ("--eval_pairs=0", "1 or more"),
         ("--task=mqr", "did you mean mqar"),
-        ("--model=tie_keys", "name=value"),
+        ("--model=delta_rule", "name=value"),
         ("--model=num_slot=3", "num_slots"),
         ("--run=nowhere", "no run 'nowhere'"),
     ],
@@ -376,15 +375,17 @@ def text_run(folder: Path, **knobs: object) -> None:
     (folder / "text.txt").write_text(
         "\n\n".join(f"paragraph {i} of a text about nothing" for i in range(400))
     )
-    values = TINY | dict(vocab_size=None, tokenizer="bytes", dataset=str(folder / "text.txt"))
+    values = TINY | dict(vocab_size=None, tokenizer="bytes", data=str(folder / "text.txt"))
     model = random_model(**values | dict(data_folder=str(folder / "data")) | knobs)
     state = dict(
         model=model.state_dict(),
-        knobs=json.loads(plumbing.knobs_json(model.k)),
+        knobs=json.loads(plumbing.knobs_json(model.cfg)),
         step=3,
-        val_loss=5.5,
+        progress=dict(val_loss=5.5),
     )
-    plumbing.save_checkpoint(folder / "logs/made", 3, state | dict(trainer="train_gpu"), ONE)
+    (folder / "logs/made").mkdir(parents=True)
+    state |= dict(trainer="train_gpu", world_size=1, code_sha256="")
+    plumbing.save_checkpoint(folder / "logs/made", 3, state, ONE, keep=2)
 
 
 def test_slots_of_a_text_checkpoint_are_measured_on_its_own_text(monkeypatch, tmp_path, capsys):
