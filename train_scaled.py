@@ -882,8 +882,8 @@ def load_model(path: str | Path, device: str = "cpu", **changes: object) -> Byte
     """The model of a weights file in evaluation mode, for scripts; `changes` are knobs, such as
     memory="zero"."""
     found = read_model_weights(path, __name__, MODEL_KNOBS)
-    shape = {name: found["knobs"][name] for name in [*MODEL_KNOBS, "sequence_length", "dropout"]}
-    model = ByteLM(Knobs(**(shape | changes)))
+    known = Knobs.__dataclass_fields__.keys() & found["knobs"].keys()
+    model = ByteLM(Knobs(**({name: found["knobs"][name] for name in known} | changes)))
     model.load_state_dict(found["model"])
     return model.to(device).eval()
 

@@ -56,7 +56,7 @@ def read_csv(path) -> list[dict[str, str]]:
 # ---- reach
 
 
-@pytest.mark.parametrize("n_layer, window", [(1, 2), (2, 3), (3, 5), (2, 1)])
+@pytest.mark.parametrize("n_layer, window", [(1, 2), (2, 3), (3, 5), (1, 3)])
 def test_no_byte_beyond_reach_moves_a_window_only_model_and_the_nearest_within_does(
     n_layer, window
 ):
@@ -683,7 +683,7 @@ WRONG = [
     (recall, ["--train", "--depths", "0,101"], "--depths 0,101"),
     (recall, ["--train", "--train_length", "100"], "too short for a key beyond"),
     (recall, ["--train", "--knobs", "n_embd"], "expected name=value"),
-    (recall, ["--train", "--knobs", "d_modle=3"], "n_embd"),
+    (recall, ["--train", "--knobs", "d_modle=3"], "d_model"),
     (recall, ["--train", "--knobs", "window=off"], "WINDOW=off sees everything"),
     (recall, ["--train", "--n", "0"], "--n 0"),
     (mqar, ["--pairs", "100"], "more letters"),
@@ -762,7 +762,7 @@ def test_the_bench_writes_both_sides_and_their_ratio_with_what_they_came_from(
     assert all(row["us_per_byte"] > 0 and row["peak_mib"] > 100 for row in rows)
     assert capsys.readouterr().out.count("length: bytes") == 2
     monkeypatch.setattr(
-        bench_scaled.plumbing, "world", lambda *given: pytest.fail("it keeps freed memory")
+        bench_scaled, "join_world", lambda *given: pytest.fail("it keeps freed memory")
     )
     assert (
         bench_scaled.main(
