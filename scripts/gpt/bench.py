@@ -82,11 +82,6 @@ class Bench:
             if part not in PARTS:
                 known = ", ".join(PARTS)
                 raise ValueError(f"--only={self.only}: no part {part!r}; there are {known}")
-        if self.batch_size % self.device_batch_size:
-            raise ValueError(
-                f"BATCH_SIZE={self.batch_size} must be a multiple of "
-                f"DEVICE_BATCH_SIZE={self.device_batch_size}, for the plain side"
-            )
 
     @property
     def parts(self) -> list[str]:
@@ -95,6 +90,11 @@ class Bench:
 
 def trainer_knobs(bench: Bench, **changes: object) -> train_gpt.Knobs:
     """Knobs of a run of train_gpt.py that validates nothing and stays at its peak rate."""
+    if bench.batch_size % bench.device_batch_size:
+        raise UserError(
+            f"BATCH_SIZE={bench.batch_size} must be a multiple of "
+            f"DEVICE_BATCH_SIZE={bench.device_batch_size}, for the plain side"
+        )
     names = "device compile n_layer n_head n_embd vocab_size sequence_length device_batch_size"
     names += " batch_size input_bin precision"
     values = {name: getattr(bench, name) for name in names.split()}
