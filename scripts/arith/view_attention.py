@@ -21,8 +21,8 @@ import torch
 from lib_heads import Subject
 
 import arithmetic
-from plumbing import UserError
 from arithmetic import BOS, EOS
+from plumbing import UserError
 
 NAMES = {
     BOS: "^",

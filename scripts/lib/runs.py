@@ -1,7 +1,8 @@
 """Runs as programs read them: find a checkpoint that verifies, build its model, whoever wrote it.
 
 Needs torch.
-Raises   UserError: no such run (with those there are), no checkpoint yet, none that verifies, another program's
+Raises   UserError: no such run (with those there are), no checkpoint yet, none that verifies,
+         another program's
 """
 
 import argparse
@@ -24,7 +25,8 @@ from plumbing import UserError
 MODELS = {
     "train_gpt": (
         "GPT",
-        "n_layer n_head n_embd vocab_size attngate gatepos gateact gateopt mlp_match sequence_length",
+        "n_layer n_head n_embd vocab_size attngate gatepos gateact gateopt mlp_match "
+        "sequence_length",
     ),
     "train_gpu": ("Model", ""),
     "train_scaled": ("ByteLM", ""),
@@ -59,7 +61,8 @@ def find_checkpoint(folder: Path, name: str | None = None) -> Path:
     paths = sorted(folder.glob("step_??????"), reverse=True)
     if not paths:
         raise UserError(
-            f"{folder}: no checkpoint yet; the trainer writes one every SAVE_EVERY steps and at the end"
+            f"{folder}: no checkpoint yet; the trainer writes one every SAVE_EVERY steps and at "
+            "the end"
         )
     if name is not None:
         if folder / name not in paths:
@@ -68,7 +71,8 @@ def find_checkpoint(folder: Path, name: str | None = None) -> Path:
             )
         if problem := plumbing.checkpoint_problem(folder / name):
             raise UserError(
-                f"checkpoint {folder / name} is bad: {problem}; leave out --checkpoint to use another"
+                f"checkpoint {folder / name} is bad: {problem}; leave out --checkpoint to use "
+                "another"
             )
         return folder / name
     for path in paths:
@@ -110,7 +114,8 @@ def load(path: Path) -> tuple[nn.Module, dict]:
     trainer = state.get("trainer", "train_gpt")  # the first ones did not say, and were that
     if trainer not in MODELS:
         raise UserError(
-            f"checkpoint {path} is one of {trainer}.py; this program reads those of {', '.join(MODELS)}"
+            f"checkpoint {path} is one of {trainer}.py; this program reads those of "
+            f"{', '.join(MODELS)}"
         )
     try:
         model = build(trainer, shape_of(trainer, state["knobs"]))
@@ -118,7 +123,8 @@ def load(path: Path) -> tuple[nn.Module, dict]:
     except (ValueError, TypeError, RuntimeError) as error:
         what = " ".join(str(error).split())[:300]
         raise UserError(
-            f"checkpoint {path} was written by another program than this {trainer}.py ({what}); scripts/replay.py "
+            f"checkpoint {path} was written by another program than this {trainer}.py ({what}); "
+            "scripts/replay.py "
             f"takes the one that wrote it out of the run's log"
         ) from None
     return model, state
@@ -187,9 +193,12 @@ class GPT2:
             ValueError,
         ) as error:  # OSError: no network; ValueError: a broken file
             raise UserError(
-                f"the gpt2 tokenizer is not here ({type(error).__name__}: {' '.join(str(error).split())[:200]}); "
-                f"tiktoken downloads its two files once: run this where there is a network, copy the folder that "
-                f"TIKTOKEN_CACHE_DIR names, and set TIKTOKEN_CACHE_DIR to the copy; or choose --tokenizer bytes"
+                f"the gpt2 tokenizer is not here ({type(error).__name__}: "
+                f"{' '.join(str(error).split())[:200]}); "
+                "tiktoken downloads its two files once: run this where there is a network, copy "
+                "the folder that "
+                "TIKTOKEN_CACHE_DIR names, and set TIKTOKEN_CACHE_DIR to the copy; or choose "
+                "--tokenizer bytes"
             ) from None
         self.encode, self.piece = encoding.encode_ordinary, encoding.decode_single_token_bytes
 
