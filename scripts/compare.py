@@ -2,14 +2,15 @@
 
     python scripts/compare.py attn_gate=none attn_gate=elementwise --stage stage3
     python scripts/compare.py attn_gate=elementwise,GATEOPT=muon attn_gate=elementwise,GATEOPT=adam
-    python scripts/compare.py mini-none mini-elementwise                   run ids, their beginnings, or patterns
-    python scripts/compare.py run1,run2 'gated-s*' --target 3.28           several, by comma; with * ? [ ]
+    python scripts/compare.py mini-none mini-elementwise        run ids, beginnings, or patterns
+    python scripts/compare.py run1,run2 'gated-s*' --target 3.28     several, by comma; with * ? [ ]
 
-A and B name runs in the results file: by run id, by the beginning of it, by a pattern, or by COLUMN=VALUE
-(all must hold; NAME=VALUE looks into the notes, and 'NAME=' means: not there). Each must come to one
-configuration, run with one or more seeds; if it comes to several, the error says what tells them apart. Only finished
-runs count. Loss at equal steps, at equal time, to a target, step time and memory, as in the tables of
-split_results.py (docs/experiments.md); p is not corrected for other comparisons that you make.
+A and B name runs in the results file: by run id, by the beginning of it, by a pattern, or by
+COLUMN=VALUE (all must hold; NAME=VALUE looks into the notes, and 'NAME=' means: not there). Each
+must come to one configuration, run with one or more seeds; if it comes to several, the error says
+what tells them apart. Only finished runs count. Loss at equal steps, at equal time, to a target,
+step time and memory, as in the tables of split_results.py (docs/experiments.md); p is not
+corrected for other comparisons that you make. --rule track3 adds the speedrun board's own test.
 Raises   UserError: nothing matches, more than one configuration matches, a run is in both
 """
 
@@ -232,7 +233,8 @@ def conclusions(a: Cell, b: Cell, table: Table, rule: str = "") -> list[str]:
         sure = "distinguishable" if c.chosen.p < ALPHA else "not distinguishable"
         out.append(f"final loss: {sure} at 5%; B is {word} A by {abs(c.diff):.4f} nats per token")
         out.append(
-            f"smallest difference that this n and spread show 4 times in 5: {c.least:.4f} nats ({c.test} t)"
+            f"smallest difference that this n and spread show 4 times in 5: {c.least:.4f} nats "
+            f"({c.test} t)"
         )
     elif c.test == "n=1":
         out.append(
@@ -240,7 +242,8 @@ def conclusions(a: Cell, b: Cell, table: Table, rule: str = "") -> list[str]:
         )
     else:
         out.append(
-            "no spread between the runs: they are repeats of one computation, there is nothing to test"
+            "no spread between the runs: they are repeats of one computation, there is nothing "
+            "to test"
         )
     if c.equal_time.how.startswith("interpolated"):
         out.append(
@@ -324,7 +327,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         }  # a row that two sources have is one
     if not every:
         raise UserError(
-            f"{', '.join(map(str, o.results_file))}: no rows yet; a trainer appends one when a run ends"
+            f"{', '.join(map(str, o.results_file))}: no rows yet; a trainer appends one when a "
+            "run ends"
         )
     rows, stage = stage_rows(list(every.values()), o)
     found = {arm: select(rows, text, arm) for arm, text in (("A", o.a), ("B", o.b))}

@@ -1,22 +1,23 @@
 """plot.py -- figures of a study or of single runs, as PNG and SVG.
 
-    python scripts/plot.py --stage stage1                     validation loss against steps and training time
-    python scripts/plot.py --stage stage1 --only all          every kind of figure that the data allow
-    python scripts/plot.py --stage stage1 --only forest,lr    these kinds
-    python scripts/plot.py 20260101-120000-a1b2c3 my_run      these runs, also unfinished ones
-    python scripts/plot.py --stage stage1 --each              a line per run, no means
+    python scripts/plot.py --stage stage1                   validation loss against steps and time
+    python scripts/plot.py --stage stage1 --only all        every kind of figure that the data allow
+    python scripts/plot.py --stage stage1 --only forest,lr  these kinds
+    python scripts/plot.py 20260101-120000-a1b2c3 my_run    these runs, also unfinished ones
+    python scripts/plot.py --stage stage1 --each            a line per run, no means
 
 Kinds    loss      validation loss against steps and time, side by side
-         steps, time, tokens   the same against one of them, with the difference to the baseline below
+         steps, time, tokens   against one of them, with the difference to the baseline below
          final     final loss per configuration: seeds, mean, 95% interval
          forest    difference to the baseline with its 95% interval
          lr        final loss against the learning rate, where it varies
          overhead  step time against loss gained
          traces    learning rate and throughput
 
-Reads logs/<run_id>/metrics.csv; results.csv says which runs form a cell. A run that it does not know is a
-line of its own. With --stage, finished runs only. The y axis leaves out step 0, whose loss (16, or ln of the
-vocabulary) would squash the rest. Runs without validations are named and left out.
+Reads LOGS_FOLDER/<run_id>/metrics.csv; the results file says which runs form a cell. A run that it
+does not know is a line of its own. With --stage, finished runs only. The y axis leaves out step 0,
+whose loss (16, or ln of the vocabulary) would squash the rest. Runs without validations are named
+and left out.
 Raises   UserError naming the file or option: no runs, no such stage or kind, no matplotlib
 """
 
@@ -89,11 +90,10 @@ def rows_wanted(a: argparse.Namespace) -> tuple[list[Row], list[str], Stage]:
     stage, own = found.get(a.stage, (Stage(a.stage), []))
     own = [row for row in own if row.is_finished]
     if not own:
-        names = sorted(
-            name for name, (_, of) in found.items() if any(r.is_finished for r in of)
-        )
+        names = sorted(name for name, (_, of) in found.items() if any(r.is_finished for r in of))
         raise UserError(
-            f"--stage {a.stage}: {a.results_file} has no finished run of it; it has those of {names or 'no stage'}"
+            f"--stage {a.stage}: {a.results_file} has no finished run of it; it has those of "
+            f"{names or 'no stage'}"
         )
     return own, [], stage
 
@@ -109,8 +109,8 @@ def make_groups(
     for cell, label in zip(cells, labels_of(cells), strict=True):
         runs = {row["run_id"]: logs[row["run_id"]] for row in cell.rows if row["run_id"] in logs}
         if each:
-            groups += [Group(f"{label} seed {log.seed}".strip(), len(groups) + i, (log,)) for i, log in
-                       enumerate(runs.values())]  # fmt: skip
+            for log in runs.values():
+                groups.append(Group(f"{label} seed {log.seed}".strip(), len(groups), (log,)))
         elif runs:
             base = None if is_baseline(cell, stage) else find_baseline(cell, cells, stage)
             groups.append(Group(label, len(groups), tuple(runs.values()), made.get(id(base))))

@@ -2,8 +2,8 @@
 
     python scripts/power.py --sd 0.0013 --delta 0.002
     python scripts/power.py --sd 0.0013 --delta 0.001 --one-sided --rho 0.9
-    python scripts/power.py --sd 0.0013 --delta 0.002 --alpha 0.0125   four comparisons: Holm's hardest
-    python scripts/power.py --sd 0.0013 --delta 0.002 --sequential     seeds added until it is decided
+    python scripts/power.py --sd 0.0013 --delta 0.002 --alpha 0.0125   Holm's hardest of four
+    python scripts/power.py --sd 0.0013 --delta 0.002 --sequential     seeds added until decided
 
 sd is that of the final loss between seeds of one configuration (the tables' sd column), delta the
 true difference to be found, both in nats per token; rho is how much the losses of the two arms go
@@ -64,8 +64,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--one-sided", action="store_true", help="only better counts (default: two-sided)")
     add("--rho", type=float, default=0.5, help="correlation between paired arms (default 0.5)")
     add("--sequential", action="store_true", help="simulate a stage that stops when decided")
-    add("--max-seeds", "--max_seeds", type=int, metavar="N", help="of --sequential: default 3 times "
-        "the fixed design's")  # fmt: skip
+    add("--max-seeds", "--max_seeds", type=int, metavar="N",
+        help="of --sequential: default 3 times the fixed design's")  # fmt: skip
     add("--sd-guess", "--sd_guess", type=float, metavar="NATS", help="of --sequential: the sd of a "
         "difference that the stage expects, where it is not the true one")  # fmt: skip
     add("--studies", type=int, default=2000, metavar="N", help="of --sequential (default 2000)")

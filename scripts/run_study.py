@@ -1,37 +1,42 @@
 """run_study.py -- run what is missing of a study, and only that.
 
-    python scripts/run_study.py experiments/studies/mini.toml              # again after any interruption: it goes on
+    python scripts/run_study.py experiments/studies/mini.toml   again after any interruption
     python scripts/run_study.py experiments/studies/gating.toml --stage stage1,stage2 --nproc 8
-    python scripts/run_study.py FILE --dry_run                             # the runs, their state, their tokens
-    python scripts/run_study.py FILE --slurm jobs --nodes 2                # job files instead of runs
-    python scripts/run_study.py FILE --set device=cuda --set data=PATH     # knobs of every run, before the file's
+    python scripts/run_study.py FILE --dry_run                  the runs, their state, their tokens
+    python scripts/run_study.py FILE --slurm jobs --nodes 2     job files instead of runs
+    python scripts/run_study.py FILE --set device=cuda          knobs of every run
 
 A study file (TOML, Python 3.11) says what is compared with what:
 
     title = "Which gate"
-    trainer = "train_gpt.py"                     # relative to the repository; docs/studies.md says which
-    nproc = 8                                    # processes of a run (default 1); --nproc overrides
+    trainer = "train_gpt.py"            # relative to the repository
+    nproc = 8                           # processes of a run (default 1); --nproc overrides
 
-    [knobs]                                      # of every run; names as in `python TRAINER --help`
+    [knobs]                             # of every run; names as in `python TRAINER --help`
     val_every = 125
 
-    [stage.stage1]                               # stages run in this order; the name goes into the results row
-    about = "at the record's learning rate"      # may be left out, as all below but seeds and baseline
-    seeds = [1337, 1338]                         # every cell runs once per seed
-    baseline = { attngate = "none" }             # what the others are compared with
-    target_loss = 3.6                            # nats; tables give steps and seconds to it
-    knobs = { num_iterations = 1500 }            # of every run of the stage; go before [knobs]
-    grid = { attngate = ["none", "headwise"], lr = [0.003, 0.004] }  # all combinations are cells
-    cells = [{ attngate = "const" }]             # further cells, one by one; with neither, one cell
+    [stage.stage1]                      # stages run in this order; the name is in the results row
+    about = "at the record's rate"      # may be left out, as all below but seeds and baseline
+    seeds = [1337, 1338]                # every cell runs once per seed
+    baseline = { attngate = "none" }    # what the others are compared with
+    target_loss = 3.6                   # nats; tables give steps and seconds to it
+    knobs = { num_iterations = 1500 }   # of every run of the stage; go before [knobs]
+    grid = { attngate = ["none", "headwise"], lr = [0.003, 0.004] }    # all combinations are cells
+    cells = [{ attngate = "const" }]    # further cells, one by one; with neither, one cell
+    stop = "decided"                    # seeds are added until all is decided (docs/studies.md)
+    delta = 0.002                       # with it: the smallest difference that matters, in nats
+    max_seeds = 12                      # with it: of each cell
 
-A run is a stage, a cell's knobs and a seed; its RUN_ID is made of them and of the code (trainer and plumbing), so
-that a finished run is known by its content, a half-done one resumes, and a change makes it missing again. Whatever
-knobs the environment sets are dropped, and named: results are a function of the study file. (LOGS_FOLDER,
-RESULTS_FILE, DEVICE_BATCH_SIZE and RUNPOD_INSTANCE_TYPE move no loss, and are used.) Two launchers on one
-study share the work. Ctrl-C, SIGTERM and SIGUSR1 are passed on to the run, which saves; a second Ctrl-C kills it.
+A run is a stage, a cell's knobs and a seed; its RUN_ID is made of them and of the code (trainer
+and plumbing), so that a finished run is known by its content, a half-done one resumes, and a
+change makes it missing again. Whatever knobs the environment sets are dropped, and named: results
+are a function of the study file. (LOGS_FOLDER, RESULTS_FILE, DEVICE_BATCH_SIZE and
+RUNPOD_INSTANCE_TYPE move no loss, and are used.) Two launchers on one study share the work.
+Ctrl-C, SIGTERM and SIGUSR1 are passed on to the run, which saves; a second Ctrl-C kills it.
 
-Exit     0 all finished, 1 some failed (listed with their last lines), 2 bad input, 128 + n after signal n
-Raises   UserError, before anything runs, with all that is wrong in the file. docs/studies.md has more
+Exit     0 all finished, 1 some failed (listed with their last lines), 2 bad input,
+         128 + n after signal n
+Raises   UserError, before anything runs, with all that is wrong in the file
 """
 
 import argparse

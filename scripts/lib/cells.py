@@ -15,7 +15,8 @@ from lib.stages import USUAL, Stage
 from lib.stats import NAN, mean
 
 KEYS = (
-    "attn_gate gate_pos gate_act learning_rate num_iterations warmup_iters warmdown_iters batch_size "
+    "attn_gate gate_pos gate_act learning_rate num_iterations warmup_iters warmdown_iters "
+    "batch_size "
     "sequence_length notes"
 ).split()
 

@@ -70,7 +70,8 @@ def read_curves(path: Path) -> tuple[dict[str, Points], int]:
     runs, torn = _read_points(path)
     if "" in runs:
         raise UserError(
-            f"{path}: has no column run_id; --curves takes one file with the validations of all runs"
+            f"{path}: has no column run_id; --curves takes one file with the validations of all "
+            "runs"
         )
     return runs, torn
 
@@ -167,7 +168,8 @@ class Curves:
         for what, runs in self.problems.items():
             if own := [run for run in runs if run in wanted]:
                 out.append(
-                    f"{what}: {count(len(own), 'run')}, {listing(own)}{where * (what == 'no curve')}"
+                    f"{what}: {count(len(own), 'run')}, "
+                    f"{listing(own)}" + where * (what == "no curve")
                 )
         return out
 

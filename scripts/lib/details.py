@@ -25,8 +25,15 @@ def factor(dicts: Sequence[Mapping[str, str]]) -> tuple[dict[str, str], list[dic
     return common, [{k: v for k, v in d.items() if k not in common} for d in dicts]
 
 
-def details_of(rows: Sequence[Row], extra: Sequence[str], findings: Findings, a: argparse.Namespace, cache: Cache,
-               pool: Pool, most: int) -> dict:  # fmt: skip
+def details_of(
+    rows: Sequence[Row],
+    extra: Sequence[str],
+    findings: Findings,
+    a: argparse.Namespace,
+    cache: Cache,
+    pool: Pool,
+    most: int,
+) -> dict:
     """The newest `most` runs of a stage, those with a log first: result row, knobs, environment."""
     order = sorted(
         range(len(rows)),
@@ -81,7 +88,8 @@ def details_of(rows: Sequence[Row], extra: Sequence[str], findings: Findings, a:
     ]
     left = len(rows) + len(extra) - len(entries)
     note = (
-        f"{len(entries):,} of {len(entries) + left:,} rows are listed: those with a log, newest first."
+        f"{len(entries):,} of {len(entries) + left:,} rows are listed: those with a log, newest "
+        "first."
         if left
         else ""
     )

@@ -195,7 +195,8 @@ def rate_figure(table: Table, title: str):
     )
     axes.set_ylabel("final validation loss\n(nats per token)", fontsize=10)
     add_legend(axes, axes, len(series))
-    words = "line: mean over seeds; bar: its 95% interval (t); small dots beside: seeds; n in the legend"
+    words = "line: mean over seeds; bar: its 95% interval (t); small dots beside: seeds; n in the "
+    words += "legend"
     finish(figure, [axes], title, words + ("; n=1 has no interval" if 1 in ns else ""))
     return figure
 

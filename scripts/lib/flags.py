@@ -76,6 +76,7 @@ def problems_of(*facts: tuple[frozenset, ...]) -> Mapping[str, str]:
             found["repeats"] = f"training data read more than once: {passes[-1]:.2f} epochs"
     if every["schedule"]:
         found["schedule"] = (
-            f"schedule does not fit: {listing(every['schedule'], '; ')}; the learning rate never stayed at its peak"
+            f"schedule does not fit: {listing(every['schedule'], '; ')}; the learning rate never "
+            "stayed at its peak"
         )
     return found

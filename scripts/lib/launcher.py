@@ -223,8 +223,10 @@ class Runner:
         for attempt in range(1 + self.a.retries):
             if code_sha256(self.study.trainer.module) != self.study.trainer.code:
                 raise UserError(
-                    f"{self.study.trainer.path.name} or plumbing was changed while the study ran; what is finished "
-                    f"counts for the code as it was (--ignore-code accepts it), the rest was not started"
+                    f"{self.study.trainer.path.name} or plumbing was changed while the study "
+                    "ran; what is finished "
+                    "counts for the code as it was (--ignore-code accepts it), the rest was not "
+                    "started"
                 )
             verb = "start" if not (p.step or attempt) else "resume" if p.step else "again"
             self.board.event(
@@ -271,7 +273,8 @@ class Runner:
             # A session of its own: the terminal's Ctrl-C reaches the launcher alone, which passes
             # it on once.
             child = subprocess.Popen(
-                line, env=env, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=f, stderr=f, start_new_session=True,
+                line, env=env, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=f, stderr=f,
+                start_new_session=True,
                 preexec_fn=_die_with_launcher if _PRCTL else None,
             )  # fmt: skip
         self.signals.watch(child)
@@ -312,13 +315,15 @@ class Runner:
         for p in self.runs:
             if p.note == "no row":
                 print(
-                    f"{p.run_id} is finished, but {self.a.results_file} has no row of it; to run it again, move "
+                    f"{p.run_id} is finished, but {self.a.results_file} has no row of it; to run "
+                    "it again, move "
                     f"{self.records.logs / p.run_id} away"
                 )
         other = [p for p in self.runs if p.note.startswith("code ")]
         if other:
             print(
-                f"{count(len(other), 'run')} of other code accepted (--ignore-code): their rows say which"
+                f"{count(len(other), 'run')} of other code accepted (--ignore-code): their rows "
+                "say which"
             )
         for line in decision_lines(self.study, self.runs):
             print(line)
@@ -326,7 +331,8 @@ class Runner:
         if stages := write_stages(self.study, self.runs, self.records):
             source = os.path.relpath(self.a.results_file)
             print(
-                f"tables: python scripts/split_results.py --results_file {source} --stages {os.path.relpath(stages)}"
+                f"tables: python scripts/split_results.py --results_file {source} --stages "
+                f"{os.path.relpath(stages)}"
             )
         if number := self.signals.number:
             print(

@@ -208,8 +208,9 @@ def loss_figure(groups: Sequence[Group], axis: str, title: str):
         for g in compared:
             line = difference_line(g, axis)
             draw(panels[1], g, line)
-            late += [v for x, lo, hi in zip(line.x, line.low, line.high, strict=True) for v in (lo, hi)
-                     if x >= line.x[-1] / 4]  # fmt: skip
+            for x, low, high in zip(line.x, line.low, line.high, strict=True):
+                if x >= line.x[-1] / 4:
+                    late += [low, high]
         panels[1].axhline(0, color="0.4", linewidth=1)
         low, high = min(*late, 0), max(*late, 0)
         pad = 0.08 * (high - low) or 0.01

@@ -134,9 +134,11 @@ def sequential_legend(rule: Rule) -> str:
     """What the decisions and intervals of a sequential stage mean."""
     level = f"{100 - 100 * rule.alpha / rule.num_comparisons:g}%"
     return (
-        f"sequential: seeds were added until each comparison was decided, so that no plain p holds; "
+        "sequential: seeds were added until each comparison was decided, so that no plain p "
+        "holds; "
         f"CI: {level}, valid after every seed; better and worse are wrong in at most "
-        f"{100 * rule.alpha:g}% of such stages, not better by delta ({rule.delta:g} nats) in at most "
+        f"{100 * rule.alpha:g}% of such stages, not better by delta ({rule.delta:g} nats) in at "
+        "most "
         f"{100 - 100 * rule.power:g}% of cells that are better by it"
     )
 
@@ -282,7 +284,8 @@ def table_md(table: Table, sources: Sequence[str]) -> str:
     columns = table.keys + [c for _, shown, _ in pieces_of(rows, table) for c in shown]
     words = {*table.keys, "test", "flags", "equal time by"}
     out = [f"# {table.stage.name}", ""]
-    counts = f"{count(table.num_rows, 'row')}, {table.num_finished} counted, {count(len(table.lines), 'cell')}"
+    counts = f"{count(table.num_rows, 'row')}, {table.num_finished} counted, "
+    counts += count(len(table.lines), "cell")
     out += [f"Made by `scripts/split_results.py` from {', '.join(sources)}: {counts}.", ""]
     if rows:
         out.append("| " + " | ".join(columns) + " |")

@@ -24,9 +24,12 @@ NEEDED = (
 
 
 HEADER = (  # the original's 21 columns, then ours
-    "run_id date git_commit seed attn_gate gate_pos gate_act learning_rate batch_size device_batch_size "
-    "sequence_length num_iterations warmdown_iters final_val_loss best_val_loss train_time_ms ms_per_step "
-    "gpu_name n_gpus runpod_instance notes stage status steps_done warmup_iters n_params tokens_seen epochs "
+    "run_id date git_commit seed attn_gate gate_pos gate_act learning_rate batch_size "
+    "device_batch_size "
+    "sequence_length num_iterations warmdown_iters final_val_loss best_val_loss train_time_ms "
+    "ms_per_step "
+    "gpu_name n_gpus runpod_instance notes stage status steps_done warmup_iters n_params "
+    "tokens_seen epochs "
     "peak_memory_mib torch world_size code_sha256 dirty"
 ).split()
 
@@ -92,7 +95,8 @@ def read_results(path: Path) -> tuple[list[Row], list[str]]:
         if not header or fields[:1] == ["run_id"]:
             if missing := [name for name in NEEDED if name not in fields]:
                 raise UserError(
-                    f"{path}: line {number} is not a header of results, it has no {', '.join(missing)}"
+                    f"{path}: line {number} is not a header of results, it has no "
+                    f"{', '.join(missing)}"
                 )
             if twice := [name for name, n in Counter(fields).items() if n > 1]:
                 raise UserError(f"{path}: line {number} names {', '.join(twice)} twice")

@@ -106,7 +106,8 @@ def claims_of(tables: Mapping[str, Table], findings: Findings) -> list[dict[str,
             group = (groups or {}).get(table.lines.index(line))
             text = sentence(line, labels[id(line.cell)], labels[id(line.baseline)])
             found.append((order, dict(
-                id=anchor(name), stage=name, verdict=words, is_settled=is_settled(line), text=text, strip=scale.strip(line),
+                id=anchor(name), stage=name, verdict=words, is_settled=is_settled(line),
+                text=text, strip=scale.strip(line),
                 curve=spark(group) if len(found) < 10 * MOST_CLAIMS else None,
             )))  # fmt: skip
     return [claim for _, claim in sorted(found, key=lambda pair: pair[0])]

@@ -33,8 +33,10 @@ export OMP_NUM_THREADS="${{OMP_NUM_THREADS:-$(( cores > 0 ? cores : 1 ))}}"
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$(( 20000 + SLURM_JOB_ID % 20000 ))
 srun --kill-on-bad-exit=1 {python} -m torch.distributed.run \\
-    --nnodes={nodes} --nproc_per_node={nproc} --rdzv_backend=c10d --rdzv_endpoint="$head_node:$port" \\
-    --rdzv_id="$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}" --signals_to_handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \\
+    --nnodes={nodes} --nproc_per_node={nproc} \\
+    --rdzv_backend=c10d --rdzv_endpoint="$head_node:$port" \\
+    --rdzv_id="$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}" \\
+    --signals_to_handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \\
     {trainer}
 code=$?
 if grep -q '"status": "preempted"' {status}; then

@@ -136,7 +136,8 @@ def _read_stage(where: str, name: str, table: object, columns: Sequence[str]) ->
         or any(isinstance(v, list) for v in baseline.values())
     ):
         raise UserError(
-            f'{where}: baseline = {baseline!r}: expected one value per column: {{attn_gate = "none"}}'
+            f"{where}: baseline = {baseline!r}: expected one value per column: "
+            f'{{attn_gate = "none"}}'
         )
     match = {
         column(word): frozenset(canon(v) for v in listed(word, value))

@@ -1,4 +1,5 @@
-"""A stage of a study file: its words, its cells, the rule that stops its seeds, its runs in order."""
+"""A stage of a study file: its words, its cells, the rule that stops its seeds, its runs in "
+"order."""
 
 import dataclasses
 import itertools

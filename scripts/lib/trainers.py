@@ -92,7 +92,8 @@ def load_trainer(name: str) -> Trainer:
         word for word in ("Knobs", "PRESETS", "RESUME_MAY_DIFFER") if not hasattr(module, word)
     ]:
         raise UserError(
-            f"trainer = {name!r}: defines no {', '.join(missing)}, so it is no trainer of this house"
+            f"trainer = {name!r}: defines no {', '.join(missing)}, so it is no trainer of this "
+            "house"
         )
     fields = dataclasses.fields(module.Knobs)
     if missing := [word.upper() for word in NEEDED if word not in {f.name for f in fields}]:

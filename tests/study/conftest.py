@@ -1,21 +1,16 @@
-"""Where the tests of the study pipeline find the programs, and the fixtures of the page's tests."""
+"""The fixtures of the page's tests and of launchers."""
 
 import json
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests")]
-
-import report  # noqa: E402
-from page_support import ATTACKS, options_of  # noqa: E402
-from pretender import PRETENDER  # noqa: E402
-from study_support import TWO_BY_TWO, make_study, result, write_log, write_results  # noqa: E402
+import report
+from page_support import ATTACKS, options_of
+from pretender import PRETENDER
+from study_support import TWO_BY_TWO, make_study, result, write_log, write_results
 
 
 @pytest.fixture
