@@ -38,8 +38,7 @@ def write_export(folder: Path, model: nn.Module, facts: dict[str, object]) -> No
     """Both files; `facts` are what config.json says beside the model's own knobs."""
     # Parameters, of which a tied one is named once, and buffers that are saved with them.
     tensors = {
-        name: tensor.detach().contiguous().clone()
-        for name, tensor in model.state_dict().items()
+        name: tensor.detach().contiguous().clone() for name, tensor in model.state_dict().items()
     }
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     trainer = runs.trainer_of(model)

@@ -237,7 +237,9 @@ class Fixed(torch.nn.Module):
     def empty_state(self, B: int) -> dict:
         return {}
 
-    def trunk(self, x_BT: torch.Tensor, state: dict, fresh: bool = False) -> tuple[torch.Tensor, dict]:
+    def trunk(
+        self, x_BT: torch.Tensor, state: dict, fresh: bool = False
+    ) -> tuple[torch.Tensor, dict]:
         return torch.zeros(len(x_BT), x_BT.size(1) // PATCH, 1), state
 
     def decoder(
