@@ -1,5 +1,6 @@
 # ruff: noqa: RUF001 -- Turkish has a dotless i
-"""What the proof programs of train_scaled.py promise: the hidden thing is out of the windows' reach, the controls are
+"""What the proof programs of train_scaled.py promise: the hidden thing is out of the windows'
+reach, the controls are
 what they say, the numbers add up. Tiny models; nothing is learned here."""
 
 import csv
@@ -237,7 +238,9 @@ class Fixed(torch.nn.Module):
     def empty_state(self, B: int) -> dict:
         return {}
 
-    def trunk(self, x_BT: torch.Tensor, state: dict, fresh: bool = False) -> tuple[torch.Tensor, dict]:
+    def trunk(
+        self, x_BT: torch.Tensor, state: dict, fresh: bool = False
+    ) -> tuple[torch.Tensor, dict]:
         return torch.zeros(len(x_BT), x_BT.size(1) // PATCH, 1), state
 
     def decoder(
