@@ -1,19 +1,28 @@
-"""bench_scaled.py -- train_scaled.py's operators beside plain references, and its time per byte by length of row.
+"""bench_scaled.py -- train_scaled.py's operators beside plain references, and its time per byte by
+length of row.
 
-    python scripts/scaled/bench_scaled.py                                      one thread of this CPU, 10 minutes
+    python scripts/scaled/bench_scaled.py  one thread of this CPU, 10 minutes
     python scripts/scaled/bench_scaled.py --parts length,step --repeats 9
-    python scripts/scaled/bench_scaled.py --parts step --malloc glibc          without plumbing's setting, as plain scripts run
-    python scripts/scaled/bench_scaled.py --device cuda --out experiments/gpu  the default size, bf16, compiled
+    python scripts/scaled/bench_scaled.py --parts step --malloc glibc  without plumbing's setting,
+    as plain scripts run
+    python scripts/scaled/bench_scaled.py --device cuda --out experiments/gpu  the default size,
+    bf16, compiled
 
-Parts    memory  the memory operator, forward and backward, and the original's cumulative sum (tests/scaled/plain_scaled.py)
+Parts    memory  the memory operator, forward and backward, and the original's cumulative sum
+                 (tests/scaled/plain_scaled.py)
          window  window attention, forward and backward, and the dense mask
-         step    a whole training step at 1,024 bytes and width 256, PRESET=phase8's mathematics: ours, and the plain
+         step    a whole training step at 1,024 bytes and width 256, PRESET=phase8's mathematics:
+                 ours, and the plain
                  model with its cumulative sums and dense masks; the same AdamW on both sides
-         blocks  a whole training step of each model of the study's stage scaled_blocks, at its size, by turns
-         length  the model forward and backward, per byte, on rows of 1 KB to 64 KB; peak memory, on a CPU that of the
+         blocks  a whole training step of each model of the study's stage scaled_blocks, at its
+                 size, by turns
+         length  the model forward and backward, per byte, on rows of 1 KB to 64 KB; peak memory, on
+                 a CPU that of the
                  process up to then, earlier parts included
-Units    process CPU time on a CPU, synchronised seconds on a GPU; both sides by turns in one process; medians, and the
-         ratio of medians with the quartiles of the ratios turn by turn; memory in MiB: resident, or allocated on a GPU
+Units    process CPU time on a CPU, synchronised seconds on a GPU; both sides by turns in one
+         process; medians, and the
+         ratio of medians with the quartiles of the ratios turn by turn; memory in MiB: resident, or
+         allocated on a GPU
 Writes   with --out: scaled_PART_DEVICE.json with command, commit, hardware and torch version
 Raises   UserError: no such part, no GPU, --malloc glibc with one
 """
@@ -311,7 +320,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(a.threads)
         start = facts(w)
         print(
-            f"{start['device']}, torch {start['torch']}, {a.threads} thread(s), n={a.repeats} calls a side",
+            f"{start['device']}, torch {start['torch']}, {a.threads} thread(s), n={a.repeats} "
+            f"calls a side",
             flush=True,
         )
         for part in parts:

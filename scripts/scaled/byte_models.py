@@ -1,9 +1,12 @@
-"""byte_models.py -- shared by the programs that prove what train_scaled.py's memory does: how far stacked windows see,
+"""byte_models.py -- shared by the programs that prove what train_scaled.py's memory does: how far
+stacked windows see,
 a model trained on answers, text to hide things in, intervals, tables.
 
-Shapes   B rows, T bytes, N = T / 4 patches, D model width, A patches that hold an answer, 4 bytes of a patch
+Shapes   B rows, T bytes, N = T / 4 patches, D model width, A patches that hold an answer, 4 bytes
+of a patch
 Units    losses in nats per byte; seconds are CPU time of the process (wall time on CUDA)
-Raises   UserError: a knob, file or run that is not there or does not fit, no GPU where one is asked for
+Raises   UserError: a knob, file or run that is not there or does not fit, no GPU where one is asked
+for
 """
 
 import argparse
@@ -30,12 +33,14 @@ REPO = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPO), str(REPO / "scripts")]  # for the trainer, and for what scripts share
 
 import train_scaled  # noqa: E402
-from plumbing import ROOT, TokenShards, UserError, embedded_corpus, flat_gradients, read_knobs  # noqa: E402
+from plumbing import ROOT, TokenShards, UserError, embedded_corpus  # noqa: E402
+from plumbing import flat_gradients, read_knobs  # noqa: E402
 from plumbing.texts import text_files  # noqa: E402
 from train_scaled import PAST, PATCH, ByteLM, Knobs  # noqa: E402
 
 TURKISH = REPO.parent / "shared/data/turkish"
-# A small model on a CPU; --knobs changes it. Tables of n-grams are for prose, and the memory by bytes would look the
+# A small model on a CPU; --knobs changes it. Tables of n-grams are for prose, and the memory by
+# bytes would look the
 # answer up: what is to be shown is what the blocks' memory holds.
 BASE = dict(
     device="cpu", compile=False, n_layer=2, n_head=2, window=8, thinking_steps=0, carry_state=False
@@ -50,14 +55,17 @@ BASE |= dict(
 
 
 def reach(k: Knobs) -> int | None:
-    """Patches before its own that a latent can depend on through the stacked windows alone: each block looks window - 1
-    further back. None: all of them. The short convolution is part of the memory, and a patch's encoder sees no other
+    """Patches before its own that a latent can depend on through the stacked windows alone: each
+    block looks window - 1
+    further back. None: all of them. The short convolution is part of the memory, and a patch's
+    encoder sees no other
     patch, so neither adds to it; the decoder sees the patch and one before."""
     return None if k.window is None else max(k.n_layer * (k.window - 1), PAST // PATCH - 1)
 
 
 def beyond(needle: int, answer: int, k: Knobs) -> bool:
-    """Whether the byte at `needle` cannot move the prediction of the byte at `answer` except through the memory. The
+    """Whether the byte at `needle` cannot move the prediction of the byte at `answer` except
+    through the memory. The
     byte at `answer` is predicted from the patch before its own."""
     far = reach(k)
     return far is not None and needle // PATCH < answer // PATCH - 1 - far
@@ -86,7 +94,8 @@ def rean_embd_knobs(given: Sequence[str], base: Mapping[str, object] = BASE) -> 
 def check_device(device: str) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            f"--device cuda, but torch {torch.__version__} sees no CUDA GPU; leave it out to use the CPU"
+            f"--device cuda, but torch {torch.__version__} sees no CUDA GPU; leave it out to use "
+            f"the CPU"
         )
     if device == "cpu":
         torch.set_num_threads(
@@ -111,7 +120,8 @@ def load(path: Path, device: torch.device) -> ByteLM:
 
 
 def other_memory(model: ByteLM, memory: str) -> ByteLM:
-    """A copy with the same weights and another MEMORY: zero is the model whose memory says nothing."""
+    """A copy with the same weights and another MEMORY: zero is the model whose memory says
+    nothing."""
     copy = ByteLM(dataclasses.replace(model.cfg, memory=memory))
     copy.load_state_dict(model.state_dict())
     return copy.to(model.plasticity.device).eval()
@@ -122,7 +132,8 @@ def n_params(model: ByteLM) -> int:
 
 
 def answer_logits(model: ByteLM, x_BT: Tensor, at_BA: Tensor, y_BAP: Tensor) -> Tensor:
-    """Logits (B, A, 4, 256) of the bytes y of the patches `at`, each given all bytes before it. The same numbers as
+    """Logits (B, A, 4, 256) of the bytes y of the patches `at`, each given all bytes before it. The
+    same numbers as
     model.logits' at these places, without decoding all others."""
     at = (at_BA - 1)[..., None]
     places, y_BT = (
@@ -156,7 +167,8 @@ def answer_nll(model: ByteLM, x_BT: Tensor, at_BA: Tensor, y_BAP: Tensor) -> Ten
 
 
 def answer_hits(model: ByteLM, x_BT: Tensor, at_BA: Tensor, y_BAP: Tensor) -> Tensor:
-    """Whether the likeliest byte is the right one, (B, A, 4); True where y is -1. All of an answer's bytes hit exactly
+    """Whether the likeliest byte is the right one, (B, A, 4); True where y is -1. All of an
+    answer's bytes hit exactly
     when greedy decoding writes that answer."""
     return (answer_logits(model, x_BT, at_BA, y_BAP).argmax(-1) == y_BAP) | (y_BAP < 0)
 
@@ -175,9 +187,12 @@ def train_on_answers(
     say: Callable[[str], None],
     start: ByteLM | None = None,
 ) -> tuple[ByteLM, float]:
-    """A model of these knobs, trained for NUM_ITERATIONS steps with the loss on the answers of make(step, stage) alone,
-    by train_scaled.py's optimizer and schedule, from the weights of `start` or new ones. A stage ends when its answers
-    are learned; a model that never learns stays where it is. Returns it in evaluation mode, and the seconds it took."""
+    """A model of these knobs, trained for NUM_ITERATIONS steps with the loss on the answers of
+    make(step, stage) alone,
+    by train_scaled.py's optimizer and schedule, from the weights of `start` or new ones. A stage
+    ends when its answers
+    are learned; a model that never learns stays where it is. Returns it in evaluation mode, and the
+    seconds it took."""
     model = ByteLM(k)
     model.init_weights(k.seed)
     if start is not None:
@@ -199,7 +214,8 @@ def train_on_answers(
         if (step + 1) % 100 == 0 or step + 1 == k.num_iterations:
             mean = sum(since) / len(since)
             say(
-                f"step:{step + 1}/{k.num_iterations} stage:{stage} loss:{mean:.4f} seconds:{clock(device) - t0:.0f}"
+                f"step:{step + 1}/{k.num_iterations} stage:{stage} loss:{mean:.4f} "
+                f"seconds:{clock(device) - t0:.0f}"
             )
             since = []
         if len(recent) >= 20 and sum(recent[-20:]) < 20 * LEARNED and stage + 1 < num_stages:
@@ -219,7 +235,8 @@ def clock(device: torch.device) -> float:
 
 
 def read_text(source: str | None, part: str = "test") -> tuple[bytes, str]:
-    """The bytes of a file, folder or pattern, and what to call them. Without one the `part`, train or test, of the
+    """The bytes of a file, folder or pattern, and what to call them. Without one the `part`, train
+    or test, of the
     Turkish text when it is here, else of the embedded corpus."""
     if source is None and TURKISH.is_dir():
         source = str(TURKISH / f"{part}.txt")

@@ -2,18 +2,26 @@
 """curriculum_intelligence.py -- how much Turkish a byte model of train_scaled.py knows, in numbers.
 
     python scripts/scaled/curriculum_intelligence.py --run ID
-    python scripts/scaled/curriculum_intelligence.py --weights best_model_scaled.pth --samples 20 --heldout val.txt
+    python scripts/scaled/curriculum_intelligence.py --weights best_model_scaled.pth --samples 20
+    --heldout val.txt
 
-Minimal pairs   two words in one sentence, alike but for what a rule of Turkish decides; a hit is a higher likelihood of
-                the right one, in all bytes from the word on. Vowel harmony: the suffix's vowels follow the stem's last
+Minimal pairs   two words in one sentence, alike but for what a rule of Turkish decides; a hit is a
+        higher likelihood of
+                the right one, in all bytes from the word on. Vowel harmony: the suffix's vowels
+                follow the stem's last
                 one. Suffix order: plural, possessive, case; negation before tense. Chance is 50%
-Generated text  the original report's prompts, continued: share of its words (3 letters and more) that occur in held-out
-                text, share of its 8-byte pieces that it had already written, share of its bytes that are valid UTF-8.
-                Beside them the same numbers of held-out text itself, and of that with its words' letters shuffled
+Generated text  the original report's prompts, continued: share of its words (3 letters and more)
+          that occur in held-out
+                text, share of its 8-byte pieces that it had already written, share of its bytes
+                that are valid UTF-8.
+                Beside them the same numbers of held-out text itself, and of that with its words'
+                       letters shuffled
 Files           OUT.csv, OUT.json, OUT.md: the table, and every continuation in full
 Raises          UserError: a bad flag, no weights, no held-out text, no GPU
-Source          the rules: Goeksel and Kerslake, Turkish: A Comprehensive Grammar (2005), chapters 3 (vowel harmony) and
-                8 (order of nominal and of verbal suffixes). The words are ours, without exceptions to harmony (saat,
+Source          the rules: Goeksel and Kerslake, Turkish: A Comprehensive Grammar (2005), chapters 3
+                (vowel harmony) and
+                8 (order of nominal and of verbal suffixes). The words are ours, without exceptions
+                to harmony (saat,
                 kalp) and without stems that change before a vowel (kitap, kitabim)
 """
 
@@ -43,20 +51,23 @@ CARRIER = "\nBu metinde ", " sözcüğü geçer.\n"  # any form of a word may st
 
 # stem, right suffix, wrong suffix
 HARMONY = """
-araba lar ler|kapı lar ler|çocuk lar ler|okul lar ler|yol lar ler|kuş lar ler|dağ lar ler|kız lar ler|orman lar ler
-masa lar ler|ev ler lar|çiçek ler lar|deniz ler lar|gün ler lar|göz ler lar|şehir ler lar|köy ler lar|kedi ler lar
-öğretmen ler lar|ülke ler lar|okul da de|araba da de|masa da de|orman da de|yol da de|ev de da|deniz de da|köy de da
-şehir de da|gün de da|okul dan den|dağ dan den|kapı dan den|orman dan den|ev den dan|köy den dan|deniz den dan
-şehir den dan|oku mak mek|yaz mak mek|al mak mek|bul mak mek|gel mek mak|git mek mak|gör mek mak|bil mek mak
-baş ım im|kız ım im|ev im ım|diş im ım|yol um üm|kuş um üm|göz üm um|gün üm um
+araba lar ler|kapı lar ler|çocuk lar ler|okul lar ler|yol lar ler|kuş lar ler|dağ lar ler
+kız lar ler|orman lar ler|masa lar ler|ev ler lar|çiçek ler lar|deniz ler lar|gün ler lar
+göz ler lar|şehir ler lar|köy ler lar|kedi ler lar|öğretmen ler lar|ülke ler lar|okul da de
+araba da de|masa da de|orman da de|yol da de|ev de da|deniz de da|köy de da|şehir de da
+gün de da|okul dan den|dağ dan den|kapı dan den|orman dan den|ev den dan|köy den dan
+deniz den dan|şehir den dan|oku mak mek|yaz mak mek|al mak mek|bul mak mek|gel mek mak
+git mek mak|gör mek mak|bil mek mak|baş ım im|kız ım im|ev im ım|diş im ım|yol um üm|kuş um üm
+göz üm um|gün üm um
 """
 # stem and suffixes in the right order; wrong: the first two suffixes change places
 ORDER = """
-ev ler im de|deniz ler im de|iş ler im de|ders ler im de|el ler im de|diş ler im de|kalem ler im de|kardeş ler im de
-öğretmen ler im de|kız lar ım da|baş lar ım da|dal lar ım da|anlam lar ım da|akşam lar ım da|alan lar ım da
-zaman lar ım da|roman lar ım da|sınav lar ım da|hayvan lar ım da|adam lar ım da|taş lar ım da|arkadaş lar ım da
-ev ler im den|iş ler im den|el ler im den|kardeş ler im den|kız lar ım dan|arkadaş lar ım dan|hayvan lar ım dan
-gel me di|bil me di|ver me di|gir me di|yaz ma dı|al ma dı|kal ma dı|kır ma dı
+ev ler im de|deniz ler im de|iş ler im de|ders ler im de|el ler im de|diş ler im de
+kalem ler im de|kardeş ler im de|öğretmen ler im de|kız lar ım da|baş lar ım da|dal lar ım da
+anlam lar ım da|akşam lar ım da|alan lar ım da|zaman lar ım da|roman lar ım da|sınav lar ım da
+hayvan lar ım da|adam lar ım da|taş lar ım da|arkadaş lar ım da|ev ler im den|iş ler im den
+el ler im den|kardeş ler im den|kız lar ım dan|arkadaş lar ım dan|hayvan lar ım dan|gel me di
+bil me di|ver me di|gir me di|yaz ma dı|al ma dı|kal ma dı|kır ma dı
 """
 PIECE = 8  # bytes of a piece that counts as repeated
 
@@ -82,7 +93,8 @@ def minimal_pairs() -> list[tuple[str, str, str]]:
 
 @torch.no_grad()
 def log_likelihoods(model: ByteLM, texts: Sequence[tuple[bytes, bytes]]) -> list[float]:
-    """log p of each text's second part after its first, in nats: a sum, as texts of other lengths compete."""
+    """log p of each text's second part after its first, in nats: a sum, as texts of other lengths
+    compete."""
     out, device = [], model.plasticity.device
     for before, rest in texts:
         before = (
@@ -127,7 +139,8 @@ def words_of(text: str) -> list[str]:
 
 
 def valid_share(text: bytes) -> float:
-    """Share of the bytes that are part of a UTF-8 character; a character cut off by the end counts as valid."""
+    """Share of the bytes that are part of a UTF-8 character; a character cut off by the end counts
+    as valid."""
     for n in range(1, min(3, len(text)) + 1):
         lead = text[-n]
         if 0xC2 <= lead <= 0xF4:

@@ -1,15 +1,22 @@
-"""position_curve.py -- bits per byte against position in long texts: what the memory of train_scaled.py adds.
+"""position_curve.py -- bits per byte against position in long texts: what the memory of
+train_scaled.py adds.
 
     python scripts/scaled/position_curve.py --run ID --window_run ID2
-    python scripts/scaled/position_curve.py --weights best_model_scaled.pth --text held_out.txt --length 65536
-    python scripts/scaled/position_curve.py --run ID --full_attention_run ID3      beside full attention of the same size
+    python scripts/scaled/position_curve.py --weights best_model_scaled.pth --text held_out.txt
+    --length 65536
+    python scripts/scaled/position_curve.py --run ID --full_attention_run ID3  beside full attention
+    of the same size
 
-The text is cut into documents of LENGTH bytes (or at --separator), each read from an empty state to its end, in
-constant memory. Every byte counts once; the first four of a document, which no model scores, count 8 bits each. Means
+The text is cut into documents of LENGTH bytes (or at --separator), each read from an empty state to
+    its end, in
+constant memory. Every byte counts once; the first four of a document, which no model scores, count
+8 bits each. Means
 over bins of position, intervals by bootstrap over documents; differences are of the same documents.
-Models   full; memory zeroed: the same weights with the memory silent; window only: trained without a memory; full
+Models   full; memory zeroed: the same weights with the memory silent; window only: trained without
+         a memory; full
          attention: in pieces of its own SEQUENCE_LENGTH, behind which it was never trained
-Prints   bits per byte and per character of the whole text, beside xz -9e, bz2 -9, zstd -22 and PPMd on the same bytes.
+Prints   bits per byte and per character of the whole text, beside xz -9e, bz2 -9, zstd -22 and PPMd
+         on the same bytes.
          These compressors have seen no training text
 Files    OUT.csv a line per model and bin, OUT.json, OUT.png if matplotlib is there
 Raises   UserError: a bad flag, no weights, no text, a text shorter than a patch, no GPU
@@ -45,7 +52,8 @@ DRAWS = 2000  # of the bootstrap
 
 
 def documents(text: bytes, length: int, separator: bytes | None) -> list[bytes]:
-    """Pieces of the text that hold all of its bytes: of `length`, the last one shorter, or cut behind `separator`."""
+    """Pieces of the text that hold all of its bytes: of `length`, the last one shorter, or cut
+    behind `separator`."""
     if separator is None:
         return [text[at : at + length] for at in range(0, len(text), length)]
     pieces = text.split(separator)
@@ -60,7 +68,8 @@ def documents(text: bytes, length: int, separator: bytes | None) -> list[bytes]:
 def read_bits(
     model: ByteLM, docs: Sequence[bytes], rows: int, restart: int | None
 ) -> list[np.ndarray]:
-    """Bits of every byte of each document, fp64. `restart`: bytes after which the model's state is emptied."""
+    """Bits of every byte of each document, fp64. `restart`: bytes after which the model's state is
+    emptied."""
     device, out = model.plasticity.device, [np.full(len(doc), UNSCORED) for doc in docs]
     order = sorted(
         range(len(docs)), key=lambda i: len(docs[i])
@@ -114,7 +123,8 @@ def by_bin(bits: Sequence[np.ndarray], at: Sequence[int]) -> tuple[np.ndarray, n
 def bootstrap(
     sums_DJ: np.ndarray, counts_DJ: np.ndarray, seed: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Means of the columns, and the ends of their 95% intervals over documents (percentiles; nan with one document)."""
+    """Means of the columns, and the ends of their 95% intervals over documents (percentiles; nan
+    with one document)."""
     means = sums_DJ.sum(0) / np.maximum(counts_DJ.sum(0), 1)
     if len(sums_DJ) < 2:
         return means, np.full_like(means, np.nan), np.full_like(means, np.nan)
@@ -132,7 +142,8 @@ def bootstrap(
 
 
 def compressed(text: bytes) -> dict[str, tuple[int | None, str]]:
-    """Bytes that each compressor makes of the text, and which program it was; None where there is none."""
+    """Bytes that each compressor makes of the text, and which program it was; None where there is
+    none."""
     found = {"xz -9e": (len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)), "Python's lzma")}
     found["bz2 -9"] = len(bz2.compress(text, 9)), "Python's bz2"
     if zstd := shutil.which("zstd"):
@@ -243,7 +254,10 @@ def draw(path: Path, rows: list[dict[str, object]], reach: int | None, source: s
     bottom.set_ylabel("more than the full\nmodel (bits per byte)", fontsize=10)
     bottom.set_xlabel("position in the document (bytes)", fontsize=10)
     n = max(r["documents"] for r in rows)
-    words = f"{n} documents of {Path(source).name}; band: 95%, bootstrap over documents; dotted: reach of the windows"
+    words = (
+        f"{n} documents of {Path(source).name}; band: 95%, bootstrap over documents; dotted: reach "
+        f"of the windows"
+    )
     plots.finish(figure, [top, bottom], "Bits per byte by position", words)
     plots.add_legend(top, bottom, len(top.lines))
     path.write_bytes(plots.figure_bytes(figure, "png"))
@@ -278,7 +292,8 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     a = lib.finish_options(p, argv, "position_curve")
     if a.length < PATCH or a.length % PATCH or a.rows < 1:
         raise UserError(
-            f"--length {a.length} --rows {a.rows}: expected a multiple of {PATCH} bytes, and 1 row or more"
+            f"--length {a.length} --rows {a.rows}: expected a multiple of {PATCH} bytes, and 1 row "
+            f"or more"
         )
     if not (a.run or a.weights):
         raise UserError("no model: name one with --run ID or --weights FILE")
@@ -335,7 +350,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     far = lib.reach(models["full"].cfg)
     print(f"{source}: {len(text):,} bytes, {characters:,} characters, {len(docs)} documents")
     print(
-        f"windows reach {'everything' if far is None else f'{PATCH * far:,} bytes'}; n: documents in the bin"
+        f"windows reach {'everything' if far is None else f'{PATCH * far:,} bytes'}; n: documents "
+        f"in the bin"
     )
     shown = [("model", "position", "n", "bits per byte [95%]", "above full [95%]")]
     interval = lambda r, key, low, high: f"{r[key]:.4f} [{r[low]:.4f}, {r[high]:.4f}]"

@@ -1,19 +1,28 @@
-"""recall_fixed.py -- does train_scaled.py's memory hand on a passkey from beyond what its windows can reach?
+"""recall_fixed.py -- does train_scaled.py's memory hand on a passkey from beyond what its windows
+can reach?
 
-    python scripts/scaled/recall_fixed.py --train                          trains a small model and a control, tests both
-    python scripts/scaled/recall_fixed.py --run ID --window_run ID2        of runs of train_scaled.py
+    python scripts/scaled/recall_fixed.py --train  trains a small model and a control, tests both
+    python scripts/scaled/recall_fixed.py --run ID --window_run ID2  of runs of train_scaled.py
     python scripts/scaled/recall_fixed.py --weights best_model_scaled.pth --lengths 1024,4096 --n 50
-    python scripts/scaled/recall_fixed.py --train --run ID                   fine-tunes that run's model on passkeys first
+    python scripts/scaled/recall_fixed.py --train --run ID  fine-tunes that run's model on passkeys
+    first
 
-A text of LENGTH bytes is real prose with one sentence in it that holds a random 5-digit key, DEPTH percent of the way
-from its beginning, and the question for it at its end. A hit is all five digits, written greedily; the text streams
-through a state of constant size. A cell counts when the key lies beyond n_layers x (window - 1) patches, so that no
-window hands it on; others are marked * and left out of the sums. Controls: the same weights with the memory silent, a
+A text of LENGTH bytes is real prose with one sentence in it that holds a random 5-digit key, DEPTH
+percent of the way
+from its beginning, and the question for it at its end. A hit is all five digits, written greedily;
+the text streams
+through a state of constant size. A cell counts when the key lies beyond n_layers x (window - 1)
+patches, so that no
+window hands it on; others are marked * and left out of the sums. Controls: the same weights with
+the memory silent, a
 model trained alike without memory, chance (1e-5; 0.1 per digit).
-A run that was never taught to answer fails, whatever it remembers: --train teaches on answers alone, first in rows so
-short that the key is just beyond reach, with spaces for prose, then with prose, then in longer rows up to TRAIN_LENGTH.
+A run that was never taught to answer fails, whatever it remembers: --train teaches on answers
+alone, first in rows so
+short that the key is just beyond reach, with spaces for prose, then with prose, then in longer rows
+up to TRAIN_LENGTH.
 Shapes   B rows, T bytes, A patches that hold an answer
-Raises   UserError: a bad flag, no weights, no text, a length that the sentences do not fit into, no GPU
+Raises   UserError: a bad flag, no weights, no text, a length that the sentences do not fit into, no
+GPU
 """
 
 import argparse
@@ -57,8 +66,10 @@ def prose(text: bytes, n: int, rng: np.random.Generator) -> bytes:
 
 
 def make_text(filler: bytes, length: int, depth: float, key: str, align: int) -> tuple[bytes, int]:
-    """The text up to where its answer begins, of `length` bytes together (less up to align - 1), and where the key's
-    digits begin. Digits of key and answer begin at multiples of `align`. `filler` has at least `length` bytes."""
+    """The text up to where its answer begins, of `length` bytes together (less up to align - 1),
+    and where the key's
+    digits begin. Digits of key and answer begin at multiples of `align`. `filler` has at least
+    `length` bytes."""
     end = (length - DIGITS) // align * align
     room = end - QUESTION_BYTES - NEEDLE_BYTES
     at = (round(depth * room) + BEFORE) // align * align - BEFORE
@@ -80,7 +91,8 @@ def make_cell(
 
 
 def stages(k: Knobs) -> list[tuple[int, float]]:
-    """Bytes of a row and share of rows with spaces for prose, stage by stage: first the shortest rows whose keys are
+    """Bytes of a row and share of rows with spaces for prose, stage by stage: first the shortest
+    rows whose keys are
     all beyond reach, at last SEQUENCE_LENGTH."""
     shortest = -(-(NEEDLE_BYTES + QUESTION_BYTES + DIGITS + lib.safe_gap(k)) // PATCH + 1) * PATCH
     longer = [n for n in (k.sequence_length >> i for i in range(20, -1, -1)) if n > shortest]
@@ -93,7 +105,8 @@ def stages(k: Knobs) -> list[tuple[int, float]]:
 
 
 def training_batch(step: int, stage: int, text: bytes, k: Knobs, align: int) -> lib.Batch:
-    """Rows of a stage, as many as make BATCH_SIZE * SEQUENCE_LENGTH bytes; a quarter of the batches is of an earlier
+    """Rows of a stage, as many as make BATCH_SIZE * SEQUENCE_LENGTH bytes; a quarter of the batches
+    is of an earlier
     stage."""
     rng, plan = np.random.default_rng([k.seed, step]), stages(k)
     size, spaces = plan[stage if rng.random() < 0.75 else int(rng.integers(stage + 1))]
@@ -117,7 +130,8 @@ def training_batch(step: int, stage: int, text: bytes, k: Knobs, align: int) -> 
 
 @torch.no_grad()
 def answer(model: ByteLM, rows_BT: np.ndarray, num_bytes: int = DIGITS) -> tuple[list[bytes], int]:
-    """What each row's text is greedily continued with, streamed; and the bytes of the state behind it, of all rows."""
+    """What each row's text is greedily continued with, streamed; and the bytes of the state behind
+    it, of all rows."""
     stream, out = Stream(model, len(rows_BT)), []
     stream.feed(torch.from_numpy(rows_BT.astype(np.int64)))
     for i in range(num_bytes):
@@ -165,7 +179,8 @@ def show_length(found: list[dict[str, object]], length: int, models: dict[str, B
 
 
 def sums(found: list[dict[str, object]], trained: int | None) -> list[dict[str, object]]:
-    """Exact match over the cells that count: of each length and of all lengths to 4 times the trained one."""
+    """Exact match over the cells that count: of each length and of all lengths to 4 times the
+    trained one."""
     out, lengths = [], sorted({r["length"] for r in found})
     groups = [(str(length), {length}) for length in lengths]
     if trained:
@@ -226,12 +241,15 @@ def train(
     check_fits([a.train_length], a.align)
     if k.sequence_length < NEEDLE_BYTES + QUESTION_BYTES + DIGITS + lib.safe_gap(k):
         raise UserError(
-            f"--train_length {a.train_length} is too short for a key beyond {lib.reach(k)} patches; use "
-            f"{NEEDLE_BYTES + QUESTION_BYTES + DIGITS + lib.safe_gap(k)} or more, or a smaller window"
+            f"--train_length {a.train_length} is too short for a key beyond {lib.reach(k)} "
+            f"patches; use "
+            f"{NEEDLE_BYTES + QUESTION_BYTES + DIGITS + lib.safe_gap(k)} or more, or a smaller "
+            f"window"
         )
     text, source = lib.read_text(a.train_text or a.filler, "train")
     print(
-        f"training: memory {memory}, {k.num_iterations} steps x {k.batch_size} x {k.sequence_length} bytes, {source}"
+        f"training: memory {memory}, {k.num_iterations} steps x {k.batch_size} x "
+        f"{k.sequence_length} bytes, {source}"
     )
     make = partial(training_batch, text=text, k=k, align=a.align)
     return lib.train_on_answers(
@@ -343,10 +361,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         else f"{lib.reach(k)} patches = {PATCH * lib.reach(k):,} bytes"
     )
     print(
-        f"{lib.n_params(models['full']):,} parameters; windows reach {reach}; filler: {source}; n={a.n} a cell"
+        f"{lib.n_params(models['full']):,} parameters; windows reach {reach}; filler: {source}; "
+        f"n={a.n} a cell"
     )
     print(
-        f"exact match by depth {' '.join(f'{100 * d:.0f}%' for d in a.depths)}; * within the windows' reach"
+        f"exact match by depth {' '.join(f'{100 * d:.0f}%' for d in a.depths)}; * within the "
+        f"windows' reach"
     )
     found = grid(models, text, a, trained)
     total = sums(found, trained)

@@ -1,4 +1,5 @@
-"""scaled_support.py -- what the tests of train_scaled.py need: small models, small texts, small runs."""
+"""scaled_support.py -- what the tests of train_scaled.py need: small models, small texts, small
+runs."""
 
 import signal
 import sys

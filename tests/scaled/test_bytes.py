@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001 -- Turkish has a dotless i
 """The byte decoder, its tables of n-grams, and the memory by bytes."""
 
 import pytest
@@ -24,7 +25,8 @@ def test_the_byte_decoder_is_torchs_gru_over_what_it_reads_and_its_own_patch(dec
 
 
 def test_the_n_gram_tables_are_read_by_the_last_3_to_6_bytes_alone():
-    """By what each byte moves, at every place of a text; the tables are the only thing that says anything here."""
+    """By what each byte moves, at every place of a text; the tables are the only thing that says
+    anything here."""
     model = fresh(ngram_rows=1 << 16, mem_rows=0)
     torch.nn.init.normal_(model.decoder.grams.table)
     for parameter in (*model.decoder.gru.parameters(), *model.decoder.out.parameters()):
@@ -88,7 +90,8 @@ def test_the_memory_by_bytes_is_its_recurrence_with_its_gradients_whatever_the_c
 
 
 def test_the_memory_by_bytes_finds_what_followed_wherever_patches_begin_and_4000_bytes_later():
-    """An untrained model: words met once, 0 to 4,000 bytes ago, at each of the four places in a patch."""
+    """An untrained model: words met once, 0 to 4,000 bytes ago, at each of the four places in a
+    patch."""
     model, once = fresh(mem_rows=1 << 16), "Parola: kırk bir çınar ".encode()
     for gap in (0, 1, 2, 3, 4000):
         s = torch.cat([torch.tensor([list(once)]), text(1, gap), torch.tensor([list(once)])], 1)

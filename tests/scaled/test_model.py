@@ -62,7 +62,8 @@ def test_the_phase_8_model_is_the_plain_reference(form):
 
 @pytest.mark.parametrize("variant", list(VARIANTS))
 def test_a_byte_moves_no_prediction_of_itself_or_before(variant):
-    """Every byte of a window, and every logit: byte p of the text is target p - 4, and stands in x from p on."""
+    """Every byte of a window, and every logit: byte p of the text is target p - 4, and stands in x
+    from p on."""
     model, s = fresh(variant), repeats(1, 68)
     before = model.logits(s[:, :64], s[:, 4:])[0]
     with torch.no_grad():

@@ -63,8 +63,9 @@ def test_a_run_learns_and_leaves_its_files(monkeypatch, tmp_path):
 
 def start_and_kill(folder: Path, run_id: str, at: int, **knobs) -> None:
     """A run of its own process, killed with SIGKILL when its log has reached step `at`."""
-    p = subprocess.Popen([*command(1, "train_scaled.py"), *flags(folder, run_id=run_id, **knobs)], cwd=folder,
-                         env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip
+    given = [*command(1, "train_scaled.py"), *flags(folder, run_id=run_id, **knobs)]
+    null, pipe = subprocess.DEVNULL, subprocess.PIPE
+    p = subprocess.Popen(given, cwd=folder, env=environment(), stdout=null, stderr=pipe)
     end, log = time.monotonic() + 100, folder / f"logs/{run_id}.txt"
     while (
         time.monotonic() < end
@@ -106,8 +107,10 @@ def test_several_ranks_train_as_one_and_one_goes_on_from_them(monkeypatch, tmp_p
     """Three ranks have shares of one and two rows."""
     values = dict(num_iterations=12, batch_size=4, device_batch_size=1, log_every=1)
     run_here(monkeypatch, tmp_path, run_id="one", **values)
-    p = subprocess.run([*command(ranks, "train_scaled.py"), *flags(tmp_path, run_id="more", **values)],
-                       cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=200)  # fmt: skip
+    given = [*command(ranks, "train_scaled.py"), *flags(tmp_path, run_id="more", **values)]
+    p = subprocess.run(
+        given, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=200
+    )
     assert p.returncode == 0, p.stderr
     for i in range(2):
         a, b = (
