@@ -75,14 +75,14 @@ FAMILY = {
         "init_from val_bytes log_every on_nan precision fla recompute tracker"
     ),
     "train_arith.py": (
-        "model_name d_model num_layers num_heads d_ff ffn_type dropout use_rope tie_weights "
-        "attention sequence_length answer_format answer_digits spaces train_path val_path "
-        "test_path train_examples val_examples grammar operators operand_min operand_max "
-        "operand_sampling operands_min operands_max operands_weights depth_min depth_max "
-        "curriculum curriculum_exact num_epochs schedule warmup_steps warmdown_frac "
-        "answer_only_loss optimizer lr muon_lr weight_decay betas grad_clip eval_interval "
-        "save_interval config output_dir fp16 bf16 gpu_only log_interval track track_project "
-        "wandb_project"
+        "model_name n_embd n_layer n_head d_ff ffn_type dropout use_rope tie_weights "
+        "sequence_length answer_format answer_digits spaces train_path val_path test_path "
+        "train_examples val_examples grammar operators operand_min operand_max operands_min "
+        "operands_max operands_weights depth_min depth_max curriculum_exact num_epochs schedule "
+        "warmup_iters warmdown_frac answer_only_loss optimizer lr muon_lr weight_decay betas "
+        "grad_clip eval_interval save_interval config output_dir fp16 bf16 gpu_only cuda_graph "
+        "log_interval tracker tracker_project wandb_project early_stop_patience "
+        "early_stop_min_delta target_loss"
     ),
 }
 # Names of this table that other programs put into the environment for reasons of their own. Where a

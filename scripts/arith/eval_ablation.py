@@ -258,6 +258,33 @@ def tell(found: Sequence[Result], rows: Sequence[dict], kinds: Sequence[str]) ->
             print(f"{r.s.name} {r.set.name} {kind}:{mark} drop of exact match " + "; ".join(words))
 
 
+def baselines_of(found: Sequence[Result]) -> list[dict]:
+    """Each model on each set, as it is."""
+    rows = []
+    for r in found:
+        base = dict(
+            model=r.s.name,
+            set=r.set.name,
+            units=r.set.n,
+            competent=r.competent,
+            ablated=bool(r.ablated),
+        )
+        rows.append(base | dict(zip(METRICS, r.base_NM.mean(0).tolist(), strict=True)))
+    return rows
+
+
+def tell_agreement(rows: Sequence[dict]) -> None:
+    for row in rows:
+        if row["metric"] != "eos" and row["pairs"]:
+            print(
+                f"seeds {row['set']} {row['kind']} {row['metric']}: tau "
+                f"{row['kendall_tau']:.2f}, W "
+                f"{row['kendall_w']:.2f}, p {row['p_over_model']:.3f}, within layers "
+                f"{row['p_within_layers']:.3f}; "
+                f"top {row['top_head']}"
+            )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     a = arguments(argv)
     heads.need("scipy", "matplotlib")
@@ -272,20 +299,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = [row for r in found for row in rows_of(r, kinds)]
     out = tables.out_folder(a, "ablation", subjects)
     content = tables.provenance(subjects, [t.path for t in sets.values()])
-    content |= dict(
-        gate=heads.GATE, allow_incompetent=a.allow_incompetent, baselines=[], named=named(rows)
-    )
-    for r in found:
-        base = dict(
-            model=r.s.name,
-            set=r.set.name,
-            units=r.set.n,
-            competent=r.competent,
-            ablated=bool(r.ablated),
-        )
-        content["baselines"].append(
-            base | dict(zip(METRICS, r.base_NM.mean(0).tolist(), strict=True))
-        )
+    content |= dict(gate=heads.GATE, allow_incompetent=a.allow_incompetent, named=named(rows))
+    content["baselines"] = baselines_of(found)
     content["agreement"] = agreement(found, kinds)
     tables.write_json(out / "ablation.json", content)
     if not rows:
@@ -301,15 +316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if table:
             tables.write_csv(out / f"{name}.csv", table)
     tell(found, rows, kinds)
-    for row in content["agreement"]:
-        if row["metric"] != "eos" and row["pairs"]:
-            print(
-                f"seeds {row['set']} {row['kind']} {row['metric']}: tau "
-                f"{row['kendall_tau']:.2f}, W "
-                f"{row['kendall_w']:.2f}, p {row['p_over_model']:.3f}, within layers "
-                f"{row['p_within_layers']:.3f}; "
-                f"top {row['top_head']}"
-            )
+    tell_agreement(content["agreement"])
     for s in subjects:
         if any(r.ablated for r in found if r.s is s):
             for metric in METRICS:

@@ -123,47 +123,61 @@ def tell(t: TestSet, rows: Sequence[dict], known: dict[str, dict], place: Place)
         )
 
 
+LINES = dict(
+    always_end=("always end", ":"),
+    paren_blind=("brackets ignored", "--"),
+    most_frequent=("most frequent", "-."),
+)
+
+
+def draw_panel(
+    panel,
+    metric: str,
+    place: Place,
+    sets: Sequence[TestSet],
+    rows: Sequence[dict],
+    known: dict[str, dict],
+) -> None:
+    """The bars and lines of one metric."""
+    for i, t in enumerate(sets):
+        row = next(
+            r for r in rows if (r["set"], r["metric"], r["kind"]) == (t.name, metric, "zero")
+        )
+        for j, key in enumerate(("baseline", "ablated")):
+            value = row[key]
+            ends = tables.wilson(value * t.n, t.n)
+            error = [[max(0.0, value - ends[0])], [max(0.0, ends[1] - value)]]
+            label = ("as trained", f"{place} zeroed")[j] if i == 0 else None
+            panel.bar(
+                i + 0.38 * j - 0.19,
+                value,
+                0.36,
+                yerr=error,
+                capsize=3,
+                color=tables.COLOURS[j],
+                label=label,
+            )
+        for name, (label, dash) in LINES.items():
+            if (y := known[t.name][name][metric]) is not None:
+                panel.plot(
+                    [i - 0.42, i + 0.42],
+                    [y, y],
+                    dash,
+                    color="black",
+                    label=None if i else f"{label}: no model",
+                )
+    panel.set_xticks(range(len(sets)), [f"{t.name}\nn={t.n}" for t in sets], fontsize=8)
+    panel.set_title(LABELS[metric], fontsize=9)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
 def figure_of(
     s: Subject, place: Place, sets: Sequence[TestSet], rows: Sequence[dict], known: dict[str, dict]
 ):
     """Baseline and zeroed side by side per set, with the answers that need no model as lines."""
     figure, axes = tables.new_figure(7.2, 3.4, 1, 2, sharey=True)
-    lines = dict(
-        always_end=("always end", ":"),
-        paren_blind=("brackets ignored", "--"),
-        most_frequent=("most frequent", "-."),
-    )
     for panel, metric in zip(axes[0], ("eos", "exact"), strict=True):
-        for i, t in enumerate(sets):
-            row = next(
-                r for r in rows if (r["set"], r["metric"], r["kind"]) == (t.name, metric, "zero")
-            )
-            for j, key in enumerate(("baseline", "ablated")):
-                value = row[key]
-                ends = tables.wilson(value * t.n, t.n)
-                error = [[max(0.0, value - ends[0])], [max(0.0, ends[1] - value)]]
-                label = ("as trained", f"{place} zeroed")[j] if i == 0 else None
-                panel.bar(
-                    i + 0.38 * j - 0.19,
-                    value,
-                    0.36,
-                    yerr=error,
-                    capsize=3,
-                    color=tables.COLOURS[j],
-                    label=label,
-                )
-            for name, (label, dash) in lines.items():
-                if (y := known[t.name][name][metric]) is not None:
-                    panel.plot(
-                        [i - 0.42, i + 0.42],
-                        [y, y],
-                        dash,
-                        color="black",
-                        label=None if i else f"{label}: no model",
-                    )
-        panel.set_xticks(range(len(sets)), [f"{t.name}\nn={t.n}" for t in sets], fontsize=8)
-        panel.set_title(LABELS[metric], fontsize=9)
-        panel.spines[["top", "right"]].set_visible(False)
+        draw_panel(panel, metric, place, sets, rows, known)
     legend = axes[0, 1].get_legend_handles_labels()  # the right panel has all of them
     figure.legend(*legend, fontsize=7, frameon=False, loc="outside lower center", ncols=5)
     axes[0, 0].set_ylim(0, 1.05)

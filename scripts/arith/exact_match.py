@@ -95,6 +95,52 @@ def row_of(
     )
 
 
+def draw_sweep(panel, sweep: str, rows: Sequence[dict], trained: dict[str, Sequence[str]]) -> None:
+    """The models of one sweep, their mean, and what needs no model."""
+    cells = list(dict.fromkeys(r["cell"] for r in rows if r["sweep"] == sweep))
+    values = [[r["exact"] for r in rows if (r["sweep"], r["cell"]) == (sweep, c)] for c in cells]
+    blind = [
+        float(np.mean([r["paren_blind"] for r in rows if (r["sweep"], r["cell"]) == (sweep, c)]))
+        for c in cells
+    ]
+    for i, cell in enumerate(cells):
+        if cell in trained[sweep]:
+            panel.axvspan(i - 0.5, i + 0.5, color="0.93", zorder=0, linewidth=0)
+        panel.plot(
+            [i] * len(values[i]),
+            values[i],
+            "o",
+            color=tables.COLOURS[0],
+            markersize=4,
+            alpha=0.6,
+            clip_on=False,
+        )
+    n, joined = len(values[0]), sweep != "sets"
+    panel.plot(
+        range(len(cells)),
+        [float(np.mean(v)) for v in values],
+        "-" if joined else "_",
+        color=tables.COLOURS[0],
+        markersize=14,
+        label=f"mean of {n} model{'s' * (n > 1)}",
+    )
+    panel.plot(
+        range(len(cells)),
+        blind,
+        ":" if joined else "_",
+        color="0.3",
+        markersize=14,
+        label="brackets ignored",
+    )
+    panel.set_xticks(range(len(cells)), [c.replace("_", "\n") for c in cells], fontsize=8)
+    panel.set_xlabel(
+        dict(operands="operands", digits="digits of each operand", sets="test set")[sweep],
+        fontsize=9,
+    )
+    panel.set_ylim(0, 1.03)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
 def figure_of(rows: Sequence[dict], trained: dict[str, Sequence[str]]):
     """A panel per sweep but `cells`: points are models, the line is their mean; grey is what was
     trained on."""
@@ -108,52 +154,7 @@ def figure_of(rows: Sequence[dict], trained: dict[str, Sequence[str]]):
         1.0 + sum(widths), 3.6, 1, len(sweeps), sharey=True, width_ratios=widths
     )
     for panel, sweep in zip(axes[0], sweeps, strict=True):
-        cells = list(dict.fromkeys(r["cell"] for r in rows if r["sweep"] == sweep))
-        values = [
-            [r["exact"] for r in rows if (r["sweep"], r["cell"]) == (sweep, c)] for c in cells
-        ]
-        blind = [
-            float(
-                np.mean([r["paren_blind"] for r in rows if (r["sweep"], r["cell"]) == (sweep, c)])
-            )
-            for c in cells
-        ]
-        for i, cell in enumerate(cells):
-            if cell in trained[sweep]:
-                panel.axvspan(i - 0.5, i + 0.5, color="0.93", zorder=0, linewidth=0)
-            panel.plot(
-                [i] * len(values[i]),
-                values[i],
-                "o",
-                color=tables.COLOURS[0],
-                markersize=4,
-                alpha=0.6,
-                clip_on=False,
-            )
-        n, joined = len(values[0]), sweep != "sets"
-        panel.plot(
-            range(len(cells)),
-            [float(np.mean(v)) for v in values],
-            "-" if joined else "_",
-            color=tables.COLOURS[0],
-            markersize=14,
-            label=f"mean of {n} model{'s' * (n > 1)}",
-        )
-        panel.plot(
-            range(len(cells)),
-            blind,
-            ":" if joined else "_",
-            color="0.3",
-            markersize=14,
-            label="brackets ignored",
-        )
-        panel.set_xticks(range(len(cells)), [c.replace("_", "\n") for c in cells], fontsize=8)
-        panel.set_xlabel(
-            dict(operands="operands", digits="digits of each operand", sets="test set")[sweep],
-            fontsize=9,
-        )
-        panel.set_ylim(0, 1.03)
-        panel.spines[["top", "right"]].set_visible(False)
+        draw_sweep(panel, sweep, rows, trained)
     axes[0, 0].set_ylabel("exact match", fontsize=9)
     axes[0, 0].legend(fontsize=7, frameon=False, loc="lower left")
     figure.suptitle("Held-out exact match; grey: as in training", fontsize=10)

@@ -315,6 +315,16 @@ def usable(s: Subject, t: TestSet, a: argparse.Namespace) -> tuple[list[int], bo
     return which, fit
 
 
+def tell(rows: Sequence[dict], mark: str) -> None:
+    """The strongest heads, on the console."""
+    of_heads = [r for r in rows if r["kind"] == "head" and r["place"] == "all"]
+    for row in sorted(of_heads, key=lambda r: -r["recovery"])[:5]:
+        print(
+            f"{row['site']}: recovery {row['recovery']:+.3f} [{row['low']:+.3f}, "
+            f"{row['high']:+.3f}]{mark}"
+        )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     a, t0 = arguments(argv), time.process_time()
     heads.need("scipy", "matplotlib")
@@ -361,12 +371,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"logit difference: clean {clean.mean():.2f}, corrupt {corrupt.mean():.2f}; {spent:.0f} "
         f"s CPU"
     )
-    of_heads = [r for r in rows if r["kind"] == "head" and r["place"] == "all"]
-    for row in sorted(of_heads, key=lambda r: -r["recovery"])[:5]:
-        print(
-            f"{row['site']}: recovery {row['recovery']:+.3f} [{row['low']:+.3f}, "
-            f"{row['high']:+.3f}]{mark}"
-        )
+    tell(rows, mark)
     return 0
 
 

@@ -77,67 +77,68 @@ def by_layer(rows: Sequence[dict], task: str, network: str, kind: str, key: str)
     return np.array([[value(name, layer) for layer in layers] for name in names])
 
 
+def draw_task(panel, task: str, rows: Sequence[dict], s: Subject, original: bool) -> None:
+    """One task by layer."""
+    key = "test_accuracy" if original else "test_balanced"
+    layers = range(s.cfg.n_layer)
+    for kind, colour, dash, words in (
+        ("resid", tables.COLOURS[0], "-", "residual stream"),
+        ("head", tables.COLOURS[1], "--", "heads"),
+    ):
+        what = words if kind == "resid" else f"{words}, {'mean' if original else 'best on dev'}"
+        panel.plot(
+            layers,
+            by_layer(rows, task, "trained", kind, key)[0],
+            dash,
+            color=colour,
+            marker="o",
+            label=what,
+        )
+        band = by_layer(rows, task, "untrained", kind, key)
+        panel.fill_between(layers, band.min(0), band.max(0), color=colour, alpha=0.2, linewidth=0)
+        panel.plot(
+            layers,
+            band.mean(0),
+            dash,
+            color=colour,
+            linewidth=0.8,
+            label=f"{what}, untrained (n={len(band)})",
+        )
+    if not original:
+        known = by_layer(rows, task, "trained", "resid", "random_labels_balanced")[0]
+        panel.plot(
+            layers, known, ":", color=tables.COLOURS[0], label="residual stream, random labels"
+        )
+    for i, (site, words) in enumerate(
+        {
+            "majority": "majority",
+            probes.FEATURES[0]: probes.FEATURES[0],
+            probes.FEATURES[-1]: "+ position + previous",
+        }.items()
+    ):
+        y = next(r[key] for r in rows if r["task"] == task and r["site"] == site)
+        panel.axhline(
+            y,
+            color="0.35",
+            linewidth=1,
+            linestyle=("-", "-.", ":")[i],
+            label=f"{words} (no network)",
+        )
+    for r in rows:
+        if r["network"] == "trained" and r["kind"] == "head" and r["task"] == task:
+            panel.plot(r["layer"], r[key], ".", color=tables.COLOURS[1], markersize=4)
+    panel.set_title(task, fontsize=9)
+    panel.set_xticks(list(layers), [f"L{l}" for l in layers])
+    panel.spines[["top", "right"]].set_visible(False)
+
+
 def layer_figure(rows: Sequence[dict], s: Subject, original: bool):
     """Accuracy by layer: this network's line over the untrained networks' band, and lines for what
     needs no network."""
-    tasks, key = (
-        probes.TASKS[:1] if original else probes.TASKS,
-        "test_accuracy" if original else "test_balanced",
-    )
+    tasks = probes.TASKS[:1] if original else probes.TASKS
     figure, axes = tables.new_figure(3.7 * len(tasks) + 1.2, 4.2, 1, len(tasks))
-    layers = range(s.cfg.n_layer)
     for panel, task in zip(axes[0], tasks, strict=True):
-        for kind, colour, dash, words in (
-            ("resid", tables.COLOURS[0], "-", "residual stream"),
-            ("head", tables.COLOURS[1], "--", "heads"),
-        ):
-            what = words if kind == "resid" else f"{words}, {'mean' if original else 'best on dev'}"
-            panel.plot(
-                layers,
-                by_layer(rows, task, "trained", kind, key)[0],
-                dash,
-                color=colour,
-                marker="o",
-                label=what,
-            )
-            band = by_layer(rows, task, "untrained", kind, key)
-            panel.fill_between(
-                layers, band.min(0), band.max(0), color=colour, alpha=0.2, linewidth=0
-            )
-            panel.plot(
-                layers,
-                band.mean(0),
-                dash,
-                color=colour,
-                linewidth=0.8,
-                label=f"{what}, untrained (n={len(band)})",
-            )
-        if not original:
-            known = by_layer(rows, task, "trained", "resid", "random_labels_balanced")[0]
-            panel.plot(
-                layers, known, ":", color=tables.COLOURS[0], label="residual stream, random labels"
-            )
-        for i, (site, words) in enumerate(
-            {
-                "majority": "majority",
-                probes.FEATURES[0]: probes.FEATURES[0],
-                probes.FEATURES[-1]: "+ position + previous",
-            }.items()
-        ):
-            y = next(r[key] for r in rows if r["task"] == task and r["site"] == site)
-            panel.axhline(
-                y,
-                color="0.35",
-                linewidth=1,
-                linestyle=("-", "-.", ":")[i],
-                label=f"{words} (no network)",
-            )
-        for r in rows:
-            if r["network"] == "trained" and r["kind"] == "head" and r["task"] == task:
-                panel.plot(r["layer"], r[key], ".", color=tables.COLOURS[1], markersize=4)
-        panel.set_title(task, fontsize=9)
-        panel.set_xticks(list(layers), [f"L{l}" for l in layers])
-        panel.spines[["top", "right"]].set_visible(False)
+        draw_task(panel, task, rows, s, original)
     axes[0, 0].set_ylabel("test accuracy" if original else "test balanced accuracy", fontsize=9)
     figure.legend(
         *axes[0, 0].get_legend_handles_labels(),
