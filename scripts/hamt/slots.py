@@ -180,6 +180,10 @@ def slots_of_run(b: Bench, w: World) -> tuple[list[dict], list[dict], dict]:
     ).to(w.device)
     heads, slots = slot_statistics(model.to(w.device), tokens[:, :-1], tokens[:, 1:])
     what = dict(
-        run=b.run, checkpoint=str(path), val_loss=state["progress"]["val_loss"], sequences=n, tokens=n * T
+        run=b.run,
+        checkpoint=str(path),
+        val_loss=state["progress"]["val_loss"],
+        sequences=n,
+        tokens=n * T,
     )
     return heads, slots, what
