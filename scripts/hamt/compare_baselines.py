@@ -49,7 +49,7 @@ from plumbing.world import launch
 
 NOTE = (
     "Note: GPT-2's published 29.41 is WikiText-2 and 37.50 is WikiText-103, both zero-shot, per word, on de-tokenised "
-    "text; published models are zero-shot here too, on the text as it stands. A hybrid has attention layers in it."
+    "text; published models are zero-shot here too, on the text as it stands."
 )
 
 
@@ -90,7 +90,7 @@ def specs_of(a: argparse.Namespace) -> list[dict]:
 
 def attention_beside(k: train_gpu.Knobs) -> train_gpu.Knobs:
     return dataclasses.replace(
-        k, mixer="attention", memory="on", use_auxiliary_loss=False, window_every=0
+        k, mixer="attention", memory="on", use_auxiliary_loss=False, conv=None
     )
 
 
@@ -154,8 +154,9 @@ def compare(a: argparse.Namespace, out: Path) -> None:
         (Ours(s, torch.device("cpu")).cfg for s in specs if "path" in s),
         train_gpu.Knobs(data="wikitext-2"),
     )
-    changes = {name: getattr(a, name) for name in ("dataset", "data_folder") if getattr(a, name)}
-    a.dataset = changes.get("dataset", k.dataset)
+    changes = dict(data=a.dataset, data_folder=a.data_folder)
+    changes = {name: value for name, value in changes.items() if value}
+    a.dataset = changes.get("data", k.data)
     text, words = raw_text(dataclasses.replace(k, **changes), a.split, a.max_samples)
     show(
         f"{a.dataset}, {a.split}: {words:,} words, {len(text.encode()):,} bytes; window {window}, stride {stride}"

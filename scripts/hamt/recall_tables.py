@@ -122,7 +122,7 @@ def facts(b: Bench, w: World) -> dict:
     found = dict(command=shlex.join(sys.orig_argv), git_commit=beside.git_commit())
     found |= dict(
         date=f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S}",
-        device=w.name(),
+        device=w.device_name(),
         torch=torch.__version__,
     )
     return found | dict(

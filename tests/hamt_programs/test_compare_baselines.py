@@ -1,4 +1,4 @@
-"""What scripts/compare_baselines.py promises: one text, one convention for all models; nobody else's memory counted."""
+"""What scripts/hamt/compare_baselines.py promises: one text, one convention for all models; nobody else's memory counted."""
 
 import csv
 import dataclasses
@@ -8,23 +8,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compare_baselines as program
+import meters
 import numpy as np
 import pytest
+import quality
+import speed
+import subjects
 import torch
-from support import ONE, ROOT
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import compare_baselines as program
+from hamt_support import ONE, ROOT
 
 import plumbing
 import train_gpu
 from plumbing import UserError
+from plumbing.text_batches import Score
 
 CPU = torch.device("cpu")
-TINY = dict(
-    hidden_dim=16, hcm_dim=16, num_layers=2, num_slots=4, num_attention_heads=2, tokenizer="bytes"
-)
-TINY |= dict(mixed_precision="none", device="cpu", dropout=0.0, max_seq_length=32, batch_size=4)
+TINY = dict(n_embd=16, hcm_dim=16, n_layer=2, num_slots=4, n_head=2, tokenizer="bytes")
+TINY |= dict(precision="fp32", device="cpu", dropout=0.0, sequence_length=32, batch_size=4)
 TEXT = "\n\n".join(
     f"Paragraph {i} is about caf\u00e9s, and about {i * 7 % 11} other things." for i in range(400)
 )
@@ -66,7 +67,7 @@ class AutoModelForCausalLM:
 def save(folder: Path, run_id: str, **more: object) -> Path:
     """A checkpoint of random weights, as train_gpu.py would have left it."""
     k = train_gpu.Knobs(
-        **TINY | dict(dataset=str(folder / "text.txt"), data_folder=str(folder / "data")) | more
+        **TINY | dict(data=str(folder / "text.txt"), data_folder=str(folder / "data")) | more
     )
     model, generator = train_gpu.Model(k), torch.Generator().manual_seed(len(run_id))
     with torch.no_grad():
@@ -76,9 +77,11 @@ def save(folder: Path, run_id: str, **more: object) -> Path:
         model=model.state_dict(),
         knobs=json.loads(plumbing.knobs_json(k)),
         step=3,
-        val_loss=math.nan,
+        progress=dict(val_loss=math.nan),
     )
-    plumbing.save_checkpoint(folder / "logs" / run_id, 3, state | dict(trainer="train_gpu"), ONE)
+    state |= dict(trainer="train_gpu", world_size=1, code_sha256="")
+    (folder / "logs" / run_id).mkdir(parents=True, exist_ok=True)
+    plumbing.save_checkpoint(folder / "logs" / run_id, 3, state, ONE, keep=2)
     return folder / "logs" / run_id / "step_000003"
 
 
@@ -89,7 +92,7 @@ def home(tmp_path_factory) -> Path:
     (folder / "text.txt").write_text(TEXT)
     save(folder, "memory")
     save(folder, "attention", mixer="attention")
-    save(folder, "hybrids", window_every=2, attention_window=8)
+    save(folder, "convolved", mixer="attention", conv=True)
     (folder / "site").mkdir()
     (folder / "site/transformers.py").write_text(FAKE)
     return folder
@@ -106,18 +109,20 @@ def path(home: Path, run_id: str) -> str:
     return str(home / "logs" / run_id / "step_000003")
 
 
-def ours(home: Path, run_id: str) -> program.Ours:
-    return program.Ours(dict(path=path(home, run_id)), CPU)
+def ours(home: Path, run_id: str) -> subjects.Ours:
+    return subjects.Ours(dict(path=path(home, run_id)), CPU)
 
 
 def run(monkeypatch, home: Path, *flags: object) -> list[str]:
     """The program in this process, its children too; the lines it shows."""
     lines = []
-    monkeypatch.setattr(program, "show", lambda line="": lines.append(line))
+    for module in (program, speed, meters):
+        monkeypatch.setattr(module, "show", lambda line="": lines.append(line))
     here = lambda what, spec, device: program.CHILDREN[what](
         json.loads(json.dumps(spec)), torch.device(device)
     )
-    monkeypatch.setattr(program, "measure_apart", here)
+    for module in (program, speed):
+        monkeypatch.setattr(module, "measure_apart", here)
     program.main([*map(str, flags), "--logs_folder", str(home / "logs")])
     return "\n".join(lines).splitlines()
 
@@ -135,17 +140,37 @@ def rows(file: Path) -> list[dict[str, str]]:
 @pytest.mark.parametrize("run_id", ["memory", "attention"])
 def test_windows_score_what_the_trainer_scores(home, run_id, window, stride, micro):
     model = ours(home, run_id)
-    split = train_gpu.open_text(model.k)["test"]
+    split = train_gpu.open_data(model.cfg, ONE)[1]["test"]
     shard = dataclasses.replace(split, shards=Front(split.shards, 500))
-    theirs = train_gpu.perplexity(
-        train_gpu.MicroStep(model.model, model.k, ONE), shard, 2, ONE, window, stride
-    )
+    if window == stride == model.cfg.sequence_length:
+        theirs = train_gpu.evaluate(model.model, shard, 2, ONE)
+    else:
+        text = torch.from_numpy(split.shards.read(0, 500).astype(np.int64))
+        theirs = Score.of(shard, by_hand(model, text, window, stride), 499)
     tokens = split.shards.read(0, 500)
-    nats = program.window_nats(model, tokens, window, stride, micro)
+    nats = quality.window_nats(model, tokens, window, stride, micro)
     assert nats == pytest.approx(theirs.nats, rel=1e-5) and theirs.tokens == 499
-    found = program.scored(nats, 500, split.words, split.bytes)
+    found = quality.scored(nats, 500, split.words, split.bytes)
     assert found.word_ppl == pytest.approx(theirs.word_ppl, rel=1e-4)
     assert found.bits_per_byte == pytest.approx(theirs.bits_per_byte, rel=1e-5)
+
+
+def by_hand(model: subjects.Ours, text: torch.Tensor, window: int, stride: int) -> float:
+    """The loss of each token but the first, from its window and nothing else."""
+    nats = 0.0
+    for start, inputs, scored in quality.windows(len(text), window, stride):
+        logits = model.logits(text[None, start : start + inputs])[0, inputs - scored :]
+        targets = text[start + inputs - scored + 1 : start + inputs + 1]
+        nats += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+    return nats
+
+
+@pytest.mark.parametrize("window, stride", [(4, 4), (5, 2), (7, 1), (50, 50)])
+def test_windows_score_every_target_once_with_the_context_they_promise(window, stride):
+    plan = quality.windows(23, window, stride)
+    scored = [start + n - i for start, n, s in plan for i in range(s, 0, -1)]
+    assert scored == list(range(22))
+    assert all(n == window for _, n, _ in plan[:-1])
 
 
 class Front:
@@ -156,12 +181,12 @@ class Front:
 
 
 def test_streaming_scores_what_the_trainer_scores(monkeypatch, home):
-    monkeypatch.setattr(program, "FEED", 64)
+    monkeypatch.setattr(quality, "FEED", 64)
     model = ours(home, "memory")
-    split = train_gpu.open_text(model.k)["test"]
+    split = train_gpu.open_data(model.cfg, ONE)[1]["test"]
     short = dataclasses.replace(split, shards=Front(split.shards, 333))
-    theirs = train_gpu.streaming(train_gpu.MicroStep(model.model, model.k, ONE), short, ONE, 50)
-    assert program.stream_nats(model, split.shards.read(0, 333)) == pytest.approx(
+    theirs = train_gpu.evaluate_stream(model.model, short, ONE)
+    assert quality.stream_nats(model, split.shards.read(0, 333)) == pytest.approx(
         theirs.nats, rel=1e-5
     )
 
@@ -190,20 +215,20 @@ def test_a_published_model_is_scored_by_the_same_conventions_as_ours(
 
 
 def test_ppl_is_per_token_per_word_and_per_byte_of_the_same_sum(home):
-    found = program.scored(700.0, 101, 40, 505)
+    found = quality.scored(700.0, 101, 40, 505)
     assert found.tokens == 100 and found.ppl == pytest.approx(math.exp(7))
     assert found.word_ppl == pytest.approx(math.exp(700 / (40 * 100 / 101)))
     assert found.bits_per_byte == pytest.approx(700 / math.log(2) / 500)
 
 
 def test_all_models_read_the_same_lines(home):
-    k = ours(home, "memory").k
-    whole, words = program.raw_text(k, "test", None)
+    k = ours(home, "memory").cfg
+    whole, words = quality.raw_text(k, "test", None)
     assert (
-        train_gpu.open_text(k)["test"].words == words
-        and len(whole.encode()) == train_gpu.open_text(k)["test"].bytes
+        train_gpu.open_data(k, ONE)[1]["test"].words == words
+        and len(whole.encode()) == train_gpu.open_data(k, ONE)[1]["test"].bytes
     )
-    text, words = program.raw_text(k, "test", 3)
+    text, words = quality.raw_text(k, "test", 3)
     assert whole.startswith(text) and len([line for line in text.splitlines() if line.strip()]) == 3
     assert words == len(text.split()) + text.count("\n") and "caf\u00e9s" in text
 
@@ -247,11 +272,12 @@ def test_missing_weights_are_one_line_and_the_hub_is_asked_second(
 
 def test_a_measurement_that_dies_is_one_line(monkeypatch, home):
     lines = []
-    monkeypatch.setattr(program, "show", lambda line="": lines.append(line))
+    for module in (program, speed, meters):
+        monkeypatch.setattr(module, "show", lambda line="": lines.append(line))
     spec = dict(
-        subject=dict(path=str(home / "nowhere")), context=8, decode=1, repeats=1, precision="none"
+        subject=dict(path=str(home / "nowhere")), context=8, decode=1, repeats=1, precision="fp32"
     )
-    assert program.measure_apart("inference", spec, "cpu") is None
+    assert meters.measure_apart("inference", spec, "cpu") is None
     assert len(lines) == 1 and "'context': 8" in lines[0] and "nowhere" in lines[0]
 
 
@@ -301,52 +327,30 @@ def test_a_window_beyond_a_models_context_is_refused(monkeypatch, home, fake, tm
 def test_a_comparison_has_quality_speed_memory_and_state_of_every_model(
     monkeypatch, home, fake, tmp_path
 ):
-    flags = [
-        "--run",
-        "memory",
-        "hybrids",
-        "--baselines",
-        path(home, "attention"),
-        "--max_samples",
-        2,
-    ]
-    run(
-        monkeypatch,
-        home,
-        *flags,
-        "--contexts",
-        "24,48,96",
-        "--decode",
-        4,
-        "--repeats",
-        1,
-        "--output_dir",
-        tmp_path,
-    )
+    flags = ["--run", "memory", "--baselines", path(home, "attention"), "--max_samples", 2]
+    flags += ["--contexts", "24,48,96", "--decode", 4, "--repeats", 1, "--output_dir", tmp_path]
+    run(monkeypatch, home, *flags)
     quality, speed = rows(tmp_path / "quality.csv"), rows(tmp_path / "inference.csv")
     names = [r["model"] for r in quality]
-    assert (
-        names[:2] == ["memory (hamt)", "hybrids (hybrid)"]
-        and "untrained" in names[2]
-        and "zero-shot" in names[3]
-    )
-    assert [bool(r["nats"]) for r in quality] == [True, True, False, True]
-    assert [bool(r["stream_ppl"]) for r in quality] == [True, True, False, False]
-    assert {(r["model"], r["context"]) for r in speed} == {
-        (n, t) for n in names for t in ("24", "48", "96")
-    } - {
-        (names[3], "96")  # beyond its 64 positions
-    }
+    assert names[0] == "memory (hamt)"
+    assert "untrained" in names[1] and "zero-shot" in names[2]
+    assert [bool(r["nats"]) for r in quality] == [True, False, True]
+    assert [bool(r["stream_ppl"]) for r in quality] == [True, False, False]
+    all_pairs = {(name, context) for name in names for context in ("24", "48", "96")}
+    beyond_its_positions = {(names[2], "96")}
+    found = {(r["model"], r["context"]) for r in speed}
+    assert found == all_pairs - beyond_its_positions
     state = lambda i: [int(r["state_bytes"]) for r in speed if r["model"] == names[i]]
     assert len(set(state(0))) == 1
-    assert state(2) == [24 * 256, 48 * 256, 96 * 256] and state(3) == [n + 8 for n in state(2)[:2]]
+    assert state(1) == [24 * 256, 48 * 256, 96 * 256]
+    assert state(2) == [n + 8 for n in state(1)[:2]]
     assert all(
         float(r["prefill_tokens_per_s"]) > 0 and float(r["decode_ms"]) > 0 and r["n"] == "4"
         for r in speed
     )
     assert all(float(r["peak_mib"]) > 100 for r in speed)
     page = (tmp_path / "comparison.md").read_text()
-    assert "29.41 is WikiText-2 and 37.50 is WikiText-103" in page and "| hybrid |" in page
+    assert "29.41 is WikiText-2 and 37.50 is WikiText-103" in page
     assert "Window 32 tokens, stride 32" in page
     assert {p.name for p in tmp_path.iterdir()} >= {
         "quality.png",
@@ -360,38 +364,37 @@ def test_a_comparison_has_quality_speed_memory_and_state_of_every_model(
 def test_a_child_counts_its_own_memory_only(home):
     ballast = torch.ones(2**26)  # 256 MiB that are resident here
     spec = dict(
-        subject=dict(path=path(home, "memory")), context=40, decode=4, repeats=1, precision="none"
+        subject=dict(path=path(home, "memory")), context=40, decode=4, repeats=1, precision="fp32"
     )
-    found = program.measure_apart("inference", spec, "cpu")
-    assert program.status_mib("VmRSS") > found["peak_mib"] + 128 and ballast.sum() == 2**26
+    found = meters.measure_apart("inference", spec, "cpu")
+    assert meters.status_mib("VmRSS") > found["peak_mib"] + 128 and ballast.sum() == 2**26
     assert 0 <= found["above_mib"] < 100 and found["context"] == 40
 
 
 def test_peak_memory_is_that_of_what_comes_after():
     code = (
         "import sys; sys.path[:0] = sys.argv[1:]\n"
-        "import torch, compare_baselines as program\n"
+        "import torch, meters\n"
         "big = torch.ones(2**25); del big\n"  # 128 MiB, gone before
-        "peak = program.Peak(torch.device('cpu'))\n"
+        "peak = meters.Peak(torch.device('cpu'))\n"
         "small = torch.ones(2**24); del small\n"  # 64 MiB
         "print(peak.row()['above_mib'])\n"
     )  # in a process of its own: plumbing.world, which other tests enter, makes one keep what it frees
-    line = [sys.executable, "-c", code, str(ROOT / "scripts"), str(ROOT)]
+    line = [sys.executable, "-c", code, str(ROOT / "scripts/hamt"), str(ROOT)]
     done = subprocess.run(line, capture_output=True, text=True, timeout=100, check=True)
     assert 60 < float(done.stdout) < 80
 
 
-@pytest.mark.parametrize("run_id", ["memory", "attention", "hybrids"])
+@pytest.mark.parametrize("run_id", ["memory", "attention", "convolved"])
 def test_a_drawn_state_has_the_size_of_one_that_was_read(home, run_id):
     model = ours(home, run_id)
     with torch.inference_mode():
         _, read = model.prefill(torch.randint(256, (1, 40)))
         _, short = model.prefill(torch.randint(256, (1, 20)))
-    drawn = program.grown(model, short, 40)
-    assert [[(t.shape, t.dtype) for t in layer] for layer in drawn[1:]] == [
-        [(t.shape, t.dtype) for t in layer] for layer in read[1:]
-    ]
-    assert drawn[0] == read[0] == 40
+    drawn = meters.grown(model, short, 40)
+    shapes = lambda state: [[(t.shape, t.dtype) for t in layer] for layer in state.layers]
+    assert shapes(drawn) == shapes(read)
+    assert drawn.position == read.position == 40
 
 
 def test_speed_only_measures_training_memory_and_decoding(monkeypatch, home, tmp_path):
@@ -446,11 +449,11 @@ def test_speed_only_measures_training_memory_and_decoding(monkeypatch, home, tmp
 def test_checkpointing_reaches_the_model_that_is_measured(monkeypatch, home):
     seen = []
     monkeypatch.setattr(
-        program, "measure_apart", lambda what, spec, device: seen.append(spec["knobs"])
+        speed, "measure_apart", lambda what, spec, device: seen.append(spec["knobs"])
     )
     a = program.arguments(["--speed_only", "--preset", "demo", "--lengths", "64,128"])
-    program.training_memory(a, ("hamt",))
-    assert [(k["gradient_checkpointing"], k["max_seq_length"]) for k in seen] == [
+    speed.training_memory(a, ("hamt",))
+    assert [(k["gradient_checkpointing"], k["sequence_length"]) for k in seen] == [
         (kept, T) for kept in (False, True) for T in (64, 128)
     ]
 
@@ -459,12 +462,12 @@ def test_a_ratio_is_that_of_paired_turns():
     noise = np.exp(
         np.random.default_rng(0).normal(size=30)
     )  # a machine whose speed changes from turn to turn
-    found = program.ratio_of(list(1.25 * noise * np.tile([0.999, 1.001], 15)), list(noise))
+    found = speed.ratio_of(list(1.25 * noise * np.tile([0.999, 1.001], 15)), list(noise))
     assert [found[name] for name in ("ratio", "ratio_low", "ratio_high")] == pytest.approx(
         [1.25] * 3, rel=1e-3
     )
-    assert program.ratio_of([1, 8, 1], [1, 1, 1])["ratio"] == pytest.approx(2), (
+    assert speed.ratio_of([1, 8, 1], [1, 1, 1])["ratio"] == pytest.approx(2), (
         "of the middle, not of the sums"
     )
-    loose = program.ratio_of(list(1.25 * noise), list(noise[::-1]))
+    loose = speed.ratio_of(list(1.25 * noise), list(noise[::-1]))
     assert loose["ratio_low"] < 1.25 < loose["ratio_high"] and loose["ratio"] == pytest.approx(1.25)
