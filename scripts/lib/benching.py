@@ -88,19 +88,19 @@ def print_row(name: str, *cells: str) -> None:
 
 
 def print_times(title: str, ms: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """A row for each side: the median of its turns with their quartiles, and its ratio to the first
-    side. A ratio is that of the medians, followed by the quartiles of the turns' own ratios.
+    """A row for each side: the median of its turns and its ratio to the first side, turn by turn,
+    each followed by the quartiles. Returns the medians of the ratios.
     """
     first = next(iter(ms.values()))
     ratios = {}
     for name, values in ms.items():
         low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
-        ratios[name] = float(middle / np.median(first))
-        ratio_low, ratio_high = np.quantile(np.divide(values, first), [0.25, 0.75])
+        ratio_low, ratio, ratio_high = np.quantile(np.divide(values, first), [0.25, 0.5, 0.75])
+        ratios[name] = float(ratio)
         print_row(
             f"{title} {name}, ms, n={len(values)}",
             f"{middle:.1f} [{low:.1f} {high:.1f}]",
-            f"{ratios[name]:.3f} [{ratio_low:.3f} {ratio_high:.3f}]",
+            f"{ratio:.3f} [{ratio_low:.3f} {ratio_high:.3f}]",
         )
     return ratios
 

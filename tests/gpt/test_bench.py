@@ -44,8 +44,8 @@ def toy(tmp_path_factory) -> tuple[str, dict[str, dict]]:
 ROWS = """
 step plain, ms, n=2|step ours, ms, n=2|tokens/s|RMS of the losses|matrix products|attention
 optimizers|cross-entropy head|gate none|gate headwise|gate elementwise
-first step, empty|first step, filled|memory plain|memory ours|Newton-Schulz plain|Newton-Schulz ours|head of a micro-batch plain
-head of a micro-batch ours|waiting for batches
+first step, empty|first step, filled|memory plain|memory ours|Newton-Schulz plain
+Newton-Schulz ours|head of a micro-batch plain|head of a micro-batch ours|waiting for batches
 """
 
 
