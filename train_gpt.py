@@ -6,12 +6,12 @@
 
 Expect   val_loss 3.2927 +- 0.0011 (no gate) and 3.2723 +- 0.0011 (elementwise) in the original
          study: 5100 steps at LR 0.00468, n=3 seeds each, 8x RTX PRO 6000 (docs/experiments.md)
-Shapes   B sequences, T tokens, C model width, H heads, R gate rows, V vocabulary, N = B * T,
-         S matrices of one shape, P parameters; x_BTC has shape (B, T, C)
+Shapes   B sequences, T tokens, C model width, H heads, D head width, R gate rows, V vocabulary,
+         N = B * T; S matrices of K rows and L columns; x_BTC has shape (B, T, C)
 Raises   UserError (one line, exit code 2) where a user can help
 Sources  modded-nanogpt records of 2024-10 (K. Jordan et al.): architecture, Muon, token order;
          gates: Qiu et al., Gated Attention for LLMs, arXiv 2505.06708
-Shared   plumbing/ keeps the run alive; of it only batches.py, the token order, moves a loss
+Shared   plumbing/ keeps the run alive; what of it moves a loss is batches.py, the token order
 """
 
 import hashlib
@@ -31,8 +31,7 @@ from plumbing.plan import plan_facts
 from plumbing.texts import embedded_corpus
 from plumbing.world import World, flat_gradients, join_world, launch
 
-# ------------------------------------------------
-# Knobs
+# ---------------- Knobs
 
 FINEWEB = ROOT / "data/fineweb10B/fineweb"
 # fmt: off
@@ -85,7 +84,7 @@ class Knobs(RunKnobs):
     num_iterations: int = knob(5100, "number of optimizer steps", low=0, group="schedule")
     warmup_iters: int = knob(0, "steps of linear warm-up of the rate", low=0)
     warmdown_iters: int = knob(1450, "steps of linear decay to zero at the end", low=0)
-    time_budget_s: float | None = knob(None, "run the schedule on this time", above=0, none="off")
+    time_budget_s: float | None = knob(None, "stretch the schedule over this", above=0, none="off")
     lr: float = knob(0.0036, "peak rate of AdamW; Muon takes a tenth of it", low=0)
     seed: int = knob(1337, "seed of the initial weights", low=0)
     input_bin: str = knob(f"{FINEWEB}_train_*.bin", "training shards, or embedded", group="data")
@@ -102,7 +101,8 @@ class Knobs(RunKnobs):
             raise ValueError(
                 f"N_EMBD={self.n_embd} must be N_HEAD={self.n_head} times an even head width"
             )
-        if self.warmup_iters + self.warmdown_iters > self.num_iterations > 0:
+        scheduled = self.warmup_iters + self.warmdown_iters
+        if self.num_iterations > 0 and scheduled > self.num_iterations:
             raise ValueError(
                 f"WARMUP_ITERS={self.warmup_iters} + WARMDOWN_ITERS={self.warmdown_iters} do not "
                 f"fit into NUM_ITERATIONS={self.num_iterations}; lower them, or train longer"
@@ -138,8 +138,7 @@ class Knobs(RunKnobs):
         return 4 * self.n_embd - removed
 
 
-# ------------------------------------------------
-# Model
+# ---------------- Model
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -158,10 +157,10 @@ def gated(x: Tensor, gate: Tensor | None) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal attention with an optional gate (arXiv 2505.06708), which reads the block's input.
+    """Causal attention with an optional gate (arXiv 2505.06708), which reads the normalised input.
 
     It multiplies the attention output per head (GATEPOS=sdpa, G1 in the paper), V (G2), K (G3),
-    Q (G4) or the projection (G5). K and Q are gated behind their norm, which would undo it.
+    Q (G4) or the projection (G5). K and Q are gated behind their norm, which undoes a headwise one.
     """
 
     def __init__(self, cfg: Knobs):
@@ -179,10 +178,11 @@ class Attention(nn.Module):
         B, T, C = x_BTC.shape
         R, heads = self.cfg.gate_rows, (B, T, self.cfg.n_head, -1)
         weight = self.in_proj
-        if R > 0:  # the gate from the same product; tensor cores want its rows padded to eights
-            weight = F.pad(torch.cat([weight, self.gate]), (0, 0, 0, -R % 8))
-        q, k, v, z_BTR, _ = F.linear(x_BTC, weight).split([C, C, C, R, -R % 8], dim=-1)
-        gates = {}  # the gate, under the one position that is to take it out
+        padding = -R % 8  # tensor cores want rows in eights
+        if R > 0:  # the gate comes from the same product
+            weight = F.pad(torch.cat([weight, self.gate]), (0, 0, 0, padding))
+        q, k, v, z_BTR, _ = F.linear(x_BTC, weight).split([C, C, C, R, padding], dim=-1)
+        gates = {}  # the gate, by its position; it is popped where it is applied
         if self.cfg.attngate != "none":
             z = self.gate if self.cfg.attngate == "const" else z_BTR.view(heads)
             gates[self.cfg.gatepos] = ACTIVATIONS[self.cfg.gateact](z)
@@ -197,7 +197,7 @@ class Attention(nn.Module):
         return y.view(B, T, C)
 
     def attend(self, q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor) -> Tensor:
-        """Generation puts one with a cache in its place (scripts/sample.py)."""
+        """scripts/sample.py puts one with a cache in its place."""
         return F.scaled_dot_product_attention(q_BHTD, k_BHTD, v_BHTD, is_causal=True)
 
 
@@ -223,7 +223,7 @@ class GPT(nn.Module):
 
     def __init__(self, cfg: Knobs, dtype: torch.dtype = torch.bfloat16):
         super().__init__()
-        self.cfg, self.dtype, self.is_mixed = cfg, dtype, dtype != torch.float32
+        self.cfg, self.dtype, self.uses_autocast = cfg, dtype, dtype != torch.float32
         self.chunk_loss = chunk_loss_and_gradient
         self.wte = nn.Parameter(torch.empty(cfg.vocab_size, cfg.n_embd))
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
@@ -244,7 +244,9 @@ class GPT(nn.Module):
 
     def forward(self, x_BT: Tensor, y_BT: Tensor) -> Tensor:
         """Summed cross-entropy, in nats, of the targets that are not -1."""
-        mixed = torch.autocast(x_BT.device.type, self.dtype) if self.is_mixed else nullcontext()
+        mixed = (
+            torch.autocast(x_BT.device.type, self.dtype) if self.uses_autocast else nullcontext()
+        )
         with mixed:
             hidden_NC = self.trunk(x_BT).flatten(0, 1).to(self.dtype)
         with_gradient = torch.is_grad_enabled()  # evaluation needs none
@@ -267,7 +269,7 @@ class GPT(nn.Module):
                 continue
             roles = ["q", "k", "v"] if name.endswith("in_proj") else [""]
             for role, weight in zip(roles, matrices(name, p), strict=True):
-                # the names that published numbers were drawn by
+                # published numbers were drawn by these names
                 seed_name = name.replace("in_proj", role).replace("up_proj", "up")
                 digest = hashlib.sha256(f"{seed} {seed_name}".encode()).digest()
                 generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
@@ -280,8 +282,7 @@ def matrices(name: str, p: Tensor) -> tuple[Tensor, ...]:
     return p.chunk(3) if name.endswith("in_proj") else (p,)
 
 
-# ------------------------------------------------
-# Loss
+# ---------------- Loss
 
 
 def chunk_loss_and_gradient(logits_NV: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -330,16 +331,15 @@ class LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden * grad_loss, grad_weight * grad_loss, None, None, None
 
 
-# ------------------------------------------------
-# Optimizers
+# ---------------- Optimizers
 
 
-def orthogonalize(x_SMN: Tensor, steps: int = 5) -> Tensor:
+def orthogonalize(x_SKL: Tensor, steps: int = 5) -> Tensor:
     """The nearest semi-orthogonal matrices of a stack, roughly: Newton-Schulz with Jordan's
-    coefficients (kellerjordan.github.io/posts/muon), for M <= N. bf16 is precise enough.
+    coefficients (kellerjordan.github.io/posts/muon), for K <= L. bf16 is precise enough.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = x_SMN / (x_SMN.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = x_SKL / (x_SKL.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
@@ -372,7 +372,7 @@ class Muon(torch.optim.Optimizer):
         self.world, self.dtype = world, dtype
         self.orthogonalize, self.nesterov = orthogonalize, nesterov
         self.stacks: dict[str, list[tuple[Tensor, Tensor]]] = {}  # weights and their gradients
-        self.momentum: dict[str, Tensor] = {}  # (S, M, N)
+        self.momentum: dict[str, Tensor] = {}  # (S, K, L)
         for name, p in params.items():
             for weight, gradient in zip(matrices(name, p), matrices(name, p.grad), strict=True):
                 pair = wide(weight.detach()), wide(gradient)
@@ -383,20 +383,20 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, lr: float, all_finite: Tensor) -> None:
         for shape, stack in self.stacks.items():
-            gradient_SMN = torch.stack([gradient for _, gradient in stack])
-            direction_SMN = self.nesterov(self.momentum[shape], gradient_SMN, all_finite)
-            update_SMN = self.orthogonalize_shared(direction_SMN).masked_fill_(~all_finite, 0.0)
-            alpha = -lr * max(direction_SMN.shape[1:]) ** 0.5
-            for (weight, _), update in zip(stack, update_SMN, strict=True):
+            gradient_SKL = torch.stack([gradient for _, gradient in stack])
+            direction_SKL = self.nesterov(self.momentum[shape], gradient_SKL, all_finite)
+            update_SKL = self.orthogonalize_shared(direction_SKL).masked_fill_(~all_finite, 0.0)
+            alpha = -lr * max(direction_SKL.shape[1:]) ** 0.5
+            for (weight, _), update in zip(stack, update_SKL, strict=True):
                 weight.add_(update, alpha=alpha)
 
-    def orthogonalize_shared(self, x_SMN: Tensor) -> Tensor:
-        per_rank = math.ceil(len(x_SMN) / self.world.size)
-        padding = per_rank * self.world.size - len(x_SMN)
-        padded = F.pad(x_SMN.to(self.dtype), (0, 0, 0, 0, 0, padding))
+    def orthogonalize_shared(self, x_SKL: Tensor) -> Tensor:
+        per_rank = math.ceil(len(x_SKL) / self.world.size)
+        padding = per_rank * self.world.size - len(x_SKL)
+        padded = F.pad(x_SKL.to(self.dtype), (0, 0, 0, 0, 0, padding))
         first = self.world.rank * per_rank
         mine = self.orthogonalize(padded[first : first + per_rank])
-        return self.world.all_gather(mine).flatten(0, 1)[: len(x_SMN)]
+        return self.world.all_gather(mine).flatten(0, 1)[: len(x_SKL)]
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.momentum
@@ -424,8 +424,7 @@ def make_optimizers(model: GPT, cfg: Knobs, world: World) -> tuple[AdamW, Muon]:
     return adam, Muon(muon_params, world, model.dtype)
 
 
-# ------------------------------------------------
-# Schedule
+# ---------------- Schedule
 
 
 def schedule_position(step: int, spent_s: float, cfg: Knobs) -> float:
@@ -445,8 +444,7 @@ def lr_scale(position: float, cfg: Knobs) -> float:
     return max(scale, 0.0)
 
 
-# ------------------------------------------------
-# Batches
+# ---------------- Batches
 
 
 def open_data(cfg: Knobs, world: World) -> tuple[TokenBatches, TokenShards]:
@@ -463,8 +461,7 @@ def open_data(cfg: Knobs, world: World) -> tuple[TokenBatches, TokenShards]:
     return batches, val
 
 
-# ------------------------------------------------
-# Evaluation
+# ---------------- Evaluation
 
 
 @torch.no_grad()
@@ -478,8 +475,7 @@ def evaluate(model: GPT, val: TokenShards, rows: int, cfg: Knobs, world: World) 
     return world.all_reduce(loss_sum).item() / cfg.val_tokens
 
 
-# ------------------------------------------------
-# Records and plan
+# ---------------- Records and plan
 
 HINT = "set DEVICE=cpu; PRESET=demo and PRESET=tiny are sizes for that"
 RESULTS = (  # the original study's columns, in its order, then ours
@@ -502,8 +498,8 @@ def flops_per_token(cfg: Knobs) -> int:
     return 6 * weights + 6 * cfg.n_layer * cfg.sequence_length * C
 
 
-def run_step(model: GPT, rows: int) -> None:
-    """Forward and backward pass of a micro-batch of zeros, to see what it takes."""
+def probe_backward(model: GPT, rows: int) -> None:
+    """Forward and backward pass of a micro-batch of zeros, to measure its memory."""
     x = torch.zeros(rows, model.cfg.sequence_length, dtype=torch.long, device=model.wte.device)
     model(x, x).backward()
 
@@ -513,20 +509,19 @@ def plan(cfg: Knobs, world: World) -> dict[str, object]:
     check_compiler(cfg.compile, cfg.device)
     batches, _ = open_data(cfg, world)
     with torch.device("meta"):
-        facts = plan_facts(cfg, world, GPT(cfg, torch.float32), run_step)
+        facts = plan_facts(cfg, world, GPT(cfg, torch.float32), probe_backward)
     flops = flops_per_token(cfg) * batches.batch_tokens * cfg.num_iterations
     facts["compute"] = f"{flops:.3g} FLOPs in {cfg.num_iterations} steps"
     facts["data"] = batches.summary
     return facts
 
 
-# ------------------------------------------------
-# Training
+# ---------------- Training
 
 
 @dataclass
 class TrainState:
-    """With model, optimizers and loss scale, all that the next step depends on."""
+    """With model, optimizers, scaler and session.spent_s all that the next step depends on."""
 
     step: int = 0
 
@@ -551,8 +546,8 @@ def train(cfg: Knobs, session: Session, batches: TokenBatches, val: TokenShards)
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
     if cfg.compile:
         compile_model(model, muon)
-    rows = choose_rows(cfg, world, model, run_step)  # sequences of a micro-batch
-    gradients.zero_()
+    rows = choose_rows(cfg, world, model, probe_backward)  # sequences of a micro-batch
+    gradients.zero_()  # of the probe
     state = TrainState()
     session.row["device_batch_size"] = rows
     facts = {"gate": cfg.gate_words, "rows": rows, "dtype": dtype, "data": batches.summary}
@@ -569,7 +564,7 @@ def train(cfg: Knobs, session: Session, batches: TokenBatches, val: TokenShards)
             session.log_validation(state.step, evaluate(model, val, rows, cfg, world))
         if session.should_save:
             session.save(state.step, model=model, adam=adam, muon=muon, scaler=scaler, state=state)
-        if session.stopping:  # finished, early stop, a signal, or a step that was not finite
+        if session.stopping:  # finished, early stop, a signal, no more data, or not finite
             break
 
         # -------- clock running: one optimizer step --------
@@ -580,11 +575,11 @@ def train(cfg: Knobs, session: Session, batches: TokenBatches, val: TokenShards)
             loss = model(x.long(), y.long()) / batches.batch_tokens
             scaler.scale(loss).backward()
             train_loss += loss.detach()
-        world.all_reduce(gradients)  # each rank has added its share of the batch's mean
+        world.all_reduce(gradients)  # a sum: each rank divided its loss by the whole batch
         scaler.unscale_(adam)
         scaler.unscale_(muon)
         grad_norms = torch.stack(torch._foreach_norm([p.grad for p in model.parameters()]))
-        overflow = ~grad_norms.isfinite().all() & scaler.is_enabled()
+        overflow = ~grad_norms.isfinite().all() & scaler.is_enabled()  # fp16: skipped, no fault
         lr = cfg.lr * lr_scale(position, cfg)
         state.step += 1
         all_finite = session.step(state.step, train_loss, lr, grad_norms, overflow)
