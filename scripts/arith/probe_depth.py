@@ -109,13 +109,9 @@ def draw_task(panel, task: str, rows: Sequence[dict], s: Subject, original: bool
         panel.plot(
             layers, known, ":", color=tables.COLOURS[0], label="residual stream, random labels"
         )
-    for i, (site, words) in enumerate(
-        {
-            "majority": "majority",
-            probes.FEATURES[0]: probes.FEATURES[0],
-            probes.FEATURES[-1]: "+ position + previous",
-        }.items()
-    ):
+    first, last = probes.FEATURES[0], probes.FEATURES[-1]
+    without = {"majority": "majority", first: first, last: "+ position + previous"}
+    for i, (site, words) in enumerate(without.items()):
         y = next(r[key] for r in rows if r["task"] == task and r["site"] == site)
         panel.axhline(
             y,
@@ -124,9 +120,8 @@ def draw_task(panel, task: str, rows: Sequence[dict], s: Subject, original: bool
             linestyle=("-", "-.", ":")[i],
             label=f"{words} (no network)",
         )
-    for r in rows:
-        if r["network"] == "trained" and r["kind"] == "head" and r["task"] == task:
-            panel.plot(r["layer"], r[key], ".", color=tables.COLOURS[1], markersize=4)
+    mine = [r for r in rows if (r["network"], r["kind"], r["task"]) == ("trained", "head", task)]
+    panel.plot([r["layer"] for r in mine], [r[key] for r in mine], ".", color=tables.COLOURS[1])
     panel.set_title(task, fontsize=9)
     panel.set_xticks(list(layers), [f"L{l}" for l in layers])
     panel.spines[["top", "right"]].set_visible(False)

@@ -1,4 +1,4 @@
-"""arith_support.py -- what several tests of the arithmetic study need: tiny models, records and runs."""
+"""arith_support.py -- what several tests of the arithmetic study need: models, records and runs."""
 
 import csv
 import importlib

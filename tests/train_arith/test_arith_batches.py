@@ -227,7 +227,7 @@ def test_labels_cover_all_next_tokens_or_the_answer_and_its_end():
     assert np.array_equal(wide[:2, : x.shape[1]], x[:2]) and not wide[:, 20:].any()
 
 
-def test_the_breakdown_counts_and_the_paren_blind_calculator_is_right_where_brackets_do_not_matter():
+def test_the_breakdown_counts_and_a_paren_blind_calculator_fails_where_brackets_matter():
     exprs = ["1+2", "(1+2)*3", "1-(2-3)", "((5+5))"]
     problems = problems_of(exprs, [evaluate_expr(e) for e in exprs], Knobs())
     found = breakdown(problems, np.array([1.0, 0.0, 1.0, 1.0]), Knobs())

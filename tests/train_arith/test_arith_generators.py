@@ -40,7 +40,8 @@ def test_the_first_training_record_is_the_documented_one(pilot):
 
 
 def test_other_flags_give_other_records_and_the_same_flags_the_same(tmp_path):
-    flags = "--num-train 40 --num-val 0 --num-test 30 --operators +- --operand-min 5 --operand-max 20 --dedup".split()
+    flags = "--num-train 40 --num-val 0 --num-test 30 --operators +- --operand-min 5".split()
+    flags += "--operand-max 20 --dedup".split()
     for folder, seed in (("a", "1"), ("b", "1"), ("c", "2")):
         make("generate_pilot_dataset.py", tmp_path / folder, *flags, "--seed", seed, "--balance")
     texts = [(tmp_path / folder / "pilot_train.jsonl").read_text() for folder in "abc"]
@@ -60,7 +61,8 @@ def test_other_flags_give_other_records_and_the_same_flags_the_same(tmp_path):
 
 
 def test_minimal_pairs_differ_only_in_grouping_and_in_value(tmp_path):
-    flags = "--num-train 0 --num-val 0 --num-test 40 --minimal-pairs 40 --held-out --dedup --sensitive --prefix study"
+    flags = "--num-train 0 --num-val 0 --num-test 40 --minimal-pairs 40 --held-out --dedup "
+    flags += "--sensitive --prefix study"
     make("generate_pilot_dataset.py", tmp_path, *flags.split(), "--operators", "+-")
     found = records(tmp_path / "study_test_pairs.jsonl")
     assert len(found) == 80

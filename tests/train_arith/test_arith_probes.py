@@ -60,8 +60,11 @@ def test_random_labels_are_a_function_of_the_kind_of_character_and_as_frequent_a
         kinds.setdefault(kind, set()).add(int(label))
     assert all(len(found) == 1 for found in kinds.values())
     other = probes.chars_of(TEXTS[5:9])  # the same kinds in another split have the same labels
-    for kind, label in zip(zip(other.previous_N, other.char_N, other.position_N, strict=True),
-                           probes.random_labels(other, np.array([0.2, 0.5, 0.3]), 1), strict=True):  # fmt: skip
+    for kind, label in zip(
+        zip(other.previous_N, other.char_N, other.position_N, strict=True),
+        probes.random_labels(other, np.array([0.2, 0.5, 0.3]), 1),
+        strict=True,
+    ):
         assert kinds[kind] == {int(label)}
     many = probes.Chars(
         [],

@@ -1,4 +1,4 @@
-"""Runs from start to end: files, resuming, ranks, what stops a run, and the shipped configurations."""
+"""Runs from start to end: files, resuming, ranks, what stops a run, and the configurations."""
 
 import csv
 import json
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from arith_support import (
     ONE,
     ROOT,
@@ -154,8 +155,8 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     assert one["state"]["history"] == two["state"]["history"]
 
 
-def test_two_ranks_train_as_one_does(tmp_path):
-    knobs = dict(num_epochs=2, dropout=0.2)
+def test_two_ranks_with_uneven_shares_train_as_one_does(tmp_path):
+    knobs = dict(num_epochs=2, dropout=0.2, batch_size=15)
     for nproc in (1, 2):
         done = run(nproc, tmp_path, run_id=f"n{nproc}", **knobs)
         assert done.returncode == 0, done.stderr
@@ -286,3 +287,43 @@ def test_the_honest_configuration_trains_on_fresh_examples_and_scores_its_three_
     assert all(found["exact_match"] < 0.2 and found["baselines"].keys() for found in sets.values())
     losses = [float(x) for x in re.findall(r"train_loss:([\d.]+)", done.stdout)]
     assert losses and losses[-1] < math.log(35)
+
+
+def test_a_final_evaluation_that_fails_leaves_the_run_to_be_started_again(monkeypatch, tmp_path):
+    real = train_arith.score_test_sets
+
+    def fails(*arguments):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(train_arith, "score_test_sets", fails)
+    with pytest.raises(RuntimeError, match="broken"):
+        run_here(monkeypatch, tmp_path, run_id="r", num_epochs=1)
+    status = tmp_path / "logs/r/status.json"
+    assert json.loads(status.read_text())["status"] == "failed"
+    monkeypatch.setattr(train_arith, "score_test_sets", real)
+    code, text = run_here(monkeypatch, tmp_path, run_id="r", num_epochs=1)
+    assert code == 0 and "resumed step:5 " in text and "Training complete!" in text
+    assert json.loads(status.read_text())["status"] == "finished"
+    assert (tmp_path / "logs/r/evaluation.json").exists()
+
+
+def test_a_full_disk_is_one_line_with_the_files_name(monkeypatch, tmp_path):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train_arith, "write_whole", full)
+    what = r"training_metrics_seed42\.json could not be written \(No space left on device\)"
+    with pytest.raises(UserError, match=what):
+        run_here(monkeypatch, tmp_path, run_id="r", num_epochs=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("half", [dict(), dict(bf16=1), dict(fp16=1)])
+def test_a_cuda_graph_trains_as_single_launches_do(monkeypatch, tmp_path, half):
+    losses = []
+    for graph in (0, 1):
+        knobs = dict(device="cuda", cuda_graph=graph, dropout=0, num_epochs=2, **half)
+        assert run_here(monkeypatch, tmp_path, run_id=f"g{graph}", **knobs)[0] == 0
+        losses.append([float(row[0]) for row in curve(tmp_path, f"g{graph}")])
+    assert losses[0] == pytest.approx(losses[1], abs=2e-3 if half else 1e-4)

@@ -98,7 +98,8 @@ def test_every_key_of_the_originals_files_reaches_its_knob():
 
 
 def test_flag_beats_environment_beats_set_beats_yaml_beats_default(tmp_path):
-    text = "training:\n  batch_size: 2\n  num_epochs: 2\n  optimizer:\n    lr: 0.2\nmodel:\n  dropout: 0.2"
+    text = "training:\n  batch_size: 2\n  num_epochs: 2\n  optimizer:\n    lr: 0.2\n"
+    text += "model:\n  dropout: 0.2"
     (tmp_path / "c.yaml").write_text(text)
     sets = ["training.batch_size=3", "num_epochs=3", "lr=0.3"]
     env = dict(BATCH_SIZE="4", LEARNING_RATE="0.4")
