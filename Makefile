@@ -37,7 +37,7 @@ bench: $(READY)
 
 bench-gpu: $(READY)
 	$(BIN)/python scripts/bench.py --device cuda --out experiments/gpu
-	$(BIN)/python scripts/compare_baselines.py --speed_only --preset 100m --mixer both --device cuda --output_dir experiments/gpu
+	$(BIN)/python scripts/hamt/compare_baselines.py --speed_only --preset 100m --mixer both --device cuda --output_dir experiments/gpu
 	$(BIN)/python scripts/bench_scaled.py --device cuda --out experiments/gpu
 
 clean:
