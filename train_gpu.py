@@ -7,7 +7,7 @@
     python train_gpu.py --preset demo                       a CPU, a minute, no download
 
 Of each token a layer writes an item v, bound to a key k of unit modulus, into S slots, and reads
-with the conjugate of a query key: M_t = decay_t * M_{t-1} + w_t (k_t v_t), r_t = conj(q_t) (a_t M_t).
+with the conjugate of a query: M_t = decay_t * M_{t-1} + w_t (k_t v_t), r_t = conj(q_t) (a_t M_t).
 The output is W_o(norm(r_t) silu(g_t)). Addresses and slots are a gated linear attention; so a layer
 is bind, gated_linear_attention, unbind. The state M is all that it keeps of the past, however long.
 
@@ -220,9 +220,11 @@ def key_of(phase: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def phases_of_positions(position: Tensor, T: int, bins: int, turning: int) -> Tensor:
-    """(T, bins) of tokens from `position` on: the first `turning` bins turn at rotary's frequencies.
+    """(T, bins) of tokens from `position` on: the first `turning` bins turn at rotary's
+    frequencies.
 
-    The products are fp64 and reduced to one turn, so that position 10^6 is as precise as position 1.
+    The products are fp64 and reduced to one turn, so that position 10^6 is as precise as
+    position 1.
     """
     index = torch.arange(bins, dtype=torch.float64, device=position.device)
     frequency = 1e4 ** -(index / max(turning, 1))
@@ -265,8 +267,10 @@ def gated_linear_attention(
 ) -> tuple[Tensor, Tensor]:
     """Reads (B, T, H, E) and the state (B, H, S, E) behind the last token.
 
-    state_t = exp(log_decay_t) * state_{t-1} + k_t v_t^T and read_t = q_t state_t, per head, for q, k
-    and log_decay (B, T, H, S). With beta (B, T, H, 1) the delta rule: of v_t, a part beta is written
+    state_t = exp(log_decay_t) * state_{t-1} + k_t v_t^T and read_t = q_t state_t, per head, for
+    q, k
+    and log_decay (B, T, H, S). With beta (B, T, H, 1) the delta rule: of v_t, a part beta is
+    written
     in place of a part beta of what k_t finds. Exact for every chunk length L. Products of values
     have the type of v; the state and what stands in an exponent have that of the state.
     """
@@ -274,18 +278,9 @@ def gated_linear_attention(
     if T == 1:
         return recurrent_step(q, k, v, log_decay, state, beta)
     L = min(L, T)
-    chunks = -(-T // L)
-    group = 1  # chunks that form one chunk of the second level, which many chunks need
-    if chunks > (256 if beta is None else 16):
-        group = 2 ** (chunks.bit_length() // 2)
+    group = chunks_of_a_group(-(-T // L), most=256 if beta is None else 16)
     missing = -T % (L * group)
-
-    def split(x: Tensor) -> Tensor:  # (B, H, N, L, X); a padded token writes and forgets nothing
-        if missing:
-            x = F.pad(x, (0, 0, 0, 0, 0, missing))
-        return x.unflatten(1, (-1, L)).permute(0, 3, 1, 2, 4)
-
-    q, k, v, log_decay = split(q), split(k), split(v), split(log_decay)
+    q, k, v, log_decay = (in_chunks(x, L, missing) for x in (q, k, v, log_decay))
     since_start = log_decay.cumsum(3)
     # Exponents count from a constant in the middle of their range. A middle taken from the decays
     # themselves would let a later token move an earlier one by a rounding error.
@@ -301,7 +296,8 @@ def gated_linear_attention(
         added = (k_at_end.type_as(v).mT @ v).type_as(state)
         states, state = states_between(added, decay, state, group, BY_DECAYS)
     else:
-        v_new, found = new_values(split(beta), k * falling, k_rising, v, math.exp(middle))
+        beta = in_chunks(beta, L, missing)
+        v_new, found = new_values(beta, k * falling, k_rising, v, math.exp(middle))
         kept = torch.diag_embed(decay.exp()) - k_at_end.mT @ found
         added = k_at_end.mT @ v_new
         states, state = states_between(added, kept, state, group, BY_MATRICES)
@@ -310,6 +306,18 @@ def gated_linear_attention(
     read = scores.type_as(v) @ v + q_at_start.type_as(v) @ states.type_as(v)
     read = read.permute(0, 2, 3, 1, 4).flatten(1, 2)
     return read[:, :T] if missing else read, state
+
+
+def in_chunks(x_BTHX: Tensor, L: int, missing: int) -> Tensor:
+    """(B, H, N, L, X), filled up behind with tokens that write and forget nothing."""
+    if missing > 0:
+        x_BTHX = F.pad(x_BTHX, (0, 0, 0, 0, 0, missing))
+    return x_BTHX.unflatten(1, (-1, L)).permute(0, 3, 1, 2, 4)
+
+
+def chunks_of_a_group(chunks: int, most: int) -> int:
+    """How many chunks form one of the second level; 1 where one level does."""
+    return 1 if chunks <= most else 2 ** (chunks.bit_length() // 2)
 
 
 def new_values(
@@ -626,7 +634,9 @@ class Model(nn.Module):
         return self.empty_state(share.stop - share.start) if self.cfg.carry_state else None
 
     def phases(self, position: Tensor, T: int) -> Tensor:
-        """Half of a memory's phases turn with position, so that it reads by content and distance."""
+        """Half of a memory's phases turn with position, so that it reads by content and
+        distance.
+        """
         is_memory = self.cfg.mixer == "hamt"
         width = self.cfg.hcm_dim if is_memory else self.cfg.n_embd
         bins = width // self.cfg.n_head // 2
