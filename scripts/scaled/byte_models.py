@@ -33,8 +33,7 @@ REPO = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPO), str(REPO / "scripts")]  # for the trainer, and for what scripts share
 
 import train_scaled  # noqa: E402
-from plumbing import ROOT, TokenShards, UserError, embedded_corpus  # noqa: E402
-from plumbing import flat_gradients, read_knobs  # noqa: E402
+from plumbing import ROOT, TokenShards, UserError, embedded_corpus, flat_gradients, read_knobs  # noqa: E402  # noqa: E402
 from plumbing.texts import text_files  # noqa: E402
 from train_scaled import PAST, PATCH, ByteLM, Knobs  # noqa: E402
 
