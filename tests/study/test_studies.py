@@ -81,7 +81,7 @@ def test_a_study_hears_of_missing_data_and_not_of_data_that_a_run_would_fetch(
     t = load_trainer(trainer)
     place = dict(device="cpu", compile=False)
     if trainer == "train_gpu.py":
-        place["data_folder"] = str(tmp_path)
+        place |= dict(data_folder=str(tmp_path), precision="fp32")
     assert "nowhere" in plan_of(t.module.Knobs(**bad, **place), t).problem
     assert plan_of(t.module.Knobs(**fine, **place), t).problem == ""
 
