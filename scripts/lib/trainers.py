@@ -18,6 +18,7 @@ from types import ModuleType
 
 import plumbing
 from lib.program import ROOT, UserError
+from plumbing.knobs import spellings
 from plumbing.records import read_sources, sources_sha256
 
 OWNED = dict(  # knobs that a study file does not set, and what does
@@ -98,7 +99,7 @@ def load_trainer(name: str) -> Trainer:
     fields = dataclasses.fields(module.Knobs)
     if missing := [word.upper() for word in NEEDED if word not in {f.name for f in fields}]:
         raise UserError(f"trainer = {name!r}: has no knob {', '.join(missing)}, which a study sets")
-    known = {s.upper(): f for f in fields for s in (f.name, *f.metadata["alias"])}
+    known = spellings(module.Knobs)
     return Trainer(path, module, known, code_sha256(module))
 
 
@@ -173,5 +174,6 @@ def plan_of(cfg: object, trainer: Trainer) -> Plan:
     except plumbing.UserError as error:
         return Plan(problem=str(error))
     told = str(facts.get("training tokens", "")).partition(" ")[0].replace(",", "")
-    sizes = [getattr(cfg, name, 0) for name in ("batch_size", "sequence_length", "num_iterations")]
+    names = ("batch_size", "sequence_length", "num_iterations")
+    sizes = [getattr(cfg, name, None) or 0 for name in names]  # None: left to the run
     return Plan(str(facts.get("parameters", "")), int(told or math.prod(sizes)))
