@@ -30,7 +30,7 @@ from plumbing.splits import open_byte_files, open_splits, split_files
 from plumbing.texts import build_once, embedded_corpus, encoder, read_text, text_files
 
 SHARED = ROOT.parent / "shared" / "data"
-TURKISH = "Öğle güneşi ışıl ışıl; çay içtik.\nŞimdi İzmir'e gidiyoruz, ağır ağır.\n"  # noqa: RUF001
+TURKISH = "Öğle güneşi ışıl ışıl; çay içtik.\nŞimdi İzmir'e gidiyoruz, ağır ağır.\n"
 
 # ----------------------------------------------------------------------------
 # One reader
