@@ -2,7 +2,7 @@
 
     python cached_fineweb10B.py            all 103 training shards and the validation shard, 20.8 GB
     python cached_fineweb10B.py 9          the first 9 of them and the validation shard, 2.0 GB
-    python cached_fineweb10B.py --small    the start of a training and of the validation shard, 41 MB
+    python cached_fineweb10B.py --small    the start of a training and a validation shard, 41 MB
     HF_ENDPOINT=... python cached_fineweb10B.py 9      from a mirror of the hub
 
 Safe to rerun, to interrupt and to start twice: a shard gets its final name only when its header,
@@ -40,14 +40,17 @@ REPO = "kjj0/fineweb10B-gpt2"
 NUM_TRAIN = 103
 VAL = "fineweb_val_000000.bin"
 OTHERWISE = (
-    "copy fineweb_*.bin files into the folder by hand (trainers read what is there), or train with PRESET=demo, which "
+    "copy fineweb_*.bin files into the folder by hand (trainers read what is there), or train "
+    "with PRESET=demo, which "
     "needs no download"
 )
 persist = partial(hub_persist, REPO, otherwise=OTHERWISE)
 
 
 def problem(path: Path, meta: HfFileMetadata | None = None) -> str:
-    """What keeps `path` from being a shard and, given `meta`, the hub's shard; empty if nothing does."""
+    """What keeps `path` from being a shard and, given `meta`, the hub's shard; empty if nothing
+    does.
+    """
     try:
         num_tokens, size = len(read_shard(path)), path.stat().st_size
     except FileNotFoundError:
@@ -55,12 +58,17 @@ def problem(path: Path, meta: HfFileMetadata | None = None) -> str:
     except UserError as error:
         return str(error)
     if meta and size != meta.size:
-        return f"{path}: {num_tokens:,} tokens in {size:,} bytes, but the hub's shard has {meta.size:,} bytes"
+        return (
+            f"{path}: {num_tokens:,} tokens in {size:,} bytes, but the hub's shard has "
+            f"{meta.size:,} bytes"
+        )
     return hub_problem(path, meta) if meta else ""
 
 
 def fetch_start(path: Path, meta: HfFileMetadata, size: int) -> None:
-    """Download the first `size` bytes of a shard, by a range request, and write them as a shard that long."""
+    """Download the first `size` bytes of a shard, by a range request, and write them as a shard
+    that long.
+    """
 
     def attempt() -> bytes:
         data = bytearray()
@@ -87,7 +95,9 @@ def fetch_start(path: Path, meta: HfFileMetadata, size: int) -> None:
 
 
 def bring(folder: Path, goal: dict[str, int], verify: bool) -> None:
-    """Make `folder` hold the shards named in `goal`: whole for 0, else at least that many tokens of them."""
+    """Make `folder` hold the shards named in `goal`: whole for 0, else at least that many tokens of
+    them.
+    """
     record = folder / "checked.json"  # name -> bytes of each shard once found equal to the hub's
     try:
         checked = json.loads(record.read_text())
@@ -192,7 +202,8 @@ def main(argv: list[str] | None = None) -> None:
     num_val, *num_train = (len(read_shard(a.dir / name)) for name in goal)
     print(f"{a.dir}: {sum(num_train):,} training and {num_val:,} validation tokens, checked")
     print(
-        f"INPUT_BIN='{a.dir}/fineweb_train_*.bin' INPUT_VAL_BIN='{a.dir}/fineweb_val_*.bin' trains on them"
+        f"INPUT_BIN='{a.dir}/fineweb_train_*.bin' INPUT_VAL_BIN='{a.dir}/fineweb_val_*.bin' "
+        f"trains on them"
     )
 
 

@@ -1,6 +1,6 @@
-"""faulty.py -- train_gpt.main() with a fault put in, for test_faults: FAULT=kind:step[:rank], in the
-first start only (a restart by torchrun finds nothing wrong). Kinds: raise, kill (SIGKILL), nan (a
-loss), int, term and hup (signals).
+"""faulty.py -- train_gpt.main() with a fault put in, for test_faults: FAULT=kind:step[:rank], in
+the first start only (a restart by torchrun finds nothing wrong). Kinds: raise, kill (SIGKILL), nan
+(a loss), int, term and hup (signals).
 """
 
 import os

@@ -1,9 +1,11 @@
-"""A loopback stand-in for the hub: the endpoints huggingface_hub's downloads and listings use, and faults on demand.
+"""A loopback stand-in for the hub: the endpoints huggingface_hub's downloads and listings use, and
+faults on demand.
 
     with Hub({"fineweb_val_000000.bin": data}) as hub:
         hub.faults["fineweb_val_000000.bin"] = ["cut"]     # the first GET breaks off half way
         ...                                                # HF_ENDPOINT=hub.url
-        hub.gets, hub.sent                                 # what was asked for, bytes of bodies sent
+        hub.gets, hub.sent                                 # what was asked for, bytes of bodies
+        sent
 
 It shows how the client behaves against these answers, not that the live hub gives them.
 """

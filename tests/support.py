@@ -1,4 +1,6 @@
-"""support.py -- what several tests need: small shards, a small run here or under torchrun, weights for plain_gpt."""
+"""support.py -- what several tests need: small shards, a small run here or under torchrun, weights
+for plain_gpt.
+"""
 
 import csv
 import os

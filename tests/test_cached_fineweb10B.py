@@ -1,4 +1,6 @@
-"""The download of FineWeb against a loopback hub with faults: a shard is the hub's, or it is not there."""
+"""The download of FineWeb against a loopback hub with faults: a shard is the hub's, or it is not
+there.
+"""
 
 import errno
 import os
@@ -53,7 +55,9 @@ def download(folder: Path, *args: str) -> None:
 
 
 def on_hub(folder: Path, *names: str) -> bool:
-    """Exactly these shards are in the folder, byte for byte the hub's, and nothing half done beside them."""
+    """Exactly these shards are in the folder, byte for byte the hub's, and nothing half done beside
+    them.
+    """
     found = sorted(p.name for p in folder.iterdir() if p.name not in (".lock", "checked.json"))
     return found == sorted(names) and all((folder / n).read_bytes() == FILES[n] for n in names)
 

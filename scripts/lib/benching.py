@@ -110,7 +110,9 @@ def print_times(title: str, ms: Mapping[str, Sequence[float]]) -> dict[str, floa
 
 KINDS = {  # words in the names of kernels, and on a CPU of operators
     "attention": "attention sdpa flash fmha",
-    "matrix products": "gemm nvjet cutlass xmma splitk aten::mm aten::addmm aten::bmm aten::baddbmm",
+    "matrix products": (
+        "gemm nvjet cutlass xmma splitk aten::mm aten::addmm aten::bmm aten::baddbmm"
+    ),
     "copies": "memcpy memset aten::copy_ aten::cat catarray",
 }
 

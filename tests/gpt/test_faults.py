@@ -1,5 +1,7 @@
-"""Runs that are killed, stopped, broken and resumed, alone and under torchrun. What must hold: nothing that was
-reported is lost, a resumed run ends as the undisturbed one does, all ranks leave together, and the row is written."""
+"""Runs that are killed, stopped, broken and resumed, alone and under torchrun. What must hold:
+nothing that was reported is lost, a resumed run ends as the undisturbed one does, all ranks leave
+together, and the row is written.
+"""
 
 import json
 import os
@@ -98,8 +100,9 @@ def two_ranks(tmp_path_factory) -> Path:
 def test_one_and_two_ranks_agree_within_rounding_and_each_resumes_the_other(
     monkeypatch, tmp_path, two_ranks
 ):
-    """The head's gradient is summed chunk by chunk, so two micro-batches of one rank round otherwise than one of
-    each of two; losses before the first update are bitwise the same."""
+    """The head's gradient is summed chunk by chunk, so two micro-batches of one rank round
+    otherwise than one of each of two; losses before the first update are bitwise the same.
+    """
     shape = dict(batch_size=16, attngate="elementwise")
     run_here(monkeypatch, tmp_path, run_id="one", device_batch_size=8, **shape)
     shutil.copytree(two_ranks / "logs/two", tmp_path / "logs/two")

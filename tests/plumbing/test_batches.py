@@ -15,8 +15,10 @@ CPU = torch.device("cpu")
 
 
 class RecordLoader:
-    """An independent simulation of the record's loader, one per rank: it strides through a shard, and moves to the next
-    when the next whole batch of all ranks, seen from its own position, would not fit."""
+    """An independent simulation of the record's loader, one per rank: it strides through a shard,
+    and moves to the next when the next whole batch of all ranks, seen from its own position, would
+    not fit.
+    """
 
     def __init__(self, shards, rank, B, T, W=8):
         self.shards, self.rank, self.B, self.T, self.W = shards, rank, B, T, W
