@@ -122,7 +122,8 @@ def test_run_details_have_the_knobs_and_the_environment_of_the_log(tmp_path, stu
     # an earlier start
     log = 'lines += ["hyperparameters:"]\nhyperparameters:\n{"lr": 0.5}\nRunning pytorch 1.0\n'
     log += f"{'=' * 100}\ngit_commit: abc\ncommand: python train.py --lr 0.01\n"
-    log += f"hyperparameters:\n{knobs}\nRunning pytorch 2.13\nnvidia-smi:\n{'GPU' * 40}\n{'=' * 100}\ndevice: 8 x H200\n"
+    log += f"hyperparameters:\n{knobs}\nRunning pytorch 2.13\nnvidia-smi:\n{'GPU' * 40}\n"
+    log += f"{'=' * 100}\ndevice: 8 x H200\n"
     (tmp_path / "logs/a1.txt").write_text(log + "step:1/100 train_loss:3.5\n")
     data = Page(written(tmp_path, study)).data
     details = {d["line"].split(" | ")[0]: d for d in data["stages"][0]["details"]}

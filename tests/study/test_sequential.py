@@ -134,7 +134,9 @@ def test_a_sequential_table_names_where_it_stopped_and_shows_no_plain_p(tmp_path
 # ----------------------------------------------------------------------------
 # Runs
 
-DECIDED = TWO_BY_TWO.replace("seeds = [1, 2]", "seeds = [1]\nstop = \"decided\"\ndelta = 0.05\nsd = 0.01\nmax_seeds = 9")  # fmt: skip
+DECIDED = TWO_BY_TWO.replace(
+    "seeds = [1, 2]", 'seeds = [1]\nstop = "decided"\ndelta = 0.05\nsd = 0.01\nmax_seeds = 9'
+)
 
 
 def test_seeds_are_added_until_a_better_cell_is_decided_and_no_further(pretend, tmp_path, capsys):
