@@ -37,7 +37,7 @@ bench: $(READY)
 
 bench-gpu: $(READY)
 	$(BIN)/python scripts/gpt/bench.py --device cuda --out experiments/gpu --deadline_s 240
-	$(BIN)/python scripts/compare_baselines.py --speed_only --preset 100m --mixer both --device cuda --output_dir experiments/gpu
+	$(BIN)/python scripts/hamt/compare_baselines.py --speed_only --preset 100m --mixer both --device cuda --output_dir experiments/gpu
 	$(BIN)/python scripts/scaled/bench_scaled.py --device cuda --out experiments/gpu
 
 clean:

@@ -274,18 +274,9 @@ def gated_linear_attention(
     if T == 1:
         return recurrent_step(q, k, v, log_decay, state, beta)
     L = min(L, T)
-    chunks = -(-T // L)
-    group = 1  # chunks that form one chunk of the second level, which many chunks need
-    if chunks > (256 if beta is None else 16):
-        group = 2 ** (chunks.bit_length() // 2)
+    group = chunks_of_a_group(-(-T // L), most=256 if beta is None else 16)
     missing = -T % (L * group)
-
-    def split(x: Tensor) -> Tensor:  # (B, H, N, L, X); a padded token writes and forgets nothing
-        if missing:
-            x = F.pad(x, (0, 0, 0, 0, 0, missing))
-        return x.unflatten(1, (-1, L)).permute(0, 3, 1, 2, 4)
-
-    q, k, v, log_decay = split(q), split(k), split(v), split(log_decay)
+    q, k, v, log_decay = (in_chunks(x, L, missing) for x in (q, k, v, log_decay))
     since_start = log_decay.cumsum(3)
     # Exponents count from a constant in the middle of their range. A middle taken from the decays
     # themselves would let a later token move an earlier one by a rounding error.
@@ -301,7 +292,8 @@ def gated_linear_attention(
         added = (k_at_end.type_as(v).mT @ v).type_as(state)
         states, state = states_between(added, decay, state, group, BY_DECAYS)
     else:
-        v_new, found = new_values(split(beta), k * falling, k_rising, v, math.exp(middle))
+        beta = in_chunks(beta, L, missing)
+        v_new, found = new_values(beta, k * falling, k_rising, v, math.exp(middle))
         kept = torch.diag_embed(decay.exp()) - k_at_end.mT @ found
         added = k_at_end.mT @ v_new
         states, state = states_between(added, kept, state, group, BY_MATRICES)
@@ -310,6 +302,18 @@ def gated_linear_attention(
     read = scores.type_as(v) @ v + q_at_start.type_as(v) @ states.type_as(v)
     read = read.permute(0, 2, 3, 1, 4).flatten(1, 2)
     return read[:, :T] if missing else read, state
+
+
+def in_chunks(x_BTHX: Tensor, L: int, missing: int) -> Tensor:
+    """(B, H, N, L, X), filled up behind with tokens that write and forget nothing."""
+    if missing > 0:
+        x_BTHX = F.pad(x_BTHX, (0, 0, 0, 0, 0, missing))
+    return x_BTHX.unflatten(1, (-1, L)).permute(0, 3, 1, 2, 4)
+
+
+def chunks_of_a_group(chunks: int, most: int) -> int:
+    """How many chunks form one of the second level; 1 where one level does."""
+    return 1 if chunks <= most else 2 ** (chunks.bit_length() // 2)
 
 
 def new_values(
