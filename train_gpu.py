@@ -7,7 +7,7 @@
     python train_gpu.py --preset demo                       a CPU, a minute, no download
 
 Of each token a layer writes an item v, bound to a key k of unit modulus, into S slots, and reads
-with the conjugate of a query key: M_t = decay_t * M_{t-1} + w_t (k_t v_t), r_t = conj(q_t) (a_t M_t).
+with the conjugate of a query: M_t = decay_t * M_{t-1} + w_t (k_t v_t), r_t = conj(q_t) (a_t M_t).
 The output is W_o(norm(r_t) silu(g_t)). Addresses and slots are a gated linear attention; so a layer
 is bind, gated_linear_attention, unbind. The state M is all that it keeps of the past, however long.
 
@@ -220,9 +220,11 @@ def key_of(phase: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def phases_of_positions(position: Tensor, T: int, bins: int, turning: int) -> Tensor:
-    """(T, bins) of tokens from `position` on: the first `turning` bins turn at rotary's frequencies.
+    """(T, bins) of tokens from `position` on: the first `turning` bins turn at rotary's
+    frequencies.
 
-    The products are fp64 and reduced to one turn, so that position 10^6 is as precise as position 1.
+    The products are fp64 and reduced to one turn, so that position 10^6 is as precise as
+    position 1.
     """
     index = torch.arange(bins, dtype=torch.float64, device=position.device)
     frequency = 1e4 ** -(index / max(turning, 1))
@@ -265,8 +267,10 @@ def gated_linear_attention(
 ) -> tuple[Tensor, Tensor]:
     """Reads (B, T, H, E) and the state (B, H, S, E) behind the last token.
 
-    state_t = exp(log_decay_t) * state_{t-1} + k_t v_t^T and read_t = q_t state_t, per head, for q, k
-    and log_decay (B, T, H, S). With beta (B, T, H, 1) the delta rule: of v_t, a part beta is written
+    state_t = exp(log_decay_t) * state_{t-1} + k_t v_t^T and read_t = q_t state_t, per head, for
+    q, k
+    and log_decay (B, T, H, S). With beta (B, T, H, 1) the delta rule: of v_t, a part beta is
+    written
     in place of a part beta of what k_t finds. Exact for every chunk length L. Products of values
     have the type of v; the state and what stands in an exponent have that of the state.
     """
@@ -630,7 +634,9 @@ class Model(nn.Module):
         return self.empty_state(share.stop - share.start) if self.cfg.carry_state else None
 
     def phases(self, position: Tensor, T: int) -> Tensor:
-        """Half of a memory's phases turn with position, so that it reads by content and distance."""
+        """Half of a memory's phases turn with position, so that it reads by content and
+        distance.
+        """
         is_memory = self.cfg.mixer == "hamt"
         width = self.cfg.hcm_dim if is_memory else self.cfg.n_embd
         bins = width // self.cfg.n_head // 2

@@ -1,19 +1,31 @@
-"""compare_baselines.py -- train_gpu.py's models beside attention and published models: quality, speed, memory, state.
+"""compare_baselines.py -- train_gpu.py's models beside attention and published models: quality,
+speed, memory, state.
 
-    python scripts/hamt/compare_baselines.py --run HAMT_ID ATTENTION_ID                  with gpt2 and distilgpt2
-    python scripts/hamt/compare_baselines.py --hamt_checkpoint logs/ID/step_001000 --baselines gpt2 pythia-160m --device cuda
-    python scripts/hamt/compare_baselines.py --run ID --baselines none --dataset ../shared/data/wikitext2 --max_samples 200
-    python scripts/hamt/compare_baselines.py --speed_only --preset 33m --mixer both     training, memory, decoding, untrained
+    python scripts/hamt/compare_baselines.py --run HAMT_ID ATTENTION_ID                  with
+    gpt2 and distilgpt2
+    python scripts/hamt/compare_baselines.py --hamt_checkpoint logs/ID/step_001000 --baselines
+    gpt2 pythia-160m --device cuda
+    python scripts/hamt/compare_baselines.py --run ID --baselines none --dataset
+    ../shared/data/wikitext2 --max_samples 200
+    python scripts/hamt/compare_baselines.py --speed_only --preset 33m --mixer both     training,
+    memory, decoding, untrained
 
-All models read the same text in the same windows; each is scored on all of its own tokens but the first, and the summed
-loss is then divided by tokens, words and bytes: only the last two compare models with different tokenizers. Published
-models are looked for on this machine first, then on the hub; one that cannot be had is one line, and left out.
+All models read the same text in the same windows; each is scored on all of its own tokens but
+the first, and the summed
+loss is then divided by tokens, words and bytes: only the last two compare models with different
+tokenizers. Published
+models are looked for on this machine first, then on the hub; one that cannot be had is one line,
+and left out.
 
-Writes   OUTPUT_DIR/quality.csv, inference.csv, comparison.md, comparison.json and figures as PNG and SVG;
-         --speed_only: training.csv, training_memory.csv, decoding.csv, speed.md, speed.json and figures
+Writes   OUTPUT_DIR/quality.csv, inference.csv, comparison.md, comparison.json and figures as PNG
+and SVG;
+         --speed_only: training.csv, training_memory.csv, decoding.csv, speed.md, speed.json and
+         figures
 Shapes   B sequences, T tokens, V vocabulary
-Units    losses in nats; a CPU's times are CPU time of the process, a GPU's are synchronised seconds; memory in MiB is
-         the process's peak resident memory, or max_memory_allocated on a GPU, each in a process of its own
+Units    losses in nats; a CPU's times are CPU time of the process, a GPU's are synchronised
+seconds; memory in MiB is
+         the process's peak resident memory, or max_memory_allocated on a GPU, each in a process
+         of its own
 Raises   UserError: no such run, another program's, a text that is not there, a bad flag
 """
 
@@ -62,7 +74,8 @@ def find_path(name: str, logs: Path) -> Path:
 
 
 def specs_of(a: argparse.Namespace) -> list[dict]:
-    """All models asked for, ours first. An untrained attention model stands beside ours where none is given."""
+    """All models asked for, ours first. An untrained attention model stands beside ours where
+    none is given."""
     paths = [
         find_path(name, Path(a.logs_folder))
         for name in [*(a.run or []), *(a.hamt_checkpoint or [])]
@@ -108,7 +121,8 @@ def opened(specs: Sequence[dict], device: torch.device) -> Iterator[tuple[dict, 
 
 
 def window_of(a: argparse.Namespace, subjects: Sequence[tuple[dict, dict]]) -> tuple[int, int]:
-    """Window and stride for all: by default the shortest context among the models, without overlap."""
+    """Window and stride for all: by default the shortest context among the models, without
+    overlap."""
     window = a.window or min(facts["context"] for _, facts in subjects)
     stride = a.stride or window
     if stride > window:

@@ -30,7 +30,8 @@ def cell(value: object) -> str:
 
 
 def markdown(rows: Sequence[dict], columns: Mapping[str, str]) -> str:
-    """A table of these columns, headed as the mapping says; numbers to the right. Columns that no row has are out."""
+    """A table of these columns, headed as the mapping says; numbers to the right. Columns that
+    no row has are out."""
     columns = {
         name: head
         for name, head in columns.items()
@@ -64,7 +65,8 @@ def csv_of(rows: Sequence[dict]) -> str:
 def lines_figure(
     rows: Sequence[dict], panels: Mapping[str, str], x: str, label: str, title: str, caption: str
 ):
-    """A panel per column, one above the other, over a shared logarithmic x: a line for each model."""
+    """A panel per column, one above the other, over a shared logarithmic x: a line for each
+    model."""
     figure, all_axes = plots.new_figure(0.9 + 2.1 * len(panels), len(panels), sharex=True)
     names = list(dict.fromkeys(row["model"] for row in rows))
     for axes, (column, text) in zip(all_axes, panels.items(), strict=True):

@@ -24,7 +24,8 @@ from plumbing.world import flat_gradients
 
 
 def now(device: torch.device) -> float:
-    """Seconds: CPU time of this process, which a busy machine does not stretch; a GPU's end of work."""
+    """Seconds: CPU time of this process, which a busy machine does not stretch; a GPU's end of
+    work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return time.perf_counter()
@@ -32,7 +33,8 @@ def now(device: torch.device) -> float:
 
 
 def status_mib(name: str) -> float | None:
-    """VmRSS or VmHWM of this process from the kernel; ru_maxrss would also count what the parent had at the fork."""
+    """VmRSS or VmHWM of this process from the kernel; ru_maxrss would also count what the parent
+    had at the fork."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -75,7 +77,8 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 @torch.inference_mode()
 def child_inference(spec: Mapping[str, object], device: torch.device) -> dict:
-    """A context of T tokens, alone in this process: prefill of all but the last `decode`, then those, one by one."""
+    """A context of T tokens, alone in this process: prefill of all but the last `decode`, then
+    those, one by one."""
     subject, T, n = open_subject(spec["subject"], device), spec["context"], spec["decode"]
     x_BT = torch.from_numpy(
         np.random.default_rng(0).integers(0, min(subject.vocabulary, 50257), (1, T))
@@ -125,7 +128,8 @@ def grown(ours: Ours, state: train_gpu.State, T: int) -> train_gpu.State:
 
 @torch.inference_mode()
 def child_decoding(spec: Mapping[str, object], device: torch.device) -> list[dict]:
-    """Time per token and state at each context. Contexts are really read, 1024 tokens at a time; where full attention
+    """Time per token and state at each context. Contexts are really read, 1024 tokens at a time;
+    where full attention
     would take too long, from `fed` tokens on, its cache is drawn instead."""
     ours, rows, at = open_subject(spec["subject"], device), [], 0
     full = ours.cfg.mixer == "attention"
@@ -199,7 +203,8 @@ CHILDREN = dict(
 
 
 def measure_apart(what: str, spec: Mapping[str, object], device: str) -> object | None:
-    """What CHILDREN[what] finds in a process of its own; None, and a line, where it does not get through."""
+    """What CHILDREN[what] finds in a process of its own; None, and a line, where it does not get
+    through."""
     if device == "cuda":
         torch.cuda.empty_cache()  # what quality needed here, the child may need
     command = [

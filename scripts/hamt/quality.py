@@ -36,7 +36,8 @@ def windows(total: int, window: int, stride: int) -> list[tuple[int, int, int]]:
 
 
 def raw_text(k: train_gpu.Knobs, split: str, max_samples: int | None) -> tuple[str, int]:
-    """The text of a split, as every tokenizer gets it, and its words, counted as WikiText's tables do (with line ends).
+    """The text of a split, as every tokenizer gets it, and its words, counted as WikiText's
+    tables do (with line ends).
     At most so many lines that are not empty, so that all models still read the same text."""
     shards = open_splits(k.data, "bytes", Path(k.data_folder))[split].shards
     text = shards.read(0, shards.total).astype(np.uint8).tobytes().decode("utf-8", "replace")
@@ -65,7 +66,8 @@ def window_nats(
     micro: int,
     precision: str = "fp32",
 ) -> float:
-    """Summed loss of all tokens but the first, in train_gpu.py's own windows; short ones are filled up behind, where a
+    """Summed loss of all tokens but the first, in train_gpu.py's own windows; short ones are
+    filled up behind, where a
     causal model cannot look and nothing is scored."""
     plan, total = windows(len(tokens), window, stride), 0.0
     for at in range(0, len(plan), micro):
@@ -102,7 +104,8 @@ def stream_nats(ours: Ours, tokens: np.ndarray, precision: str = "fp32") -> floa
 
 
 def scored(nats: float, tokens: int, words: int, n_bytes: int) -> Score:
-    """Of a text of so many tokens, the first of which is not scored; words and bytes in that proportion."""
+    """Of a text of so many tokens, the first of which is not scored; words and bytes in that
+    proportion."""
     share = (tokens - 1) / tokens
     return Score(nats, tokens - 1, words * share, n_bytes * share)
 

@@ -1,20 +1,31 @@
-"""recall_bench.py -- does the memory of train_gpu.py recall? Tasks made on the spot, and statistics of its slots.
+"""recall_bench.py -- does the memory of train_gpu.py recall? Tasks made on the spot, and
+statistics of its slots.
 
-    python scripts/hamt/recall_bench.py                                            8 pairs at length 128, three mixers
+    python scripts/hamt/recall_bench.py                                            8 pairs at
+    length 128, three mixers
     python scripts/hamt/recall_bench.py --task needle --pairs 4 --steps 600
-    python scripts/hamt/recall_bench.py --model "binding=elementwise num_slots=32" --mixers hamt --seeds 1
-    python scripts/hamt/recall_bench.py --run ID                                   slot statistics of a text checkpoint
+    python scripts/hamt/recall_bench.py --model "binding=elementwise num_slots=32" --mixers hamt
+    --seeds 1
+    python scripts/hamt/recall_bench.py --run ID                                   slot
+    statistics of a text checkpoint
 
-Trains train_gpu.py's model with its optimizer and schedule on fresh sequences in every step, at one budget for all:
-hamt, zero (the same, its memory read forced to zero), attention (the same width and layers, equal parameters) and,
+Trains train_gpu.py's model with its optimizer and schedule on fresh sequences in every step, at
+one budget for all:
+hamt, zero (the same, its memory read forced to zero), attention (the same width and layers,
+equal parameters) and,
 if asked for, attention_conv (attention behind the same convolution as HAMT's) and
 if asked for, local (hamt that reads its own write only, none before).
-With several LEARNING_RATES each mixer is shown at its best one, chosen by accuracy on sequences of its own.
+With several LEARNING_RATES each mixer is shown at its best one, chosen by accuracy on sequences
+of its own.
 
-Prints   accuracy over seeds (mean, smallest, largest) against pairs, distance and length, and slot statistics
-Writes   OUT/results.csv (a row per trained model and measurement), slots.csv, result.json, figures as PNG and SVG
-Shapes   B sequences, T tokens, H heads, S slots of a head, E channels of a head, N tokens of all sequences
-Units    losses in nats per question (of a text: per token), times in process CPU seconds, distances in tokens
+Prints   accuracy over seeds (mean, smallest, largest) against pairs, distance and length, and
+slot statistics
+Writes   OUT/results.csv (a row per trained model and measurement), slots.csv, result.json,
+figures as PNG and SVG
+Shapes   B sequences, T tokens, H heads, S slots of a head, E channels of a head, N tokens of all
+sequences
+Units    losses in nats per question (of a text: per token), times in process CPU seconds,
+distances in tokens
 Raises   UserError: a bad flag, a task that does not fit, no such run or one without a memory
 """
 

@@ -48,7 +48,8 @@ def show_slots(heads: Sequence[dict]) -> None:
 
 
 def chosen(models: Sequence[Trained]) -> dict[str, float]:
-    """The rate of each mixer with the best mean accuracy at the end of its curves; the first of equals."""
+    """The rate of each mixer with the best mean accuracy at the end of its curves; the first of
+    equals."""
     best: dict[str, tuple[float, float]] = {}
     for mixer, rate in dict.fromkeys((m.mixer, m.rate) for m in models):
         mean = float(
@@ -63,7 +64,8 @@ PLACES = "against eval_pairs eval_length distance_low distance_high".split()
 
 
 def over_seeds(rows: Sequence[dict]) -> list[dict]:
-    """One row per mixer and place: mean, smallest and largest accuracy of the seeds, at the chosen rate. With one seed
+    """One row per mixer and place: mean, smallest and largest accuracy of the seeds, at the
+    chosen rate. With one seed
     the interval is that of its own sequences."""
     groups: dict[tuple, list[dict]] = {}
     for r in rows:
@@ -139,7 +141,8 @@ AXES = dict(
 def figures(
     b: Bench, means: Sequence[dict], models: Sequence[Trained], rates: dict[str, float]
 ) -> Iterator[tuple]:
-    """(name, figure): accuracy against pairs, length, and distance at each length; and the learning curves."""
+    """(name, figure): accuracy against pairs, length, and distance at each length; and the
+    learning curves."""
     mixers, n = list(dict.fromkeys(r["mixer"] for r in means)), b.seeds
     budget = f"{b.steps} steps of {b.batch_size} sequences; trained with {b.pairs} pairs at length {b.length}"
     band = (

@@ -1,12 +1,16 @@
-"""recall_tasks.py -- shared by the programs that test a memory: recall tasks made on the spot, and how they are scored.
+"""recall_tasks.py -- shared by the programs that test a memory: recall tasks made on the spot,
+and how they are scored.
 
-    mqar     pairs of a key and a value, then queries among filler: each asks for the value of one of the keys
+    mqar     pairs of a key and a value, then queries among filler: each asks for the value of
+    one of the keys
              (Arora et al., Zoology, arXiv 2312.04927)
     copy     a random text somewhere in filler, then a sign and the text again, one symbol ahead
     needle   pairs hidden in filler at random places, asked for at the end
 
-Shapes   B sequences, T tokens. A task's x_BT is what a model reads, y_BT the answer expected at that token, -1 where
-         nothing is asked; distance_BT is how many tokens before the query the answer stands, 0 where nothing is asked
+Shapes   B sequences, T tokens. A task's x_BT is what a model reads, y_BT the answer expected at
+that token, -1 where
+         nothing is asked; distance_BT is how many tokens before the query the answer stands, 0
+         where nothing is asked
 Units    distances in tokens; intervals are 95%
 Raises   ValueError when a task does not fit into its sequence or its alphabet
 """
@@ -22,7 +26,8 @@ Z = 1.959964  # of a two-sided 95% interval
 
 @dataclass(frozen=True)
 class Alphabet:
-    """Token ids of a task: keys from 0, then values, then filler, then the sign that asks for a copy."""
+    """Token ids of a task: keys from 0, then values, then filler, then the sign that asks for a
+    copy."""
 
     keys: int = 64
     values: int = 64
@@ -76,8 +81,10 @@ def ask(s: Sequences, query_BN: np.ndarray, answer_BN: np.ndarray, tokens_BN: np
 def mqar(
     rng: np.random.Generator, B: int, T: int, a: Alphabet, pairs: int, density: float | None = None
 ) -> Sequences:
-    """k v k v ... and then, among filler, queries. `density` None asks each key once, at random places; else each later
-    token is a query with that probability, for a key drawn anew. An answer is never shown after its pair."""
+    """k v k v ... and then, among filler, queries. `density` None asks each key once, at random
+    places; else each later
+    token is a query with that probability, for a key drawn anew. An answer is never shown after
+    its pair."""
     start = 2 * pairs
     if T - start < pairs:
         raise ValueError(
@@ -102,8 +109,10 @@ def mqar(
 def copy(
     rng: np.random.Generator, B: int, T: int, a: Alphabet, symbols: int, distance: int | None = None
 ) -> Sequences:
-    """A text of `symbols` values somewhere in filler; the last tokens are the sign and the text again, each symbol
-    asked for at the token before it. All distances of a sequence are equal: drawn, or `distance`."""
+    """A text of `symbols` values somewhere in filler; the last tokens are the sign and the text
+    again, each symbol
+    asked for at the token before it. All distances of a sequence are equal: drawn, or
+    `distance`."""
     if (
         symbols < 1
         or T < 2 * symbols
@@ -135,7 +144,8 @@ def needle(
     pairs: int = 1,
     distance: int | None = None,
 ) -> Sequences:
-    """Pairs at random places in filler. All are asked for at the end, in random order; with a `distance` only one is,
+    """Pairs at random places in filler. All are asked for at the end, in random order; with a
+    `distance` only one is,
     by the last token, and its value stands that many tokens before."""
     asked = pairs if distance is None else 1
     odd = (
@@ -169,13 +179,16 @@ TASKS: dict[str, Callable[..., Sequences]] = dict(mqar=mqar, copy=copy, needle=n
 
 
 def chance(a: Alphabet) -> float:
-    """Accuracy of one who knows the set of all values, and nothing of this sequence. Who knows the values of the
-    sequence but not which belongs to which key reaches about 1 / pairs: that is reading, and not yet recall."""
+    """Accuracy of one who knows the set of all values, and nothing of this sequence. Who knows
+    the values of the
+    sequence but not which belongs to which key reaches about 1 / pairs: that is reading, and not
+    yet recall."""
     return 1 / a.values
 
 
 def wilson(right: float, n: float) -> tuple[float, float]:
-    """95% interval of a share, right / n (Wilson 1927); (0, 1) of nothing. Unlike the usual one it is not empty where
+    """95% interval of a share, right / n (Wilson 1927); (0, 1) of nothing. Unlike the usual one
+    it is not empty where
     all are right."""
     if n <= 0:
         return 0.0, 1.0
@@ -187,8 +200,10 @@ def wilson(right: float, n: float) -> tuple[float, float]:
 
 
 def accuracy(right_B: np.ndarray, asked_B: np.ndarray) -> dict[str, float]:
-    """Share of right answers over sequences with so many right of so many asked, and its 95% interval: Wilson's, with
-    n divided by the design effect, because the answers within a sequence are not independent (Rao and Scott 1992)."""
+    """Share of right answers over sequences with so many right of so many asked, and its 95%
+    interval: Wilson's, with
+    n divided by the design effect, because the answers within a sequence are not independent
+    (Rao and Scott 1992)."""
     right_B, asked_B = right_B[asked_B > 0].astype(float), asked_B[asked_B > 0].astype(float)
     n, B = asked_B.sum(), len(asked_B)
     if not B:
@@ -205,6 +220,7 @@ def accuracy(right_B: np.ndarray, asked_B: np.ndarray) -> dict[str, float]:
 def score(
     s: Sequences, answer_BT: np.ndarray, low: float = 0, high: float = math.inf
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Right answers and questions of each sequence, (B,) each, of questions with low <= distance < high."""
+    """Right answers and questions of each sequence, (B,) each, of questions with low <= distance
+    < high."""
     asked = (s.y_BT >= 0) & (s.distance_BT >= low) & (s.distance_BT < high)
     return ((answer_BT == s.y_BT) & asked).sum(1), asked.sum(1)

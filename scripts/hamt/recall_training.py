@@ -31,7 +31,8 @@ def asked_logits(model: train_gpu.Model, x_BT: Tensor, asked_BT: Tensor) -> Tens
 
 @dataclass
 class Trained:
-    """A model and how it got there. The curve is (step, accuracy) on the sequences for selection."""
+    """A model and how it got there. The curve is (step, accuracy) on the sequences for
+    selection."""
 
     mixer: str
     rate: float
@@ -48,7 +49,8 @@ class Trained:
 
 
 def train(b: Bench, mixer: str, rate: float, seed: int, w: World) -> Trained:
-    """train_gpu.py's model, AdamW and schedule; the loss is that of the questions. Measuring is not timed."""
+    """train_gpu.py's model, AdamW and schedule; the loss is that of the questions. Measuring is
+    not timed."""
     k = model_knobs(b, mixer, rate, seed)
     model = train_gpu.Model(k)
     train_gpu.init_weights(model, k)

@@ -20,9 +20,12 @@ from plumbing import UserError, World
 
 
 def effective_rank(address_NS: Tensor) -> tuple[float, float]:
-    """How many different directions the addresses (N, S) have: exp of the entropy of the singular values' shares (Roy
-    and Vetterli 2007), and the participation ratio of their squares, (sum s^2)^2 / sum s^4. Both are 1 where all
-    tokens write to the same mixture of slots, and S where all slots are used alike and apart. Not centred, because a
+    """How many different directions the addresses (N, S) have: exp of the entropy of the
+    singular values' shares (Roy
+    and Vetterli 2007), and the participation ratio of their squares, (sum s^2)^2 / sum s^4. Both
+    are 1 where all
+    tokens write to the same mixture of slots, and S where all slots are used alike and apart.
+    Not centred, because a
     mean that dominates is just what must show."""
     s2 = torch.linalg.eigvalsh(address_NS.double().T @ address_NS.double()).clamp(min=0)
     s = s2.sqrt()
@@ -31,8 +34,10 @@ def effective_rank(address_NS: Tensor) -> tuple[float, float]:
 
 
 def slot_cosine(M_BSE: Tensor) -> float:
-    """Mean absolute cosine between two slots' contents, over all pairs of slots that hold something, (B, S, E): 1 where
-    slots are copies of each other (up to sign and size), about sqrt(2 / (pi E)) where they are unrelated. nan where no
+    """Mean absolute cosine between two slots' contents, over all pairs of slots that hold
+    something, (B, S, E): 1 where
+    slots are copies of each other (up to sign and size), about sqrt(2 / (pi E)) where they are
+    unrelated. nan where no
     two slots hold anything."""
     M = M_BSE.double()
     norm = M.norm(dim=-1)
@@ -47,8 +52,10 @@ def slot_cosine(M_BSE: Tensor) -> float:
 def watched(
     model: train_gpu.Model, keep: dict[int, Tensor] | None = None
 ) -> Iterator[list[tuple[int, Tensor, Tensor]]]:
-    """While inside, the list fills with (layer, write addresses (B, T, H, S), state behind (B, H, S, E)) of the memory
-    layers. `keep` has by layer a (H, S) of ones and zeros: where it is 0 nothing is written, so nothing is read."""
+    """While inside, the list fills with (layer, write addresses (B, T, H, S), state behind (B,
+    H, S, E)) of the memory
+    layers. `keep` has by layer a (H, S) of ones and zeros: where it is 0 nothing is written, so
+    nothing is read."""
     seen, keep = [], keep or {}
     layers = {
         i: block.mixer for i, block in enumerate(model.blocks) if hasattr(block.mixer, "recall")
@@ -90,7 +97,8 @@ def sequence_losses(model: train_gpu.Model, x_BT: Tensor, y_BT: Tensor) -> np.nd
 
 
 def paired_change(losses: np.ndarray, base: np.ndarray) -> dict[str, float]:
-    """Mean difference over sequences and half its 95% interval (normal; sequences are independent)."""
+    """Mean difference over sequences and half its 95% interval (normal; sequences are
+    independent)."""
     d = losses - base
     return dict(
         loss_change=float(d.mean()), half=float(tasks.Z * d.std(ddof=1) / math.sqrt(len(d)))
@@ -100,9 +108,12 @@ def paired_change(losses: np.ndarray, base: np.ndarray) -> dict[str, float]:
 def slot_statistics(
     model: train_gpu.Model, x_BT: Tensor, y_BT: Tensor
 ) -> tuple[list[dict], list[dict]]:
-    """Of each layer and head: effective ranks of its write addresses over all tokens, the cosine between slots of the
-    state behind the last, and its slots' use. Of each slot: the loss change when it is zeroed from the first token on.
-    The first list also has a row for each layer, and one for all, zeroed as a whole (head and layer None)."""
+    """Of each layer and head: effective ranks of its write addresses over all tokens, the cosine
+    between slots of the
+    state behind the last, and its slots' use. Of each slot: the loss change when it is zeroed
+    from the first token on.
+    The first list also has a row for each layer, and one for all, zeroed as a whole (head and
+    layer None)."""
     with torch.inference_mode(), watched(model) as seen:
         model.hidden(x_BT, model.empty_state(len(x_BT)))
     base = sequence_losses(model, x_BT, y_BT)
@@ -150,7 +161,8 @@ def slot_statistics(
 
 
 def slots_of_run(b: Bench, w: World) -> tuple[list[dict], list[dict], dict]:
-    """Slot statistics of a run's newest good checkpoint, on the front of its validation text; and what was measured."""
+    """Slot statistics of a run's newest good checkpoint, on the front of its validation text;
+    and what was measured."""
     path = lib.find_checkpoint(lib.find_run(Path(b.logs_folder), b.run))
     model, state = lib.load(path)
     if lib.trainer_of(model) != "train_gpu" or not any(

@@ -42,7 +42,8 @@ def preset_knobs(a: argparse.Namespace, mixer: str, T: int) -> train_gpu.Knobs:
 def training_speed(
     a: argparse.Namespace, mixers: Sequence[str], device: torch.device
 ) -> list[dict]:
-    """Training tokens/s at each length with the same tokens per step, the mixers taking turns: A B A B, then B A B A.
+    """Training tokens/s at each length with the same tokens per step, the mixers taking turns: A
+    B A B, then B A B A.
     With two, the ratio of the first to the second, and its 95% interval over the paired turns."""
     longest = max(a.lengths)
     trainers = {mixer: Trainer(preset_knobs(a, mixer, longest), device) for mixer in mixers}
@@ -80,7 +81,8 @@ def training_speed(
 
 
 def ratio_of(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
-    """Ratio of paired times, with its 95% interval: Student's, of the mean difference of logarithms."""
+    """Ratio of paired times, with its 95% interval: Student's, of the mean difference of
+    logarithms."""
     test = stats.paired([math.log(t) for t in above], [math.log(t) for t in below])
     mean = float(np.mean(np.log(above) - np.log(below)))
     low, high = (math.exp(test.lo), math.exp(test.hi)) if test else (math.nan, math.nan)

@@ -46,7 +46,8 @@ class Ours:
         return self.model.logits(x_BT)
 
     def prefill(self, x_BT: Tensor) -> tuple[Tensor, train_gpu.State]:
-        """Logits behind the last token (B, V), and the state; the head is not applied to the others."""
+        """Logits behind the last token (B, V), and the state; the head is not applied to the
+        others."""
         return self.decode(x_BT, self.model.empty_state(len(x_BT)))
 
     def decode(self, x_BT: Tensor, state: train_gpu.State) -> tuple[Tensor, train_gpu.State]:
@@ -78,7 +79,8 @@ def tensors_of(thing: object, seen: set[int]) -> Iterator[Tensor]:
 
 
 class Published:
-    """A causal model of transformers, in fp32, with its own tokenizer. Raises UserError where it cannot be had."""
+    """A causal model of transformers, in fp32, with its own tokenizer. Raises UserError where it
+    cannot be had."""
 
     def __init__(self, spec: Mapping[str, object], device: torch.device):
         try:

@@ -1,4 +1,4 @@
-"""gated_linear_attention: its definition at every length, precision, causality, what is compiled."""
+"""gated_linear_attention: its definition at every length, precision, causality, compilation."""
 
 import pytest
 import torch
