@@ -220,11 +220,9 @@ def key_of(phase: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def phases_of_positions(position: Tensor, T: int, bins: int, turning: int) -> Tensor:
-    """(T, bins) of tokens from `position` on: the first `turning` bins turn at rotary's
-    frequencies.
+    """(T, bins) of tokens from `position` on: `turning` bins turn at rotary's frequencies.
 
-    The products are fp64 and reduced to one turn, so that position 10^6 is as precise as
-    position 1.
+    The products are fp64 and reduced to one turn: position 10^6 is as precise as position 1.
     """
     index = torch.arange(bins, dtype=torch.float64, device=position.device)
     frequency = 1e4 ** -(index / max(turning, 1))
@@ -268,10 +266,8 @@ def gated_linear_attention(
     """Reads (B, T, H, E) and the state (B, H, S, E) behind the last token.
 
     state_t = exp(log_decay_t) * state_{t-1} + k_t v_t^T and read_t = q_t state_t, per head, for
-    q, k
-    and log_decay (B, T, H, S). With beta (B, T, H, 1) the delta rule: of v_t, a part beta is
-    written
-    in place of a part beta of what k_t finds. Exact for every chunk length L. Products of values
+    q, k and log_decay (B, T, H, S). With beta (B, T, H, 1) the delta rule: part of v_t is written
+    in place of a part of what k_t finds. Exact for every chunk length L. Products of values
     have the type of v; the state and what stands in an exponent have that of the state.
     """
     T = v.size(1)
