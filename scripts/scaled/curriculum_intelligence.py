@@ -1,4 +1,4 @@
-# ruff: noqa: RUF001 -- Turkish has a dotless i
+
 """curriculum_intelligence.py -- how much Turkish a byte model of train_scaled.py knows, in numbers.
 
     python scripts/scaled/curriculum_intelligence.py --run ID

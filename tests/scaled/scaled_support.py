@@ -55,7 +55,7 @@ def repeats(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def write_text(folder: Path, train: int = 6000, val: int = 1500) -> Path:
     """Learnable text, Turkish letters included."""
-    words = "bir göl kıyı çok ağaç düş üzüm şey var yok ve ile".split()  # noqa: RUF001
+    words = "bir göl kıyı çok ağaç düş üzüm şey var yok ve ile".split()
     rng = np.random.default_rng(5)
     for name, n in (("train.txt", train), ("val.txt", val)):
         content = " ".join(rng.choice(words, n)).encode()[:n]

@@ -1,4 +1,4 @@
-# ruff: noqa: RUF001 -- Turkish has a dotless i
+
 """Loss scale, schedules, batches and validation."""
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-# ruff: noqa: RUF001 -- Turkish has a dotless i
+
 """The byte decoder, its tables of n-grams, and the memory by bytes."""
 
 import pytest
