@@ -10,8 +10,8 @@ def test_the_bits_of_a_run_are_those_that_it_recorded(monkeypatch, tmp_path, cap
     monkeypatch.setattr(compare_ppmd, "ppmd_bits", lambda seen, text, order: len(seen) + len(text))
     run_here(monkeypatch, tmp_path, run_id="a", val_bytes="all", val_every=0)
     write_text(tmp_path)
-    folder = str(tmp_path)
-    compare_ppmd.main(["--data", folder, "--runs", "a", "--logs_folder", f"{folder}/logs"])
+    text, logs = str(tmp_path / "train.txt"), str(tmp_path / "logs")
+    compare_ppmd.main(["--data", text, "--runs", "a", "--logs_folder", logs])
     out = capsys.readouterr().out
     assert f"a: {float(rows(tmp_path)[0]['final_val_bpc']):.4f} bits per byte" in out
     sizes = [(tmp_path / name).stat().st_size for name in ("train.txt", "val.txt")]
