@@ -161,10 +161,13 @@ def wait_for(path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_at_once_and_keeps_the_parts_that_are_done(tmp_path, number):
-    with long_bench(tmp_path) as process:
+    process = long_bench(tmp_path)
+    try:
         wait_for(tmp_path / "out/gpt_muon_cpu.json")
         process.send_signal(number)
         said = process.communicate(timeout=20)[1]
+    finally:
+        process.kill()
     assert process.returncode == 128 + number
     assert said.endswith(f"stopped by {number.name}; done: muon\n") and "Traceback" not in said
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["gpt_muon_cpu.json"]
@@ -172,8 +175,11 @@ def test_a_signal_ends_it_at_once_and_keeps_the_parts_that_are_done(tmp_path, nu
 
 
 def test_at_its_deadline_it_ends_well_with_the_parts_that_are_done(tmp_path):
-    with long_bench(tmp_path, deadline_s=2) as process:
+    process = long_bench(tmp_path, deadline_s=2)
+    try:
         said = process.communicate(timeout=100)[1]
+    finally:
+        process.kill()
     assert process.returncode == 0
     assert said.endswith("stopped by the deadline; done: muon\n")
     assert json.loads((tmp_path / "out/gpt_muon_cpu.json").read_text())["ratio"] == 1.0
