@@ -68,11 +68,11 @@ FAMILY = {
         "tracker_project wandb_project run_name data_folder output_dir"
     ),
     "train_scaled.py": (
-        "d_model n_layer n_head window rope norm fusion memory mem_conv mem_feature mem_norm "
-        "mem_align mem_gate mem_decay mem_range mem_init mem_rows mem_delay delta_rule "
-        "thinking_steps decoder_reads ngram_rows dropout device_batch_size sequence_length "
-        "carry_state warmup_iters schedule curriculum lr beta2 weight_decay decay_on clip data "
-        "init_from val_bytes log_every on_nan precision fla recompute tracker"
+        "n_layer n_head window memory mem_range mem_init mem_rows delta_rule thinking_steps "
+        "ngram_rows dropout device_batch_size sequence_length carry_state warmup_iters schedule "
+        "curriculum lr beta2 weight_decay decay_on data init_from val_bytes log_every on_nan "
+        "precision fla recompute tracker blocks decoder early_stop_min_delta "
+        "early_stop_patience flex grad_clip n_embd target_loss"
     ),
     "train_arith.py": (
         "model_name n_embd n_layer n_head d_ff ffn_type dropout use_rope tie_weights "

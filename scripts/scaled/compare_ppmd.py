@@ -1,4 +1,5 @@
-"""compare_ppmd.py -- PPMd beside a model of train_scaled.py, on the same training and held-out text.
+"""compare_ppmd.py -- PPMd beside a model of train_scaled.py, on the same training and held-out
+text.
 
     python scripts/scaled/compare_ppmd.py --data ../shared/data/turkish --train_bytes 2460000
     python scripts/scaled/compare_ppmd.py --data FOLDER --runs ID,ID,ID      models of three seeds

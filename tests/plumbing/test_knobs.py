@@ -1,6 +1,5 @@
 """Settings: every value is taken as it was meant, or refused in one line."""
 
-import ast
 import dataclasses
 import importlib
 import os
@@ -246,17 +245,10 @@ def test_a_siblings_knob_with_an_ordinary_name_is_left_alone_with_a_line(capsys)
 
 
 def knobs_of(trainer: str) -> tuple[set[str], set[str]]:
-    """The fields of a trainer's Knobs, and the aliases written there, read from its source."""
-    fields, aliases = set(), set()
-    for node in ast.parse((ROOT / f"{trainer}.py").read_text()).body:
-        if isinstance(node, ast.ClassDef) and node.name == "Knobs":
-            for item in node.body:
-                if isinstance(item, ast.AnnAssign):
-                    fields.add(item.target.id)
-                    for word in item.value.keywords:
-                        if word.arg == "alias":
-                            aliases |= {element.value for element in word.value.elts}
-    return fields, aliases
+    """The fields of a trainer's Knobs, inherited ones too, and the aliases that they have."""
+    fields = dataclasses.fields(importlib.import_module(trainer).Knobs)
+    aliases = {alias for field in fields for alias in field.metadata["alias"]}
+    return {field.name for field in fields}, aliases
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)

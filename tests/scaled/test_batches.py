@@ -1,4 +1,3 @@
-
 """Loss scale, schedules, batches and validation."""
 
 from pathlib import Path

@@ -1,4 +1,3 @@
-
 """The byte decoder, its tables of n-grams, and the memory by bytes."""
 
 import pytest

@@ -1,4 +1,3 @@
-
 """What the proof programs of train_scaled.py promise: the hidden thing is out of the windows'
 reach, the controls are
 what they say, the numbers add up. Tiny models; nothing is learned here."""
