@@ -19,7 +19,8 @@ import fnmatch
 import math
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -153,75 +154,79 @@ def described(cell: Cell, arm: str, text: str, num_matched: int) -> list[str]:
     return textwrap.wrap(line, WIDTH, subsequent_indent="   ", break_on_hyphens=False)
 
 
-def report(a: Cell, b: Cell, table: Table) -> list[str]:
-    """The comparison line by line: A, B, their difference, its interval and p."""
-    base, line = table.lines
-    c, n = line.comparison, [base.numbers, line.numbers]
-    rows: list[dict[str, str]] = []
+@dataclass
+class Report:
+    """The lines of a comparison: the numbers of A and of B, and B - A."""
+
+    numbers: Sequence[Mapping[str, object]]  # of A and of B
+    rows: list[dict[str, str]] = field(default_factory=list)
 
     def show(
+        self,
         name: str,
         form: str,
         key: str,
         diff: str = "-",
-        interval: tuple = (),
+        interval: tuple[float, ...] = (),
         p: float = math.nan,
-        by="",
+        by: str = "",
     ) -> None:
-        values = [rounded(x, key, form) if key else "-" for x in n]
+        """Add a line: `key` of both arms in `form`, and what is known of the difference."""
+        values = [rounded(x, key, form) if key else "-" for x in self.numbers]
         if key == "sd":
             values = [
-                "n=1" if x["seeds"] == 1 else value for x, value in zip(n, values, strict=True)
+                "n=1" if x["seeds"] == 1 else value
+                for x, value in zip(self.numbers, values, strict=True)
             ]
         row = {"": name, "A": values[0], "B": values[1], "B - A": diff}
         finite = interval and all(map(math.isfinite, interval))
         form = "{:+.1f}%" if diff.endswith("%") else "{:+.4f}"
         row["95% CI"] = "[" + ", ".join(form.format(x) for x in interval) + "]" if finite else "-"
-        rows.append(row | {"p": "-" if math.isnan(p) else f"{p:.2g}", "by": by or "-"})
+        self.rows.append(row | {"p": "-" if math.isnan(p) else f"{p:.2g}", "by": by or "-"})
 
-    def effect(name: str, found: Effect, key: str = "", rel: float = math.nan) -> None:
-        j = found.judged
-        t = j.chosen
-        diff = f"{j.diff:+.4f}" + ("" if math.isnan(rel) else f" ({rel:+.2f}%)")
-        how = ", ".join(w for w in (j.test, found.how) if w)
-        if j.test:
-            show(name, "{:.4f}", key, diff, (t.lo, t.hi) if t else (), t.p if t else math.nan, how)
+    def effect(self, name: str, found: Effect, key: str = "", rel: float = math.nan) -> None:
+        """A difference in loss, in nats per token; no line where nothing judged it."""
+        judged, t = found.judged, found.judged.chosen
+        if not judged.test:
+            return
+        diff = f"{judged.diff:+.4f}" + ("" if math.isnan(rel) else f" ({rel:+.2f}%)")
+        how = ", ".join(word for word in (judged.test, found.how) if word)
+        interval, p = ((t.lo, t.hi), t.p) if t else ((), math.nan)
+        self.show(name, "{:.4f}", key, diff, interval, p, how)
 
-    def shares(name: str, form: str, key: str, found: Ratio) -> None:
-        if any(x[key] != "" for x in n):
-            diff = "-" if math.isnan(found.pct) else f"{found.pct:+.1f}%"
-            show(
-                name,
-                form,
-                key,
-                diff,
-                (found.lo, found.hi),
-                by="Welch on logarithms" if math.isfinite(found.lo) else "",
-            )
+    def share(self, name: str, form: str, key: str, found: Ratio) -> None:
+        """A ratio of means; no line where neither arm has the number."""
+        if all(x[key] == "" for x in self.numbers):
+            return
+        diff = "-" if math.isnan(found.pct) else f"{found.pct:+.1f}%"
+        by = "Welch on logarithms" if math.isfinite(found.lo) else ""
+        self.show(name, form, key, diff, (found.lo, found.hi), by=by)
 
-    show("seeds (n)", "{}", "seeds")
-    effect("final loss", Effect(c), "final_loss", c.rel_pct)
-    show("  sd between seeds", "{:.5f}", "sd")
+
+def report(table: Table) -> list[str]:
+    """The comparison line by line: A, B, their difference, its interval and p."""
+    base, line = table.lines
+    c = line.comparison
+    out = Report([base.numbers, line.numbers])
+    out.show("seeds (n)", "{}", "seeds")
+    out.effect("final loss", Effect(c), "final_loss", c.rel_pct)
+    out.show("  sd between seeds", "{:.5f}", "sd")
     if c.equal_steps.how != "final losses":
-        effect("loss at equal steps", c.equal_steps)
-    effect("loss at equal time", c.equal_time)
-    shares("ms per step", "{:.2f}", "ms_per_step", c.step_time)
-    show("training time", "{}", "train_time")
-    if math.isfinite(line.target) or any(x["reached"] for x in n):
+        out.effect("loss at equal steps", c.equal_steps)
+    out.effect("loss at equal time", c.equal_time)
+    out.share("ms per step", "{:.2f}", "ms_per_step", c.step_time)
+    out.show("training time", "{}", "train_time")
+    if math.isfinite(line.target) or any(x["reached"] for x in out.numbers):
         target = f"to {line.target:g}" if math.isfinite(line.target) else "to the runs' TARGET_LOSS"
-        show(f"seeds that came {target}", "{}", "reached")
-        shares(f"steps {target}", "{:.0f}", "steps_to_target", c.steps_to)
-        shares(f"seconds {target}", "{:.1f}", "seconds_to_target", c.seconds_to)
+        out.show(f"seeds that came {target}", "{}", "reached")
+        out.share(f"steps {target}", "{:.0f}", "steps_to_target", c.steps_to)
+        out.share(f"seconds {target}", "{:.1f}", "seconds_to_target", c.seconds_to)
     if math.isfinite(c.memory_mib):
-        show(
-            "peak memory of a rank, MiB",
-            "{:.0f}",
-            "peak_memory_mib",
-            f"{c.memory_mib:+.0f} ({c.memory_pct:+.1f}%)",
-        )
+        diff = f"{c.memory_mib:+.0f} ({c.memory_pct:+.1f}%)"
+        out.show("peak memory of a rank, MiB", "{:.0f}", "peak_memory_mib", diff)
     width = min(terminal_width(), WIDTH)
-    known = [k for k in rows[0] if any(row[k] != "-" for row in rows)]
-    return grid(rows, known, width) or grid(rows, known, width, fold=True) or []
+    known = [k for k in out.rows[0] if any(row[k] != "-" for row in out.rows)]
+    return grid(out.rows, known, width) or grid(out.rows, known, width, fold=True) or []
 
 
 def conclusions(a: Cell, b: Cell, table: Table, rule: str = "") -> list[str]:
@@ -298,7 +303,7 @@ def stage_rows(rows: Sequence[Row], a: argparse.Namespace) -> tuple[list[Row], S
     return own, Stage(stage.name, train_tokens=stage.train_tokens, target_loss=stage.target_loss)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -314,23 +319,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument(
         "--target", type=float, metavar="NATS", help="report steps and seconds to this loss"
     )
-    o = p.parse_args(argv)
+    return p
+
+
+def read_rows(sources: Sequence[Path]) -> tuple[list[Row], list[str]]:
+    """The rows of all sources, and what was wrong with them. Raises UserError when there is no
+    row."""
+    rows: dict[tuple, Row] = {}
+    problems: list[str] = []
+    for source in sources:
+        own, torn = read_results(source)
+        problems += torn
+        rows |= {(row.columns, row.line): row for row in own}  # a row that two sources have is one
+    if not rows:
+        raise UserError(
+            f"{', '.join(map(str, sources))}: no rows yet; a trainer appends one when a run ends"
+        )
+    return list(rows.values()), problems
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    o = parser().parse_args(argv)
     if o.target is not None and not o.target > 0:
         raise UserError(f"--target {o.target}: expected a loss above 0, in nats per token")
-    every: dict[tuple, Row] = {}
-    problems: list[str] = []
-    for source in o.results_file:
-        rows, torn = read_results(source)
-        problems += torn
-        every |= {
-            (row.columns, row.line): row for row in rows
-        }  # a row that two sources have is one
-    if not every:
-        raise UserError(
-            f"{', '.join(map(str, o.results_file))}: no rows yet; a trainer appends one when a "
-            "run ends"
-        )
-    rows, stage = stage_rows(list(every.values()), o)
+    rows, problems = read_rows(o.results_file)
+    rows, stage = stage_rows(rows, o)
     found = {arm: select(rows, text, arm) for arm, text in (("A", o.a), ("B", o.b))}
     if both := sorted({r["run_id"] for r in found["A"]} & {r["run_id"] for r in found["B"]}):
         raise UserError(
@@ -347,7 +360,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = described(a, "A", o.a, len(found["A"])) + described(b, "B", o.b, len(found["B"]))
     differ = differing(a, b)
     out += textwrap.wrap(f"they differ in {'; '.join(differ) or 'nothing that is recorded'}", WIDTH)
-    out += ["", *report(a, b, table), ""]
+    out += ["", *report(table), ""]
     for note in [*conclusions(a, b, table, o.rule), *problems]:
         out += textwrap.wrap(
             note, WIDTH, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False

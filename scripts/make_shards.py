@@ -23,7 +23,7 @@ import sys
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from plumbing.data import write_shard
 from plumbing.knobs import UserError
-from plumbing.texts import check_text, tokenizer
+from plumbing.texts import Tokenizer, check_text, tokenizer
 from plumbing.world import launch
 
 SPECIAL = re.compile(r"<\|\w+\|>")  # what tokenizers of this family write their special tokens as
@@ -94,9 +94,8 @@ class Side:
         self.buffer.frombytes(tokens_N.tobytes())
         self.num_documents += 1
         self.num_tokens += 1 + len(tokens_N)
-        while (
-            len(self.buffer) >= self.shard_tokens
-        ):  # documents run on over the edge, as in FineWeb
+        # documents run on over the edge of a shard, as in FineWeb
+        while len(self.buffer) >= self.shard_tokens:
             self._write(self.shard_tokens)
 
     def close(self) -> None:
@@ -110,7 +109,7 @@ class Side:
         self.number += 1
 
 
-def main(argv: list[str] | None = None) -> None:
+def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -131,13 +130,24 @@ def main(argv: list[str] | None = None) -> None:
     )
     p.add_argument("--shard-tokens", type=int, default=100_000_000, help="tokens per full shard")
     p.add_argument("--name", help="first part of the file names (default: the name of DIR)")
-    a = p.parse_args(argv)
+    return p
+
+
+def check_options(a: argparse.Namespace) -> None:
+    """Raises UserError for a value out of range."""
     if not 0 < a.val_fraction < 1:
         raise UserError(
             f"--val-fraction {a.val_fraction}: expected a number between 0 and 1, such as 0.1"
         )
     if a.shard_tokens < 1:
         raise UserError(f"--shard-tokens {a.shard_tokens}: expected 1 or more, such as 100000000")
+    if not a.split.strip():
+        raise UserError("--split '': expected paragraph, file, or a marker such as '<|endoftext|>'")
+
+
+def stems_of(a: argparse.Namespace) -> list[str]:
+    """What the names of training and of validation shards begin with. Raises UserError for a name
+    that no file can have, and where there are such shards already."""
     name = a.name or a.out.resolve().name
     if not re.fullmatch(r"[\w.-]+", name):
         raise UserError(
@@ -148,44 +158,56 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(
             f"{a.out}: already has {', '.join(found[:3])}; delete them or choose another --name"
         )
-    files = text_files(a.text)
-    if not a.split.strip():
-        raise UserError("--split '': expected paragraph, file, or a marker such as '<|endoftext|>'")
-    tokens = tokenizer(a.tokenizer)
-    specials: Counter[str] = Counter()
+    return stems
 
+
+def fill(
+    sides: Sequence[Side], files: Sequence[Path], a: argparse.Namespace, tokens: Tokenizer
+) -> Counter[str]:
+    """Tokenize every document into its side, training or validation; returns in how many
+    documents each special token stands. Raises UserError when a side gets none."""
+    train, val = sides
+    specials: Counter[str] = Counter()
+    for path in files:
+        for text in documents(path, a.split.strip()):
+            specials.update(set(SPECIAL.findall(text)))
+            place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+            side = val if place < a.val_fraction else train
+            side.add(tokens.separator, tokens.encode(text))
+    for side, what in ((train, "training"), (val, "validation")):
+        side.close()
+        if not side.num_documents:
+            found = f"{train.num_documents + val.num_documents} documents in {len(files)} files"
+            raise UserError(
+                f"{found}, none for {what}; give more text, change --val-fraction, or split by "
+                f"paragraph"
+            )
+    return specials
+
+
+def main(argv: list[str] | None = None) -> None:
+    a = parser().parse_args(argv)
+    check_options(a)
+    stems = stems_of(a)
+    files = text_files(a.text)
+    tokens = tokenizer(a.tokenizer)
     try:
         a.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {a.out}: {error}; choose another folder") from None
     with tempfile.TemporaryDirectory(dir=a.out, prefix=".make_shards-") as aside:
-        train, val = (
-            Side(Path(aside), stem, 1 - k, a.shard_tokens) for k, stem in enumerate(stems)
-        )
-        for path in files:
-            for text in documents(path, a.split.strip()):
-                specials.update(set(SPECIAL.findall(text)))
-                place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
-                (val if place < a.val_fraction else train).add(
-                    tokens.separator, tokens.encode(text)
-                )
-        for side, what in ((train, "training"), (val, "validation")):
-            side.close()
-            if not side.num_documents:
-                found = f"{train.num_documents + val.num_documents} documents in {len(files)} files"
-                raise UserError(
-                    f"{found}, none for {what}; give more text, change --val-fraction, or split by "
-                    f"paragraph"
-                )
-        for shard in train.names + val.names:
-            os.replace(Path(aside) / shard, a.out / shard)
+        sides = [Side(Path(aside), stem, 1 - k, a.shard_tokens) for k, stem in enumerate(stems)]
+        specials = fill(sides, files, a, tokens)
+        for side in sides:
+            for shard in side.names:
+                os.replace(Path(aside) / shard, a.out / shard)
 
     for name, count in specials.most_common(5):
         print(
             f"{name} stands in {count:,} documents and was taken as plain text; if it separates "
             f"documents, run again with --split '{name}'"
         )
-    for side, what in ((train, "training"), (val, "validation")):
+    for side, what in zip(sides, ("training", "validation"), strict=True):
         shards = ", ".join(side.names)
         print(f"{what}: {side.num_documents:,} documents, {side.num_tokens:,} tokens: {shards}")
     patterns = [f"{a.out}/{stem}_*.bin" for stem in stems]

@@ -95,31 +95,7 @@ def curves_of(
     kept, left_out = choose(groups, MOST_CELLS)
     shown = {id(g) for g in choose(kept, SHOWN)[0]}
     cells = [of_group(g) | ({} if id(g) in shown else dict(off=True)) for g in kept]
-    runs = []
-    if most:
-        cell_of = {r.run_id: g for g in groups for r in g.runs}
-        status = {row["run_id"]: row.status for row in rows}
-        for run_id in dict.fromkeys([*status, *extra]):
-            log, group = findings.logs.get(run_id), cell_of.get(run_id)
-            if log is None or not (log.val.step or log.trace["step"]):
-                continue
-            live = going(findings, run_id)
-            words = [
-                group.label if group else run_id,
-                f"seed {log.seed}" * bool(group and log.seed),
-            ]
-            words.append("running" if live else "" if group else status.get(run_id, "no row yet"))
-            one = dict(
-                id=run_id,
-                label=" ".join(w for w in words if w),
-                style=group.style if group else len(runs),
-            )
-            one |= dict(cell=group.style if group else None, base=None, going=live) | of_run(
-                log, most
-            )
-            if group and group.baseline:
-                one["base"] = group.baseline.style
-            runs.append(one)
+    runs = single_runs(groups, rows, extra, findings, most) if most else []
     notes = []
     if left_out:
         notes.append(
@@ -134,3 +110,42 @@ def curves_of(
     if groups and not most:
         notes.append("Too many runs to draw one by one.")
     return dict(cells=cells, runs=runs, note=" ".join(notes))
+
+
+def single_runs(
+    groups: Sequence[Group],
+    rows: Sequence[Row],
+    extra: Sequence[str],
+    findings: Findings,
+    most: int,
+) -> list[dict[str, object]]:
+    """The curve of each run that has one, in the style of its cell where it has a cell."""
+    cell_of = {run.run_id: group for group in groups for run in group.runs}
+    status = {row["run_id"]: row.status for row in rows}
+    runs: list[dict[str, object]] = []
+    for run_id in dict.fromkeys([*status, *extra]):
+        log, group = findings.logs.get(run_id), cell_of.get(run_id)
+        if log is None or not (log.val.step or log.trace["step"]):
+            continue
+        live = going(findings, run_id)
+        one = dict(id=run_id, label=run_label(log, group, live, status.get(run_id, "no row yet")))
+        if group:
+            base = group.baseline.style if group.baseline else None
+            one |= dict(style=group.style, cell=group.style, base=base)
+        else:
+            one |= dict(style=len(runs), cell=None, base=None)
+        runs.append(one | dict(going=live) | of_run(log, most))
+    return runs
+
+
+def run_label(log: RunLog, group: Group | None, live: bool, state: str) -> str:
+    """A run of a cell by cell and seed, any other by its id; and its state where it has to be
+    said: a run of a cell is finished, unless it is running again."""
+    words = [group.label if group else log.run_id]
+    if group and log.seed:
+        words.append(f"seed {log.seed}")
+    if live:
+        words.append("running")
+    elif not group:
+        words.append(state)
+    return " ".join(word for word in words if word)

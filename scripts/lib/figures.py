@@ -148,57 +148,69 @@ def forest_figure(table: Table, title: str):
 def rate_figure(table: Table, title: str):
     """Final loss against the learning rate, a line per configuration. None where the rate does
     not vary."""
-    series: dict[tuple[str, ...], list[tuple[float, Line]]] = {}
-    for line in table.lines:
-        if (rate := Row(line.cell.key, "", "").number("learning_rate")) > 0:
-            rest = tuple(v for k, v in line.cell.key.items() if k != "learning_rate")
-            series.setdefault(rest, []).append((rate, line))
-    rates = sorted({rate for points in series.values() for rate, _ in points})
+    lines = rate_lines(table)
+    rates = sorted({rate for points in lines.values() for rate, _ in points})
     if len(rates) < 2:
         return None
+    series = {
+        key: [(rate, spread_of(line.cell)) for rate, line in points]
+        for key, points in lines.items()
+    }
     figure, (axes,) = new_figure(4.2)
-    ns = set()
-    for i, (rest, points) in enumerate(series.items()):
-        points.sort(key=lambda p: p[0])
-        spreads = [spread_of(line.cell) for _, line in points]
-        style, x = style_of(i), [rate for rate, _ in points]
-        mine = sorted({len(s.values) for s in spreads})
-        ns |= set(mine)
-        n = f"n={mine[0]}" if len(mine) == 1 else f"n={mine[0]} to {mine[-1]}"
-        label = " ".join(w for w in rest if w not in ("", "-"))
-        axes.plot(x, [s.mean for s in spreads], label=plain(f"{label} ({n} per rate)"), **style)
-        known = [(a, s) for a, s in zip(x, spreads, strict=True) if math.isfinite(s.half)]
-        if known:
-            a, y, half = zip(*((a, s.mean, s.half) for a, s in known), strict=True)
-            axes.errorbar(
-                a, y, yerr=half, color=style["color"], linestyle="none", capsize=4, elinewidth=1
-            )
-        for a, s in zip(x, spreads, strict=True):
-            if len(s.values) > 1:
-                beside = a + 0.012 * (1 + i % 3) * (rates[-1] - rates[0])
-                axes.scatter(
-                    [beside] * len(s.values),
-                    s.values,
-                    s=12,
-                    facecolor="white",
-                    edgecolor="0.15",
-                    zorder=4,
-                )
+    for i, (key, points) in enumerate(series.items()):
+        _draw_rates(axes, i, key, points, rates[-1] - rates[0])
+    scale = ""
     if rates[-1] / rates[0] >= 4:
         axes.set_xscale("log")
+        scale = "; log scale"
     if len(rates) <= 8:
         axes.set_xticks(rates, [f"{r:g}" for r in rates])
         axes.set_xticks([], minor=True)
-    axes.set_xlabel(
-        "peak learning rate (AdamW" + ("; log scale)" if axes.get_xscale() == "log" else ")"),
-        fontsize=10,
-    )
+    axes.set_xlabel(f"peak learning rate (AdamW{scale})", fontsize=10)
     axes.set_ylabel("final validation loss\n(nats per token)", fontsize=10)
     add_legend(axes, axes, len(series))
     words = "line: mean over seeds; bar: its 95% interval (t); small dots beside: seeds; n in the "
     words += "legend"
-    finish(figure, [axes], title, words + ("; n=1 has no interval" if 1 in ns else ""))
+    if any(len(s.values) == 1 for points in series.values() for _, s in points):
+        words += "; n=1 has no interval"
+    finish(figure, [axes], title, words)
     return figure
+
+
+def rate_lines(table: Table) -> dict[tuple[str, ...], list[tuple[float, Line]]]:
+    """The table's lines by learning rate, lowest first, of each configuration, which is named by
+    its key without the rate."""
+    found: dict[tuple[str, ...], list[tuple[float, Line]]] = {}
+    for line in table.lines:
+        if (rate := Row(line.cell.key, "", "").number("learning_rate")) > 0:
+            rest = tuple(v for k, v in line.cell.key.items() if k != "learning_rate")
+            found.setdefault(rest, []).append((rate, line))
+    for points in found.values():
+        points.sort(key=lambda point: point[0])
+    return found
+
+
+def _draw_rates(
+    axes, i: int, key: tuple[str, ...], points: Sequence[tuple[float, Spread]], width: float
+) -> None:
+    """The line of one configuration, its intervals, and its seeds beside it. `width` is that of
+    all rates."""
+    style = style_of(i)
+    ns = sorted({len(s.values) for _, s in points})
+    n = f"n={ns[0]}" if len(ns) == 1 else f"n={ns[0]} to {ns[-1]}"
+    label = " ".join(w for w in key if w not in ("", "-"))
+    x, y = [rate for rate, _ in points], [s.mean for _, s in points]
+    axes.plot(x, y, label=plain(f"{label} ({n} per rate)"), **style)
+    known = [(rate, s.mean, s.half) for rate, s in points if math.isfinite(s.half)]
+    if known:
+        x, y, half = zip(*known, strict=True)
+        bar = dict(color=style["color"], linestyle="none", capsize=4, elinewidth=1)
+        axes.errorbar(x, y, yerr=half, **bar)
+    dot = dict(s=12, facecolor="white", edgecolor="0.15", zorder=4)
+    for rate, s in points:
+        if len(s.values) > 1:
+            beside = rate + 0.012 * (1 + i % 3) * width
+            axes.scatter([beside] * len(s.values), s.values, **dot)
 
 
 def overhead_figure(table: Table, title: str):

@@ -4,6 +4,7 @@ A bad file never stops the page: what is wrong with it becomes one of the page's
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import time
@@ -108,70 +109,9 @@ def some(what: str, names: Sequence[str], most: int = 4) -> str:
 def read_findings(a: argparse.Namespace, cache: Cache) -> Findings:
     """Results, logs and states, and what was wrong with them. Raises nothing for a bad file."""
     findings = Findings()
-    for path in a.results_file:
-        found = cache.read(path, read_results)
-        if isinstance(found, UserError):
-            findings.problems.append(str(found))
-            continue
-        findings.rows += found[0]
-        findings.problems += found[1][:20]
-        if len(found[1]) > 20:
-            findings.problems.append(f"{path.name}: {len(found[1]) - 20} more lines like these")
-        if not found[0]:
-            findings.problems.append(f"{path}: no rows yet")
-    stages = read_stages(a.stages, findings.rows) if a.stages else stages_by_iters("1500", "800")
-    sorted_rows, homeless = sort_into_stages(findings.rows, stages)
-    findings.stages = {name: (stage, own) for name, (stage, own) in sorted_rows.items() if own}
-    if homeless:
-        findings.stages[NO_STAGE] = (Stage(NO_STAGE), homeless)
-
-    for stage, own in findings.stages.values():
-        for extra in stage.extra_csv:
-            more = cache.read(a.results_file[0].parent / extra, read_results)
-            if isinstance(more, UserError):
-                findings.problems.append(str(more))
-            else:
-                own += more[0]
-                findings.problems += more[1]
-
-    seeds = {row["run_id"]: canon(row["seed"]) for row in findings.rows}
-    try:
-        folders = {p.name for p in a.logs_folder.iterdir() if p.is_dir()}
-    except OSError:
-        folders = set()
-        findings.problems.append(f"{a.logs_folder}: no such folder of logs; there are no curves")
-    findings.loose = sorted(
-        r for r in folders - seeds.keys() if (a.logs_folder / r / "metrics.csv").exists()
-    )
-    aside: dict[str, list[str]] = {}  # problem: runs
-    try:
-        findings.logs, wrong = from_curves(a.curves, findings.rows)
-        findings.problems += wrong
-    except UserError as error:
-        findings.problems.append(str(error))
-    for run_id in [*seeds, *findings.loose]:
-        if run_id not in folders or run_id in findings.logs:
-            continue  # the tables' remarks name runs without a curve
-        log = cache.read(
-            a.logs_folder / run_id / "metrics.csv",
-            lambda p: read_log(p, p.parent.name, "", MOST_POINTS),
-        )
-        status = cache.read(a.logs_folder / run_id / "status.json", read_status)
-        findings.status[run_id] = status
-        if "problem" in status:
-            findings.problems.append(str(status["problem"]))
-        if isinstance(log, UserError):
-            findings.problems.append(str(log))
-            continue
-        for problem in log.problems:
-            aside.setdefault(f"metrics.csv, {problem}", []).append(run_id)
-        findings.logs[run_id] = RunLog(
-            run_id, seeds.get(run_id, ""), log.val, log.tokens, log.trace, log.problems
-        )
-    findings.problems += [
-        some(f"{what} ({len(runs)})" if len(runs) > 4 else what, runs)
-        for what, runs in aside.items()
-    ]
+    _add_rows(findings, a, cache)
+    _add_stages(findings, a, cache)
+    _add_logs(findings, a, cache)
     now = time.time()
     stale = [
         r for r in findings.status if going(findings, r) and age(findings.status[r], now) > STALE_S
@@ -181,6 +121,84 @@ def read_findings(a: argparse.Namespace, cache: Cache) -> Findings:
             some(f"said to be running, but silent for over {STALE_S} s (killed?)", stale)
         )
     return findings
+
+
+def _add_rows(findings: Findings, a: argparse.Namespace, cache: Cache) -> None:
+    for path in a.results_file:
+        found = cache.read(path, read_results)
+        if isinstance(found, UserError):
+            findings.problems.append(str(found))
+            continue
+        rows, torn = found
+        findings.rows += rows
+        findings.problems += torn[:20]
+        if len(torn) > 20:
+            findings.problems.append(f"{path.name}: {len(torn) - 20} more lines like these")
+        if not rows:
+            findings.problems.append(f"{path}: no rows yet")
+
+
+def _add_stages(findings: Findings, a: argparse.Namespace, cache: Cache) -> None:
+    """Sort the rows into stages, and add the further files that a stage names."""
+    stages = read_stages(a.stages, findings.rows) if a.stages else stages_by_iters("1500", "800")
+    sorted_rows, homeless = sort_into_stages(findings.rows, stages)
+    findings.stages = {name: (stage, own) for name, (stage, own) in sorted_rows.items() if own}
+    if homeless:
+        findings.stages[NO_STAGE] = (Stage(NO_STAGE), homeless)
+    for stage, own in findings.stages.values():
+        for extra in stage.extra_csv:
+            more = cache.read(a.results_file[0].parent / extra, read_results)
+            if isinstance(more, UserError):
+                findings.problems.append(str(more))
+            else:
+                own += more[0]
+                findings.problems += more[1]
+
+
+def _add_logs(findings: Findings, a: argparse.Namespace, cache: Cache) -> None:
+    """Curves and states: from the files of --curves, all others from the folders of runs."""
+    seeds = {row["run_id"]: canon(row["seed"]) for row in findings.rows}
+    try:
+        folders = {p.name for p in a.logs_folder.iterdir() if p.is_dir()}
+    except OSError:
+        folders = set()
+        findings.problems.append(f"{a.logs_folder}: no such folder of logs; there are no curves")
+    findings.loose = sorted(
+        r for r in folders - seeds.keys() if (a.logs_folder / r / "metrics.csv").exists()
+    )
+    try:
+        findings.logs, wrong = from_curves(a.curves, findings.rows)
+        findings.problems += wrong
+    except UserError as error:
+        findings.problems.append(str(error))
+    in_logs: dict[str, list[str]] = {}  # problem: runs that have it
+    for run_id in [*seeds, *findings.loose]:
+        if run_id in folders and run_id not in findings.logs:  # tables name runs without a curve
+            problems = _add_log(findings, a.logs_folder / run_id, seeds.get(run_id, ""), cache)
+            for problem in problems:
+                in_logs.setdefault(f"metrics.csv, {problem}", []).append(run_id)
+    findings.problems += [
+        some(f"{what} ({len(runs)})" if len(runs) > 4 else what, runs)
+        for what, runs in in_logs.items()
+    ]
+
+
+def _add_log(findings: Findings, folder: Path, seed: str, cache: Cache) -> Sequence[str]:
+    """One run's curve and state; returns what is wrong inside its log, which other runs may
+    share."""
+    run_id = folder.name
+    log = cache.read(
+        folder / "metrics.csv", lambda path: read_log(path, path.parent.name, "", MOST_POINTS)
+    )
+    status = cache.read(folder / "status.json", read_status)
+    findings.status[run_id] = status
+    if "problem" in status:
+        findings.problems.append(str(status["problem"]))
+    if isinstance(log, UserError):
+        findings.problems.append(str(log))
+        return ()
+    findings.logs[run_id] = dataclasses.replace(log, seed=seed)
+    return log.problems
 
 
 def going(findings: Findings, run_id: str) -> bool:

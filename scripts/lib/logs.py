@@ -46,20 +46,40 @@ def read_log(path: Path, run_id: str, seed: str = "", most: int = MOST_POINTS) -
     """A run's validations, and a trace of at most about `most` points. A step that occurs twice
     (the run was resumed) counts as it was the last time. Raises UserError when the file is
     missing or lacks a column."""
+    at, rows, num_torn = _read_steps(path)
+    val, tokens, num_nan = _validations(rows, at)
+    trace, nan_at = _trace(list(rows.items()), at, most)
+    problems = []
+    if num_torn:
+        problems.append(f"{count(num_torn, 'torn row')} skipped")
+    if num_nan:
+        problems.append(f"{count(num_nan, 'validation')} without a finite loss and time, left out")
+    if not val.step:
+        problems.append("no validation yet")
+    if nan_at:
+        problems.append(
+            f"train_loss is not finite at {count(len(nan_at), 'step')}, first at {nan_at[0]}"
+        )
+    return RunLog(run_id, seed, val, tokens, trace, tuple(problems))
+
+
+def _read_steps(path: Path) -> tuple[dict[str, int], dict[int, list[str]], int]:
+    """Where each column is, the fields of each step in the order of steps, and how many lines
+    are torn."""
     try:
         text = path.read_bytes().decode("utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     lines = text.split("\n")
-    header = lines[0].rstrip("\r").split(",")
     if lines == [""]:
         raise UserError(f"{path}: is empty")
+    header = lines[0].rstrip("\r").split(",")
     if missing := [c for c in ("step", "val_loss", "train_time_s") if c not in header]:
         raise UserError(f"{path}: has no column {', '.join(missing)}")
     at = {name: i for i, name in enumerate(header)}
-    i_step, i_loss, i_time, width = at["step"], at["val_loss"], at["train_time_s"], len(header)
+    i_step, width = at["step"], len(header)
     rows: dict[int, list[str]] = {}
-    torn, last, in_order = 0, -1, True
+    num_torn, last, in_order = 0, -1, True
     for line in lines[1:]:
         fields = line.split(",")
         try:
@@ -67,40 +87,34 @@ def read_log(path: Path, run_id: str, seed: str = "", most: int = MOST_POINTS) -
                 raise ValueError
             step = int(fields[i_step])
         except ValueError:
-            torn += line.strip() != "" and line.rstrip("\r") != lines[0].rstrip("\r")
+            num_torn += line.strip() != "" and line.rstrip("\r") != lines[0].rstrip("\r")
             continue
         in_order = in_order and step > last
         last = step
         rows[step] = fields
-    if not in_order:
-        rows = dict(sorted(rows.items()))
-    problems = [f"{count(torn, 'torn row')} skipped"] if torn else []
+    return at, rows if in_order else dict(sorted(rows.items())), num_torn
 
+
+def _validations(
+    rows: Mapping[int, list[str]], at: Mapping[str, int]
+) -> tuple[Points, list[float], int]:
+    """The finite validations, the tokens at each, and how many are not finite."""
     val, tokens, num_nan = Points([], [], []), [], 0
-    i_tokens = at.get("tokens")
-    for step, f in rows.items():
-        if f[i_loss].strip():
-            loss = _float(f[i_loss])
-            seconds = (
-                _float(f[i_time]) if step else 0.0
-            )  # at step 0 there is no time yet, and none is written
-            if not math.isfinite(loss + seconds):
-                num_nan += 1
-                continue
-            val.step.append(step)
-            val.seconds.append(seconds)
-            val.loss.append(loss)
-            tokens.append(_float(f[i_tokens]) if i_tokens is not None else math.nan)
-    if num_nan:
-        problems.append(f"{count(num_nan, 'validation')} without a finite loss and time, left out")
-    if not val.step:
-        problems.append("no validation yet")
-    trace, nan_at = _trace(list(rows.items()), at, most)
-    if nan_at:
-        problems.append(
-            f"train_loss is not finite at {count(len(nan_at), 'step')}, first at {nan_at[0]}"
-        )
-    return RunLog(run_id, seed, val, tokens, trace, tuple(problems))
+    i_loss, i_time, i_tokens = at["val_loss"], at["train_time_s"], at.get("tokens")
+    for step, fields in rows.items():
+        if not fields[i_loss].strip():
+            continue
+        loss = _float(fields[i_loss])
+        # at step 0 there is no time yet, and none is written
+        seconds = _float(fields[i_time]) if step else 0.0
+        if not math.isfinite(loss + seconds):
+            num_nan += 1
+            continue
+        val.step.append(step)
+        val.seconds.append(seconds)
+        val.loss.append(loss)
+        tokens.append(_float(fields[i_tokens]) if i_tokens is not None else math.nan)
+    return val, tokens, num_nan
 
 
 def _trace(

@@ -188,34 +188,13 @@ def loss_figure(groups: Sequence[Group], axis: str, title: str):
         5.6 if compared else 4.2, 2 if compared else 1, sharex=True, gridspec_kw=ratios
     )
     label, by = axis_of(axis, max(mean_line(g.runs, axis).x[-1] for g in groups))
-
-    def draw(axes, group: Group, line: Mean) -> None:
-        x = [v / by for v in line.x]
-        style = style_of(group.style)
-        axes.plot(
-            x, line.y, label=plain(group.title), markevery=_every(group.style, len(x)), **style
-        )
-        if len(group.runs) > 1:
-            axes.fill_between(x, line.low, line.high, color=style["color"], alpha=0.18, linewidth=0)
-
     for g in groups:
-        draw(panels[0], g, mean_line(g.runs, axis))
+        _draw_mean(panels[0], g, mean_line(g.runs, axis), by)
     if limits := loss_limits([make_curve(g.label, [r.val for r in g.runs]) for g in groups]):
         panels[0].set_ylim(*limits)
     panels[0].set_ylabel("validation loss\n(nats per token)", fontsize=10)
     if compared:
-        late = []
-        for g in compared:
-            line = difference_line(g, axis)
-            draw(panels[1], g, line)
-            for x, low, high in zip(line.x, line.low, line.high, strict=True):
-                if x >= line.x[-1] / 4:
-                    late += [low, high]
-        panels[1].axhline(0, color="0.4", linewidth=1)
-        low, high = min(*late, 0), max(*late, 0)
-        pad = 0.08 * (high - low) or 0.01
-        panels[1].set_ylim(low - pad, high + pad)
-        panels[1].set_ylabel("difference to\nbaseline (nats)", fontsize=10)
+        _draw_differences(panels[1], compared, axis, by)
     panels[-1].set_xlabel(label, fontsize=10)
     panels[-1].set_xlim(left=0)
     words = [n_words([len(g.runs) for g in groups]), "step 0 lies above the view"]
@@ -226,6 +205,33 @@ def loss_figure(groups: Sequence[Group], axis: str, title: str):
     finish(figure, panels, title, "; ".join(words))
     add_legend(panels[0], panels[-1], len(groups))
     return figure
+
+
+def _draw_mean(axes, group: Group, line: Mean, by: float) -> None:
+    """A mean line, its x divided by `by`, and the band from smallest to largest of its runs."""
+    x = [v / by for v in line.x]
+    style = style_of(group.style)
+    places = _every(group.style, len(x))
+    axes.plot(x, line.y, label=plain(group.title), markevery=places, **style)
+    if len(group.runs) > 1:
+        axes.fill_between(x, line.low, line.high, color=style["color"], alpha=0.18, linewidth=0)
+
+
+def _draw_differences(axes, groups: Sequence[Group], axis: str, by: float) -> None:
+    """Each group minus its baseline. The view holds the last three quarters of every line: early
+    differences are much larger."""
+    late = [0.0]
+    for group in groups:
+        line = difference_line(group, axis)
+        _draw_mean(axes, group, line, by)
+        for x, low, high in zip(line.x, line.low, line.high, strict=True):
+            if x >= line.x[-1] / 4:
+                late += [low, high]
+    axes.axhline(0, color="0.4", linewidth=1)
+    low, high = min(late), max(late)
+    pad = 0.08 * (high - low) or 0.01
+    axes.set_ylim(low - pad, high + pad)
+    axes.set_ylabel("difference to\nbaseline (nats)", fontsize=10)
 
 
 def _interpolated(axis: str) -> str:

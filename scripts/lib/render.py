@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from lib.program import count, need
 from lib.results import canon
 from lib.sequential import Rule
-from lib.tables import Table
+from lib.tables import Line, Table
 
 NUMBER = re.compile(r"[-+\[]?[\d.]|-$|n=1$|no spread$|(no )?baseline$")
 MEANS = ("n", "final_loss", "sd", "train_time", "ms/step", "MiB")
@@ -38,61 +38,100 @@ def cells_of(table: Table, most: int | None = None) -> list[dict[str, str]]:
     """The table for eyes: one dict per line (at `most` so many), rounded. The knobs that all
     cells share are left out of the notes."""
     common = shared_notes(table)
+    parts = (mean_cells, versus_cells, cost_cells, target_cells)
     shown = []
     for line in table.lines[:most]:
-        key = {k: v or ("?" if k != "notes" else "-") for k, v in line.cell.key.items()}
-        if key.get("notes"):
-            key["notes"] = " ".join(w for w in key["notes"].split() if w not in common) or "-"
-        n, c = line.numbers, line.comparison
-        no_diff = "baseline" if line.is_baseline else "no baseline"
-        span = lambda name, form, n=n: (
-            "[" + ", ".join(form.format(n[f"{name}ci_{end}"]) for end in ("lo", "hi")) + "]"
-        )
-        percent = lambda name, n=n, span=span: (
-            rounded(n, f"{name}_pct", "{:+.1f}%")
-            + (" " + span(f"{name}_", "{:+.1f}") if n[f"{name}_ci_lo"] != "" else "")
-        )
-        effect = lambda name, n=n, span=span: (
-            rounded(n, f"{name}_diff", "{:+.4f}")
-            + (" " + span(f"{name}_", "{:+.4f}") if n[f"{name}_ci_lo"] != "" else "")
-        )
-        out = {**key, "n": f"{n['seeds']}{'*' * (n['duplicate_rows'] > 0)}"}
-        out |= {"final_loss": rounded(n, "final_loss", "{:.4f}")}
-        out |= {"sd": rounded(n, "sd", "{:.5f}") if n["seeds"] > 1 else "n=1"}
-        out |= {"train_time": str(n["train_time"]), "ms/step": rounded(n, "ms_per_step", "{:.2f}")}
-        out |= {"MiB": rounded(n, "peak_memory_mib", "{:.0f}")}
-        out |= {
-            "diff": rounded(n, "diff", "{:+.4f}") if c else no_diff,
-            "rel": rounded(n, "rel_pct", "{:+.2f}%"),
-        }
-        out |= {"95% CI": span("", "{:+.4f}") if c and c.chosen else c.test if c else "-"}
-        out |= {"p": rounded(n, "p", "{:.2g}"), "Holm p": rounded(n, "p_holm", "{:.2g}")}
-        out |= {
-            "decision": c.decision or "-" if c else "-",
-            "test": c.test if c and c.chosen else "-",
-            "can see": rounded(n, "least_diff", "{:.4f}"),
-        }
-        out |= {"flags": str(n["flags"]) or "-", "step time": percent("overhead")}
-        out |= {"peak memory": rounded(n, "memory_pct", "{:+.1f}%")}
-        # after as many steps as both have, the final losses are the answer, and stand under diff
-        out |= {
-            "equal steps": effect("equal_steps")
-            if c and c.equal_steps.how != "final losses"
-            else "-"
-        }
-        out |= {
-            "equal time": effect("equal_time"),
-            "equal time by": str(n["equal_time_how"]) or "-",
-        }
-        told = math.isfinite(line.target) or n["reached"]
-        out |= {"reached": f"{n['reached']} of {n['seeds']}" if told else "-"}
-        out |= {
-            "steps": rounded(n, "steps_to_target", "{:.0f}"),
-            "time": rounded(n, "seconds_to_target", "{:.1f} s"),
-        }
-        out |= {"steps vs": percent("steps_to_target"), "time vs": percent("seconds_to_target")}
-        shown.append(out)
+        row = key_cells(line, common)
+        for part in parts:
+            row |= part(line)
+        shown.append(row)
     return shown
+
+
+def key_cells(line: Line, common: Sequence[str]) -> dict[str, str]:
+    """What names the cell; of its notes only the words that are not `common`."""
+    key = {k: v or ("?" if k != "notes" else "-") for k, v in line.cell.key.items()}
+    if key.get("notes"):
+        key["notes"] = " ".join(w for w in key["notes"].split() if w not in common) or "-"
+    return key
+
+
+def mean_cells(line: Line) -> dict[str, str]:
+    n = line.numbers
+    return {
+        "n": f"{n['seeds']}{'*' * (n['duplicate_rows'] > 0)}",
+        "final_loss": rounded(n, "final_loss", "{:.4f}"),
+        "sd": rounded(n, "sd", "{:.5f}") if n["seeds"] > 1 else "n=1",
+        "train_time": str(n["train_time"]),
+        "ms/step": rounded(n, "ms_per_step", "{:.2f}"),
+        "MiB": rounded(n, "peak_memory_mib", "{:.0f}"),
+    }
+
+
+def versus_cells(line: Line) -> dict[str, str]:
+    """The final loss against the baseline's."""
+    n, c = line.numbers, line.comparison
+    diff = "baseline" if line.is_baseline else "no baseline"
+    interval = test = decision = "-"
+    if c:
+        diff = rounded(n, "diff", "{:+.4f}")
+        interval = span(n, "", "{:+.4f}") if c.chosen else c.test
+        test = c.test if c.chosen else "-"
+        decision = c.decision or "-"
+    return {
+        "diff": diff,
+        "rel": rounded(n, "rel_pct", "{:+.2f}%"),
+        "95% CI": interval,
+        "p": rounded(n, "p", "{:.2g}"),
+        "Holm p": rounded(n, "p_holm", "{:.2g}"),
+        "decision": decision,
+        "test": test,
+        "can see": rounded(n, "least_diff", "{:.4f}"),
+        "flags": str(n["flags"]) or "-",
+    }
+
+
+def cost_cells(line: Line) -> dict[str, str]:
+    """Step time and memory against the baseline's, and loss at equal steps and at equal time."""
+    n, c = line.numbers, line.comparison
+    # after as many steps as both have, the final losses are the answer, and stand under diff
+    other_steps = c and c.equal_steps.how != "final losses"
+    return {
+        "step time": with_span(n, "overhead", "_pct", "{:+.1f}", "%"),
+        "peak memory": rounded(n, "memory_pct", "{:+.1f}%"),
+        "equal steps": with_span(n, "equal_steps", "_diff", "{:+.4f}") if other_steps else "-",
+        "equal time": with_span(n, "equal_time", "_diff", "{:+.4f}"),
+        "equal time by": str(n["equal_time_how"]) or "-",
+    }
+
+
+def target_cells(line: Line) -> dict[str, str]:
+    """Steps and time to the target loss, and both against the baseline's."""
+    n = line.numbers
+    told = math.isfinite(line.target) or n["reached"]
+    return {
+        "reached": f"{n['reached']} of {n['seeds']}" if told else "-",
+        "steps": rounded(n, "steps_to_target", "{:.0f}"),
+        "time": rounded(n, "seconds_to_target", "{:.1f} s"),
+        "steps vs": with_span(n, "steps_to_target", "_pct", "{:+.1f}", "%"),
+        "time vs": with_span(n, "seconds_to_target", "_pct", "{:+.1f}", "%"),
+    }
+
+
+def span(numbers: Mapping[str, object], name: str, form: str) -> str:
+    """The interval whose ends are called `name`ci_lo and `name`ci_hi."""
+    ends = (form.format(numbers[f"{name}ci_{end}"]) for end in ("lo", "hi"))
+    return f"[{', '.join(ends)}]"
+
+
+def with_span(
+    numbers: Mapping[str, object], name: str, suffix: str, form: str, unit: str = ""
+) -> str:
+    """A number and, where it is known, its interval."""
+    text = rounded(numbers, name + suffix, form + unit)
+    if numbers[f"{name}_ci_lo"] == "":
+        return text
+    return f"{text} {span(numbers, f'{name}_', form)}"
 
 
 def rounded(numbers: Mapping[str, object], name: str, form: str) -> str:

@@ -96,38 +96,11 @@ def _read_stage(where: str, name: str, table: object, columns: Sequence[str]) ->
         raise UserError(
             f"{where}: expected a table named in letters, digits, '_', '.', '-'; it names the files"
         )
-
-    def column(word: str) -> str:
-        if word not in columns:
-            words = ("keys", "baseline", "extra_csv", "train_tokens", "target_loss", "sequential")
-            near = get_close_matches(word, [*columns, *words], n=1)
-            raise UserError(
-                f"{where}: {word} is no column" + (f"; did you mean {near[0]}?" if near else "")
-            )
-        return word
-
-    def listed(word: str, value: object) -> list:
-        values = value if isinstance(value, list) else [value]
-        if not values or not all(isinstance(v, str | int | float) for v in values):
-            raise UserError(f"{where}: {word} = {value!r}: expected a value or a list of values")
-        return values
-
-    def positive(word: str) -> float:
-        value = words.pop(word, NAN)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise UserError(f"{where}: {word} = {value!r}: expected a number above 0")
-        return float(value)
-
-    words = dict(table)
-    numbers = [positive(word) for word in ("train_tokens", "target_loss")]
-    keys = (
-        tuple(column(str(v)) for v in listed("keys", words.pop("keys"))) if "keys" in words else ()
-    )
-    extra = (
-        tuple(str(v) for v in listed("extra_csv", words.pop("extra_csv")))
-        if "extra_csv" in words
-        else ()
-    )
+    words = dict(table)  # those left at the end are conditions
+    numbers = {word: _positive(where, words, word) for word in ("train_tokens", "target_loss")}
+    keys = _listed(where, "keys", words.pop("keys")) if "keys" in words else []
+    keys = tuple(_column(where, str(v), columns) for v in keys)
+    extra = _listed(where, "extra_csv", words.pop("extra_csv")) if "extra_csv" in words else []
     rule = rule_in(where, words.pop("sequential", None))
     baseline = words.pop("baseline", USUAL)
     if (
@@ -140,12 +113,37 @@ def _read_stage(where: str, name: str, table: object, columns: Sequence[str]) ->
             f'{{attn_gate = "none"}}'
         )
     match = {
-        column(word): frozenset(canon(v) for v in listed(word, value))
+        _column(where, word, columns): frozenset(canon(v) for v in _listed(where, word, value))
         for word, value in words.items()
     }
-    return Stage(
-        name, match, keys, {column(w): canon(v) for w, v in baseline.items()}, extra, *numbers, rule
-    )
+    baseline = {_column(where, word, columns): canon(v) for word, v in baseline.items()}
+    return Stage(name, match, keys, baseline, tuple(map(str, extra)), sequential=rule, **numbers)
+
+
+def _column(where: str, word: str, columns: Sequence[str]) -> str:
+    if word not in columns:
+        words = ("keys", "baseline", "extra_csv", "train_tokens", "target_loss", "sequential")
+        near = get_close_matches(word, [*columns, *words], n=1)
+        raise UserError(
+            f"{where}: {word} is no column" + (f"; did you mean {near[0]}?" if near else "")
+        )
+    return word
+
+
+def _listed(where: str, word: str, value: object) -> list:
+    """The values of a word that takes one or several."""
+    values = value if isinstance(value, list) else [value]
+    if not values or not all(isinstance(v, str | int | float) for v in values):
+        raise UserError(f"{where}: {word} = {value!r}: expected a value or a list of values")
+    return values
+
+
+def _positive(where: str, words: dict[str, object], word: str) -> float:
+    """Take `word`, a number above 0, out of the words; nan where it is not there."""
+    value = words.pop(word, NAN)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        raise UserError(f"{where}: {word} = {value!r}: expected a number above 0")
+    return float(value)
 
 
 def rule_in(where: str, table: object) -> Rule | None:

@@ -1,4 +1,7 @@
-"""Writes the large study that docs/report.md was measured with: python tests/study/big_study.py FOLDER."""
+"""Writes the large study that docs/report.md was measured with.
+
+python tests/study/big_study.py FOLDER
+"""
 
 import json
 import random
@@ -31,7 +34,8 @@ def big_study(
                 dict(attngate=gate, lr=rate, seed=seed, **{f"knob{k}": k for k in range(30)}),
                 indent=2,
             )
-            text = f"{source}\ncommand: train_gpt.py --seed {seed}\nhyperparameters:\n{knobs}\nRunning pytorch 2.13.0\n"
+            text = f"{source}\ncommand: train_gpt.py --seed {seed}\n"
+            text += f"hyperparameters:\n{knobs}\nRunning pytorch 2.13.0\n"
             text += f"nvidia-smi:\n{'GPU ' * 500}\n{'=' * 100}\ndevice: 8 x NVIDIA H200\n"
             (folder / f"logs/{run}.txt").write_text(
                 text + "step:1/1500 train_loss:3.5 train_time:1ms\n" * steps

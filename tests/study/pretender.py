@@ -47,7 +47,8 @@ if __name__ != "__main__":
 
         def __post_init__(self):
             if self.warmup_iters > self.num_iterations:
-                raise ValueError(f"WARMUP_ITERS={self.warmup_iters} does not fit into {self.num_iterations}")
+                steps = self.num_iterations
+                raise ValueError(f"WARMUP_ITERS={self.warmup_iters} does not fit into {steps}")
 
     Knobs = dataclass(frozen=True)(Knobs)
 
@@ -61,8 +62,9 @@ else:
             f.write(line + "\\n")
 
     def status(word, step):
-        text = json.dumps(dict(run_id=run, status=word, step=step, num_iterations=10, train_loss=2.0, val_loss=2.5))
-        (folder / "status.tmp").write_text(text)
+        told = dict(run_id=run, status=word, step=step, num_iterations=10)
+        told |= dict(train_loss=2.0, val_loss=2.5)
+        (folder / "status.tmp").write_text(json.dumps(told))
         os.replace(folder / "status.tmp", folder / "status.json")
 
     def hear(number, frame):
@@ -88,8 +90,9 @@ else:
         sys.exit(2)
     path, loss = Path(e["RESULTS_FILE"]), 2.5
     if float(e.get("WOBBLE", 0)):
-        noise = float(e["WOBBLE"]) * (int(e["SEED"]) * 7 % 5 - 2 + (int(e["SEED"]) * 3 % 4) * (gate != "none"))
-        loss += noise - 0.1 * (gate == "some")
+        seed = int(e["SEED"])
+        noise = seed * 7 % 5 - 2 + (seed * 3 % 4) * (gate != "none")
+        loss += float(e["WOBBLE"]) * noise - 0.1 * (gate == "some")
     with FileLock(f"{path}.lock"):
         text = "" if path.exists() else "run_id,seed,stage,final_val_loss,status,steps_done\\n"
         with open(path, "a") as f:
@@ -111,8 +114,12 @@ def launcher(path: Path, *options: str) -> subprocess.Popen:
     """run_study.py in a process group of its own, its output in a pipe."""
     return subprocess.Popen(
         [sys.executable, str(ROOT / "scripts/run_study.py"), str(path), *options],
-        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def wait_for(what: Callable[[], object], seconds: float = 60) -> object:

@@ -211,8 +211,9 @@ def write_log(
     lines = [COLUMNS, "0,,16.0,,,0,,,,"]
     for s in range(1, steps + 1):
         val = f"{final + 2 * (1 - s / steps):.6f}" if s % every == 0 else ""
-        lines.append(f"{s},{final + 2.1 - 2 * s / steps:.4f},{val},{0.0036 * (1 - s / steps):.6g},{s * ms / 1000:.3f},"
-                     f"{s * 524288},{524288000 / ms:.0f},0.4,1.0,5")  # fmt: skip
+        loss, lr = final + 2.1 - 2 * s / steps, 0.0036 * (1 - s / steps)
+        line = f"{s},{loss:.4f},{val},{lr:.6g},{s * ms / 1000:.3f},"
+        lines.append(line + f"{s * 524288},{524288000 / ms:.0f},0.4,1.0,5")
     (folder / run_id).mkdir(parents=True, exist_ok=True)
     (folder / run_id / "metrics.csv").write_text("\n".join(lines) + "\n")
 

@@ -50,8 +50,8 @@ def test_the_studies_that_come_along_hold_the_runs_they_should(capsys, tmp_path)
     )
     assert {facts(c) for c in of["stage1"]} == {(1500, 0, 1450, 0.0036)}
     assert {(c.knobs.attngate, c.knobs.gateact) for c in of["stage1"]} == {
-        ("none", "sigmoid"), ("headwise", "sigmoid"), ("headwise", "ns_sigmoid"), ("elementwise", "sigmoid"),
-        ("const", "sigmoid"),
+        ("none", "sigmoid"), ("headwise", "sigmoid"), ("headwise", "ns_sigmoid"),
+        ("elementwise", "sigmoid"), ("const", "sigmoid"),
     }  # fmt: skip
     assert {facts(c) for c in of["stage2"]} == {
         (800, 150, 232, 0.0036 * m / 10) for m in (10, 11, 12, 13)
@@ -119,7 +119,8 @@ def test_a_study_killed_twice_ends_with_one_row_per_cell_and_the_losses_of_an_un
     )
     common = {k: v for k, v in (SMALL | size).items() if k != "compile"} | write_data(tmp_path)
     knobs = "\n".join(f"{k} = {json.dumps(v)}" for k, v in common.items()) + "\ncompile = false\n"
-    stage = '[stage.a]\nseeds = [1, 2]\nbaseline = { attngate = "none" }\ngrid = { attngate = ["none", "headwise"] }\n'
+    stage = '[stage.a]\nseeds = [1, 2]\nbaseline = { attngate = "none" }\n'
+    stage += 'grid = { attngate = ["none", "headwise"] }\n'
     study = tmp_path / "study.toml"
     study.write_text(f'title = "T"\ntrainer = "train_gpt.py"\n[knobs]\n{knobs}{stage}')
     options = (

@@ -1,4 +1,4 @@
-"""The page: the numbers of the tables, nothing from outside, no injection, broken files, --watch."""
+"""The page: the numbers of the tables, nothing from outside, no injection, bad files, --watch."""
 
 import csv
 import io
@@ -47,8 +47,12 @@ def test_the_page_holds_the_rounded_table_of_split_results(tmp_path, study):
 
 
 def test_the_page_opens_with_a_sentence_per_comparison_the_settled_ones_first(tmp_path):
-    runs = [(f"{gate}{s}", s, base + s / 10000, gate) for gate, base in (("none", 3.3), ("elementwise", 3.2),
-            ("const", 3.3001)) for s in (1, 2, 3)]  # fmt: skip
+    losses = {"none": 3.3, "elementwise": 3.2, "const": 3.3001}
+    runs = [
+        (f"{gate}{s}", s, loss + s / 10000, gate)
+        for gate, loss in losses.items()
+        for s in (1, 2, 3)
+    ]
     runs[4] = (*runs[4][:2], 3.2005, "elementwise")
     runs[8] = (*runs[8][:2], 3.31, "const")
     page = Page(written(tmp_path, make_study(tmp_path, runs)))
@@ -129,8 +133,13 @@ def test_run_details_have_the_knobs_and_the_environment_of_the_log(tmp_path, stu
     details = {d["line"].split(" | ")[0]: d for d in data["stages"][0]["details"]}
     assert details["a1"]["knobs"] == dict(lr="0.01", attngate="none", device="cuda")
     env = {k: data["pool"][v] if isinstance(v, int) else v for k, v in details["a1"]["env"].items()}
-    assert env == {"git_commit": "abc", "command": "python train.py --lr 0.01", "torch": "Running pytorch 2.13",
-                   "nvidia-smi": "GPU" * 40, "device": "8 x H200"}  # fmt: skip
+    assert env == {
+        "git_commit": "abc",
+        "command": "python train.py --lr 0.01",
+        "torch": "Running pytorch 2.13",
+        "nvidia-smi": "GPU" * 40,
+        "device": "8 x H200",
+    }
     assert details["b1"]["knobs"] == {} and "loss 3.2500" in details["b1"]["line"]
 
 
@@ -200,6 +209,12 @@ def _set(name: str, text: str):
     return lambda folder: (folder / name).write_text(text)
 
 
+def _only(*run, **given):
+    """A results file of this run alone."""
+    return lambda folder: write_results(folder / "results.csv", [result(*run, **given)])
+
+
+ODD_STATUS = '{"status": "running", "updated": null, "eta_s": []}'
 BROKEN = {
     "an empty results file": (_set("results.csv", ""), "no rows yet"),
     "no results file": (lambda folder: (folder / "results.csv").unlink(), "No such file"),
@@ -212,21 +227,21 @@ BROKEN = {
     "empty metrics": (_set("logs/a1/metrics.csv", ""), "metrics.csv: is empty"),
     "metrics without columns": (_set("logs/a1/metrics.csv", "a,b\n1,2\n"), "has no column step"),
     "metrics without validations": (
-        _set("logs/a1/metrics.csv", COLUMNS + "\n1,3,,1,1,1,1,1,1,1\n"), "no validation yet"),
+        _set("logs/a1/metrics.csv", COLUMNS + "\n1,3,,1,1,1,1,1,1,1\n"),
+        "no validation yet",
+    ),
     "binary metrics": (_set("logs/a1/metrics.csv", "\0\ufffd\n" * 9), "has no column"),
-    "a torn status": (_set("logs/a1/status.json", '{"status": "run'), "status.json: cannot be read"),
+    "a torn status": (
+        _set("logs/a1/status.json", '{"status": "run'),
+        "status.json: cannot be read",
+    ),
     "a status that is none": (_set("logs/a1/status.json", "[1]"), "expected an object"),
-    "odd status values": (_set("logs/a1/status.json", '{"status": "running", "updated": null, "eta_s": []}'), "silent"),
-    "a stage with one run": (
-        lambda folder: write_results(folder / "results.csv", [result("b1", 1, 3.2, "elementwise")]), "no baseline"),
-    "unfinished runs only": (
-        lambda folder: write_results(folder / "results.csv", [result("a1", 1, "", status="failed")]), "1 failed: a1"),
-    "a loss that is none": (
-        lambda folder: write_results(folder / "results.csv", [result("a1", 1, "nan")]), "finished without a loss"),
-    "a run in no stage": (
-        lambda folder: write_results(
-            folder / "results.csv", [result("a1", 1, 3, num_iterations=7, warmdown_iters=0)]), ""),
-}  # fmt: skip
+    "odd status values": (_set("logs/a1/status.json", ODD_STATUS), "silent"),
+    "a stage with one run": (_only("b1", 1, 3.2, "elementwise"), "no baseline"),
+    "unfinished runs only": (_only("a1", 1, "", status="failed"), "1 failed: a1"),
+    "a loss that is none": (_only("a1", 1, "nan"), "finished without a loss"),
+    "a run in no stage": (_only("a1", 1, 3, num_iterations=7, warmdown_iters=0), ""),
+}
 
 
 @pytest.mark.parametrize("what", BROKEN)

@@ -110,7 +110,8 @@ def test_a_stages_file_sorts_by_any_column_and_sets_keys_baseline_and_extra_rows
     stages = tmp_path / "stages.toml"
     stages.write_text(
         '[stage.low]\nlearning_rate = [0.0036]\nkeys = ["num_iterations"]\nextra_csv = "more.csv"\n'
-        '[stage.high]\nlearning_rate = 0.01\nnum_iterations = [1500]\nbaseline = {attn_gate = "const"}\n'
+        "[stage.high]\nlearning_rate = 0.01\nnum_iterations = [1500]\n"
+        'baseline = {attn_gate = "const"}\n'
     )
     write(
         tmp_path,

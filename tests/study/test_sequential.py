@@ -109,7 +109,14 @@ def test_two_pairs_without_any_spread_and_one_pair_alone_decide_nothing_false():
 STAGE = """
 [stage.mini]
 baseline = {attn_gate = "none"}
-sequential = {delta = 0.05, alpha = 0.05, power = 0.8, max_seeds = 12, sd = 0.01, num_comparisons = 1}
+
+[stage.mini.sequential]
+delta = 0.05
+alpha = 0.05
+power = 0.8
+max_seeds = 12
+sd = 0.01
+num_comparisons = 1
 """
 
 

@@ -1,4 +1,4 @@
-"""The study files that come along, and the commands of docs/colab.md, are what they say they are."""
+"""The study files that come along, and the commands of docs/colab.md, are what they say."""
 
 import csv
 import re

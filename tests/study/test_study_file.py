@@ -61,7 +61,8 @@ from pretender import TWO_BY_TWO, go, launcher, problems
         ),
         (
             TWO_BY_TWO.replace('["some", "none"]', '["none", "smoe"]'),
-            r"\[stage.a\] cell gate=smoe: GATE='smoe': expected one of none, some, more; did you mean some\?",
+            r"\[stage.a\] cell gate=smoe: GATE='smoe': expected one of none, some, more; "
+            r"did you mean some\?",
         ),
     ],
     ids=lambda text: "" if "[stage." in text else text[:40],

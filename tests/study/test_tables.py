@@ -143,7 +143,8 @@ def test_train_time_reads_back_within_half_a_tenth_and_never_shows_sixty_seconds
 @pytest.mark.parametrize("varied", [0, 1, 4])
 @pytest.mark.parametrize("width", [80, 100, 110])
 def test_tables_fit_the_columns_of_a_terminal(varied, width):
-    notes = "PRESET=demo DATA_ORDER=stream MLP_MATCH=True N_LAYER=3 INPUT_BIN=/a/folder/far/away/of/a_long_name_*.bin"
+    notes = "PRESET=demo DATA_ORDER=stream MLP_MATCH=True N_LAYER=3 "
+    notes += "INPUT_BIN=/a/folder/far/away/of/a_long_name_*.bin"
     rows = [
         row(
             seed,
@@ -185,7 +186,8 @@ def test_markdown_table_has_the_same_number_of_cells_in_every_line(tmp_path):
     assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
 
 
-OTHER = "run_id seed mixer num_slots learning_rate num_iterations final_val_loss test_ppl train_time_ms notes".split()
+OTHER = "run_id seed mixer num_slots learning_rate num_iterations final_val_loss test_ppl".split()
+OTHER += ["train_time_ms", "notes"]
 
 
 def other(**values: object) -> dict[str, str]:
@@ -240,8 +242,12 @@ def test_a_stages_file_may_name_another_trainers_columns(tmp_path):
 
 def test_a_knob_named_as_a_figure_of_the_table_keeps_its_value():
     columns = ["run_id", "seed", "memory", "final_val_loss", "peak_memory_mib"]
-    made = [dict(run_id=f"{m}{s}", seed=str(s), memory=m, final_val_loss=str(3 + s / 9), peak_memory_mib="7")
-            for s in (1, 2) for m in ("on", "zero")]  # fmt: skip
+    shared = dict(peak_memory_mib="7")
+    made = [
+        dict(run_id=f"{m}{s}", seed=str(s), memory=m, final_val_loss=str(3 + s / 9)) | shared
+        for s in (1, 2)
+        for m in ("on", "zero")
+    ]
     shown = table_text(
         table([{c: r[c] for c in columns} for r in made], Stage("s", baseline={"memory": "on"}))
     )
