@@ -1,4 +1,3 @@
-
 """curriculum_intelligence.py -- how much Turkish a byte model of train_scaled.py knows, in numbers.
 
     python scripts/scaled/curriculum_intelligence.py --run ID

@@ -1,4 +1,6 @@
-"""What scripts/hamt/compare_baselines.py promises: one text, one convention for all models; nobody else's memory counted."""
+"""What scripts/hamt/compare_baselines.py promises: one text, one convention for all models; nobody
+else's memory counted.
+"""
 
 import csv
 import dataclasses
