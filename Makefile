@@ -35,10 +35,13 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python scripts/gpt/bench.py
 
+# Eight minutes at most, the most valuable part first; each part is a file as soon as it is done.
+GPU_OUT := experiments/gpu
 bench-gpu: $(READY)
-	$(BIN)/python scripts/gpt/bench.py --device cuda --out experiments/gpu --deadline_s 240
-	$(BIN)/python scripts/hamt/compare_baselines.py --speed_only --preset 100m --mixer both --device cuda --output_dir experiments/gpu
-	$(BIN)/python scripts/scaled/bench_scaled.py --device cuda --out experiments/gpu
+	$(BIN)/python scripts/gpt/bench.py --device cuda --out $(GPU_OUT) --deadline_s 240
+	-timeout -s INT 120 $(BIN)/python scripts/hamt/compare_baselines.py --speed_only --preset 100m \
+		--mixer both --device cuda --output_dir $(GPU_OUT)
+	-timeout -s INT 120 $(BIN)/python scripts/scaled/bench_scaled.py --device cuda --out $(GPU_OUT)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

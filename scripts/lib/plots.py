@@ -92,7 +92,7 @@ def style_of(i: int) -> dict[str, object]:
 
 
 def restyle(figure) -> None:
-    """Give the lines of lib_results.loss_figure a dash and a marker each, so that a grey print
+    """Give the lines of loss_figure a dash and a marker each, so that a grey print
     can be read."""
     for axes in figure.axes:
         for i, line in enumerate(axes.lines):
