@@ -26,7 +26,7 @@ demo: $(READY)
 	@$(BIN)/python scripts/report.py
 
 test: $(READY) lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .
