@@ -58,7 +58,9 @@ def check_compiler(compile: bool, device_kind: str) -> None:
     """Raise UserError when torch.compile is asked for and its code generator is not usable."""
     if not compile:
         return
-    if device_kind == "cuda" and importlib.util.find_spec("triton") is None:
+    # A plan for a GPU may be made on a machine without one, and without its compiler.
+    needs_triton = device_kind == "cuda" and torch.cuda.is_available()
+    if needs_triton and importlib.util.find_spec("triton") is None:
         raise UserError("COMPILE=1 on a GPU needs the package triton; install it, or set COMPILE=0")
     if device_kind == "cpu":
         candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
