@@ -1,6 +1,6 @@
 """What every program of scripts/ needs around its work: errors, whole files, words for counts.
 
-Without plumbing, which imports torch: tables are also made on machines that have none.
+Without torch: tables are also made on machines that have none.
 """
 
 import argparse
@@ -12,11 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
-ROOT = Path(__file__).resolve().parents[2]  # the checkout
-
-
-class UserError(ValueError):
-    """What a user can cause and mend; the message is all that is shown."""
+from plumbing.knobs import ROOT, UserError
 
 
 def launch(main: Callable[[], int | None]) -> NoReturn:
