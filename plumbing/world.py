@@ -196,7 +196,14 @@ def launch(main: Callable[[], int | None]) -> typing.NoReturn:
     every rank meets the same ones (World.agree), so only rank 0 prints it.
     """
     try:
-        sys.exit(main() or 0)
+        code = main() or 0
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            # All is written and closed. gloo's threads now and then abort the process while the
+            # interpreter takes itself apart, which torchrun would report as a failed run.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        sys.exit(code)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
