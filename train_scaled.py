@@ -1370,7 +1370,7 @@ def main() -> int:
         return show_plan(cfg, plan)
     with join_world(cfg.device, HINT) as world:
         check_compiler(cfg.compile, cfg.device)
-        text, val, sha = open_byte_files(cfg.data, ROOT / "data", PATCH)
+        text, val, _ = open_byte_files(cfg.data, ROOT / "data", PATCH)
         batches = Batches(text, cfg, world)
         session = Session(
             cfg,
@@ -1391,8 +1391,6 @@ def main() -> int:
             out_of_memory="lower DEVICE_BATCH_SIZE, or set RECOMPUTE=1",
         )
         with session:
-            if sha:
-                session.notes.append(f"data_sha256={sha[:12]}")
             train(cfg, world, session, batches, val)
     return session.exit_code
 

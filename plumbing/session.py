@@ -78,9 +78,8 @@ class Session:
     presets: Mapping[str, Mapping]
     resume_may_differ: Collection[str]  # knobs that move no loss
     sources: Sequence[str | Path]  # the trainer's own files; plumbing's are added
-    column_knobs: Mapping[str, str] = field(
-        default_factory=dict
-    )  # column -> knob, where they differ
+    # Results columns that hold a knob of another name: {"attn_gate": "attngate"}.
+    column_knobs: Mapping[str, str] = field(default_factory=dict)
     steps_per_epoch: int | None = None  # for the column `epochs`
     val_every: int | None = None  # in steps; None: the knob
     save_every: Sequence[int] | None = None  # a checkpoint where any of them is due; None: the knob
