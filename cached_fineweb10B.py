@@ -26,7 +26,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
 
 import numpy as np
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from huggingface_hub import HfFileMetadata
 from huggingface_hub.utils import get_session, hf_raise_for_status
 from tqdm import tqdm
@@ -94,51 +94,73 @@ def fetch_start(path: Path, meta: HfFileMetadata, size: int) -> None:
     write_shard(path, np.frombuffer(persist(path.name, attempt), "<u2", offset=HEADER_BYTES))
 
 
+def read_checked(folder: Path) -> dict[str, int]:
+    """Bytes of each shard that was once found equal to the hub's, by name."""
+    try:
+        return json.loads((folder / "checked.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def write_checked(folder: Path, checked: dict[str, int]) -> None:
+    part = folder / "checked.part"
+    part.write_text(json.dumps(checked, indent=1, sort_keys=True) + "\n")
+    os.replace(part, folder / "checked.json")
+
+
+def missing_part(
+    path: Path, least: int, checked: dict[str, int], verify: bool
+) -> tuple[HfFileMetadata, int, str] | None:
+    """What must be fetched so that `path` holds at least `least` tokens of its shard (0: the whole
+    shard, equal to the hub's): the hub's facts, bytes, and the reason. None when nothing is.
+    A whole shard found good is entered in `checked`.
+    """
+    fault = problem(path)
+    held = 0 if fault else path.stat().st_size
+    wanted = HEADER_BYTES + 2 * least
+    if held and least and held >= wanted:
+        return None
+    if held and not least and held == checked.get(path.name) and not verify:
+        return None
+
+    meta = hub_facts(REPO, path.name, OTHERWISE)
+    if least:
+        size = min(wanted, meta.size)
+        if held >= size:
+            return None
+        return meta, size, fault or f"{held:,} bytes, fewer than the {size:,} asked for"
+    fault = fault or problem(path, meta)
+    if fault:
+        return meta, meta.size, fault
+    checked[path.name] = held
+    write_checked(path.parent, checked)
+    return None
+
+
 def bring(folder: Path, goal: dict[str, int], verify: bool) -> None:
     """Make `folder` hold the shards named in `goal`: whole for 0, else at least that many tokens of
     them.
     """
-    record = folder / "checked.json"  # name -> bytes of each shard once found equal to the hub's
-    try:
-        checked = json.loads(record.read_text())
-    except (FileNotFoundError, ValueError):
-        checked = {}
-
-    def remember(path: Path) -> None:
-        checked[path.name] = path.stat().st_size
-        record.with_suffix(".part").write_text(json.dumps(checked, indent=1, sort_keys=True) + "\n")
-        os.replace(record.with_suffix(".part"), record)
-
+    checked = read_checked(folder)
     todo: list[tuple[Path, HfFileMetadata, int]] = []  # with the bytes to fetch
     for name, least in tqdm(goal.items(), desc="checking", leave=False, disable=None):
-        path, fault = folder / name, problem(folder / name)
-        held = 0 if fault else path.stat().st_size
-        if held and (
-            held >= HEADER_BYTES + 2 * least if least else held == checked.get(name) and not verify
-        ):
+        path = folder / name
+        found = missing_part(path, least, checked, verify)
+        if found is None:
             continue
-        meta = hub_facts(REPO, name, OTHERWISE)
-        size = min(HEADER_BYTES + 2 * least, meta.size) if least else meta.size
-        if held and least:
-            fault = (
-                "" if held >= size else f"{path}: {held:,} bytes, fewer than the {size:,} asked for"
-            )
-        elif held:
-            fault = problem(path, meta)
-        if fault:
-            todo.append((path, meta, size))
-            if path.exists():
-                tqdm.write(f"{name}: will be fetched again: {fault}")
-        elif not least:
-            remember(path)
+        meta, size, reason = found
+        todo.append((path, meta, size))
+        if path.exists():
+            tqdm.write(f"{name}: will be fetched again: {reason}")
 
-    need, free = sum(size for _, _, size in todo), shutil.disk_usage(folder).free
+    need = sum(size for _, _, size in todo)
+    free = shutil.disk_usage(folder).free
     if need > free:
         raise UserError(
             f"{folder}: the {len(todo)} shards to fetch take {need:,} bytes, {free:,} are free; "
             f"make room, ask for fewer, use --small, or choose another disk with --dir"
         )
-    for k, (path, meta, size) in enumerate(todo, 1):
+    for k, (path, meta, size) in enumerate(todo, start=1):
         print(f"[{k}/{len(todo)}] {path.name}, {size:,} bytes", flush=True)
         if problem(path) or path.stat().st_size >= meta.size:
             path.unlink(missing_ok=True)  # bad; a good short one stays in use until the rename
@@ -146,63 +168,78 @@ def bring(folder: Path, goal: dict[str, int], verify: bool) -> None:
             fetch_start(path, meta, size)
         else:
             hub_fetch(REPO, path.name, path, problem, OTHERWISE, meta)
-            remember(path)
+            checked[path.name] = path.stat().st_size
+            write_checked(folder, checked)
+
+
+def read_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "n", nargs="?", type=int, metavar="N", help=f"training shards, 1 to {NUM_TRAIN} (all)"
+    )
+    parser.add_argument("--dir", type=Path, default=ROOT / "data" / "fineweb10B")
+    parser.add_argument(
+        "--verify", action="store_true", help="compare the SHA-256 of shards already there, too"
+    )
+    parser.add_argument(
+        "--small", action="store_true", help="only the start of one training shard and of val"
+    )
+    parser.add_argument("--small-train-tokens", type=int, default=10_000_000, metavar="TOKENS")
+    parser.add_argument("--small-val-tokens", type=int, default=10_485_761, metavar="TOKENS")
+    return parser.parse_args(argv)
+
+
+def wanted_shards(args: argparse.Namespace) -> dict[str, int]:
+    """Names of the shards that the command line asks for, each with the tokens that are enough (0:
+    the whole shard). The validation shard is the first.
+    """
+    if args.small and args.n is not None:
+        raise UserError(
+            f"--small fetches the start of one training shard; leave out N={args.n} or --small"
+        )
+    if args.small:
+        if min(args.small_train_tokens, args.small_val_tokens) < 1:
+            raise UserError("--small-train-tokens and --small-val-tokens: expected 1 token or more")
+        return {VAL: args.small_val_tokens, "fineweb_train_000001.bin": args.small_train_tokens}
+    num_train = NUM_TRAIN if args.n is None else args.n
+    if not 1 <= num_train <= NUM_TRAIN:
+        raise UserError(
+            f"N={num_train}: the dataset has 1 to {NUM_TRAIN} training shards of 100M tokens; try 9"
+        )
+    return {VAL: 0} | {f"fineweb_train_{k:06d}.bin": 0 for k in range(1, num_train + 1)}
+
+
+def lock_folder(folder: Path) -> AcquireReturnProxy:
+    """Make `folder` and keep other downloads out of it until the returned context ends."""
+    lock = FileLock(folder / ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return lock.acquire(timeout=0)
+    except Timeout:
+        print(f"{folder}: another download is at work here; waiting for it", flush=True)
+        return lock.acquire()
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be written: {error}; choose another folder with --dir"
+        ) from None
 
 
 def main(argv: list[str] | None = None) -> None:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument(
-        "n", nargs="?", type=int, metavar="N", help=f"training shards, 1 to {NUM_TRAIN} (all)"
-    )
-    p.add_argument("--dir", type=Path, default=ROOT / "data" / "fineweb10B")
-    p.add_argument(
-        "--verify", action="store_true", help="compare the SHA-256 of shards already there, too"
-    )
-    p.add_argument(
-        "--small", action="store_true", help="only the start of one training shard and of val"
-    )
-    p.add_argument("--small-train-tokens", type=int, default=10_000_000, metavar="TOKENS")
-    p.add_argument("--small-val-tokens", type=int, default=10_485_761, metavar="TOKENS")
-    a = p.parse_args(argv)
-    num_train = NUM_TRAIN if a.n is None else a.n
-    if not 1 <= num_train <= NUM_TRAIN:
-        raise UserError(
-            f"N={a.n}: the dataset has 1 to {NUM_TRAIN} training shards of 100M tokens; try 9"
-        )
-    if a.small and a.n is not None:
-        raise UserError(
-            f"--small fetches the start of one training shard; leave out N={a.n} or --small"
-        )
-    if min(a.small_train_tokens, a.small_val_tokens) < 1:
-        raise UserError("--small-train-tokens and --small-val-tokens: expected 1 token or more")
-    if a.small:
-        goal = {VAL: a.small_val_tokens, "fineweb_train_000001.bin": a.small_train_tokens}
-    else:
-        goal = {VAL: 0} | {f"fineweb_train_{k:06d}.bin": 0 for k in range(1, num_train + 1)}
-
-    lock = FileLock(a.dir / ".lock")
-    try:
-        a.dir.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(f"{a.dir}: another download is at work here; waiting for it", flush=True)
-        lock.acquire()
-    except OSError as error:
-        raise UserError(
-            f"{a.dir}: cannot be written: {error}; choose another folder with --dir"
-        ) from None
-    try:
-        shutil.rmtree(a.dir / ".part", ignore_errors=True)  # of a run that was killed
-        bring(a.dir, goal, a.verify)
-    finally:
-        shutil.rmtree(a.dir / ".part", ignore_errors=True)
-        lock.release()
-    num_val, *num_train = (len(read_shard(a.dir / name)) for name in goal)
-    print(f"{a.dir}: {sum(num_train):,} training and {num_val:,} validation tokens, checked")
+    args = read_arguments(argv)
+    goal = wanted_shards(args)
+    folder = args.dir
+    with lock_folder(folder):
+        shutil.rmtree(folder / ".part", ignore_errors=True)  # of a run that was killed
+        try:
+            bring(folder, goal, args.verify)
+        finally:
+            shutil.rmtree(folder / ".part", ignore_errors=True)
+    num_val, *num_train = (len(read_shard(folder / name)) for name in goal)
+    print(f"{folder}: {sum(num_train):,} training and {num_val:,} validation tokens, checked")
     print(
-        f"INPUT_BIN='{a.dir}/fineweb_train_*.bin' INPUT_VAL_BIN='{a.dir}/fineweb_val_*.bin' "
+        f"INPUT_BIN='{folder}/fineweb_train_*.bin' INPUT_VAL_BIN='{folder}/fineweb_val_*.bin' "
         f"trains on them"
     )
 
