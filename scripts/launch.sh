@@ -4,7 +4,9 @@
 #     scripts/launch.sh .venv/bin/python scripts/run_study.py experiments/studies/gating.toml
 #     NUM_ITERATIONS=800 scripts/launch.sh torchrun --standalone --nproc_per_node=8 train_gpt.py
 #
-# Writes launch-<time>.log and .pid into logs/ (or LOGS_FOLDER). Stopping sends SIGTERM, at which trainers and
+# Says "started" when the log shows that a run is past its checks and trains, or of another command when it is still
+# alive after LAUNCH_WAIT_S seconds (20); a command that has ended by then is reported with its last lines and its exit
+# code. Writes launch-<time>.log and .pid into logs/ (or LOGS_FOLDER). Stopping sends SIGTERM, at which trainers and
 # run_study.py save and leave; the same command goes on from there.
 set -eu
 
@@ -36,15 +38,26 @@ PYTHONUNBUFFERED=1 setsid nohup "$@" >>"$name.log" 2>&1 </dev/null &
 pid=$!
 echo "$pid" >"$name.pid"
 
-sleep 0.5
-if ! kill -0 "$pid" 2>/dev/null; then
-    code=0
-    wait "$pid" || code=$?
-    echo "it has ended already, with exit code $code; $name.log:"
-    tail -n 5 -- "$name.log"
-    exit "$code"
-fi
-printf 'started, pid %s\n' "$pid"
+# What a trainer, or run_study.py, says when all its checks are made.
+trains='^(log: |resumed step:|step:|start: |resume: )'
+words='alive, but has not said yet that it trains'
+end=$((SECONDS + ${LAUNCH_WAIT_S:-20}))
+while :; do
+    if ! kill -0 "$pid" 2>/dev/null; then
+        code=0
+        wait "$pid" || code=$?
+        echo "it has ended already, with exit code $code; $name.log:"
+        tail -n 5 -- "$name.log"
+        exit "$code"
+    fi
+    if grep -qE "$trains" -- "$name.log"; then
+        words='past its checks'
+        break
+    fi
+    ((SECONDS < end)) || break
+    sleep 0.5
+done
+printf 'started, pid %s, %s\n' "$pid" "$words"
 printf 'follow  tail -f %q\n' "$name.log"
 printf 'check   ps -o pid,etime,args -p %s\n' "$pid"
 printf 'stop    kill -TERM -%s\n' "$pid"

@@ -16,12 +16,13 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from lib.board import Board, duration, fit
+from lib.board import Board
 from lib.deciding import ENDED, decision_lines, is_due, spare
 from lib.program import ROOT, UserError, count
 from lib.progress import Progress, Records, write_stages
 from lib.study import Study
 from lib.trainers import code_sha256
+from lib.words import duration, fit
 
 FORWARDED = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
 

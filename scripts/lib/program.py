@@ -24,16 +24,16 @@ def launch(main: Callable[[], int | None]) -> NoReturn:
         sys.exit(2)
 
 
-def need(module: str, what: str) -> ModuleType:
+ANALYSIS = "pip install scipy matplotlib rich (or -r requirements-dev.txt)"
+
+
+def need(module: str, what: str, install: str = ANALYSIS) -> ModuleType:
     """Import an optional library. Raises UserError saying what to install."""
     try:
         importlib.import_module(module.split(".")[0])
         return importlib.import_module(module)
     except ImportError:
-        raise UserError(
-            f"{what} needs {module.split('.')[0]}: pip install scipy matplotlib rich "
-            f"(or -r requirements-dev.txt)"
-        ) from None
+        raise UserError(f"{what} needs {module.split('.')[0]}: {install}") from None
 
 
 def add_data_options(p: argparse.ArgumentParser, many: bool = False) -> None:

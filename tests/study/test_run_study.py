@@ -226,7 +226,7 @@ def test_slurm_files_are_bash_and_hold_the_run(pretend, tmp_path, capsys):
 def test_launch_starts_a_command_that_its_own_words_follow_and_stop(tmp_path):
     script, env = (
         str(ROOT / "scripts/launch.sh"),
-        os.environ | dict(LOGS_FOLDER=str(tmp_path / "l o")),
+        os.environ | dict(LOGS_FOLDER=str(tmp_path / "l o"), LAUNCH_WAIT_S="1"),
     )
     launch = lambda *words: subprocess.run(
         [script, *words], env=env, capture_output=True, text=True, timeout=20
