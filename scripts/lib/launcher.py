@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from lib.board import Board, duration, fit
 from lib.deciding import ENDED, decision_lines, is_due, spare
+from lib.fork_stage import checkpoint_path
 from lib.program import ROOT, UserError, count
 from lib.progress import Progress, Records, write_stages
 from lib.study import Study
@@ -106,7 +107,10 @@ def command(trainer: Path, nproc: int) -> list[str]:
 
 
 def run_env(p: Progress, logs: Path, results: Path) -> dict[str, str]:
-    return {**p.run.env, "RUN_ID": p.run_id, "LOGS_FOLDER": str(logs), "RESULTS_FILE": str(results)}
+    env = {**p.run.env, "RUN_ID": p.run_id}
+    if p.trunk:
+        env["FORK_FROM"] = str(checkpoint_path(logs, p.trunk.run_id, p.run.first_step))
+    return {**env, "LOGS_FOLDER": str(logs), "RESULTS_FILE": str(results)}
 
 
 def last_lines(path: Path, start: int, n: int = 5) -> list[str]:
