@@ -239,7 +239,8 @@ class Runner:
             code, start = self.attempt(p, out)
             if self.records.look(p, ignore_code=False):
                 took = f" in {duration(p.wall_s)}" if p.wall_s else ""
-                self.board.event(f"done: {p.run_id}, loss {p.loss:.4f}{took}", quiet=True)
+                loss = f", loss {p.loss:.4f}" if math.isfinite(p.loss) else ""
+                self.board.event(f"done: {p.run_id}{loss}{took}", quiet=True)
                 return
             status = self.records.status(p.run_id).get("status", "")
             p.state = "half-done" if p.step else "waiting"
