@@ -16,7 +16,8 @@ class Clock:
     start, as the speedrun records do (compilation, autotuning).
 
     step_avg_s is the mean over the timed steps. train_s(step) is step_avg_s times (step - 10): the
-    time measured, for a run in one piece, and comparable for one that was resumed.
+    time measured, for a run in one piece, and comparable for one that was resumed. A fork counts
+    the time of the run that it starts from, and step_avg_s of its own steps only.
     """
 
     SKIPPED_STEPS = 10
@@ -25,6 +26,8 @@ class Clock:
         self.world = world
         self.timed_s = 0.0
         self.timed_steps = 0
+        self.base_s = 0.0  # training time up to base_step
+        self.base_step = self.SKIPPED_STEPS
         self.steps_since_start = 0
         self.started_at: float | None = None
         self.step_s = math.nan  # of the newest step
@@ -69,8 +72,15 @@ class Clock:
 
     def train_s(self, step: int) -> float:
         if self.timed_steps == 0:
-            return 0.0
-        return self.step_avg_s * max(step - self.SKIPPED_STEPS, 0)
+            return self.base_s
+        return self.base_s + self.step_avg_s * max(step - self.base_step, 0)
+
+    def start_over(self, step: int) -> None:
+        """Keep the time up to this step, and measure the steps from here on by themselves."""
+        self.base_s = self.train_s(step)
+        self.base_step = max(step, self.SKIPPED_STEPS)
+        self.timed_s = 0.0
+        self.timed_steps = 0
 
     def times(self, step: int) -> str:
         """The clock in a log line, in the words of the speedrun records."""
@@ -80,9 +90,12 @@ class Clock:
         return words
 
     def state_dict(self) -> dict:
-        return {"timed_s": self.timed_s, "timed_steps": self.timed_steps}
+        base = {"base_s": self.base_s, "base_step": self.base_step}
+        return {"timed_s": self.timed_s, "timed_steps": self.timed_steps, **base}
 
     def load_state_dict(self, state: dict) -> None:
         self.__init__(self.world)
         self.timed_s = state["timed_s"]
         self.timed_steps = state["timed_steps"]
+        self.base_s = state.get("base_s", 0.0)  # older checkpoints have none
+        self.base_step = state.get("base_step", self.SKIPPED_STEPS)

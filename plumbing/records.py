@@ -100,6 +100,7 @@ class RunLog:
         self.bar: tqdm | None = None
         self.tracker: Tracker | None = None
         self.lost_lines = False
+        self.tokens_before = 0  # more than its own steps make, where a fork has another batch
         self.row: dict[str, object] = {}  # the newest of metrics.csv, not yet written
         self.known: dict[str, object] = {"run_id": run_id, "num_iterations": total_steps}
         self.status_written_at = 0.0
@@ -212,7 +213,7 @@ class RunLog:
             "lr": f"{stats.lr:.6g}",
             "grad_norm": f"{stats.grad_norm:.6g}",
             "train_time_s": f"{clock.train_s(stats.step):.3f}",
-            "tokens": stats.step * self.tokens_per_step,
+            "tokens": self.tokens(stats.step),
             "tokens_per_s": number_text(tokens_per_s, ".0f"),
             "mfu": number_text(mfu, ".4f"),
             "peak_memory_mib": self.world.peak_memory_mib(),
@@ -231,6 +232,9 @@ class RunLog:
         speed = number_text(tokens_per_s, ",.0f") or "-"
         self._move_bar(stats.step, f"loss {stats.loss:.3f}, {speed} {self.unit}/s")
 
+    def tokens(self, step: int) -> int:
+        return self.tokens_before + step * self.tokens_per_step
+
     def mfu(self, tokens_per_s: float) -> float:
         """Model FLOPs utilisation; nan where the device's peak is not known."""
         if not self.peak_flops:
@@ -246,7 +250,7 @@ class RunLog:
         if not self.world.is_main:
             return
         self.say(f"step:{step}/{self.total_steps} val_loss:{loss:.4f} {clock.times(step)}{note}")
-        self.row = self.row or {"step": step, "tokens": step * self.tokens_per_step}
+        self.row = self.row or {"step": step, "tokens": self.tokens(step)}
         self.row["val_loss"] = f"{loss:.6f}"
         self.row.update({name: number_text(v, ".6g") for name, v in metrics.items()})
         if self.tracker:

@@ -125,7 +125,7 @@ def measured_columns(session: "Session") -> dict[str, object]:
         "status": session.status,
         "steps_done": step,
         "n_params": session.num_params,
-        "tokens_seen": step * session.tokens_per_step,
+        "tokens_seen": session.log.tokens(step),
         "peak_memory_mib": world.peak_memory_mib(),
         "torch": torch.__version__,
         "world_size": world.size,

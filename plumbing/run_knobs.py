@@ -1,8 +1,8 @@
 """run_knobs.py -- the knobs that every run has, whatever it trains.
 
-Promises: one name and one meaning in all trainers, and none of them moves a loss, so all of them
-may differ when a run is resumed. A trainer's Knobs class inherits them, adds its own, and states
-another default by naming a knob again.
+Promises: one name and one meaning in all trainers. None of them moves a loss but FORK_FROM, which
+forks.py compares by itself, so all of them may differ when a run is resumed. A trainer's Knobs
+class inherits them, adds its own, and states another default by naming a knob again.
 """
 
 import dataclasses
@@ -26,6 +26,10 @@ class RunKnobs:
     )
     save_every: int = knob(500, "steps between checkpoints; 0: only at the end", low=0)
     keep: int = knob(2, "number of checkpoints that are kept", low=1)
+    stop_after: int = knob(0, "stop after this step, for forks to start there; 0: off", low=0)
+    fork_from: str = knob(
+        "", "checkpoint of another run to start from, such as logs/ID/step_000200"
+    )
     device: str = knob(
         "cuda", "where to train; nothing falls back by itself", choices=("cuda", "cpu"), group="run"
     )

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from plumbing.checkpoints import check_resume, load_checkpoint, load_into, save_checkpoint, state_of
 from plumbing.clock import Clock
 from plumbing.exchange import StepExchange, StepStats
+from plumbing.forks import note_fork, start_fork
 from plumbing.knobs import UserError, changed_knobs
 from plumbing.records import COMPLETE, RunLog, new_run_id, read_sources
 from plumbing.results import append_result, check_results, knob_columns, measured_columns
@@ -100,12 +101,11 @@ class Session:
         self.progress = Progress()
         self.status = ""  # why the run stops; empty while it goes on
         self.signal = 0
-        self.step_now = 0
-        self.saved_at = 0
-        self.stepped = False  # a step was queued since the clock last ticked
+        self.step_now = self.saved_at = 0
+        self.fork: dict[str, object] = {}  # the checkpoint of another run that it started from
         self.row: dict[str, object] = {}  # further columns of the results row
         self.notes: list[str] = []  # further words of its column `notes`
-        self.described = False
+        self.described = self.stepped = False  # stepped: a step was queued since the last tick
         self.data_sha256 = hashlib.sha256(repr(self.data).encode()).hexdigest()[:12]
         self.clock = Clock(world)
         self.exchange = StepExchange(world)
@@ -141,11 +141,14 @@ class Session:
         """Load the newest good checkpoint into `objects`: what has load_state_dict gets it called,
         a dataclass gets its fields, a list is taken element by element.
 
-        Returns the saved dictionary, or None where the run has no checkpoint. Raises UserError when
-        the run was started with other knobs or on other data.
+        Returns the saved dictionary, or None where the run has no checkpoint; with FORK_FROM it
+        then starts from another run's. Raises UserError when the run was started with other knobs
+        or on other data.
         """
         saved = load_checkpoint(self.folder, self.world, self.say)
         if saved is None:
+            if self.cfg.fork_from:
+                start_fork(self, objects)
             return None
         may_differ, named_by = self.resume_may_differ, self.named_by
         check_resume(saved, self.cfg, may_differ, self.data, self.run_id, named_by)
@@ -154,12 +157,13 @@ class Session:
         load_into(self.progress, saved["progress"])
         self.clock.load_state_dict(saved["clock"])
         torch.set_rng_state(saved["rng"])
-        self.step_now = saved["step"]
-        self.saved_at = saved["step"]
-        ranks = saved["world_size"]
-        self.say(f"resumed step:{saved['step']} from a checkpoint written by {ranks} rank(s)")
-        if saved["code_sha256"] != self.log.code_sha256:
-            now, then = self.log.code_sha256[:12], saved["code_sha256"][:12]
+        self.step_now = self.saved_at = saved["step"]
+        self.fork = saved.get("fork", {})
+        note_fork(self, saved)
+        written = f"a checkpoint written by {saved['world_size']} rank(s)"
+        self.say(f"resumed step:{saved['step']} from {written}")
+        now, then = self.log.code_sha256[:12], saved["code_sha256"][:12]
+        if now != then:
             self.say(f"the code is not that of the checkpoint: {now}, was {then}")
         return saved
 
@@ -179,6 +183,8 @@ class Session:
         heard = self._hear(keep=1)
         if finished and not self.stopping:
             self.status = "finished"
+        if 0 < self.cfg.stop_after <= step and not self.stopping:
+            self.status = "stopped"
         if out_of_data and not self.stopping:
             line = "the data are used up: get more, or set EPOCHS_OK=1, and start this run again"
             self.stop("preempted", f"step:{step} {line}")
@@ -217,18 +223,17 @@ class Session:
         progress.validated_at = step
         self.log.validation(step, loss, self.clock, note, metrics)
         self._check_target_loss(step, loss)
-        min_delta = getattr(self.cfg, "early_stop_min_delta", 0.0)
-        if math.isnan(progress.best_loss) or loss < progress.best_loss - min_delta:
+        least = progress.best_loss - self.cfg.early_stop_min_delta
+        if math.isnan(progress.best_loss) or loss < least:
             progress.best_loss = loss
             progress.bad_evals = 0
         else:
             progress.bad_evals += 1
-        patience = getattr(self.cfg, "early_stop_patience", 0)
-        if 0 < patience <= progress.bad_evals:
+        if 0 < self.cfg.early_stop_patience <= progress.bad_evals:
             self.status = "early_stop"
 
     def _check_target_loss(self, step: int, loss: float) -> None:
-        target = getattr(self.cfg, "target_loss", None)
+        target = self.cfg.target_loss
         if target is None or self.progress.reached or loss > target:
             return
         milliseconds = 1000 * self.clock.train_s(step)
@@ -243,7 +248,8 @@ class Session:
         state = {name: state_of(value) for name, value in objects.items()}
         state.update(
             step=step,
-            tokens=step * self.tokens_per_step,
+            tokens=self.log.tokens(step),
+            fork=self.fork,
             progress=state_of(self.progress),
             clock=self.clock.state_dict(),
             rng=torch.get_rng_state(),
@@ -371,10 +377,10 @@ class Session:
 
     @property
     def exit_code(self) -> int:
-        """0 for finished and early_stop, 128 + the number of the signal that stopped the run, 1 for
-        everything else.
+        """0 for a run that did what it was asked for, 128 + the number of the signal that stopped it,
+        1 for everything else.
         """
-        if self.status in COMPLETE:
+        if self.status in (*COMPLETE, "stopped"):
             return 0
         if self.status == "preempted" and self.signal:
             return 128 + self.signal

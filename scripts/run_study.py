@@ -23,6 +23,7 @@ A study file (TOML, Python 3.11) says what is compared with what:
     knobs = { num_iterations = 1500 }   # of every run of the stage; go before [knobs]
     grid = { attngate = ["none", "headwise"], lr = [0.003, 0.004] }    # all combinations are cells
     cells = [{ attngate = "const" }]    # further cells, one by one; with neither, one cell
+    fork = { from = "lr=0.003", step = 750 }  # cells start from that cell's checkpoint of there
     stop = "decided"                    # seeds are added until all is decided (docs/studies.md)
     delta = 0.002                       # with it: the smallest difference that matters, in nats
     max_seeds = 12                      # with it: of each cell
@@ -44,15 +45,17 @@ import dataclasses
 import itertools
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from lib.deciding import is_due, spare
+from lib.deciding import is_next, spare
+from lib.fork_stage import fork_problems
 from lib.launcher import Runner
 from lib.program import UserError, count, launch
 from lib.progress import Progress, Records
 from lib.slurm import write_slurm
 from lib.study import Study, read_study
+from lib.study_stage import Run
 from lib.trainers import Plan, near, plan_of
 
 
@@ -64,7 +67,7 @@ def check_data(study: Study, runs: Sequence[Progress]) -> None:
     for (stage, label), p in todo.items():
         if problem := plan_of(p.run.knobs, study.trainer).problem:
             problems.setdefault(problem, []).append(f"[stage.{stage}] {label}")
-    words = []
+    words = fork_problems([p.run for p in runs], study.trainer)
     for problem, labels in problems.items():
         more = f" (and {len(labels) - 1} more)" if len(labels) > 1 else ""
         words.append(f"{labels[0]}{more}: {problem}")
@@ -72,6 +75,13 @@ def check_data(study: Study, runs: Sequence[Progress]) -> None:
         raise UserError(words[0])
     if words:
         raise UserError("\n  ".join([f"{len(words)} problems:", *words]))
+
+
+def runs_of(study: Study, stages: Collection[str]) -> tuple[Run, ...]:
+    """The runs of these stages, and the trunks that they are forked from."""
+    wanted = [run for run in study.runs if run.stage in stages and not run.stop_after]
+    trunks = {run.trunk for run in wanted}
+    return tuple(run for run in study.runs if run in wanted or run.content in trunks)
 
 
 def show_stage(
@@ -107,7 +117,7 @@ def show_study(study: Study, runs: Sequence[Progress], ignored: str) -> None:
     todo = [p for p in runs if p.state != "done"]
     missing = total = 0
     problems: Counter[str] = Counter()
-    due = {p.run_id for p in runs if is_due(study, runs, p)}
+    due = {p.run_id for p in runs if p.run.stop_after or is_next(study, runs, p)}
     for stage, group in itertools.groupby(runs, key=lambda p: p.run.stage):
         group = list(group)
         plans = {}  # the same for all seeds
@@ -115,9 +125,11 @@ def show_study(study: Study, runs: Sequence[Progress], ignored: str) -> None:
             if p.run.label not in plans:
                 plans[p.run.label] = plan_of(p.run.knobs, study.trainer)
             plan = plans[p.run.label]
-            total += plan.tokens
+            planned = max(1, getattr(p.run.knobs, "num_iterations", None) or 1)
+            tokens = plan.tokens * (p.run.steps - p.run.first_step) // planned
+            total += tokens
             if p in todo:
-                missing += plan.tokens
+                missing += tokens
                 problems[plan.problem] += 1
         show_stage(f"{stage}  {study.stages[stage]}", group, plans, due)
     summary = f"{count(len(runs), 'run')}, {len(runs) - len(todo)} done, {len(todo)} to do"
@@ -189,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if unknown := [s for s in names if s not in study.stages]:
             hint = near(unknown[0], study.stages)
             raise UserError(f"--stage {unknown[0]}: {a.file} has {', '.join(study.stages)}{hint}")
-        study = dataclasses.replace(study, runs=tuple(c for c in study.runs if c.stage in names))
+        study = dataclasses.replace(study, runs=runs_of(study, names))
     defaults = {f.name: f.default for f in dataclasses.fields(study.trainer.module.Knobs)}
     for name in (
         "logs_folder",
@@ -199,7 +211,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         setattr(a, name, path.resolve())
     records = Records(a.logs_folder, a.results_file)
     runs = [Progress(run, run.default_id) for run in study.runs]
+    by_content = {p.run.content: p for p in runs}
     for p in runs:
+        p.trunk = by_content.get(p.run.trunk)
         records.look(p, a.ignore_code)
     spare(study, runs)
     if study.said:

@@ -75,6 +75,13 @@ def _configuration(notes: str, ungated: bool) -> str:
     return " ".join(w for w in knobs_in(notes) if not (ungated and w.split("=")[0] in GATE_KNOBS))
 
 
+def pair_of(row: Row) -> str:
+    """What runs of two cells share that belong together: the seed, and the checkpoint that both
+    were forked from."""
+    fork = re.search(r"(?:^| )fork_run=(\S+)", row["notes"])
+    return f"{canon(row['seed'])} from {fork[1]}" if fork else canon(row["seed"])
+
+
 @dataclass(frozen=True)
 class Cell:
     """The finished rows of one configuration."""
@@ -86,7 +93,7 @@ class Cell:
     def by_seed(self) -> dict[str, list[Row]]:
         seeds: dict[str, list[Row]] = {}
         for row in self.rows:
-            seeds.setdefault(canon(row["seed"]), []).append(row)
+            seeds.setdefault(pair_of(row), []).append(row)
         return seeds
 
     def values(self, column: str) -> dict[str, float]:

@@ -96,7 +96,7 @@ def sequentially(found: Comparison, cell: Cell, baseline: Cell, rule: Rule) -> C
     """The comparison as a stage whose seeds were stopped by what they showed may report it: the
     decision, the always-valid interval, and no p of a plain test anywhere."""
     ours, theirs = cell.values("final_val_loss"), baseline.values("final_val_loss")
-    shared = sorted(ours.keys() & theirs.keys(), key=_number)
+    shared = sorted(ours.keys() & theirs.keys(), key=lambda pair: _number(pair.split()[0]))
     differences = [ours[seed] - theirs[seed] for seed in shared]
     if not differences:
         return found

@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from lib.board import Board
 from lib.deciding import ENDED, decision_lines, is_due, spare
+from lib.fork_stage import checkpoint_path
 from lib.program import ROOT, UserError, count
 from lib.progress import Progress, Records, write_stages
 from lib.study import Study
@@ -107,7 +108,10 @@ def command(trainer: Path, nproc: int) -> list[str]:
 
 
 def run_env(p: Progress, logs: Path, results: Path) -> dict[str, str]:
-    return {**p.run.env, "RUN_ID": p.run_id, "LOGS_FOLDER": str(logs), "RESULTS_FILE": str(results)}
+    env = {**p.run.env, "RUN_ID": p.run_id}
+    if p.trunk:
+        env["FORK_FROM"] = str(checkpoint_path(logs, p.trunk.run_id, p.run.first_step))
+    return {**env, "LOGS_FOLDER": str(logs), "RESULTS_FILE": str(results)}
 
 
 def last_lines(path: Path, start: int, n: int = 5) -> list[str]:
@@ -236,7 +240,8 @@ class Runner:
             code, start = self.attempt(p, out)
             if self.records.look(p, ignore_code=False):
                 took = f" in {duration(p.wall_s)}" if p.wall_s else ""
-                self.board.event(f"done: {p.run_id}, loss {p.loss:.4f}{took}", quiet=True)
+                loss = f", loss {p.loss:.4f}" if math.isfinite(p.loss) else ""
+                self.board.event(f"done: {p.run_id}{loss}{took}", quiet=True)
                 return
             status = self.records.status(p.run_id).get("status", "")
             p.state = "half-done" if p.step else "waiting"

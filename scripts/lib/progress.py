@@ -12,6 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from lib.cells import key_value, keys_of
+from lib.fork_stage import checkpoint_path
 from lib.program import UserError, write_whole
 from lib.results import Row, read_results
 from lib.sequential import Rule
@@ -35,6 +36,7 @@ class Progress:
     began_step: int = 0
     wall_s: float = 0.0  # spent here
     log: Path | None = None
+    trunk: "Progress | None" = None  # the run whose checkpoint it starts from
 
     @property
     def eta_s(self) -> float:
@@ -83,6 +85,8 @@ class Records:
         own = self.ids(p.run.content, p.run.code)
         p.run_id = next(iter(own), p.run_id)  # a run keeps the id under which it was started
         others = [i for i in self.ids(p.run.content) if i not in own] if ignore_code else []
+        if p.run.stop_after:
+            return self._look_at_trunk(p, [*own, *others])
         for run_id in [*own, *others[::-1]]:
             row, status = self.rows.get(run_id), self.status(run_id)
             if row is None and status.get("status") not in COMPLETE:
@@ -101,11 +105,24 @@ class Records:
             elif row is None:
                 p.note = "no row"
             return True
+        self._look_at_checkpoints(p)
+        return False
+
+    def _look_at_trunk(self, p: Progress, ids: Sequence[str]) -> bool:
+        """A trunk is done when its checkpoint is there, whatever a row says of it."""
+        for run_id in ids:
+            if checkpoint_path(self.logs, run_id, p.run.stop_after).is_dir():
+                p.state, p.run_id, p.step = "done", run_id, p.run.stop_after
+                return True
+        self._look_at_checkpoints(p)
+        return False
+
+    def _look_at_checkpoints(self, p: Progress) -> None:
+        """How far a run is that is not done."""
         saved = sorted(path.name for path in (self.logs / p.run_id).glob("step_??????"))
         p.step = int(saved[-1][-6:]) if saved else 0  # it would go on from its newest checkpoint
         if p.state in ("waiting", "half-done"):
             p.state = "half-done" if saved else "waiting"
-        return False
 
     def follow(self, p: Progress, since: float = 0.0) -> None:
         """Take over what status.json says of a run that goes on, if it was written after `since`

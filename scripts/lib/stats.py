@@ -6,7 +6,8 @@ degrees of freedom, which are an approximation (tests/study/test_stats.py measur
 Units    differences and standard errors in those of the values (nats per token, for losses);
          ratios in %
 Raises   UserError when scipy is missing
-Source   Welch 1947; Holm 1979; noncentral t as in any book on power, here scipy.special's
+Source   Welch 1947; Holm 1979; Pitman 1939 and Morgan 1939; noncentral t as in any book on power,
+         here scipy.special's
 """
 
 import math
@@ -155,6 +156,30 @@ def ratio(a: Sequence[float], b: Sequence[float]) -> Ratio:
         else (NAN, NAN)
     )
     return Ratio(100 * (mean(a) / mean(b) - 1), *ends)
+
+
+@dataclass(frozen=True)
+class VarianceRatio:
+    """variance(a) / variance(b), with its 95% interval."""
+
+    value: float
+    lo: float
+    hi: float
+
+
+def variance_ratio(a: Sequence[float], b: Sequence[float]) -> VarianceRatio:
+    """Of values that belong together one by one, so that the two spreads are not independent:
+    the interval that the test of Pitman (1939) and Morgan (1939) does not reject. nan below three
+    pairs, or without spread."""
+    n, ratio = len(a), (sd(a) / sd(b)) ** 2 if sd(b) > 0 else NAN
+    if n < 3 or not ratio > 0:
+        return VarianceRatio(ratio, NAN, NAN)
+    covariance = math.fsum((x - mean(a)) * (y - mean(b)) for x, y in zip(a, b, strict=True))
+    r = covariance / (n - 1) / sd(a) / sd(b)
+    t = float(special().stdtrit(n - 2, 1 - ALPHA / 2))
+    k = 1 + 2 * max(0.0, 1 - r**2) * t**2 / (n - 2)
+    root = math.sqrt(k**2 - 1)
+    return VarianceRatio(ratio, ratio * (k - root), ratio * (k + root))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from lib.fork_stage import add_trunks, read_fork
 from lib.program import UserError
 from lib.sequential import Rule
 from lib.study_stage import Problems, Run, read_stage
@@ -70,12 +71,15 @@ def read_study(
         stages = {}
     common = problems.knobs("[knobs]", tables.get("knobs", {}), trainer)
     changed = problems.knobs("--set", dict(changes), trainer)
-    runs, rules = [], {}
+    runs, rules, forks = [], {}, {}
     for name, table in stages.items():
         own, rule = read_stage(name, table, machine | common, changed, trainer, problems)
         runs += own
         if rule:
             rules[name] = rule
+        if fork := read_fork(name, table, trainer, problems):
+            forks[name] = fork
+    runs = add_trunks(runs, forks, trainer, problems)
     if problems:
         head = [f"{len(problems)} problems:"] if len(problems) > 1 else []
         raise UserError(f"{path}: " + "\n  ".join([*head, *problems]))

@@ -1,5 +1,5 @@
-"""A stage of a study file: its words, its cells, the rule that stops its seeds, its runs in "
-"order."""
+"""A stage of a study file: its words, its cells, the rule that stops its seeds, its runs in
+order."""
 
 import dataclasses
 import itertools
@@ -12,7 +12,7 @@ from lib.sequential import Rule
 from lib.trainers import OWNED, Trainer, content_of, effective_knobs, near
 
 STOPPING = ("stop", "delta", "alpha", "power", "max_seeds", "sd")
-WORDS = ("about", "seeds", "baseline", "target_loss", "knobs", "grid", "cells", *STOPPING)
+WORDS = ("about", "seeds", "baseline", "target_loss", "knobs", "grid", "cells", "fork", *STOPPING)
 Built = tuple[dict[str, str], dict[str, str], object]  # what tells a cell apart, environment, knobs
 
 
@@ -29,6 +29,9 @@ class Run:
     content: str  # 8 hex digits: stage and effective knobs
     code: str  # 6 hex digits
     group: tuple = ()  # cells of one group are compared with the baseline in it
+    trunk: str = ""  # content of the run whose checkpoint it starts from
+    first_step: int = 0  # of that checkpoint
+    stop_after: int = 0  # of a trunk: the step at which it stops and leaves its checkpoint
 
     @property
     def label(self) -> str:
@@ -39,7 +42,8 @@ class Run:
             words.append(
                 name if value is True else text if isinstance(value, str) else f"{name}={text}"
             )
-        return " ".join(words) or "all"
+        label = " ".join(words) or "all"
+        return f"trunk of {label}" if self.stop_after else label
 
     @property
     def key(self) -> str:
@@ -53,7 +57,7 @@ class Run:
 
     @property
     def steps(self) -> int:
-        return max(1, getattr(self.knobs, "num_iterations", None) or 1)
+        return self.stop_after or max(1, getattr(self.knobs, "num_iterations", None) or 1)
 
 
 class Problems(list):

@@ -29,6 +29,8 @@ OWNED = dict(  # knobs that a study file does not set, and what does
     logs_folder="given with --logs_folder",
     results_file="given with --results_file",
     dry_run="given with --dry_run",
+    fork_from="the word fork of a stage",
+    stop_after="the word fork of a stage",
 )
 
 

@@ -26,7 +26,10 @@ if __name__ != "__main__":
 
     PRESETS = {"usual": {}}
     RESUME_MAY_DIFFER = "preset seconds fault runpod_instance_type run_id stage".split()
-    RESUME_MAY_DIFFER += ["logs_folder", "results_file"]
+    RESUME_MAY_DIFFER += ["logs_folder", "results_file", "fork_from", "stop_after"]
+
+    def plan(cfg, world):
+        return {"parameters": "9" if cfg.gate == "more" else "7"}
 
     class Knobs:
         preset: str = knob("usual", "", choices=tuple(PRESETS))
@@ -40,6 +43,8 @@ if __name__ != "__main__":
         seconds: float = knob(0.0, "")
         fault: str = knob("none", "")
         runpod_instance_type: str = knob("unknown", "")
+        fork_from: str = knob("", "")
+        stop_after: int = knob(0, "")
         run_id: str = knob("", "")
         stage: str = knob("", "")
         logs_folder: str = knob("@/logs", "")
@@ -88,6 +93,12 @@ else:
     if e.get("FAULT") == "refused":
         print("pretender.py: error: LR=1: no such thing", file=sys.stderr)
         sys.exit(2)
+    if "FORK_FROM" in e:
+        say("forked.txt", f"{run} {Path(e['FORK_FROM']).is_dir()} {e['FORK_FROM']}")
+    if "STOP_AFTER" in e:
+        (folder / f"step_{int(e['STOP_AFTER']):06d}").mkdir(exist_ok=True)
+        status("stopped", int(e["STOP_AFTER"]))
+        sys.exit(0)
     path, loss = Path(e["RESULTS_FILE"]), 2.5
     if float(e.get("WOBBLE", 0)):
         seed = int(e["SEED"])
