@@ -103,6 +103,7 @@ class Session:
         self.step_now = 0
         self.saved_at = 0
         self.stepped = False  # a step was queued since the clock last ticked
+        self.trained = False  # a step was made in this start
         self.row: dict[str, object] = {}  # further columns of the results row
         self.notes: list[str] = []  # further words of its column `notes`
         self.described = False
@@ -294,6 +295,7 @@ class Session:
         if sys.stderr is sys.__stderr__:
             faulthandler.dump_traceback_later(WATCHDOG_S)
         self.stepped = True
+        self.trained = True
         spent_s = self.clock.train_s(step - 1)
         return self.exchange.send(step, loss, lr, grad_norms, overflow, metrics, spent_s)
 
@@ -341,12 +343,15 @@ class Session:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        world = self.world
         if error is not None or not self.stopping:
             self.status = "failed"
+            # The other ranks may be anywhere, so nothing may wait for them.
+            world = dataclasses.replace(world, size=1)
         try:
             if self.described:
-                row = self._results_row()
-                append_result(Path(self.cfg.results_file), self.columns, row, self.world)
+                path, row = Path(self.cfg.results_file), self._results_row()
+                append_result(path, self.columns, row, world, may_be_there=not self.trained)
         except UserError as problem:
             self.status = "failed"
             if error is None:
