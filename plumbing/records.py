@@ -130,6 +130,8 @@ class RunLog:
             raise UserError(
                 f"run {self.id} is being trained by another process; choose another {self.named_by}"
             ) from None
+        for litter in self.folder.glob(".*.part"):  # of a start that was killed
+            litter.unlink()
         status = read_status(self.status_path).get("status")
         if status in COMPLETE:
             raise UserError(

@@ -1,10 +1,12 @@
 """results.py -- one row per run in a CSV that all runs share.
 
 Promises: a row is written completely or not at all, also when many runs end at once or the disk is
-full. A file with other columns is refused before training. A last line that somebody's crash tore
-is closed, never continued.
+full. A file with other columns, or one that a spreadsheet has rewritten, is refused before training.
+A last line that somebody's crash tore is closed, never continued. A run that was killed just behind
+its row does not get a second one.
 """
 
+import codecs
 import csv
 import dataclasses
 import io
@@ -16,7 +18,9 @@ from typing import TYPE_CHECKING
 import torch
 from filelock import FileLock
 
-from plumbing.knobs import describe
+from plumbing.csv_files import csv_fields, csv_lines, header_fields, header_line
+from plumbing.knobs import UserError, changed_knobs, describe
+from plumbing.run_knobs import RUN_KNOBS
 from plumbing.world import World
 
 if TYPE_CHECKING:
@@ -31,27 +35,41 @@ def check_results(path: Path, columns: Sequence[str], world: World) -> None:
     if world.is_main:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "a+", newline="", encoding="utf-8") as file:
+            with open(path, "ab+") as file:
                 file.seek(0)
-                found = file.readline().strip().split(",")
-            if found not in ([""], list(columns)):
-                wrong = sorted(set(found) ^ set(columns)) or "their order"
-                problem = (
-                    f"{path}: other columns than ours ({wrong}); move it away, or set RESULTS_FILE "
-                    f"to another"
-                )
-        except UnicodeDecodeError:
-            problem = f"{path}: is not UTF-8 text; move it away, or set RESULTS_FILE to another"
+                problem = _header_problem(path, columns, file.read())
         except OSError as error:
             problem = f"{path}: cannot be written ({error.strerror}); set RESULTS_FILE to another"
     world.agree(problem)
 
 
+def _header_problem(path: Path, columns: Sequence[str], data: bytes) -> str | None:
+    """What is wrong with a results file that a row of these columns is to be appended to."""
+    try:
+        header = header_line(csv_lines(path, data))
+        if not header:
+            return None
+        found = header_fields(path, header, columns[:1])
+    except UserError as error:
+        return f"{error}; or set RESULTS_FILE to another"
+    if found == list(columns):
+        return None
+    wrong = sorted(set(found) ^ set(columns)) or "their order"
+    return (
+        f"{path}: other columns than ours ({wrong}); move it away, or set RESULTS_FILE to another"
+    )
+
+
 def append_result(
-    path: Path, columns: Sequence[str], row: Mapping[str, object], world: World
+    path: Path,
+    columns: Sequence[str],
+    row: Mapping[str, object],
+    world: World,
+    may_be_there: bool = False,
 ) -> None:
     """Append one row under a file lock, completely or not at all. The header comes first in a new
-    file, and a last line that somebody's crash tore is closed, never continued.
+    file, and a last line that somebody's crash tore is closed, never continued. `may_be_there`: an
+    earlier start of the run may have been killed just behind its row, which is not to be doubled.
 
     Raises UserError on every rank when the row cannot be written.
     """
@@ -59,7 +77,8 @@ def append_result(
     if world.is_main:
         try:
             with FileLock(f"{path}.lock"):
-                _append_row(path, columns, row)
+                if not (may_be_there and _has_row(path, row)):
+                    _append_row(path, columns, row)
         except OSError as error:
             problem = (
                 f"{path}: the results row could not be written ({error}); free space and start the "
@@ -68,17 +87,30 @@ def append_result(
     world.agree(problem)
 
 
+def _has_row(path: Path, row: Mapping[str, object]) -> bool:
+    """Whether the file has a row of this run with this status."""
+    if not path.exists():
+        return False
+    lines = csv_lines(path, path.read_bytes())
+    names = csv_fields(header_line(lines))
+    for line in lines:
+        found = dict(zip(names, csv_fields(line), strict=False))
+        if all(found.get(name) == row[name] for name in ("run_id", "status")):
+            return True
+    return False
+
+
 def _append_row(path: Path, columns: Sequence[str], row: Mapping[str, object]) -> None:
     known = {name: "" if value != value else value for name, value in row.items()}  # nan: unknown
     with open(path, "ab+") as file:
         size = file.tell()
+        file.seek(0)
+        before = file.read()
         text = io.StringIO()
-        if size == 0:
+        if before and not before.endswith(b"\n"):
+            text.write("\n")
+        if not before.removeprefix(codecs.BOM_UTF8).strip():
             text.write(",".join(columns) + "\n")
-        else:
-            file.seek(size - 1)
-            if file.read(1) != b"\n":
-                text.write("\n")
         csv.DictWriter(text, columns, lineterminator="\n").writerow(known)
         rest = memoryview(text.getvalue().encode(errors="backslashreplace"))
         try:
@@ -135,3 +167,17 @@ def measured_columns(session: "Session") -> dict[str, object]:
     if session.steps_per_epoch:
         columns["epochs"] = round(step / session.steps_per_epoch, 4)
     return columns
+
+
+def results_row(session: "Session") -> dict[str, object]:
+    """A run's row: its knobs, what was measured, and what the trainer adds in `session.row`."""
+    columns = session.columns
+    row, knobs_in_columns = knob_columns(session.cfg, columns, session.column_knobs)
+    row |= measured_columns(session)
+    words = changed_knobs(session.cfg, session.presets, {*knobs_in_columns, *RUN_KNOBS})
+    words.append(f"data_sha256={session.data_sha256}")
+    if session.progress.reached:
+        words.append(session.progress.reached)
+    row["notes"] = " ".join([*words, *session.notes])
+    row |= session.row
+    return {column: row.get(column, "") for column in columns}

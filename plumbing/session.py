@@ -40,10 +40,9 @@ from plumbing.checkpoints import check_resume, load_checkpoint, load_into, save_
 from plumbing.clock import Clock
 from plumbing.exchange import StepExchange, StepStats
 from plumbing.forks import note_fork, start_fork
-from plumbing.knobs import UserError, changed_knobs
+from plumbing.knobs import UserError
 from plumbing.records import COMPLETE, RunLog, new_run_id, read_sources
-from plumbing.results import append_result, check_results, knob_columns, measured_columns
-from plumbing.run_knobs import RUN_KNOBS
+from plumbing.results import append_result, check_results, results_row
 from plumbing.world import World
 
 WATCHDOG_S = 1800  # without a step for so long, every thread's stack is printed
@@ -101,11 +100,14 @@ class Session:
         self.progress = Progress()
         self.status = ""  # why the run stops; empty while it goes on
         self.signal = 0
-        self.step_now = self.saved_at = 0
-        self.fork: dict[str, object] = {}  # the checkpoint of another run that it started from
+        self.step_now = 0
+        self.saved_at = 0
+        self.stepped = False  # a step was queued since the clock last ticked
+        self.trained = False  # a step was made in this start
         self.row: dict[str, object] = {}  # further columns of the results row
         self.notes: list[str] = []  # further words of its column `notes`
-        self.described = self.stepped = False  # stepped: a step was queued since the last tick
+        self.described = False
+        self.fork: dict[str, object] = {}  # the checkpoint of another run that it started from
         self.data_sha256 = hashlib.sha256(repr(self.data).encode()).hexdigest()[:12]
         self.clock = Clock(world)
         self.exchange = StepExchange(world)
@@ -300,6 +302,7 @@ class Session:
         if sys.stderr is sys.__stderr__:
             faulthandler.dump_traceback_later(WATCHDOG_S)
         self.stepped = True
+        self.trained = True
         spent_s = self.clock.train_s(step - 1)
         return self.exchange.send(step, loss, lr, grad_norms, overflow, metrics, spent_s)
 
@@ -347,12 +350,15 @@ class Session:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        world = self.world
         if error is not None or not self.stopping:
             self.status = "failed"
+            # The other ranks may be anywhere, so nothing may wait for them.
+            world = dataclasses.replace(world, size=1)
         try:
             if self.described:
-                row = self._results_row()
-                append_result(Path(self.cfg.results_file), self.columns, row, self.world)
+                path, row = Path(self.cfg.results_file), results_row(self)
+                append_result(path, self.columns, row, world, may_be_there=not self.trained)
         except UserError as problem:
             self.status = "failed"
             if error is None:
@@ -377,24 +383,11 @@ class Session:
 
     @property
     def exit_code(self) -> int:
-        """0 for a run that did what it was asked for, 128 + the number of the signal that stopped it,
-        1 for everything else.
+        """0 for a run that did what it was asked for, 128 + the number of the signal that stopped
+        it, 1 for everything else.
         """
         if self.status in (*COMPLETE, "stopped"):
             return 0
         if self.status == "preempted" and self.signal:
             return 128 + self.signal
         return 1
-
-    def _results_row(self) -> dict[str, object]:
-        """The run's row: its knobs, what was measured, and what the trainer adds in `row`."""
-        row, knobs_in_columns = knob_columns(self.cfg, self.columns, self.column_knobs)
-        row |= measured_columns(self)
-        hidden = {*knobs_in_columns, *RUN_KNOBS}
-        words = changed_knobs(self.cfg, self.presets, hidden)
-        words.append(f"data_sha256={self.data_sha256}")
-        if self.progress.reached:
-            words.append(self.progress.reached)
-        row["notes"] = " ".join([*words, *self.notes])
-        row |= self.row
-        return {column: row.get(column, "") for column in self.columns}

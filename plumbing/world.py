@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 import typing
 import uuid
 from collections.abc import Callable, Iterator
@@ -187,27 +188,36 @@ def join_world(device_kind: str, hint: str = "set DEVICE=cpu") -> Iterator[World
         for number, handler in handlers_before.items():
             signal.signal(number, handler)
         faulthandler.cancel_dump_traceback_later()
-        if size > 1:
-            dist.destroy_process_group()
+    if (
+        size > 1
+    ):  # behind an error the others may be anywhere: launch() leaves without a word to them
+        dist.destroy_process_group()
 
 
 def launch(main: Callable[[], int | None]) -> typing.NoReturn:
     """Run main() and exit with what it returns. A UserError is one line on stderr and exit code 2;
     every rank meets the same ones (World.agree), so only rank 0 prints it.
     """
+    is_group = int(os.environ.get("WORLD_SIZE", 1)) > 1
     try:
         code = main() or 0
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            # All is written and closed. gloo's threads now and then abort the process while the
-            # interpreter takes itself apart, which torchrun would report as a failed run.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        sys.exit(code)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        code = 2
+    except Exception:
+        if not is_group:
+            raise
+        traceback.print_exc()
+        code = 1
+    if is_group:
+        # All is written and closed. gloo's threads now and then abort the process while the
+        # interpreter takes itself apart, which torchrun would report as a failed run, and which
+        # would swallow the traceback of one that did fail.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _choose_device(kind: str, hint: str) -> torch.device:

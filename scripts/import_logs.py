@@ -15,7 +15,6 @@ Raises   UserError naming the file: no log of a run, results of other columns
 """
 
 import argparse
-import csv
 import difflib
 import math
 from collections.abc import Sequence
@@ -23,8 +22,10 @@ from pathlib import Path
 
 from filelock import FileLock
 from lib.program import UserError, add_data_options, count, launch, write_whole
-from lib.results import HEADER, csv_line, read_results
+from lib.results import HEADER, NEEDED, csv_line, read_results
 from lib.speedrun_logs import LoggedRun, read_log
+
+from plumbing.csv_files import csv_lines, header_fields, header_line
 
 METRICS = ("step", "train_loss", "val_loss", "train_time_s")
 
@@ -75,17 +76,18 @@ def append_rows(path: Path, rows: Sequence[dict[str, str]]) -> None:
     """Append to the results file under its lock; a new file gets all columns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
-        text = path.read_text() if path.exists() else ""
-        columns = next(csv.reader([text.split("\n")[0]])) if text else HEADER
+        before = path.read_bytes() if path.exists() else b""
+        header = header_line(csv_lines(path, before))
+        columns = header_fields(path, header, NEEDED) if header else HEADER
         if missing := [name for name in rows[0] if name not in columns]:
             raise UserError(
                 f"{path}: has no column {', '.join(missing)}; name another --results_file"
             )
-        if text and not text.endswith("\n"):
-            text += "\n"
-        lines = [] if text else [csv_line(columns)]
+        if before and not before.endswith(b"\n"):
+            before += b"\n"
+        lines = [] if header else [csv_line(columns)]
         lines += [csv_line([row.get(name, "") for name in columns]) for row in rows]
-        write_whole(path, text + "\n".join(lines) + "\n")
+        write_whole(path, before + ("\n".join(lines) + "\n").encode())
 
 
 def show_difference(first: Path, second: Path) -> None:

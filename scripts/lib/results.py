@@ -7,7 +7,6 @@ lost in silence. No pandas: a number is written as it was read.
 import csv
 import io
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from lib.program import UserError
 from lib.stats import NAN
+from plumbing.csv_files import csv_fields, csv_lines, header_fields
 
 NEEDED = (
     "run_id",
@@ -83,24 +83,13 @@ def read_results(path: Path) -> tuple[list[Row], list[str]]:
         ) from None
     header: list[str] = []
     rows, problems = [], []
-    for number, line in enumerate(data.decode("utf-8-sig", errors="replace").split("\n"), start=1):
-        line = line.rstrip("\r")
+    for number, line in enumerate(csv_lines(path, data), start=1):
         if not line.strip():
             continue
         where = f"{path.name}:{number}"
-        try:
-            fields = next(csv.reader([line], strict=True)) if '"' in line else line.split(",")
-        except csv.Error:
-            fields = []
+        fields = csv_fields(line)
         if not header or fields[:1] == ["run_id"]:
-            if missing := [name for name in NEEDED if name not in fields]:
-                raise UserError(
-                    f"{path}: line {number} is not a header of results, it has no "
-                    f"{', '.join(missing)}"
-                )
-            if twice := [name for name, n in Counter(fields).items() if n > 1]:
-                raise UserError(f"{path}: line {number} names {', '.join(twice)} twice")
-            header = fields
+            header = header_fields(path, line, NEEDED, number)
         elif len(fields) != len(header):
             found = f"{len(fields)} fields" if fields else "an open quote"
             problems.append(f"{where}: {found} where the header has {len(header)} (torn?), skipped")

@@ -26,7 +26,7 @@ from support import (
     same_tensors,
 )
 
-FAULTY = "tests/faulty.py"
+FAULTY = "scripts/faults/inject.py"
 
 
 def status(folder: Path, run_id: str) -> str:
@@ -37,7 +37,7 @@ def broken(
     folder: Path, nproc: int, fault: str, *torchrun_flags: str, **knobs
 ) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [*command(nproc, FAULTY, *torchrun_flags), *flags(folder, **knobs)],
+        [*command(nproc, FAULTY, *torchrun_flags), "train_gpt", *flags(folder, **knobs)],
         cwd=folder,
         env=environment(FAULT=fault),
         capture_output=True,
@@ -214,6 +214,13 @@ def test_an_error_in_the_loop_writes_the_row_and_keeps_its_traceback(tmp_path):
         status(tmp_path, "a") == rows(tmp_path)[0]["status"] == "failed"
         and rows(tmp_path)[0]["steps_done"] == "5"
     )
+
+
+def test_a_rank_that_fails_alone_keeps_its_traceback_and_writes_the_row(tmp_path):
+    """The other rank waits in another collective, so the failing one must not wait for it."""
+    done = broken(tmp_path, 2, "raise:6", run_id="a")
+    assert done.returncode == 1 and "RuntimeError: injected at step 6" in done.stderr
+    assert status(tmp_path, "a") == rows(tmp_path)[0]["status"] == "failed"
 
 
 def test_ctrl_c_that_torchrun_forwards_again_still_saves(tmp_path):
