@@ -13,7 +13,7 @@ Sources  tokenizer, templates: github.com/Nishal14/Step-free-arithmetic-transfor
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
 import numpy as np
@@ -44,6 +44,9 @@ class Language:
     operands_weights: str = knob("", "weight of each operand count, such as 1,1,1.5; empty: alike")
     depth_min: int = knob(0, "smallest depth of nested brackets", low=0)
     depth_max: int = knob(2, "largest depth of nested brackets", low=0, high=8)
+    deeper_share: float = knob(
+        0.0, "share of training examples nested one deeper than DEPTH_MAX", low=0, high=1
+    )
     answer_format: str = knob("plain", "how a value is written", choices=FORMATS)
     answer_digits: int | None = knob(None, "digits of an answer", low=1, high=17, none="auto")
     spaces: bool = knob(True, "write a space on both sides of '='")
@@ -56,7 +59,8 @@ class Language:
             if low > high:
                 name = name.upper()
                 raise ValueError(f"{name}_MIN={low} is above {name}_MAX={high}; swap them")
-        if self.grammar == "pilot" and (self.operands_max > 4 or self.depth_max > 2):
+        deepest = self.depth_max + (self.deeper_share > 0)
+        if self.grammar == "pilot" and (self.operands_max > 4 or deepest > 2):
             raise ValueError("GRAMMAR=pilot ends at 4 operands and depth 2; use GRAMMAR=redundant")
         if self.largest > 10**17:
             most = f"OPERAND_MAX={self.operand_max} and OPERANDS_MAX={self.operands_max}"
@@ -266,7 +270,14 @@ def shares(language: Language, most: int) -> dict[str, float]:
     if total <= 0:
         what = f"no template has {counts} operands and depth {depths}"
         raise UserError(f"GRAMMAR={language.grammar}: {what}; change a range")
-    return {text: share / total for text, share in found.items()}
+    found = {text: share / total for text, share in found.items()}
+    if language.deeper_share:
+        depth = language.depth_max + 1
+        deeper = replace(language, depth_min=depth, depth_max=depth, deeper_share=0.0)
+        found = {text: share * (1 - language.deeper_share) for text, share in found.items()}
+        for text, share in shares(deeper, most).items():
+            found[text] = share * language.deeper_share
+    return found
 
 
 # ----------------------------------------------------------------------------

@@ -196,7 +196,9 @@ class Data:
         hashes = {hash_expr(e) for exprs, _ in records.values() for e in exprs}
         self.excluded = np.array(sorted(hashes), np.uint64)
         if cfg.val_path == GENERATE:  # the same for every seed
-            sets[GENERATE] = self.draw([1], cfg.val_examples, "val")
+            usual = replace(self.language, deeper_share=0.0)
+            rng = np.random.default_rng([1])
+            sets[GENERATE] = draw_split(usual, rng, cfg.val_examples, "val", self.excluded)
         self.val = sets[cfg.val_path]
         self.tests = {path: sets[path] for path in cfg.test_path.split()}
         self.train = records.get(cfg.train_path) and sets[cfg.train_path]
