@@ -1,8 +1,8 @@
 """arithmetic.py -- the language of train_arith.py: expressions, their values and answers, drawing.
 
 Promises that a value is always the value of its text, that every answer can be read back as it was
-written, and that no expression of a test or validation set is ever drawn for training. Nothing here
-knows of files or models; arithmetic_data.py makes data sets of it.
+written, that no expression of a test or validation set is ever drawn for training, and that a file
+of records is checked line by line. Nothing here knows of models.
 
     problems = draw_split(Language(operators="+-"), np.random.default_rng(0), 1000, "train")
 
@@ -11,14 +11,16 @@ Sources  tokenizer, templates: github.com/Nishal14/Step-free-arithmetic-transfor
          et al., arXiv 2307.03381. Constants of the hash: SplitMix64 (Steele et al. 2014)
 """
 
+import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cache, lru_cache
+from pathlib import Path
 
 import numpy as np
 
-from plumbing.knobs import UserError, knob
+from plumbing.knobs import ROOT, UserError, knob
 
 VOCABULARY = ["<PAD>", "<BOS>", "<EOS>", "<UNK>", *"0123456789+-*/()=ABCDEFabcdef ,"]
 PAD, BOS, EOS, UNK, ZERO = 0, 1, 2, 3, 4
@@ -35,7 +37,7 @@ FORMATS = ("plain", "reversed", "complement", "complement_bare")
 class Language:
     """Which expressions are drawn, how often, and how a problem is written down."""
 
-    grammar: str = knob("pilot", "which bracketings there are", group="Language", choices=GRAMMARS)
+    grammar: str = knob("pilot", "which bracketings there are", group="data", choices=GRAMMARS)
     operators: str = knob("+-*", "operators to draw from, some of + - *")
     operand_min: int = knob(1, "smallest operand", low=0)
     operand_max: int = knob(99, "largest operand", low=1)
@@ -44,6 +46,9 @@ class Language:
     operands_weights: str = knob("", "weight of each operand count, such as 1,1,1.5; empty: alike")
     depth_min: int = knob(0, "smallest depth of nested brackets", low=0)
     depth_max: int = knob(2, "largest depth of nested brackets", low=0, high=8)
+    deeper_share: float = knob(
+        0.0, "share of training examples nested one deeper than DEPTH_MAX", low=0, high=1
+    )
     answer_format: str = knob("plain", "how a value is written", choices=FORMATS)
     answer_digits: int | None = knob(None, "digits of an answer", low=1, high=17, none="auto")
     spaces: bool = knob(True, "write a space on both sides of '='")
@@ -56,7 +61,8 @@ class Language:
             if low > high:
                 name = name.upper()
                 raise ValueError(f"{name}_MIN={low} is above {name}_MAX={high}; swap them")
-        if self.grammar == "pilot" and (self.operands_max > 4 or self.depth_max > 2):
+        deepest = self.depth_max + (self.deeper_share > 0)
+        if self.grammar == "pilot" and (self.operands_max > 4 or deepest > 2):
             raise ValueError("GRAMMAR=pilot ends at 4 operands and depth 2; use GRAMMAR=redundant")
         if self.largest > 10**17:
             most = f"OPERAND_MAX={self.operand_max} and OPERANDS_MAX={self.operands_max}"
@@ -195,6 +201,13 @@ class Problems:
     def rows(self, index: np.ndarray | slice) -> "Problems":
         return Problems(*(column[index] for column in self.columns))
 
+    @property
+    def operand_counts(self) -> np.ndarray:
+        """(N,) operands of each expression: one more than its operators."""
+        is_operator = np.isin(self.tokens_NT, [IDS[character] for character in "+-*"])
+        before_answer = np.arange(self.tokens_NT.shape[1]) < self.starts_N[:, None]
+        return (is_operator & before_answer).sum(axis=1) + 1
+
     def exprs(self, language: Language) -> list[str]:
         ends = self.starts_N - len(language.separator)
         return [decode(row[1:end]) for row, end in zip(self.tokens_NT, ends, strict=True)]
@@ -266,7 +279,14 @@ def shares(language: Language, most: int) -> dict[str, float]:
     if total <= 0:
         what = f"no template has {counts} operands and depth {depths}"
         raise UserError(f"GRAMMAR={language.grammar}: {what}; change a range")
-    return {text: share / total for text, share in found.items()}
+    found = {text: share / total for text, share in found.items()}
+    if language.deeper_share:
+        depth = language.depth_max + 1
+        deeper = replace(language, depth_min=depth, depth_max=depth, deeper_share=0.0)
+        found = {text: share * (1 - language.deeper_share) for text, share in found.items()}
+        for text, share in shares(deeper, most).items():
+            found[text] = share * language.deeper_share
+    return found
 
 
 # ----------------------------------------------------------------------------
@@ -366,3 +386,115 @@ def draw_split(
             return Problems(*map(np.concatenate, columns))
     different = f"{count - missing} of {count} different {split} expressions"
     raise UserError(f"only {different} were found; widen the ranges")
+
+
+# ----------------------------------------------------------------------------
+# Records and sets
+
+GENERATE = "generate"  # instead of a file's name: expressions are drawn
+
+
+@dataclass(frozen=True)
+class DataKnobs(Language):
+    """The language, and where training, validation and test problems come from."""
+
+    train_path: str = knob("data/pilot_train.jsonl", "file of records, or 'generate'")
+    val_path: str = knob("data/pilot_val.jsonl", "file of records, or 'generate'")
+    test_path: str = knob("data/pilot_test_flat.jsonl", "files scored at the end, or ''")
+    train_examples: int = knob(0, "size of a generated set; 0: every batch is fresh", low=0)
+    val_examples: int = knob(1000, "generated validation examples", low=1)
+    sequence_length: int = knob(32, "most tokens of a problem; longer ones are refused", low=8)
+    seed: int = knob(42, "seed of weights, order, dropout and generated data", low=0)
+
+
+def how_to_make(path: str) -> str:
+    """The command that writes a file of records, by the file's name."""
+    prefix = Path(path).name.split("_")[0]
+    sizes = "--num-train 0 --num-val 0 --num-test 1000 --minimal-pairs 1000"
+    program = "generate_pilot_dataset.py"
+    if "_depth" in Path(path).name:
+        sizes = "--depths 3 4 5 --size 1000 --controls"
+        program = "generate_depth3_dataset.py"
+    command = f"make it with: python scripts/arith/{program} --output-dir {Path(path).parent}"
+    if prefix == "pilot":
+        return command
+    return f"{command} --prefix {prefix} --operators=+- --held-out --dedup {sizes}"
+
+
+def read_records(path: str) -> tuple[list[str], list[int]]:
+    """Expressions and values of a .jsonl file, looked for here and then in the repository. Raises
+    UserError, with the line's number, for what is no record."""
+    place = Path(path) if Path(path).exists() else ROOT / path
+    exprs: list[str] = []
+    values: list[int] = []
+    try:
+        lines = place.read_bytes().removeprefix(b"\xef\xbb\xbf").rstrip().splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {how_to_make(path)}") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            expr, value = record["expr"], record["result"]
+            if type(expr) is not str or type(value) is not int or evaluate_expr(expr) != value:
+                raise ValueError(f"{value!r:.60} is not the value of {expr!r:.60}")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            wanted = 'expected a record such as {"expr": "1+2", "result": 3}'
+            raise UserError(f"{path}:{number}: {wanted} ({error!s:.160})") from None
+        exprs.append(expr)
+        values.append(value)
+    if not exprs:
+        raise UserError(f"{path}: no records; {how_to_make(path)}")
+    return exprs, values
+
+
+class DataSets:
+    """Training, validation and test problems in the language that all of them need."""
+
+    def __init__(self, cfg: DataKnobs):
+        self.cfg = cfg
+        sources = [cfg.train_path, cfg.val_path, *cfg.test_path.split()]
+        records = {path: read_records(path) for path in sources if path != GENERATE}
+        self.language = self.language_of(records.values(), GENERATE in sources)
+        sets = {path: problems_of(*pair, self.language) for path, pair in records.items()}
+        hashes = {hash_expr(expr) for exprs, _ in records.values() for expr in exprs}
+        self.excluded = np.array(sorted(hashes), np.uint64)
+        if cfg.val_path == GENERATE:  # the same for every seed, and no deeper than DEPTH_MAX
+            usual = replace(self.language, deeper_share=0.0)
+            rng = np.random.default_rng([1])
+            sets[GENERATE] = draw_split(usual, rng, cfg.val_examples, "val", self.excluded)
+        self.val = sets[cfg.val_path]
+        self.tests = {path: sets[path] for path in cfg.test_path.split()}
+        self.train: Problems | None = None  # no set: every batch is drawn
+        if cfg.train_path != GENERATE:
+            self.train = sets[cfg.train_path]
+        elif cfg.train_examples:
+            self.train = self.draw([cfg.seed, 3], cfg.train_examples)
+        self.sample = self.train or self.draw([cfg.seed, 4], 4096)  # what training looks like
+        self.check_lengths(sets | {cfg.train_path: self.sample})
+
+    def language_of(self, records: Iterable[tuple], is_generated: bool) -> Language:
+        """The language of the knobs, with as many answer digits as all values need."""
+        language = Language(**{f.name: getattr(self.cfg, f.name) for f in fields(Language)})
+        largest = language.largest if is_generated else 0
+        for _, values in records:
+            largest = max(largest, *map(abs, values))
+        digits = language.digits_for(largest)
+        if (self.cfg.answer_digits or digits) < digits:
+            what = f"answers go up to {largest:,}; use {digits}, or auto"
+            raise UserError(f"ANSWER_DIGITS={self.cfg.answer_digits}: {what}")
+        return replace(language, answer_digits=self.cfg.answer_digits or digits)
+
+    def check_lengths(self, sets: dict[str, Problems]) -> None:
+        for name, problems in sets.items():
+            longest = problems.lengths_N.max()
+            if longest > self.cfg.sequence_length:
+                over = (problems.lengths_N > self.cfg.sequence_length).sum()
+                raise UserError(
+                    f"{name}: {over} of {len(problems)} examples exceed SEQUENCE_LENGTH="
+                    f"{self.cfg.sequence_length} tokens, up to {longest}; none is cut: raise it"
+                )
+
+    def draw(self, seeds: list[int], count: int, most: int | None = None) -> Problems:
+        """Training problems of at most `most` operands, the same for the same seeds."""
+        rng = np.random.default_rng(seeds)
+        return draw_split(self.language, rng, count, "train", self.excluded, most)

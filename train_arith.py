@@ -17,17 +17,17 @@ Raises   UserError (one line, exit code 2) for a bad knob, key, file or checkpoi
          (exit code 1) where --gpu-only or --fp16 cannot be kept
 Sources  github.com/Nishal14/Step-free-arithmetic-transformers; rotary: Su et al., arXiv 2104.09864;
          Muon: kellerjordan.github.io/posts/muon, scaled as in Liu et al., arXiv 2502.16982
+Shared   plumbing/ keeps the run alive; arithmetic.py is the language, and draws the examples
 """
 
-import argparse
 import hashlib
-import json
 import math
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -35,58 +35,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arithmetic_data import (
-    FIXED,
-    IGNORE,
-    KNOB_OF,
-    SCORES,
-    SECTIONS,
-    SOURCES,
-    VOCABULARY,
-    YAML,
-    Data,
-    DataKnobs,
-    Problems,
-    baselines,
-    breakdown,
-    inputs_and_labels,
-    perplexity,
-    summary,
-)
-from plumbing import (
-    ROOT,
-    RUN_KNOBS,
-    Prefetch,
-    RunKnobs,
-    Session,
-    StepStats,
-    UserError,
-    World,
-    check_compiler,
-    flat_gradients,
-    join_world,
-    knob,
-    launch,
-    read_knobs,
-    save_weights,
-    show_plan,
-    write_whole,
-)
-from plumbing.config import read_assignments, read_yaml
-from plumbing.knobs import spellings
+import arithmetic
+from arithmetic import BOS, GENERATE, VOCABULARY, DataKnobs, DataSets, Problems
+from plumbing import ROOT, RUN_KNOBS, RunKnobs, Session, StepStats, UserError, knob, show_plan
+from plumbing.checkpoints import save_json, save_weights
+from plumbing.config import read_configured, section_keys
+from plumbing.data import Prefetch
+from plumbing.device import check_compiler, settle_device
+from plumbing.epochs import EpochRecord, epoch_of, perplexity
+from plumbing.world import World, flat_gradients, join_world, launch
 
-# ----------------------------------------------------------------------------
-# Knobs
+# ---------------- Knobs
 
 PRESETS = {"pilot": {}}
+# These move no loss, so a resumed run may have others. Of records, the contents are compared.
 RESUME_MAY_DIFFER = [*RUN_KNOBS, "config", "output_dir", "gpu_only", "eval_interval", "model_name"]
 RESUME_MAY_DIFFER += ["save_interval", "cuda_graph", "log_interval", "tracker_project"]
-RESUME_MAY_DIFFER += ["train_path", "val_path", "test_path"]  # their contents decide
+RESUME_MAY_DIFFER += ["train_path", "val_path", "test_path"]
 
 
 @dataclass(frozen=True)
 class Knobs(DataKnobs, RunKnobs):
-    preset: str = knob("pilot", "named set of defaults", group="run", choices=tuple(PRESETS))
+    preset: str = knob("pilot", "named set of defaults", group="machine", choices=tuple(PRESETS))
     config: str = knob("", "YAML file of knobs")
     output_dir: str = knob("", "folder of the run, whose last part is its id")
     device: str = knob("cpu", "where to train; cuda falls back", choices=("cpu", "cuda"))
@@ -96,10 +66,7 @@ class Knobs(DataKnobs, RunKnobs):
     compile: bool = knob(False, "compile the model's blocks with torch.compile")
     cuda_graph: bool = knob(False, "launch the model's passes as CUDA graphs")
     results_file: str = knob(str(ROOT / "experiments/results_arith.csv"), "gets one row per run")
-    log_interval: int = knob(25, "steps between printed steps", low=1)
-    tracker_project: str = knob("math-compact-pilot", "its project", alias=("wandb_project",))
-
-    model_name: str = knob("pilot-arithmetic", "name that checkpoints carry", group="Model")
+    model_name: str = knob("pilot-arithmetic", "name that checkpoints carry", group="model")
     n_layer: int = knob(4, "number of transformer blocks", low=1)
     n_head: int = knob(4, "attention heads per block", low=1)
     n_embd: int = knob(128, "width of the model", low=2)
@@ -108,23 +75,31 @@ class Knobs(DataKnobs, RunKnobs):
     dropout: float = knob(0.1, "probability of dropout", low=0, high=0.99)
     use_rope: bool = knob(True, "rotary positions; 0: a learned table of positions")
     tie_weights: bool = knob(True, "use the embedding as the head, too")
-
-    schedule: str = knob(
-        "linear", "shape of the decay", group="Training", choices=("linear", "trapezoid")
+    num_epochs: int = knob(50, "passes over the training set", low=1, group="training")
+    num_iterations: int | None = knob(None, "steps; auto: from NUM_EPOCHS", low=0, none="auto")
+    batch_size: int = knob(32, "examples per step, over all ranks", low=1)
+    curriculum_exact: float = knob(
+        0.0, "draw one more operand at this exact match of batches; 0: off", low=0, high=1
     )
-    warmup_iters: int = knob(100, "steps of linear warm-up from 0", low=0)
+    answer_only_loss: bool = knob(False, "score the answer and its end only")
+    schedule: str = knob("linear", "shape of the decay", choices=("linear", "trapezoid"))
     warmdown_frac: float = knob(0.4, "last part of a trapezoid, falling to 0", above=0, high=1)
-    optimizer: str = knob("adamw", "muon: for the matrices of blocks", choices=("adamw", "muon"))
-    lr: float = knob(0.0003, "highest learning rate of AdamW", low=0)
-    muon_lr: float = knob(0.004, "highest learning rate of Muon, on AdamW's scale", low=0)
-    weight_decay: float = knob(0.01, "decoupled weight decay of every parameter", low=0)
-    betas: str = knob("0.9,0.95", "AdamW's two decay rates")
     grad_clip: float = knob(1.0, "largest norm of the whole gradient; 0: off", low=0)
-
     eval_interval: int = knob(5, "epochs between validations", low=1)
     val_every: int | None = knob(None, "steps between validations", low=0, none="auto")
     save_interval: int = knob(10, "epochs between saved models", low=1)
     save_every: int | None = knob(None, "steps between checkpoints", low=0, none="auto")
+    optimizer: str = knob(
+        "adamw", "muon: for the matrices of blocks", group="training.optimizer",
+        choices=("adamw", "muon"),
+    )  # fmt: skip
+    warmup_iters: int = knob(100, "steps of linear warm-up from 0", low=0)
+    lr: float = knob(0.0003, "highest learning rate of AdamW", low=0)
+    muon_lr: float = knob(0.004, "highest learning rate of Muon, on AdamW's scale", low=0)
+    weight_decay: float = knob(0.01, "decoupled weight decay of every parameter", low=0)
+    betas: str = knob("0.9,0.95", "AdamW's two decay rates")
+    log_interval: int = knob(25, "steps between printed steps", low=1, group="logging")
+    tracker_project: str = knob("math-compact-pilot", "its project", alias=("wandb_project",))
 
     def __post_init__(self):
         super().__post_init__()
@@ -137,76 +112,53 @@ class Knobs(DataKnobs, RunKnobs):
             raise ValueError(f"BETAS={self.betas!r}: {what}")
         if self.fp16 and self.bf16:
             raise ValueError("FP16=1 and BF16=1 exclude each other; set one of them")
-        name = Path(self.output_dir).resolve().name
-        if self.output_dir and self.run_id not in ("", name):
+        if self.output_dir and self.run_id not in ("", Path(self.output_dir).resolve().name):
             names = f"OUTPUT_DIR={self.output_dir} names the run, RUN_ID={self.run_id} differs"
             raise ValueError(f"{names}; leave one out")
-
-    @property
-    def amp_dtype(self) -> torch.dtype:
-        if self.fp16:
-            return torch.float16
-        return torch.bfloat16 if self.bf16 else torch.float32
-
-
-def settle_device(device: str, fp16: bool, gpu_only: bool, say: Callable = print) -> str:
-    """The device to train on. Raises RuntimeError, in the original's words and order, where
-    GPU-only mode or fp16 cannot be kept; without GPU-only mode the way to the CPU is one line."""
-    if gpu_only and device != "cuda":
-        raise RuntimeError(
-            "GPU-only mode requires --device cuda. Aborting to prevent accidental CPU training."
-        )
-    if gpu_only and not torch.cuda.is_available():
-        raise RuntimeError(
-            "CUDA requested but not available. GPU-only mode cannot fall back to CPU. Aborting."
-        )
-    if gpu_only:
-        rule = "=" * 60
-        say(f"{rule}\nGPU-ONLY MODE ENABLED")
-        say(f"CPU training is disabled. Will abort if GPU unavailable.\n{rule}")
-    if device == "cuda" and not torch.cuda.is_available():
-        say("CUDA not available, using CPU")
-        device = "cpu"
-    if fp16 and device != "cuda":
-        raise RuntimeError("FP16 mixed precision requires CUDA device")
-    return device
+        has_epochs = self.train_path != GENERATE
+        if self.train_examples and not self.curriculum_exact:
+            has_epochs = True
+        if self.num_iterations is None and not has_epochs:
+            raise ValueError(
+                "TRAIN_PATH=generate has epochs only with TRAIN_EXAMPLES and without a curriculum; "
+                "set NUM_ITERATIONS"
+            )
+        if self.curriculum_exact and self.train_path != GENERATE:
+            raise ValueError("CURRICULUM_EXACT sorts generated examples: set TRAIN_PATH=generate")
+        if self.curriculum_exact and not self.answer_only_loss:
+            raise ValueError("CURRICULUM_EXACT needs the training answers: set ANSWER_ONLY_LOSS=1")
 
 
-def read_settings(argv: Sequence[str], env: dict[str, str]) -> Knobs:
-    """Knobs from all sources; the device is settled before any file is opened."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--set", action="append", default=[])
-    early.add_argument("--config", default=env.get("CONFIG", ""))
-    early.add_argument("--device", default=env.get("DEVICE", "cpu"))
-    for names in (["--fp16"], ["--gpu_only", "--gpu-only"]):
-        default = env.get(names[0][2:].upper(), "0")
-        early.add_argument(*names, nargs="?", const="1", default=default)
-    found, rest = early.parse_known_args(argv)
-    if found.device not in ("cpu", "cuda"):
-        raise UserError(f"DEVICE={found.device!r}: expected one of cpu, cuda")
+# The keys of a YAML file: the knobs under their headings of --help, and where the original's files
+# have a knob elsewhere or by another name.
+YAML = section_keys(Knobs, ("model", "data", "training", "training.optimizer", "logging"))
+YAML |= {"model.name": "model_name", "training.optimizer.name": "optimizer"}
+YAML |= {"model.max_seq_len": "max_seq_len", "data.curriculum_exact": "curriculum_exact"}
+YAML |= {f"logging.{key}": key for key in ("tracker", "use_wandb")}
+YAML |= {f"training.{key}": key for key in ("val_every", "save_every")}
+FIXED = {
+    "model.vocab_size": (35, "the tokenizer has 35 ids"),
+    "data.use_steps": (False, "there are no steps in the text"),
+    "data.step_masking_mode": ("none", "there are no steps in the text; see ANSWER_ONLY_LOSS"),
+}
+
+
+def read_settings(argv: Sequence[str], env: Mapping[str, str]) -> Knobs:
+    """Knobs from all sources; the device is settled before the file of --config is opened."""
     say = print if env.get("RANK", "0") == "0" else lambda line: None
-    device = settle_device(found.device, found.fp16 == "1", found.gpu_only == "1", say)
-    rest += [f"--device={device}", f"--fp16={found.fp16}", f"--gpu_only={found.gpu_only}"]
-    return read_all([*rest, f"--config={found.config}"], env, found.config, found.set)
 
+    def settle(given: Mapping[str, object]) -> dict[str, str]:
+        fp16, gpu_only = given.get("fp16", False), given.get("gpu_only", False)
+        return {"device": settle_device(given.get("device", "cpu"), fp16, gpu_only, say)}
 
-def read_all(argv: Sequence[str], env: dict[str, str], config: str, sets: Sequence[str]) -> Knobs:
-    """Flags over environment over --set over YAML over defaults."""
-    knob_of = spellings(Knobs)
-    names = YAML | {spelling.lower(): spelling.lower() for spelling in knob_of}
-    assigned = read_assignments(sets, names, FIXED)
-    overridden = [knob_of[name.upper()] for name in assigned]
-    texts = read_yaml(config, YAML, FIXED) if config else {}
-    texts = {name: text for name, text in texts.items() if knob_of[name.upper()] not in overridden}
-    cfg = read_knobs(Knobs, PRESETS, argv, env, __doc__, config=texts | assigned)
+    cfg = read_configured(Knobs, PRESETS, argv, env, __doc__, YAML, FIXED, settle)
     if not cfg.output_dir:
         return cfg
     folder = Path(cfg.output_dir).resolve()
     return replace(cfg, logs_folder=str(folder.parent), run_id=folder.name)
 
 
-# ----------------------------------------------------------------------------
-# Model
+# ---------------- Model
 
 
 class SharedDropout(nn.Module):
@@ -342,8 +294,7 @@ class CompactTransformer(nn.Module):
         return F.linear(self.ln_final(x), head.weight)
 
 
-# ----------------------------------------------------------------------------
-# Optimizers and schedule
+# ---------------- Optimizers and schedule
 
 
 def orthogonalize(g_SMN: Tensor, dtype: torch.dtype) -> Tensor:
@@ -441,15 +392,95 @@ def lr_scale(update: int, cfg: Knobs, total: int) -> float:
     return min(1.0, max(0.0, (total - update) / max(1, decay_steps)))
 
 
-# ----------------------------------------------------------------------------
-# Batches
+# ---------------- Batches
+
+IGNORE = -100  # label of a token that is not scored
 
 
-def make_batch(step: int, data: Data, cfg: Knobs, world: World, state: "TrainState") -> tuple:
+class Data(DataSets):
+    """All problems, and which of them a step trains on: a function of seed, step and curriculum,
+    whatever the number of ranks. Only a finite set without a curriculum has epochs."""
+
+    CHUNK = 16384  # fresh examples that are drawn together
+
+    def __init__(self, cfg: Knobs):
+        super().__init__(cfg)
+        self.epoch_steps = 0
+        if self.train and not cfg.curriculum_exact:
+            self.epoch_steps = math.ceil(len(self.train) / cfg.batch_size)
+        self.total_steps = cfg.num_iterations
+        if self.total_steps is None:
+            self.total_steps = cfg.num_epochs * self.epoch_steps
+        mean_tokens = float((self.sample.lengths_N - 1).mean())
+        self.step_tokens = round(mean_tokens * cfg.batch_size)
+        # Successive steps share an order or a chunk.
+        self.order = lru_cache(maxsize=2)(self._order)
+        self.chunk = lru_cache(maxsize=2)(self._chunk)
+        if self.train and cfg.curriculum_exact:
+            self.counts_N = self.train.operand_counts
+            if cfg.operands_min not in self.counts_N:
+                what = f"none has {cfg.operands_min} operands, where the curriculum starts"
+                raise UserError(f"TRAIN_EXAMPLES={len(self.train)}: {what}; raise it")
+
+    @property
+    def content(self) -> list[list]:
+        """What a resume compares."""
+        tokens = self.train.tokens_NT.tobytes() if self.train else b""
+        digest = hashlib.sha256(tokens).hexdigest()
+        return [[self.cfg.train_path, len(self.train or ()), digest]]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.cfg.seed, 1, epoch]).permutation(len(self.train))
+
+    def _chunk(self, number: int, most: int) -> Problems:
+        count = max(self.CHUNK, self.cfg.batch_size)
+        return self.draw([self.cfg.seed, 2, number, most], count, most)
+
+    def batch(self, step: int, switches: Sequence[int] = ()) -> Problems:
+        """All examples of a step; the last batch of an epoch may be smaller. `switches` are the
+        steps from which one more operand is drawn. Under a curriculum, batches of a finite set are
+        drawn from the examples that are short enough, with replacement."""
+        cfg, most = self.cfg, self.cfg.operands_max
+        if cfg.curriculum_exact:
+            most = cfg.operands_min + sum(step >= switch for switch in switches)
+        if self.train is None:
+            chunk, place = divmod(step, max(1, self.CHUNK // cfg.batch_size))
+            start = place * cfg.batch_size
+            return self.chunk(chunk, most).rows(slice(start, start + cfg.batch_size))
+        if cfg.curriculum_exact:
+            rng = np.random.default_rng([cfg.seed, 2, step])
+            short_enough = np.flatnonzero(self.counts_N <= most)
+            return self.train.rows(rng.choice(short_enough, cfg.batch_size))
+        epoch, i = divmod(step, self.epoch_steps)
+        return self.train.rows(self.order(epoch)[i * cfg.batch_size : (i + 1) * cfg.batch_size])
+
+
+def inputs_and_labels(
+    problems: Problems, answer_only: bool, rows: int, length: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """(rows, T) ids and labels, T the longest or `length`; IGNORE is the label of what is not
+    scored, and of rows beyond the problems."""
+    T = length or int(problems.lengths_N.max())
+    tokens = problems.tokens_NT[:, :T]
+    ids = np.zeros((rows, T), np.int64)
+    ids[:, 0] = BOS
+    ids[: len(problems), : tokens.shape[1]] = tokens
+    at = np.arange(1, T)
+    is_scored = at < problems.lengths_N[:, None]
+    if answer_only:
+        is_scored &= at >= problems.starts_N[:, None]
+    labels = np.full((rows, T - 1), IGNORE)
+    labels[: len(problems)] = np.where(is_scored, ids[: len(problems), 1:], IGNORE)
+    return ids[:, :-1], labels
+
+
+def make_batch(
+    step: int, data: Data, cfg: Knobs, world: World, switches: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
     """This rank's inputs and labels of the step, and the number of labels over all ranks. Every
     rank makes the whole batch, BATCH_SIZE rows as long as its longest example, so that all ranks
     see one shape. A CUDA graph needs the same shape at every step."""
-    problems = data.batch(step, state.switches)
+    problems = data.batch(step, switches)
     length = cfg.sequence_length if cfg.cuda_graph else 0
     x, y = inputs_and_labels(problems, cfg.answer_only_loss, cfg.batch_size, length)
     num_labels = torch.tensor(float((y != IGNORE).sum()))
@@ -457,13 +488,16 @@ def make_batch(step: int, data: Data, cfg: Knobs, world: World, state: "TrainSta
     return torch.from_numpy(x[rows]), torch.from_numpy(y[rows]), num_labels
 
 
-# ----------------------------------------------------------------------------
-# Evaluation
+# ---------------- Evaluation
+
+SCORES = "loss tokens answer_loss answer_tokens digits_ok end_ok exact".split()
 
 
 def autocast(cfg: Knobs, device: torch.device) -> torch.autocast:
-    enabled = cfg.amp_dtype != torch.float32
-    return torch.autocast(device.type, dtype=cfg.amp_dtype if enabled else None, enabled=enabled)
+    """FP16 or BF16 products; a CUDA graph keeps no weights that were converted in another pass."""
+    dtype = torch.float16 if cfg.fp16 else torch.bfloat16
+    enabled = cfg.fp16 or cfg.bf16
+    return torch.autocast(device.type, dtype, enabled, cache_enabled=not cfg.cuda_graph)
 
 
 @torch.no_grad()
@@ -486,8 +520,7 @@ def teacher_forced(
     answer, end = (at >= start) & (at < last), at == last
     scored = answer | end if cfg.answer_only_loss else at <= last
     exact = (right | ~(answer | end)).all(dim=1, keepdim=True)
-    columns = [nll * scored, scored, nll * answer, answer, nll * end, right & end]
-    columns += [right & (at == start), right & answer, exact]
+    columns = [nll * scored, scored, nll * answer, answer, right & answer, right & end, exact]
     return torch.stack([column.double().sum(dim=1) for column in columns], dim=1)
 
 
@@ -507,8 +540,140 @@ def score(
     return world.all_reduce(table).cpu().numpy()
 
 
-# ----------------------------------------------------------------------------
-# Training
+def summary(table: np.ndarray) -> dict[str, float]:
+    """Means over a score table. eos_after_gold is the original's "accuracy": whether the end is
+    predicted after the whole gold answer was read. A model that always says "end" has 1."""
+    s = dict(zip(SCORES, table.sum(0).tolist(), strict=True))
+    n, loss = len(table), s["loss"] / s["tokens"]
+    return {
+        "loss": loss,
+        "perplexity": perplexity(loss),
+        "exact_match": s["exact"] / n,
+        "eos_after_gold": s["end_ok"] / n,
+        "digit_accuracy": s["digits_ok"] / s["answer_tokens"],
+        "answer_loss": s["answer_loss"] / s["answer_tokens"],
+    }
+
+
+# ---------------- Records and plan
+
+RESULTS = (
+    "run_id date git_commit seed d_model num_layers num_heads d_ff answer_format train_path "
+    "train_examples grammar operators operands_max depth_max optimizer learning_rate muon_lr "
+    "batch_size sequence_length num_iterations final_val_loss best_val_loss exact_match "
+    "eos_after_gold train_time_ms ms_per_step gpu_name n_gpus notes stage status "
+    "steps_done n_params tokens_seen epochs peak_memory_mib torch world_size code_sha256 dirty"
+).split()
+COLUMN_KNOBS = {"d_model": "n_embd", "num_layers": "n_layer", "num_heads": "n_head"}
+COLUMN_KNOBS |= {"learning_rate": "lr", "max_seq_len": "sequence_length"}
+METRICS = ("exact_match", "eos_after_gold", "digit_accuracy", "train_exact", "scored_tokens")
+MODEL_KEYS = "d_model num_layers num_heads d_ff max_seq_len dropout use_rope tie_weights ffn_type"
+
+
+def count_parameters(cfg: Knobs) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in CompactTransformer(cfg).parameters())
+
+
+def flops_per_token(cfg: Knobs) -> int:
+    """Forward and backward pass: 6 per weight, and causal attention."""
+    return 6 * count_parameters(cfg) + 6 * cfg.n_layer * cfg.sequence_length * cfg.n_embd
+
+
+def facts_of(cfg: Knobs, world: World, data: Data) -> dict[str, object]:
+    """What the head of the log says beside the knobs."""
+    facts: dict[str, object] = {"Configuration": cfg.config or "none"}
+    if world.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(world.device).total_memory
+        facts["GPU INFORMATION"] = "=" * 40
+        facts["GPU Name"] = world.device_name()
+        facts["GPU Memory"] = f"{memory / 1e9:.2f} GB"
+        facts["FP16 Mixed Precision"] = "ENABLED" if cfg.fp16 else "DISABLED"
+    return facts | {
+        "Vocabulary size": len(VOCABULARY),
+        "Model parameters": f"{count_parameters(cfg) / 1e6:.2f}M",
+        "Train dataset size": len(data.train) if data.train else "fresh at every step",
+        "Validation dataset size": len(data.val),
+        "answer": f"{cfg.answer_format}, up to {data.language.digits} digits",
+        "tokens_per_step": f"{data.step_tokens:,}, mean of {cfg.batch_size} examples",
+    }
+
+
+def plan(cfg: Knobs, world: World) -> dict[str, object]:
+    """What --dry_run shows. Raises UserError for what the run would refuse."""
+    data = Data(cfg)
+    tokens = data.step_tokens * data.total_steps
+    return {
+        "parameters": f"{count_parameters(cfg):,}",
+        "training tokens": f"{tokens:,} in {data.total_steps} steps",
+        "compute": f"{flops_per_token(cfg) * tokens:.3g} FLOPs",
+        **facts_of(cfg, world, data),
+    }
+
+
+def evaluate(
+    model: nn.Module, session: Session, data: Data, state: "TrainState", record: EpochRecord
+) -> None:
+    """Score the validation set, and save the model where its loss is the best so far."""
+    found = summary(score(model, data.val, session.cfg, session.world))
+    own = {name: found[name] for name in METRICS[:3]}
+    note = "".join(f" {name}:{value:.4f}" for name, value in own.items())
+    session.log_validation(state.step, found["loss"], note, **own)
+    session.row |= {name: found[name] for name in METRICS[:2]}
+    if record.validated(state.step, session, found):
+        save_model("checkpoint_best.pt", model, [], session, data, state)
+
+
+def save_models(
+    model: nn.Module, optimizers: list, session: Session, data: Data, state: "TrainState"
+) -> None:
+    """checkpoint_latest.pt, and at every SAVE_INTERVAL epochs a model that is kept."""
+    if data.epoch_steps and state.step % (session.cfg.save_interval * data.epoch_steps) == 0:
+        name = f"checkpoint_epoch_{epoch_of(state.step, session)}.pt"
+        save_model(name, model, optimizers, session, data, state)
+    save_model("checkpoint_latest.pt", model, optimizers, session, data, state)
+
+
+def save_model(
+    name: str, model: nn.Module, optimizers: list, session: Session, data: Data, state: "TrainState"
+) -> None:
+    """A file with the original's keys."""
+    config = asdict(session.cfg)
+    model_config = {key: config[COLUMN_KNOBS.get(key, key)] for key in MODEL_KEYS.split()}
+    content = {
+        "epoch": epoch_of(state.step, session),
+        "step": state.step,
+        "model_state_dict": model.state_dict(),
+        "optimizer_state_dict": [optimizer.state_dict() for optimizer in optimizers],
+        "scheduler_state_dict": {"updates": state.step - state.skipped, "total": data.total_steps},
+        "model_config": model_config | {"vocab_size": len(VOCABULARY)},
+        "train_config": config,
+        "answer_digits": data.language.digits,
+        "val_loss": session.progress.val_loss,
+        "git_commit": session.log.git_commit,
+        "code_sha256": session.log.code_sha256,
+    }
+    save_weights(session.folder / name, content, session.world)
+    session.say(f"Saved checkpoint to {session.folder / name}")
+
+
+def score_test_sets(model: nn.Module, session: Session, data: Data, step: int) -> None:
+    """Score the validation and the test sets; scripts/arith/exact_match.py says what they need."""
+    cfg = session.cfg
+    report = {}
+    for name, problems in {cfg.val_path: data.val, **data.tests}.items():
+        found = summary(score(model, problems, cfg, session.world))
+        report[name] = {**found, "n": len(problems)}
+        session.say(
+            f"{name}: n:{len(problems)} exact_match:{found['exact_match']:.4f} "
+            f"digits:{found['digit_accuracy']:.4f} "
+            f"eos_after_gold(legacy):{found['eos_after_gold']:.4f}"
+        )
+    content = {"step": step, "sets": report}
+    save_json(session.folder / "evaluation.json", content, session.world)
+
+
+# ---------------- Training
 
 
 @dataclass
@@ -519,29 +684,12 @@ class TrainState:
     skipped: int = 0  # updates that fp16 left out: the schedule waits for them
     switches: list[int] = field(default_factory=list)  # steps from which one more operand is drawn
     exact: float = 0.0  # running exact match of the training batches, since the last switch
-    epoch_loss: float = 0.0  # sums over the epoch's scored tokens
-    epoch_tokens: float = 0.0
-    epoch_start_s: float = 0.0  # training time when the epoch began
-    best_at: int = 0  # epoch, or step, of the best validation
-    history: list[dict] = field(default_factory=list)  # validations
 
     SWITCH_DELAY = 8  # steps; more than are in preparation when a step is heard of
 
-    def hear(self, stats: StepStats, cfg: Knobs, data: Data, say: Callable[[str], None]) -> None:
+    def hear(self, stats: StepStats, cfg: Knobs, say: Callable[[str], None]) -> None:
         """Take one finished step into account."""
         self.skipped += stats.skipped
-        tokens = stats.metrics["scored_tokens"]
-        self.epoch_loss += stats.loss * tokens
-        self.epoch_tokens += tokens
-        if data.epoch_steps and stats.step % data.epoch_steps == 0:
-            loss = self.epoch_loss / self.epoch_tokens
-            num_epochs = -(-data.total_steps // data.epoch_steps)
-            say(f"Epoch {stats.step // data.epoch_steps}/{num_epochs}")
-            spent_s = stats.spent_s - self.epoch_start_s
-            words = f"Train Loss: {loss:.4f} | Train Perplexity: {perplexity(loss):.2f}"
-            say(f"{words} | Time: {spent_s:.2f}s")
-            self.epoch_loss = self.epoch_tokens = 0.0
-            self.epoch_start_s = stats.spent_s
         if not cfg.curriculum_exact:
             return
         self.exact = 0.9 * self.exact + 0.1 * stats.metrics["train_exact"]
@@ -599,18 +747,20 @@ def train(cfg: Knobs, world: World, session: Session, data: Data) -> None:
     optimizers = make_optimizers(model, cfg)
     scaler = torch.amp.GradScaler(world.device.type, enabled=cfg.fp16)
     state = TrainState()
+    record = EpochRecord()
     session.describe(model, flops_per_token(cfg), facts_of(cfg, world, data))
-    saved = dict(model=model, optimizers=optimizers, scaler=scaler, state=state)
+    saved = dict(model=model, optimizers=optimizers, scaler=scaler, state=state, record=record)
     session.restore(**saved)
-    make = lambda step: make_batch(step, data, cfg, world, state)
+    make = lambda step: make_batch(step, data, cfg, world, state.switches)
     prefetch = Prefetch(make, state.step, world.device)
 
     while True:
         # -------- clock stopped: evaluate, save, leave --------
         for stats in session.between_steps(state.step, finished=state.step >= data.total_steps):
-            state.hear(stats, cfg, data, session.say)
+            state.hear(stats, cfg, session.say)
+            record.hear(stats, session, stats.metrics["scored_tokens"])
         if session.should_validate:
-            evaluate(model, session, data, state)
+            evaluate(model, session, data, state, record)
         if session.should_save:
             session.save(state.step, **saved)
             save_models(model, optimizers, session, data, state)
@@ -642,173 +792,12 @@ def train(cfg: Knobs, world: World, session: Session, data: Data) -> None:
         gradients.zero_()
     prefetch.close()
     if session.status == "finished":
-        score_test_sets(model, session, data, state)
-
-
-# ----------------------------------------------------------------------------
-# Records
-
-RESULTS = (
-    "run_id date git_commit seed d_model num_layers num_heads d_ff answer_format train_path "
-    "train_examples grammar operators operands_max depth_max optimizer learning_rate muon_lr "
-    "batch_size sequence_length num_iterations final_val_loss best_val_loss exact_match "
-    "eos_after_gold entropy_floor train_time_ms ms_per_step gpu_name n_gpus notes stage status "
-    "steps_done n_params tokens_seen epochs peak_memory_mib torch world_size code_sha256 dirty"
-).split()
-METRICS = ("exact_match", "eos_after_gold", "digit_accuracy", "train_exact", "scored_tokens")
-
-
-def evaluate(model: nn.Module, session: Session, data: Data, state: TrainState) -> None:
-    """Score the validation set, and save the model where its loss is the best so far."""
-    cfg, progress = session.cfg, session.progress
-    s = summary(score(model, data.val, cfg, session.world))
-    own = {name: s[name] for name in METRICS[:3]}
-    note = "".join(f" {name}:{value:.4f}" for name, value in own.items())
-    is_best = not s["loss"] >= progress.best_loss  # also the first, where best is nan
-    session.log_validation(state.step, s["loss"], f"{note} entropy_floor:{data.floor:.4f}", **own)
-    session.say(f"Val Loss: {s['loss']:.4f} | Val Perplexity: {s['perplexity']:.2f}")
-    session.row |= {"entropy_floor": data.floor} | {name: s[name] for name in METRICS[:2]}
-    epoch = state.step // data.epoch_steps if data.epoch_steps else 0
-    entry = {"epoch": epoch, "step": state.step, "train_loss": progress.train_loss}
-    state.history.append(entry | {f"val_{name}": value for name, value in s.items()})
-    if is_best:
-        state.best_at = epoch or state.step
-        session.say("New best model!")
-        save_model("checkpoint_best.pt", model, [], session, data, state)
-    best = {"best_val_loss": progress.best_loss, "best_val_epoch": state.best_at}
-    best["best_val_perplexity"] = perplexity(progress.best_loss)
-    best["entropy_floor"] = None if math.isnan(data.floor) else data.floor
-    content = {"config": asdict(cfg), "seed": cfg.seed, "metrics": state.history, **best}
-    write_json(session, f"metrics/training_metrics_seed{cfg.seed}.json", content)
-
-
-def write_json(session: Session, name: str, content: dict) -> None:
-    """A file in the run's folder. Raises UserError on every rank when it cannot be written."""
-    problem = None
-    if session.world.is_main:
-        try:
-            text = json.dumps(content, indent=1) + "\n"
-            write_whole(session.folder / name, text.encode())
-        except OSError as error:
-            path = session.folder / name
-            problem = f"{path} could not be written ({error.strerror}); free space and run it again"
-    session.world.agree(problem)
-
-
-def save_models(model, optimizers: list, session: Session, data: Data, state: TrainState) -> None:
-    """checkpoint_latest.pt, and at every SAVE_INTERVAL epochs a model that is kept."""
-    if data.epoch_steps and state.step % (session.cfg.save_interval * data.epoch_steps) == 0:
-        name = f"checkpoint_epoch_{state.step // data.epoch_steps}.pt"
-        save_model(name, model, optimizers, session, data, state)
-    save_model("checkpoint_latest.pt", model, optimizers, session, data, state)
-
-
-def save_model(
-    name: str, model: nn.Module, optimizers: list, session: Session, data: Data, state: TrainState
-) -> None:
-    """A file with the original's keys."""
-    config = asdict(session.cfg)
-    model_config = {key: config[KNOB_OF.get(key, key)] for key in SECTIONS["model"]}
-    content = {
-        "epoch": state.step // data.epoch_steps if data.epoch_steps else 0,
-        "step": state.step,
-        "model_state_dict": model.state_dict(),
-        "optimizer_state_dict": [optimizer.state_dict() for optimizer in optimizers],
-        "scheduler_state_dict": {"updates": state.step - state.skipped, "total": data.total_steps},
-        "model_config": model_config | {"vocab_size": len(VOCABULARY)},
-        "train_config": config,
-        "answer_digits": data.language.digits,
-        "val_loss": session.progress.val_loss,
-        "git_commit": session.log.git_commit,
-        "code_sha256": session.log.code_sha256,
-    }
-    save_weights(session.folder / name, content, session.world)
-    session.say(f"Saved checkpoint to {session.folder / name}")
-
-
-def score_test_sets(model: nn.Module, session: Session, data: Data, state: TrainState) -> None:
-    """The validation and test sets beside what needs no model, and the original's closing words."""
-    cfg, say = session.cfg, session.say
-    values, counts = np.unique(data.sample.values_N, return_counts=True)
-    common = int(values[counts.argmax()])
-    report = {}
-    for name, problems in {cfg.val_path: data.val, **data.tests}.items():
-        table = score(model, problems, cfg, session.world)
-        s, exact_N = summary(table), table[:, SCORES.index("exact")]
-        groups = breakdown(problems, exact_N, data.language)
-        base = baselines(problems, data.language, common)
-        report[name] = {**s, "n": len(problems), **groups, "baselines": base}
-        say(
-            f"{name}: n:{len(problems)} exact_match:{s['exact_match']:.4f} "
-            f"digits:{s['digit_accuracy']:.4f} eos_after_gold(legacy):{s['eos_after_gold']:.4f} | "
-            f"baselines: paren_blind:{base['paren_blind']:.4f} "
-            f"most_frequent:{base['most_frequent']:.4f} always_end(legacy):1.0000"
-        )
-    content = {"step": state.step, "most_frequent": common, "sets": report}
-    write_json(session, "evaluation.json", content)
-    rule, best = "=" * 50, session.progress.best_loss
-    say(f"{rule}\nTRAINING SUMMARY\n{rule}")
-    if state.history:
-        say(f"Best validation loss:        {best:.4f}")
-        say(f"Best validation perplexity:  {perplexity(best):.2f}")
-        say(
-            f"{'Achieved at epoch:' if data.epoch_steps else 'Achieved at step:':29}{state.best_at}"
-        )
-    else:
-        say("No validation metrics available")
-    if session.world.device.type == "cuda":
-        say(f"Peak VRAM:                   {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
-    say("Training complete!")
-
-
-def facts_of(cfg: Knobs, world: World, data: Data) -> dict[str, object]:
-    """What the head of the log says beside the knobs."""
-    facts: dict[str, object] = {"Configuration": cfg.config or "none"}
-    if world.device.type == "cuda":
-        memory = torch.cuda.get_device_properties(world.device).total_memory
-        facts |= {
-            "GPU INFORMATION": "=" * 40,
-            "GPU Name": world.device_name(),
-            "GPU Memory": f"{memory / 1e9:.2f} GB",
-        }
-        facts["FP16 Mixed Precision"] = "ENABLED" if cfg.fp16 else "DISABLED"
-    return facts | {
-        "Vocabulary size": len(VOCABULARY),
-        "Model parameters": f"{count_parameters(cfg) / 1e6:.2f}M",
-        "Train dataset size": len(data.train) if data.train else "fresh at every step",
-        "Validation dataset size": len(data.val),
-        "train data": cfg.train_path,
-        "validation data": cfg.val_path,
-        "answer": f"{cfg.answer_format}, up to {data.language.digits} digits",
-        "tokens_per_step": f"{data.step_tokens:,}, mean of {cfg.batch_size} examples",
-        "entropy_floor": f"{data.floor:.4f} nats per scored token, which no model can beat",
-    }
-
-
-def count_parameters(cfg: Knobs) -> int:
-    with torch.device("meta"):
-        return sum(p.numel() for p in CompactTransformer(cfg).parameters())
-
-
-def flops_per_token(cfg: Knobs) -> int:
-    """Forward and backward pass: 6 per weight, and causal attention."""
-    return 6 * count_parameters(cfg) + 6 * cfg.n_layer * cfg.sequence_length * cfg.n_embd
-
-
-def plan(cfg: Knobs, world: World) -> dict[str, object]:
-    """What --dry_run shows. Raises UserError for what the run would refuse."""
-    data = Data(cfg)
-    tokens = data.step_tokens * data.total_steps
-    return {
-        "parameters": f"{count_parameters(cfg):,}",
-        "training tokens": f"{tokens:,} in {data.total_steps} steps",
-        "compute": f"{flops_per_token(cfg) * tokens:.3g} FLOPs",
-        **facts_of(cfg, world, data),
-    }
+        score_test_sets(model, session, data, state.step)
+        record.summarize(session)
 
 
 def main() -> int:
-    cfg = read_settings(sys.argv[1:], dict(os.environ))
+    cfg = read_settings(sys.argv[1:], os.environ)
     if cfg.dry_run:
         return show_plan(cfg, plan)
     with join_world(cfg.device) as world:
@@ -826,10 +815,10 @@ def main() -> int:
             tokens_per_step=data.step_tokens,
             data={"training": data.content},
             columns=RESULTS,
-            column_knobs=KNOB_OF,
+            column_knobs=COLUMN_KNOBS,
             presets=PRESETS,
             resume_may_differ=RESUME_MAY_DIFFER,
-            sources=[__file__, *SOURCES],
+            sources=[__file__, arithmetic.__file__],
             steps_per_epoch=data.epoch_steps or None,
             val_every=val_every,
             save_every=[save_every, cfg.save_interval * data.epoch_steps],

@@ -18,10 +18,10 @@ MODULES = {
     "batches": "TokenBatches padded_batches read_rows",
     "checkpoints": (
         "check_disk list_checkpoints load_checkpoint read_checkpoint read_weights save_checkpoint "
-        "save_weights write_whole"
+        "save_json save_weights write_whole"
     ),
     "data": "Prefetch TokenShards check_disjoint read_bytes read_shard write_shard",
-    "device": "check_compiler choose_precision choose_rows estimate_mib",
+    "device": "check_compiler choose_precision choose_rows estimate_mib settle_device",
     "exchange": "StepStats",
     "knobs": "ROOT UserError changed_knobs describe knob knobs_json read_knobs spellings",
     "plan": "plan_facts planned_world show_plan",

@@ -301,6 +301,19 @@ def save_weights(path: Path, content: dict, world: World, links: Sequence[str] =
     world.agree(problem)
 
 
+def save_json(path: Path, content: dict, world: World) -> None:
+    """Write `content` as `path`, whole or not at all. Raises UserError on every rank when that
+    fails.
+    """
+    problem = None
+    if world.is_main:
+        try:
+            write_whole(path, f"{json.dumps(content, indent=1)}\n".encode())
+        except OSError as error:
+            problem = f"{path} could not be written ({error.strerror}); free space and run it again"
+    world.agree(problem)
+
+
 def _link_or_copy(path: Path, link: Path) -> None:
     part = link.with_name(f".{link.name}.part")
     part.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""config.py -- knobs from a YAML file, and from --set KEY=VALUE.
+"""config.py -- knobs from a YAML file and --set KEY=VALUE, beside flags and environment.
 
 Promises that every key of a file reaches its knob or is refused in one line: an unknown key with
 the nearest one, a key that is given twice, two keys of one knob that disagree, a file that is not
@@ -6,12 +6,14 @@ YAML or not UTF-8. The values become the texts that one would type as flags, so 
 checks them in the same way; each text remembers where it was written.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import argparse
+import dataclasses
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 
 import yaml
 
-from plumbing.knobs import UserError
+from plumbing.knobs import Knobs, UserError, flag_texts, read_knobs, spellings, values_of
 from plumbing.texts import read_text
 
 # Keys that may have only one value: the value, and the reason.
@@ -147,3 +149,48 @@ def read_assignments(
                 pass  # compared as the text that it is
         _take(texts, key, value, "--set", names, fixed or {})
     return texts
+
+
+def section_keys(cls: type, sections: Collection[str]) -> dict[str, str]:
+    """The keys `section.spelling` of a class of knobs, and the spelling that each one sets. The
+    section of a knob is the heading that --help shows it under."""
+    keys = {}
+    section = ""
+    known = spellings(cls)
+    for field in dataclasses.fields(cls):
+        section = field.metadata["group"] or section
+        if section in sections:
+            names = [name.lower() for name, other in known.items() if other is field]
+            keys |= {f"{section}.{name}": name for name in names}
+    return keys
+
+
+def read_configured(
+    cls: type[Knobs],
+    presets: Mapping[str, Mapping],
+    argv: Sequence[str],
+    env: Mapping[str, str],
+    doc: str,
+    names: Mapping[str, str],
+    fixed: Fixed,
+    settle: Callable[[Mapping[str, object]], Mapping[str, str]],
+) -> Knobs:
+    """Knobs from flags over environment over --set over the file of --config over presets over
+    defaults. Before the file is opened, settle(values) sees all that the three others give, and
+    returns the texts of knobs that it decides itself.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--set", action="append", default=[])
+    found, flags = parser.parse_known_args(argv)
+    known = spellings(cls)
+    bare_names = {name.lower(): name.lower() for name in known}  # --set takes them, too
+    assigned = read_assignments(found.set, {**names, **bare_names}, fixed)
+    given = values_of(known, {name.upper(): text for name, text in assigned.items()})
+    given |= values_of(known, env) | values_of(known, flag_texts(known, flags, doc))
+    flags += [f"--{name}={text}" for name, text in settle(given).items()]
+    texts = {}
+    if given.get("config"):
+        texts = read_yaml(given["config"], names, fixed)
+    overridden = {known[name.upper()].name for name in assigned}
+    texts = {n: text for n, text in texts.items() if known[n.upper()].name not in overridden}
+    return read_knobs(cls, presets, flags, env, doc, config=texts | assigned)

@@ -71,6 +71,33 @@ def check_compiler(compile: bool, device_kind: str) -> None:
             )
 
 
+def settle_device(
+    device: str, fp16: bool, gpu_only: bool, say: Callable[[str], None] = print
+) -> str:
+    """The device to train on, for a trainer that may fall back to the CPU. Raises RuntimeError
+    where GPU-only mode or fp16 cannot be kept; without GPU-only mode the way to the CPU is one
+    line. The words, and their order, are those of github.com/Nishal14's original.
+    """
+    if gpu_only and device != "cuda":
+        raise RuntimeError(
+            "GPU-only mode requires --device cuda. Aborting to prevent accidental CPU training."
+        )
+    if gpu_only and not torch.cuda.is_available():
+        raise RuntimeError(
+            "CUDA requested but not available. GPU-only mode cannot fall back to CPU. Aborting."
+        )
+    if gpu_only:
+        rule = "=" * 60
+        say(f"{rule}\nGPU-ONLY MODE ENABLED")
+        say(f"CPU training is disabled. Will abort if GPU unavailable.\n{rule}")
+    if device == "cuda" and not torch.cuda.is_available():
+        say("CUDA not available, using CPU")
+        device = "cpu"
+    if fp16 and device != "cuda":
+        raise RuntimeError("FP16 mixed precision requires CUDA device")
+    return device
+
+
 def choose_precision(wanted: str, device: torch.device) -> str:
     """The precision of matrix products: bf16, fp16 or fp32.
 

@@ -303,7 +303,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=28, width=98)
 
 
-def _from_flags(known: Mapping[str, Field], argv: Sequence[str], doc: str) -> dict[str, str]:
+def flag_texts(known: Mapping[str, Field], argv: Sequence[str], doc: str) -> dict[str, str]:
     """The text of every spelling that is given as a flag."""
     parser = _Parser(
         description=doc,
@@ -326,7 +326,7 @@ def _from_flags(known: Mapping[str, Field], argv: Sequence[str], doc: str) -> di
 # Reading
 
 
-def _values(known: Mapping[str, Field], source: Mapping[str, str]) -> dict[str, object]:
+def values_of(known: Mapping[str, Field], source: Mapping[str, str]) -> dict[str, object]:
     """The values that one source gives, by knob. Raises UserError when two spellings disagree."""
     values: dict[str, object] = {}
     used: dict[str, str] = {}
@@ -362,7 +362,7 @@ def read_knobs(
     """
     env = os.environ if env is None else env
     known = spellings(cls)
-    flags = _from_flags(known, sys.argv[1:] if argv is None else argv, doc)
+    flags = flag_texts(known, sys.argv[1:] if argv is None else argv, doc)
     program = Path(getattr(sys.modules[cls.__module__], "__file__", None) or "this program").name
     _check_environment(env, known, program)
     given = {name.upper(): text for name, text in (config or {}).items()}
@@ -370,7 +370,7 @@ def read_knobs(
         near = near_name(name, known)
         hint = f"; did you mean {near.lower()}?" if near else ""
         raise UserError(f"{name.lower()} is not a knob of {program}{hint}")
-    values = _values(known, given) | _values(known, env) | _values(known, flags)
+    values = values_of(known, given) | values_of(known, env) | values_of(known, flags)
     preset = (presets or {}).get(values.get("preset", getattr(cls, "preset", "")), {})
     try:
         return cls(**{**preset, **values})

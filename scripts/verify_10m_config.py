@@ -16,7 +16,7 @@ import torch
 
 from plumbing import ROOT, launch
 from plumbing.config import read_yaml
-from train_arith import FIXED, YAML, Knobs, count_parameters, read_all
+from train_arith import FIXED, YAML, Knobs, count_parameters, read_settings
 
 TARGET, TOLERANCE = 10_000_000, 0.10
 RULE = "=" * 60
@@ -59,7 +59,7 @@ def main() -> int:
     p.add_argument("--config", default=config, help="default configs/scale_10m.yaml")
     p.add_argument("--no-gpu", action="store_true", help="do not look for a GPU")
     a = p.parse_args()
-    cfg = read_all([], {}, a.config, [])
+    cfg = read_settings([f"--config={a.config}"], {})
     texts = read_yaml(a.config, YAML, FIXED)
     print(f"{RULE}\n10M Scaling Config Verification\n{RULE}\n{a.config}")
     for title, section in (("Model", "model."), ("Training", "training.")):

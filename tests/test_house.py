@@ -16,7 +16,7 @@ BUDGETS = {
     "train_gpu.py": (1140, 54),
     "train_scaled.py": (1410, 69),
     "train_arith.py": (850, 39),
-    "arithmetic.py": (400, 24),
+    "arithmetic.py": (500, 24),
 }
 # Functions over a screen and lines over 100 columns that are still to be mended, at most.
 LONGEST_FUNCTION = {

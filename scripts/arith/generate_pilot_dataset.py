@@ -8,20 +8,22 @@ for byte by default.
         # tests for a model that is trained with TRAIN_PATH=generate
 
 One random stream makes one file after the other, so a file depends on the sizes of those before
-it. A minimal pair is two lines of the same operands, operators and length that differ only in
-grouping, and in value.
+it. The entropy floor that is printed for the validation file is the lowest mean loss that any model
+can have on it, because nothing tells a model which operands come next. A minimal pair is two lines
+of the same operands, operators and length that differ only in grouping, and in value.
 """
 
 import argparse
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import lib_arith as lib
 
-from arithmetic import evaluate_expr, templates
+from arithmetic import Language, evaluate_expr, problems_of, templates
 from plumbing import UserError, launch
 
 
@@ -148,6 +150,12 @@ def main() -> int:
     for name, records in files.items():
         if records:
             lib.write_records(a.output_dir / f"{a.prefix}_{name}.jsonl", records)
+    if files["val"] and not a.balance:  # which draws with other probabilities
+        language = Language(a.grammar, a.operators, a.operand_min, a.operand_max)
+        language = replace(language, depth_min=a.min_depth, depth_max=a.max_depth)
+        exprs, values = zip(*((r["expr"], r["result"]) for r in files["val"]), strict=True)
+        floor = lib.entropy_floor(problems_of(exprs, values, language), language)
+        print(f"entropy floor of {a.prefix}_val: {floor:.4f} nats per token, all tokens scored")
     print(f"rejected: {draws.rejected}")
     return 0
 

@@ -17,7 +17,6 @@ from lib_heads import Subject
 from lib_hooks import Point
 from torch import Tensor
 
-import arithmetic_data
 import train_arith
 from arithmetic import Problems
 from plumbing import UserError
@@ -75,7 +74,7 @@ class Bank:
         """(N, T, ...) by hook name; rows are meaningless behind an item's last input token."""
         names = [Place(layer, 0).hook, Place(layer, None).hook]
         ids = torch.from_numpy(
-            arithmetic_data.inputs_and_labels(self.problems, False, len(self.problems))[0]
+            train_arith.inputs_and_labels(self.problems, False, len(self.problems))[0]
         )
         parts = []
         for rows in ids.split(self.batch):

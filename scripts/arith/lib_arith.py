@@ -1,13 +1,25 @@
 """lib_arith.py -- what the programs that make arithmetic records share: the original's order of
-draws, and files."""
+draws, files, and what the drawn operands cost whoever has to guess them."""
 
 import argparse
 import json
+import math
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from arithmetic import BUCKET_OF, BUCKETS, depth_labels, evaluate_expr, hash_expr, templates
+from arithmetic import (
+    BUCKET_OF,
+    BUCKETS,
+    Language,
+    Problems,
+    depth_labels,
+    evaluate_expr,
+    hash_expr,
+    shares,
+    templates,
+)
 from plumbing import ROOT, UserError, write_whole
 
 OPERATORS = "+-*"
@@ -125,3 +137,21 @@ def write_records(path: Path, records: Sequence[dict]) -> None:
         f"depth {depths[0]} to "
         f"{depths[-1]}, {min(lengths)}-{max(lengths)} characters"
     )
+
+
+def entropy_floor(problems: Problems, language: Language) -> float:
+    """The lowest mean loss, in nats per token, of whoever does not know the expressions: the
+    generator's own -log probability of operands, operators and brackets, with separator, answer and
+    end for nothing. nan where the language cannot make an expression."""
+    chances = shares(language, language.operands_max)
+    operand_nats = math.log(language.operand_max - language.operand_min + 1)
+    total = 0.0
+    for expr in problems.exprs(language):
+        numbers = [int(text) for text in re.findall(r"[0-9]+", expr)]
+        template = re.sub(r"[-+*]", "o", re.sub(r"[0-9]+", "N", expr))
+        in_range = language.operand_min <= min(numbers) <= max(numbers) <= language.operand_max
+        if template not in chances or not in_range:
+            return math.nan
+        operator_nats = (len(numbers) - 1) * math.log(len(language.operators))
+        total += len(numbers) * operand_nats + operator_nats - math.log(chances[template])
+    return total / float((problems.lengths_N - 1).sum())

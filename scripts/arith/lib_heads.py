@@ -28,7 +28,6 @@ from lib.program import UserError as ToolError
 from lib_hooks import HookedTransformer, hooked
 
 import arithmetic
-import arithmetic_data
 import plumbing
 import train_arith
 from arithmetic import EOS, PAD, Problems
@@ -144,7 +143,7 @@ def language_of(cfg: Knobs, digits: int) -> arithmetic.Language:
 
 def load(path: str, device: str) -> Subject:
     """Raises UserError when there is no model at `path`, a file or the folder of a run."""
-    device = train_arith.settle_device(device, False, False)
+    device = plumbing.settle_device(device, False, False)
     found = Path(path) / "checkpoint_best.pt" if Path(path).is_dir() else Path(path)
     if not found.is_file():
         make = "python train_arith.py --config configs/pilot.yaml --output-dir runs/pilot makes one"
@@ -230,7 +229,7 @@ def read_set(s: Subject, prefix: Path, name: str, limit: int = 0) -> TestSet:
         raise UserError(
             f"{path}: no such data set; make it with: {how_to_make(prefix, name, s.cfg)}"
         )
-    exprs, values = arithmetic_data.read_records(str(path))
+    exprs, values = arithmetic.read_records(str(path))
     pairs = name.endswith("pairs")
     if pairs and len(exprs) % 2:
         raise UserError(
@@ -281,8 +280,8 @@ def as_read(s: Subject, exprs: Sequence[str], values: Sequence[int], where: str)
 
 def could_have_trained_on(s: Subject, exprs: Sequence[str]) -> int:
     """How many of these a model whose training data are generated may have met."""
-    if s.cfg.train_path != arithmetic_data.GENERATE:
-        seen = set(arithmetic_data.read_records(s.cfg.train_path)[0])
+    if s.cfg.train_path != arithmetic.GENERATE:
+        seen = set(arithmetic.read_records(s.cfg.train_path)[0])
         return sum(expr in seen for expr in exprs)
     kept = arithmetic.BUCKET_OF["test"]
     return sum(arithmetic.hash_expr(expr) % arithmetic.BUCKETS != kept for expr in exprs)
@@ -290,11 +289,11 @@ def could_have_trained_on(s: Subject, exprs: Sequence[str]) -> int:
 
 def most_frequent(s: Subject) -> int:
     """The training data's most frequent value: what to answer when one knows nothing."""
-    if s.cfg.train_path == arithmetic_data.GENERATE:
+    if s.cfg.train_path == arithmetic.GENERATE:
         rng = np.random.default_rng([s.cfg.seed, 4])
         values = arithmetic.draw_split(s.language, rng, 4096, "train").values_N
     else:
-        values = arithmetic_data.read_records(s.cfg.train_path)[1]
+        values = arithmetic.read_records(s.cfg.train_path)[1]
     found, counts = np.unique(np.array(values), return_counts=True)
     return int(found[counts.argmax()])
 

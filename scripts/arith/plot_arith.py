@@ -143,10 +143,7 @@ def table_of(runs: Sequence[Trained]) -> list[dict]:
             low=low,
             high=high,
         )
-        row |= {
-            key: run.row[key]
-            for key in ("eos_after_gold", "final_val_loss", "entropy_floor", "train_time_ms")
-        }
+        row |= {key: run.row[key] for key in ("eos_after_gold", "final_val_loss", "train_time_ms")}
         out.append(row)
     return out
 

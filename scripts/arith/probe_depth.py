@@ -44,7 +44,6 @@ import numpy as np
 from lib_heads import Subject
 
 import arithmetic
-import arithmetic_data
 from plumbing import ROOT, UserError
 
 DOCUMENTED = {
@@ -194,7 +193,7 @@ def records(s: Subject, prefix: Path, name: str, limit: int) -> list[str]:
     if not path.exists() and not (ROOT / path).exists():
         make = heads.how_to_make(prefix, name.removeprefix("test_"), s.cfg)
         raise UserError(f"{path}: no such data set; make it with: {make}")
-    found = [e for e in arithmetic_data.read_records(str(path))[0] if "(" in e][: limit or None]
+    found = [e for e in arithmetic.read_records(str(path))[0] if "(" in e][: limit or None]
     if not found:
         raise UserError(
             f"{path}: no expression has brackets, so there is no depth to probe; give another set"

@@ -17,7 +17,6 @@ from lib_hooks import hooked
 from torch.nn import functional as F
 
 import arithmetic
-import arithmetic_data
 import train_arith
 
 SMALL = dict(n_embd=32, n_layer=2, n_head=2, d_ff=32, dropout=0.0, num_iterations=1)
@@ -55,7 +54,7 @@ def overfitted() -> Subject:
     """Knows the answers to TEXTS by heart."""
     s = subject()
     s.model.init_weights(3)
-    x, y = arithmetic_data.inputs_and_labels(problems(s.language, TEXTS), True, len(TEXTS))
+    x, y = train_arith.inputs_and_labels(problems(s.language, TEXTS), True, len(TEXTS))
     x, y = torch.from_numpy(x), torch.from_numpy(y)
     adam = torch.optim.AdamW(s.model.parameters(), lr=0.01, betas=(0.9, 0.98), weight_decay=0.0)
     for _ in range(400):

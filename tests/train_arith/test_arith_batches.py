@@ -1,34 +1,31 @@
-"""arithmetic_data.py: data sets, the batches of a step, and what is refused."""
+"""Records and generated sets, the batches of a step, and what is refused."""
 
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from arith_support import ROOT, make, records, write_records
+from lib_arith import entropy_floor
 
 from arithmetic import (
     BUCKET_OF,
     BUCKETS,
     EOS,
+    Language,
+    depth_labels,
     draw_split,
     encode,
-    evaluate_expr,
     hash_expr,
     problems_of,
-)
-from arithmetic_data import (
-    Data,
-    baselines,
-    breakdown,
-    entropy_floor,
-    inputs_and_labels,
     read_records,
+    shares,
 )
 from plumbing import UserError
-from train_arith import Knobs
+from train_arith import Data, Knobs, inputs_and_labels
 
 VAL = BUCKET_OF["val"]
 HONEST = dict(grammar="redundant", operators="+-", spaces=False, answer_only_loss=True)
@@ -52,12 +49,28 @@ def pilot(tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_entropy_floor_of_the_pilots_validation_set_is_the_documented_one(pilot):
+def test_the_entropy_floor_of_the_pilots_validation_set_is_the_documented_one(pilot, tmp_path):
     data = Data(of(pilot))
-    assert round(data.floor, 4) == round(entropy_floor(data.val, data.language), 4) == 1.0760
+    assert round(entropy_floor(data.val, data.language), 4) == 1.0760
     assert round(entropy_floor(data.train, data.language), 4) == 1.0753
     narrow = of(pilot, operand_max=50)
     assert np.isnan(entropy_floor(data.val, narrow)), "strings that the grammar cannot make"
+    said = make("generate_pilot_dataset.py", tmp_path)
+    assert "entropy floor of pilot_val: 1.0760 nats per token" in said
+
+
+def test_a_share_of_the_training_examples_is_nested_one_deeper_and_no_other_example_changes():
+    language = Language(operators="+-", grammar="redundant", operands_weights="1,3,6")
+    deeper = replace(language, deeper_share=0.1)
+    exprs = draw_split(deeper, np.random.default_rng(0), 20000, "train").exprs(deeper)
+    depths = np.array([max(depth_labels(expr)) for expr in exprs])
+    assert depths.max() == 3 and np.mean(depths == 3) == pytest.approx(0.1, abs=0.01)
+    usual, more = shares(language, 3), shares(deeper, 3)
+    assert all(more[text] == pytest.approx(0.9 * share) for text, share in usual.items())
+    assert sum(more.values()) == pytest.approx(1)
+    data = Data(Knobs(val_examples=300, deeper_share=0.5, **FRESH, **HONEST))
+    same = Data(Knobs(val_examples=300, **FRESH, **HONEST))
+    assert data.val.exprs(data.language) == same.val.exprs(same.language)
 
 
 def test_no_drawn_training_expression_is_in_any_test_set(tmp_path, pilot):
@@ -225,12 +238,3 @@ def test_labels_cover_all_next_tokens_or_the_answer_and_its_end():
     wide, labels = inputs_and_labels(problems, False, 3, length=40)
     assert wide.shape == labels.shape == (3, 39)
     assert np.array_equal(wide[:2, : x.shape[1]], x[:2]) and not wide[:, 20:].any()
-
-
-def test_the_breakdown_counts_and_a_paren_blind_calculator_fails_where_brackets_matter():
-    exprs = ["1+2", "(1+2)*3", "1-(2-3)", "((5+5))"]
-    problems = problems_of(exprs, [evaluate_expr(e) for e in exprs], Knobs())
-    found = breakdown(problems, np.array([1.0, 0.0, 1.0, 1.0]), Knobs())
-    assert found["depth"] == {"0": [1.0, 1], "1": [0.5, 2], "2": [1.0, 1]}
-    assert found["operators"] == {"*+": [0.0, 1], "+": [1.0, 2], "-": [1.0, 1]}
-    assert baselines(problems, Knobs(), 3) == dict(paren_blind=0.5, most_frequent=0.25)

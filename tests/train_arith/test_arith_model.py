@@ -76,7 +76,7 @@ def test_values_and_gradients_are_those_of_the_architecture_written_out(
 
 def test_parameter_counts_are_the_documented_ones():
     for name, count in (("pilot", 664_192), ("scale_10m", 10_651_776)):
-        k = train_arith.read_all([], {}, str(ROOT / f"configs/{name}.yaml"), [])
+        k = train_arith.read_settings([f"--config={ROOT}/configs/{name}.yaml"], {})
         assert train_arith.count_parameters(k) == count
     pilot = CompactTransformer(Knobs())
     pilot.init_weights(0)

@@ -32,8 +32,8 @@ from arith_support import (
 from lib_heads import load_model
 
 import train_arith
-from arithmetic_data import Data
-from plumbing import UserError
+from plumbing import UserError, checkpoints
+from train_arith import Data
 
 
 def test_models_are_saved_every_interval_and_best_whenever_it_is_best(monkeypatch, tmp_path):
@@ -68,7 +68,7 @@ def test_models_are_saved_every_interval_and_best_whenever_it_is_best(monkeypatc
         "Training complete!",
     ):
         assert line in text
-    assert "eos_after_gold" in text and "entropy_floor" in text and "paren_blind" in text
+    assert "eos_after_gold" in text
     assert json.loads((out / "evaluation.json").read_text())["sets"][cfg.test_path]["n"] == 9
     with open(tmp_path / "results.csv") as f:
         (row,) = csv.DictReader(f)
@@ -152,7 +152,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     assert one["state"]["switches"][0] == switched
     assert same_tensors(one["model"], two["model"])
     assert same_tensors(one["optimizers"], two["optimizers"])
-    assert one["state"]["history"] == two["state"]["history"]
+    assert one["record"]["history"] == two["record"]["history"]
 
 
 def test_two_ranks_with_uneven_shares_train_as_one_does(tmp_path):
@@ -176,8 +176,8 @@ def test_a_run_is_not_resumed_with_other_records_or_knobs(monkeypatch, tmp_path)
     stop = dict(run_id="r", num_epochs=4)
     real = train_arith.evaluate
 
-    def stop_at_once(model, session, data, state):
-        real(model, session, data, state)
+    def stop_at_once(model, session, *others):
+        real(model, session, *others)
         session.world.signals.append(signal.SIGTERM)
 
     monkeypatch.setattr(train_arith, "evaluate", stop_at_once)
@@ -284,7 +284,7 @@ def test_the_honest_configuration_trains_on_fresh_examples_and_scores_its_three_
     assert {Path(name).stem: found["n"] for name, found in sets.items()} == {
         "generate": 40, "study_test_flat": 20, "study_test_paren": 20, "study_test_pairs": 20
     }  # fmt: skip
-    assert all(found["exact_match"] < 0.2 and found["baselines"].keys() for found in sets.values())
+    assert all(found["exact_match"] < 0.2 for found in sets.values())
     losses = [float(x) for x in re.findall(r"train_loss:([\d.]+)", done.stdout)]
     assert losses and losses[-1] < math.log(35)
 
@@ -311,7 +311,7 @@ def test_a_full_disk_is_one_line_with_the_files_name(monkeypatch, tmp_path):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(train_arith, "write_whole", full)
+    monkeypatch.setattr(checkpoints, "write_whole", full)
     what = r"training_metrics_seed42\.json could not be written \(No space left on device\)"
     with pytest.raises(UserError, match=what):
         run_here(monkeypatch, tmp_path, run_id="r", num_epochs=1)

@@ -17,6 +17,14 @@ from plumbing.knobs import spellings
 from train_arith import Knobs
 
 
+def read(*flags: object, env: dict[str, str] | None = None) -> Knobs:
+    return train_arith.read_settings([str(flag) for flag in flags], env or {})
+
+
+def assignments(items: list[str]) -> list[str]:
+    return [f"--set={item}" for item in items]
+
+
 @pytest.mark.parametrize(
     ("yaml", "words"),
     [
@@ -37,7 +45,7 @@ from train_arith import Knobs
 def test_a_yaml_key_is_honoured_or_refused_in_one_line(tmp_path, yaml, words):
     (tmp_path / "c.yaml").write_text(yaml)
     with pytest.raises(UserError, match=re.escape(words)) as error:
-        train_arith.read_all([], {}, str(tmp_path / "c.yaml"), [])
+        read("--config", tmp_path / "c.yaml")
     assert "\n" not in str(error.value)
 
 
@@ -55,7 +63,6 @@ def test_a_yaml_key_is_honoured_or_refused_in_one_line(tmp_path, yaml, words):
         ),
         ("operands_weights=1,2,-1", "OPERANDS_WEIGHTS='1,2,-1'"),
         ("operands_weights=1,2,x", "OPERANDS_WEIGHTS='1,2,x'"),
-        ("fp16=1 bf16=1", "FP16=1 and BF16=1 exclude each other"),
         ("train_path=generate", "set NUM_ITERATIONS"),
         (
             "train_path=generate train_examples=9 answer_only_loss=1 curriculum_exact=0.5",
@@ -68,12 +75,24 @@ def test_a_yaml_key_is_honoured_or_refused_in_one_line(tmp_path, yaml, words):
 )
 def test_knobs_that_do_not_fit_together_are_refused_in_one_line(sets, words):
     with pytest.raises(UserError, match=re.escape(words)) as error:
-        train_arith.read_all([], {}, "", sets.split())
+        read(*assignments(sets.split()))
     assert "\n" not in str(error.value)
 
 
+def test_two_half_precisions_are_refused():
+    with pytest.raises(ValueError, match="FP16=1 and BF16=1 exclude each other"):
+        Knobs(fp16=True, bf16=True)
+
+
+def test_gpu_only_is_kept_wherever_it_is_written():
+    for place in (["--set", "gpu_only=1"], ["--gpu-only"], []):
+        env = {} if place else {"GPU_ONLY": "1"}
+        with pytest.raises(RuntimeError, match="GPU-only mode requires --device cuda"):
+            read(*place, env=env)
+
+
 def test_every_key_of_the_originals_files_reaches_its_knob():
-    k = train_arith.read_all([], {}, str(ROOT / "configs/scale_10m.yaml"), [])
+    k = read("--config", ROOT / "configs/scale_10m.yaml")
     assert (k.n_embd, k.n_layer, k.n_head, k.d_ff, k.batch_size, k.num_epochs) == (
         384,
         6,
@@ -89,11 +108,11 @@ def test_every_key_of_the_originals_files_reaches_its_knob():
         500,
         50,
     )
-    pilot = train_arith.read_all([], {}, str(ROOT / "configs/pilot.yaml"), [])
+    pilot = read("--config", ROOT / "configs/pilot.yaml")
     assert dataclasses.replace(pilot, config="") == Knobs()
     assert {name.upper() for name in train_arith.YAML.values()} <= set(spellings(Knobs))
     more = ["logging.use_wandb=true", "logging.wandb_project=x", "training.optimizer.betas=0.8,0.9"]
-    k = train_arith.read_all([], {}, "", more)
+    k = read(*assignments(more))
     assert (k.tracker, k.tracker_project, k.betas) == ("wandb", "x", "0.8,0.9")
 
 
@@ -103,12 +122,12 @@ def test_flag_beats_environment_beats_set_beats_yaml_beats_default(tmp_path):
     (tmp_path / "c.yaml").write_text(text)
     sets = ["training.batch_size=3", "num_epochs=3", "lr=0.3"]
     env = dict(BATCH_SIZE="4", LEARNING_RATE="0.4")
-    k = train_arith.read_all(["--batch_size=5"], env, str(tmp_path / "c.yaml"), sets)
+    k = read("--batch_size=5", "--config", tmp_path / "c.yaml", *assignments(sets), env=env)
     assert (k.batch_size, k.lr, k.num_epochs, k.dropout, k.seed) == (5, 0.4, 3, 0.2, 42)
     with pytest.raises(UserError, match="expected key=value"):
-        train_arith.read_all([], {}, "", ["lr"])
+        read("--set", "lr")
     with pytest.raises(UserError, match="did you mean lr"):
-        train_arith.read_all([], {}, "", ["lrr=3"])
+        read("--set", "lrr=3")
 
 
 def test_enforcement_ends_the_real_trainer_with_the_documented_words(monkeypatch):
