@@ -14,9 +14,9 @@ import math
 from collections.abc import Sequence
 
 import torch
-from lib import runs
 from torch import Tensor, nn
 
+from lib import runs
 from plumbing.knobs import UserError
 from plumbing.texts import Tokenizer
 
