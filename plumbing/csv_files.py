@@ -1,9 +1,8 @@
 """csv_files.py -- one way to read the CSV files that runs share, for trainers and for tables.
 
 Promises that trainers and the programs of scripts/ take the same files: UTF-8 with or without a
-byte order mark, lines that end in LF or CRLF, fields in quotes or not. A file that a spreadsheet has
-saved in another way is named as what it is, with what to do, and is never half understood. This
-module needs nothing but Python.
+byte order mark, lines that end in LF or CRLF, fields in quotes or not. A file that a spreadsheet
+has saved in another way is named as what it is, with what to do, and is never half understood.
 """
 
 import csv
