@@ -49,7 +49,7 @@ MEANT = {
 # besides those of ALIASES. tests/plumbing/test_knobs.py compares the table with the trainers.
 COMMON = (
     "preset batch_size num_iterations seed val_every save_every keep device compile run_id stage "
-    "logs_folder results_file dry_run"
+    "logs_folder results_file dry_run fork_from stop_after"
 )
 FAMILY = {
     "train_gpt.py": (
@@ -78,8 +78,9 @@ FAMILY = {
         "model_name n_embd n_layer n_head d_ff ffn_type dropout use_rope tie_weights "
         "sequence_length answer_format answer_digits spaces train_path val_path test_path "
         "train_examples val_examples grammar operators operand_min operand_max operands_min "
-        "operands_max operands_weights depth_min depth_max curriculum_exact num_epochs schedule "
-        "warmup_iters warmdown_frac answer_only_loss optimizer lr muon_lr weight_decay betas "
+        "operands_max operands_weights depth_min depth_max deeper_share curriculum_exact "
+        "num_epochs schedule warmup_iters warmdown_frac answer_only_loss optimizer lr muon_lr "
+        "weight_decay betas "
         "grad_clip eval_interval save_interval config output_dir fp16 bf16 gpu_only cuda_graph "
         "log_interval tracker tracker_project wandb_project early_stop_patience "
         "early_stop_min_delta target_loss"

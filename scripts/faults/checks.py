@@ -1,9 +1,9 @@
 """checks.py -- what must hold when a run that met a fault has gone on to its end.
 
 Nothing lost: it went on from the newest whole checkpoint, and every step has its row. Nothing
-doubled: one results row says finished, and a step that was done again gave the same figures. Nothing
-torn: every line has all of its fields. And the last checkpoint, the weights files and the metrics
-are bitwise those of an undisturbed run.
+doubled: one results row says finished, and a step that was done again gave the same figures.
+Nothing torn: every line has all of its fields. And the last checkpoint, the weights files and the
+metrics are bitwise those of an undisturbed run.
 """
 
 import csv

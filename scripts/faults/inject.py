@@ -3,9 +3,9 @@
     FAULT=kill:7 python scripts/faults/inject.py train_gpt --num_iterations=12 ...
 
 FAULT is WHAT:STEP[:RANK[:WHERE]]. WHAT is kill (SIGKILL, as a power cut has it), raise, full (the
-disk), nan, or a signal that asks for a stop: term, int, hup or usr1. RANK is 0, and WHERE is `step`,
-unless they are given; PLACES lists the others. The fault strikes in the first start only: workers
-that torchrun starts again find nothing wrong. Without FAULT nothing is put in.
+disk), nan, or a signal that asks for a stop: term, int, hup or usr1. RANK is 0, and WHERE is
+`step`, unless they are given; PLACES lists the others. The fault strikes in the first start only:
+workers that torchrun starts again find nothing wrong. Without FAULT nothing is put in.
 """
 
 import errno

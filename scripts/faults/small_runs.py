@@ -1,5 +1,5 @@
-"""small_runs.py -- runs of the four trainers that take a second on a CPU, in which everything that a
-run does happens: validations, checkpoints, weights files, a final evaluation, a results row.
+"""small_runs.py -- runs of the four trainers that take a second on a CPU, in which everything that
+a run does happens: validations, checkpoints, weights files, a final evaluation, a results row.
 """
 
 import json

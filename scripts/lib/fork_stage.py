@@ -1,4 +1,4 @@
-"""Forks in a study: cells that start from the checkpoint of another cell and go on with their knobs.
+"""Forks in a study: cells that start from another cell's checkpoint and go on with their knobs.
 
 A stage with `fork = { from = "CELL", step = N }` has, for each seed, a trunk: a run with the knobs
 of that cell that stops at step N and leaves its checkpoint there. All cells of the seed start from
