@@ -2,12 +2,14 @@
 
     python scripts/export.py --run ID --out exports/ID
     python scripts/export.py --run ID --checkpoint step_002500 --out exports/ID --force
+    python scripts/export.py --run ID --out exports/ID --format hf      for transformers
 
 Writes model.safetensors (fp32, the trainer's own tensor names, a tied matrix once) and config.json
 (the model's knobs, sizes, and where the weights come from). Before the two get their names, they
 are read back into a fresh model, whose weights and whose logits on a fixed batch must be bitwise
 those of the checkpoint's model. read_export(folder) below is how to load them; it needs the trainer
-and nothing of the run.
+and nothing of the run. With --format hf the folder also carries the model's code, and is proved through the
+library transformers: AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).
 Raises   UserError: no such run, no good checkpoint, the folder exists, an export that is not what
          was saved
 """
@@ -22,7 +24,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from lib import runs
+from lib import hf_export, runs
+from lib.program import need
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -97,15 +100,19 @@ def prove(folder: Path, model: nn.Module) -> str:
     )
 
 
-def export(out: Path, model: nn.Module, facts: dict[str, object]) -> str:
-    """Write and prove the two files aside, then give them their names in `out`."""
+def export(out: Path, model: nn.Module, facts: dict[str, object], form: str = "plain") -> str:
+    """Write and prove the files aside, then give them their names in `out`."""
+    if form == "hf":
+        names, write, check = hf_export.FILES, hf_export.write_hf, hf_export.prove_hf
+    else:
+        names, write, check = (WEIGHTS, CONFIG), write_export, prove
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as aside:
-            write_export(Path(aside), model, facts)
-            proof = prove(Path(aside), model)
+            write(Path(aside), model, facts)
+            proof = check(Path(aside), model)
             out.mkdir(exist_ok=True)
-            for name in (WEIGHTS, CONFIG):
+            for name in names:
                 os.replace(Path(aside) / name, out / name)
     except (OSError, SafetensorError) as error:
         raise UserError(
@@ -123,8 +130,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--out", type=Path, required=True, metavar="DIR", help="folder to make")
     choices = ("auto", *runs.TOKENIZERS)
     add("--tokenizer", choices=choices, default="auto", help="named in config.json")
-    add("--force", action="store_true", help="replace the two files in a folder that exists")
+    add(
+        "--format", choices=("plain", "hf"), default="plain", help="hf: with code, for transformers"
+    )
+    add("--force", action="store_true", help="replace these files in a folder that exists")
     args = parser.parse_args(argv)
+    if args.format == "hf":
+        need("transformers", "--format hf", "pip install transformers")
     if args.out.exists() and not (args.force and args.out.is_dir()):
         raise UserError(
             f"--out {args.out} exists; choose another, or --force to replace {WEIGHTS} and "
@@ -142,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "code_sha256": state["code_sha256"],
         "exported_with_torch": torch.__version__,
     }
-    proof = export(args.out, model, facts)
+    proof = export(args.out, model, facts, args.format)
     weights = args.out / WEIGHTS
     print(f"{weights}: {weights.stat().st_size:,} bytes, from {path}")
     print(f"proved: {proof}")

@@ -160,17 +160,20 @@ def vocabulary(model: nn.Module) -> int:
 
 
 @torch.no_grad()
-def fixed_logits(model: nn.Module, num_tokens: int = 64) -> Tensor:
-    """Logits of a batch (2, T) that is always the same."""
+def fixed_logits(model: nn.Module, num_tokens: int = 64, inner: nn.Module | None = None) -> Tensor:
+    """Logits of a batch (2, T) that is always the same; of `inner` instead, which is the same model
+    made of a copy of its code.
+    """
+    asked = model if inner is None else inner
     T = num_tokens
     if trainer_of(model) == "train_gpt":  # the others take any length
         T = min(T, model.cfg.sequence_length)
     generator = torch.Generator().manual_seed(0)
     x_BT = torch.randint(vocabulary(model), (2, T), generator=generator)
     if trainer_of(model) == "train_scaled":  # its targets are the bytes four further on
-        logits, _ = model.logits(x_BT, x_BT.roll(-4, dims=1))
+        logits, _ = asked.logits(x_BT, x_BT.roll(-4, dims=1))
         return logits
-    return model.logits(x_BT)
+    return asked.logits(x_BT)
 
 
 # ----------------------------------------------------------------------------
