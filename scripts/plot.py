@@ -141,7 +141,7 @@ def draw(kind: str, groups: Sequence[Group], table: Table, title: str):
     return of_table[kind](table, title)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -160,6 +160,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     a = p.parse_args(argv)
     if bool(a.runs) == bool(a.stage):
         raise UserError("give run ids, or --stage NAME (one of the two)")
+    return a
+
+
+def draw_all(argv: Sequence[str] | None = None) -> list[Path]:
+    """Draw what the options ask for; the files, which are named as they are written."""
+    a = arguments(argv)
     kinds = kinds_wanted(a.only)
     a.runs = list(dict.fromkeys(a.runs))
     rows, others, stage = rows_wanted(a)
@@ -180,6 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             else "the data have none"
         )
         raise UserError(f"nothing to draw for {', '.join(kinds)}: {reason}")
+    written = []
     for kind, figure in figures.items():
         if figure is None:
             print(f"{kind}: nothing to draw (no such data), left out", file=sys.stderr)
@@ -188,6 +195,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             path = a.out / f"{KINDS[kind][0]}_{what}.{suffix}"
             write_whole(path, figure_bytes(figure, suffix))
             print(path)
+            written.append(path)
+    return written
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    draw_all(argv)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ A study file (TOML, Python 3.11) says what is compared with what:
     title = "Which gate"
     trainer = "train_gpt.py"            # relative to the repository
     nproc = 8                           # processes of a run (default 1); --nproc overrides
+    budget_s = 3600                     # seconds of training for all of it; may be left out
 
     [knobs]                             # of every run; names as in `python TRAINER --help`
     val_every = 125
@@ -51,6 +52,7 @@ from pathlib import Path
 from lib.deciding import is_next, spare
 from lib.fork_stage import fork_problems
 from lib.launcher import Runner
+from lib.planning import Pace, forecast_lines
 from lib.program import UserError, count, launch
 from lib.progress import Progress, Records
 from lib.slurm import write_slurm
@@ -220,6 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(study.said, flush=True)
     if a.dry_run:
         show_study(study, runs, ", other code counts (--ignore-code)" if a.ignore_code else "")
+        print("\n".join(forecast_lines(study, runs, Pace(a.logs_folder))))
         return 0
     if a.slurm:
         write_slurm(study, runs, a)

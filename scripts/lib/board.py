@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from lib.planning import Pace, left_s
 from lib.progress import Progress
 from lib.study import Study
 from lib.words import duration, fit, rate
@@ -20,8 +21,9 @@ class Board:
     """A live table on a terminal, redrawn in place; elsewhere a line per event and one every 30
     seconds."""
 
-    def __init__(self, study: Study, runs: Sequence[Progress]):
-        self.study, self.runs = study, runs
+    def __init__(self, study: Study, runs: Sequence[Progress], pace: Pace):
+        self.study, self.runs, self.pace = study, runs, pace
+        self.left_s, self.left_at = math.nan, -math.inf  # seconds, and when that was known
         self.live = sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
         self.drawn: list[str] = []  # the table as it stands on the screen
         self.told = time.monotonic()
@@ -40,16 +42,11 @@ class Board:
         return ", ".join(words) + (f", ETA {eta}" if eta and waiting + counts["running"] else "")
 
     def eta_s(self) -> float:
-        """Seconds until nothing is left for this launcher; nan before there is anything to go
-        by."""
-        spent = sum(p.wall_s for p in self.runs)
-        steps = sum(p.step - p.began_step for p in self.runs if p.wall_s)
-        left = sum(
-            p.run.steps - p.step
-            for p in self.runs
-            if p.state in ("waiting", "half-done", "running")
-        )
-        return left * spent / steps if steps > 0 else math.nan
+        """Seconds until nothing is left for this launcher; nan before any run has ended."""
+        if time.monotonic() - self.left_at > 2:
+            self.left_at = time.monotonic()
+            self.left_s = left_s(self.study, self.runs, self.pace)
+        return self.left_s
 
     def line(self, p: Progress, width: int, colour: bool) -> str:
         step = f"{p.step}/{p.run.steps}" if p.step or p.state == "running" else f"{p.run.steps}"

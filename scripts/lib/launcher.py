@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from lib.board import Board
 from lib.deciding import ENDED, decision_lines, is_due, spare
 from lib.fork_stage import checkpoint_path
+from lib.planning import Pace, affordable, by_width, is_next_within_budget
 from lib.program import ROOT, UserError, count
 from lib.progress import Progress, Records, write_stages
 from lib.study import Study
@@ -144,7 +145,9 @@ class Runner:
     ):
         self.study, self.runs, self.records, self.a = study, runs, records, a
         self.nproc = a.nproc or study.nproc
-        self.signals, self.board = Signals(), Board(study, runs)
+        self.pace = Pace(a.logs_folder)
+        self.signals, self.board = Signals(), Board(study, runs, self.pace)
+        self.unaffordable: list[Progress] = []
         self.errors: dict[str, tuple[Path, list[str]]] = {}
         cores = (
             len(os.sched_getaffinity(0))
@@ -189,8 +192,9 @@ class Runner:
     def take_one(self) -> bool:
         """Run the first missing run that nobody else has; whether there was one."""
         self.take_stock()
-        for p in self.runs:
-            if p.state in ENDED or not is_due(self.study, self.runs, p):
+        self.unaffordable = []
+        for p in by_width(self.study, self.runs) if self.study.budget_s else self.runs:
+            if p.state in ENDED or not self.may_start(p):
                 continue
             lock = FileLock(self.a.logs_folder / ".locks" / f"{p.run.key}.lock")
             try:
@@ -213,6 +217,18 @@ class Runner:
             finally:
                 lock.release()
         return False
+
+    def may_start(self, p: Progress) -> bool:
+        """Whether it is this run's turn, and the budget has room for it."""
+        if self.study.budget_s and not p.run.stop_after:
+            has_start = p.trunk is None or p.trunk.state == "done"
+            is_its_turn = has_start and is_next_within_budget(self.runs, p)
+        else:
+            is_its_turn = is_due(self.study, self.runs, p)
+        if is_its_turn and not affordable(self.study, self.runs, p, self.pace):
+            self.unaffordable.append(p)
+            return False
+        return is_its_turn
 
     def take_stock(self) -> None:
         """Which runs of sequential stages are needed, now that others may have finished some."""
@@ -237,8 +253,11 @@ class Runner:
             self.board.event(
                 f"{verb}: {p.run_id}{f' at step {p.step}' if p.step else ''}", quiet=True
             )
+            first, began_at = max(p.step, p.run.first_step), time.monotonic()
             code, start = self.attempt(p, out)
-            if self.records.look(p, ignore_code=False):
+            is_done = self.records.look(p, ignore_code=False)
+            self.pace.add(p.run_id, time.monotonic() - began_at, p.step - first)
+            if is_done:
                 took = f" in {duration(p.wall_s)}" if p.wall_s else ""
                 loss = f", loss {p.loss:.4f}" if math.isfinite(p.loss) else ""
                 self.board.event(f"done: {p.run_id}{loss}{took}", quiet=True)
@@ -333,6 +352,12 @@ class Runner:
             )
         for line in decision_lines(self.study, self.runs):
             print(line)
+        if self.unaffordable:
+            spent = self.pace.spent_s(self.runs)
+            print(
+                f"budget_s = {self.study.budget_s:g}: {spent:.0f} s are spent, which leaves no "
+                f"room for {self.unaffordable[0].run_id}; raise it to go on"
+            )
         print(f"{self.study.title}: {self.board.summary().split(', ETA')[0]}")
         if stages := write_stages(self.study, self.runs, self.records):
             source = os.path.relpath(self.a.results_file)

@@ -184,11 +184,19 @@ class Simulated:
 
 
 def simulate(
-    effect: float, sd_difference: float, rule: Rule, studies: int, seed: int = 0
+    effect: float,
+    sd_difference: float,
+    rule: Rule,
+    studies: int,
+    seed: int = 0,
+    seen: Sequence[float] = (),
 ) -> Simulated:
-    """Studies of a variant that is better by `effect`, with normal differences."""
+    """Studies of a variant that is better by `effect`, with normal differences. `seen`: the first
+    differences of each of them, known already."""
     rng = np.random.default_rng(seed)
-    words = first_decisions(rng.normal(-effect, sd_difference, (studies, rule.max_seeds)), rule)
+    differences = rng.normal(-effect, sd_difference, (studies, rule.max_seeds))
+    differences[:, : len(seen)] = seen[: rule.max_seeds]
+    words = first_decisions(differences, rule)
     decided = words != UNDECIDED
     last = np.where(decided.any(1), decided.argmax(1), rule.max_seeds - 1)
     final = words[np.arange(studies), last]

@@ -29,6 +29,7 @@ class Study:
     targets: Mapping[str, float]  # by stage, where one is named: a validation loss to reach
     rules: Mapping[str, Rule]  # by stage, where its seeds stop when all is decided
     runs: tuple[Run, ...]  # in the order in which they run
+    budget_s: float  # of training, start to end; 0: no limit
     said: str  # what was done about knobs in the environment; mostly ''
 
 
@@ -57,7 +58,7 @@ def read_study(
     """Read and check a study file; `changes` are knobs of every run that go before the file's.
     Raises UserError with everything that is wrong, one problem a line."""
     tables, problems = read_toml(path), Problems()
-    problems.check_words("", tables, ("title", "trainer", "nproc", "knobs", "stage"))
+    problems.check_words("", tables, ("title", "trainer", "nproc", "budget_s", "knobs", "stage"))
     stages = tables.get("stage", {})
     if not isinstance(tables.get("trainer"), str):
         raise UserError(f'{path}: names no trainer; write trainer = "train_gpt.py"')
@@ -66,6 +67,9 @@ def read_study(
     nproc = tables.get("nproc", 1)
     if isinstance(nproc, bool) or not isinstance(nproc, int) or nproc < 1:
         problems.append(f"nproc = {nproc!r}: expected a number of processes, 1 or more")
+    budget_s = tables.get("budget_s", 0.0)
+    if isinstance(budget_s, bool) or not isinstance(budget_s, int | float) or budget_s < 0:
+        problems.append(f"budget_s = {budget_s!r}: expected seconds, above 0")
     if not isinstance(stages, dict) or not stages:
         problems.append("has no stage; a study has tables [stage.NAME]")
         stages = {}
@@ -92,4 +96,5 @@ def read_study(
         name: table["target_loss"] for name, table in stages.items() if "target_loss" in table
     }
     title = str(tables.get("title", path.stem))
-    return Study(path, title, trainer, nproc, about, bases, targets, rules, tuple(runs), said)
+    words = (path, title, trainer, nproc, about, bases, targets, rules, tuple(runs))
+    return Study(*words, budget_s, said)
