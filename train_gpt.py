@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from plumbing import ROOT, RUN_KNOBS, RunKnobs, Session, knob, read_knobs, show_plan
 from plumbing.batches import VIRTUAL_RANKS, TokenBatches, padded_batches
-from plumbing.data import Prefetch, TokenShards, check_disjoint
+from plumbing.data import Prefetch, TokenShards
 from plumbing.device import check_compiler, choose_precision, choose_rows
+from plumbing.leaks import check_disjoint
 from plumbing.plan import plan_facts
 from plumbing.texts import embedded_corpus
 from plumbing.world import World, flat_gradients, join_world, launch

@@ -3,7 +3,8 @@
     knobs, run_knobs, config, family      one dataclass -> environment, flags, presets, YAML, --help
     world, device, plan                   process group, signals, collectives; the device; --dry_run
     data, batches, text_batches           token shards, the tokens of a step, prefetching
-    texts, splits, hub                    text files, tokenizers, the embedded corpus, downloads
+    texts, splits, leaks, hub             text files, tokenizers, the embedded corpus, downloads
+    csv_files                             the CSV files of runs, as trainers and tables read them
     session                               one run from start to end: what a loop talks to
     exchange, clock, records, results, trackers, checkpoints, forks   what a session is made of
 
@@ -20,10 +21,11 @@ MODULES = {
         "check_disk list_checkpoints load_checkpoint read_checkpoint read_weights save_checkpoint "
         "save_json save_weights write_whole"
     ),
-    "data": "Prefetch TokenShards check_disjoint read_bytes read_shard write_shard",
+    "data": "Prefetch TokenShards read_bytes read_shard write_shard",
     "device": "check_compiler choose_precision choose_rows estimate_mib settle_device",
     "exchange": "StepStats",
     "knobs": "ROOT UserError changed_knobs describe knob knobs_json read_knobs spellings",
+    "leaks": "check_disjoint",
     "plan": "plan_facts planned_world show_plan",
     "records": "new_run_id",
     "results": "append_result check_results",

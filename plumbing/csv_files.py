@@ -2,7 +2,8 @@
 
 Promises that trainers and the programs of scripts/ take the same files: UTF-8 with or without a
 byte order mark, lines that end in LF or CRLF, fields in quotes or not. A file that a spreadsheet
-has saved in another way is named as what it is, with what to do, and is never half understood.
+has saved in another way is named as what it is, with what to do, and is never half understood. This
+module needs nothing but Python.
 """
 
 import csv
@@ -60,6 +61,8 @@ def header_fields(path: Path, line: str, needed: Sequence[str], number: int = 1)
         if problem := _other_writing(line, names, missing):
             raise UserError(f"{where} {problem}; {SAVE_AS}")
         raise UserError(f"{where} is not a header of results, it has no {', '.join(missing)}")
+    if any(name != name.strip() for name in names):
+        raise UserError(f"{where} has spaces around its names; {SAVE_AS}")
     if blank := sum(not name.strip() for name in names):
         raise UserError(f"{where} has {blank} column(s) without a name; {SAVE_AS}")
     if twice := [name for name, n in Counter(names).items() if n > 1]:
@@ -74,7 +77,7 @@ def _other_writing(line: str, names: Sequence[str], missing: Sequence[str]) -> s
     for separator, word in SEPARATORS.items():
         if _squeezed(missing[0]) in map(_squeezed, line.split(separator)) and separator in line:
             return f"has its fields separated by {word}, not by commas"
-    if all(name in [found.strip() for found in names] for name in missing):
+    if missing[0] in [found.strip() for found in names]:
         return "has spaces around its names"
     by_squeezed = {_squeezed(found): found for found in names}
     if found := by_squeezed.get(_squeezed(missing[0])):

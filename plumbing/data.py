@@ -1,10 +1,9 @@
 """data.py -- token shards as one stream, and batches made ahead of their use.
 
-Promises that what a trainer reads is what the files hold: a shard of another format, a cut one, or
-one that training and validation share is refused by name before training, and a file of a known
-foreign format is told with how to convert it. Position n of a stream is the same token on any
-number of ranks. An error while batches are made reaches the training loop, which never waits for a
-thread that has gone.
+Promises that what a trainer reads is what the files hold: a shard of another format or a cut one is
+refused by name before training, and a file of a known foreign format is told with how to convert
+it. Position n of a stream is the same token on any number of ranks. An error while batches are made
+reaches the training loop, which never waits for a thread that has gone.
 
 A shard is 256 int32 (magic, version, number of tokens, zeros), then the tokens as uint16, both
 little-endian: the format of llm.c and modded-nanogpt for GPT-2 tokens.
@@ -281,24 +280,6 @@ def _sample_hash(shard: np.ndarray) -> str:
         for start in (0, middle, len(whole) - SAMPLE_BYTES):
             digest.update(whole[start : start + SAMPLE_BYTES].tobytes())
     return digest.hexdigest()
-
-
-def check_disjoint(train: TokenShards, val: TokenShards) -> None:
-    """Refuse, by name, a file that is in both training and validation data: the same file by
-    whatever path, or another one with the same content (as TokenShards.content sees it)."""
-    real_paths = {os.path.realpath(path) for path in train.paths}
-    by_sample = {facts[-1]: path for path, facts in zip(train.paths, train.content, strict=True)}
-    for path, facts in zip(val.paths, val.content, strict=True):
-        if os.path.realpath(path) in real_paths:
-            what = "is"
-        elif facts[-1] in by_sample:
-            what = f"is a copy of {by_sample[facts[-1]]}, which is"
-        else:
-            continue
-        raise UserError(
-            f"{path}: {what} training data too, so a validation on it would measure memory; narrow "
-            f"the pattern of the training shards ({train.pattern}) or choose other validation data"
-        )
 
 
 # ----------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """results.py -- one row per run in a CSV that all runs share.
 
-Promises: a row is written completely or not at all, also when many runs end at once or the disk is
-full. A file with other columns, or one that a spreadsheet has rewritten, is refused before
+Promises: a row is written completely or not at all, also when many runs end at once or the disk
+is full. A file with other columns, or one that a spreadsheet has rewritten, is refused before
 training. A last line that somebody's crash tore is closed, never continued. A run that was killed
 just behind its row does not get a second one.
 """

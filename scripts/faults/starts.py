@@ -29,7 +29,7 @@ def by_torchrun(
     output: Path,
     kill_after_s: float = TIMEOUT_S,
 ) -> int:
-    """Start `python`, or torchrun for several ranks; SIGKILL for all of them after a time."""
+    """Start `python`, or torchrun for several ranks; all are killed after `kill_after_s`."""
     command = [sys.executable, inject.__file__, trainer, *flags]
     if ranks > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]

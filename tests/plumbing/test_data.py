@@ -22,12 +22,12 @@ from plumbing.data import (
     MAGIC,
     Prefetch,
     TokenShards,
-    check_disjoint,
     read_bytes,
     read_shard,
     write_shard,
 )
 from plumbing.knobs import ROOT, UserError
+from plumbing.leaks import check_disjoint
 from plumbing.world import World
 
 CPU = torch.device("cpu")

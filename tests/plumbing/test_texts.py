@@ -326,7 +326,7 @@ def test_validation_text_that_is_the_training_text_is_refused(tmp_path):
     shutil.copy(tmp_path / "set/train.txt", tmp_path / "set/val.txt")
     with pytest.raises(UserError, match=r"val\.txt: is a copy of .*train\.txt"):
         open_byte_files(str(tmp_path / "set"), tmp_path / "data")
-    with pytest.raises(UserError, match=r"is a copy of .*train"):
+    with pytest.raises(UserError, match=r"set/val\.txt: its text is training data too .*set/train\.txt"):
         open_splits(str(tmp_path / "set"), "bytes", tmp_path / "data")
 
 
@@ -505,3 +505,51 @@ def test_wikitext_is_downloaded_and_its_three_parts_are_the_hubs_rows(hub, tmp_p
     assert len(hub.gets) == 3
     open_splits("wikitext-2", "bytes", tmp_path / "data")
     assert len(hub.gets) == 3
+
+
+def write_parts_of(folder: Path, **texts: str) -> Path:
+    folder.mkdir()
+    for name, text in texts.items():
+        (folder / f"{name.replace('_', '.')}.txt").write_text(text)
+    return folder
+
+
+def sentences(word: str) -> str:
+    return "\n\n".join(f"the {word} dog saw cat number {i}" for i in range(300)) + "\n"
+
+
+LEAKS = {
+    "validation is test": dict(valid="red", test="red"),
+    "training is validation": dict(valid="blue", test="red"),
+    "training is test": dict(valid="red", test="blue"),
+    "validation is a further training file": dict(valid="red", test="old", b_train="red"),
+    "test is a further training file": dict(valid="red", test="old", b_train="old"),
+}
+
+
+@pytest.mark.parametrize("name", LEAKS)
+def test_a_text_in_two_parts_is_refused_by_name(tmp_path, name):
+    texts = {part: sentences(word) for part, word in LEAKS[name].items()}
+    folder = write_parts_of(tmp_path / "text", train=sentences("blue"), **texts)
+    with pytest.raises(UserError, match=r"text/.*txt: its text is \w+ data too \(in .*text/"):
+        open_splits(str(folder), "bytes", tmp_path / "data")
+    assert not list((tmp_path / "data").glob("text-*"))
+
+
+def test_a_test_text_that_is_a_piece_of_the_training_text_is_refused(tmp_path):
+    train = sentences("blue") + sentences("red").replace("\n", "\r\n")
+    parts = dict(train=train, valid=sentences("old"), test=sentences("red"))
+    folder = write_parts_of(tmp_path / "text", **parts)
+    with pytest.raises(UserError, match=r"test.txt: its text is training data too"):
+        open_splits(str(folder), "bytes", tmp_path / "data")
+
+
+def test_different_texts_in_three_parts_are_taken(tmp_path):
+    parts = dict(train=sentences("blue"), valid=sentences("old"), test=sentences("red"))
+    folder = write_parts_of(tmp_path / "text", **parts)
+    splits = open_splits(str(folder), "bytes", tmp_path / "data")
+    assert {part: split.bytes for part, split in splits.items()} == {
+        "train": len(parts["train"]),
+        "val": len(parts["valid"]),
+        "test": len(parts["test"]),
+    }
