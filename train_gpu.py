@@ -6,7 +6,7 @@
     python train_gpu.py --preset 100m --mixer attention     the rotary transformer of the same size
     python train_gpu.py --preset demo                       a CPU, a minute, no download
 
-Of each token a layer writes an item v, bound to a key k of unit modulus, into S slots, and reads
+A layer writes an item v of each token, bound to a key k of unit modulus, into S slots, and reads
 with the conjugate of a query: M_t = decay_t * M_{t-1} + w_t (k_t v_t), r_t = conj(q_t) (a_t M_t).
 The output is W_o(norm(r_t) silu(g_t)). Addresses and slots are a gated linear attention; so a layer
 is bind, gated_linear_attention, unbind. The state M is all that it keeps of the past, however long.
@@ -15,42 +15,38 @@ Expect   PRESET=demo: val_loss falls from 5.5 to 1.64 nats per byte (n=1); docs/
 Shapes   B sequences, T tokens, C model width, D memory width (D/2 complex bins), H heads, E = D / H
          values of a head, K = E / 2 bins of a head, S slots of a head, L tokens of a chunk,
          N chunks (in the loss: tokens of a micro-batch), V vocabulary, X any width
-Units    losses in nats per token unless the name says otherwise; batch_size in sequences over all
-         ranks; phases in radians
+Units    losses in nats per token unless the name says otherwise; phases in radians
 Raises   UserError (one line, exit code 2) for a bad knob, text or checkpoint, before training
-Sources  holographic reduced representations: Plate 1995. Keys of unit modulus: Ganesan et al.,
-         arXiv 2109.02157. Chunks and decay: Yang et al., GLA, arXiv 2312.06635. Delta rule: Schlag
-         et al., arXiv 2102.11174; in chunks: Yang et al., arXiv 2406.06484; with a decay of each
-         slot: Kimi Delta Attention, arXiv 2510.26692. Convolution: Mamba, arXiv 2312.00752
-Shared   plumbing/ keeps the run alive and accounted for. What can change the loss is in this file.
+Sources  holographic reduced representations: Plate 1995; keys of unit modulus: Ganesan et al.,
+         arXiv 2109.02157; chunks and decay: GLA, arXiv 2312.06635; convolution: Mamba, 2312.00752
+Shared   plumbing/ keeps the run alive; what of it moves a loss is text_batches.py, the token order
 """
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from plumbing import ROOT, RUN_KNOBS, RunKnobs, Session, knob, read_knobs, show_plan
+from plumbing import ROOT, Session, knob, read_knobs, show_plan
 from plumbing.data import Prefetch
 from plumbing.device import check_compiler, choose_precision, choose_rows
 from plumbing.plan import plan_facts
-from plumbing.row_states import RowStates
-from plumbing.splits import NotFetched, Split, open_splits
-from plumbing.text_batches import Score, TextBatches, read_window, window_batches, window_starts
+from plumbing.row_states import RowStates, State
+from plumbing.splits import NotFetched, Split
+from plumbing.text_batches import TextBatches, micro_batches, open_text, random_bits
+from plumbing.text_knobs import TEXT_RUN_KNOBS, TextRunKnobs
+from plumbing.text_scores import evaluate, log_final, log_validation
 from plumbing.world import World, flat_gradients, join_world, launch
 
-# ------------------------------------------------
-# Knobs
+# ---------------- Knobs
 
 # fmt: off
-# The sizes are those of the name within 3%, with the GPT-2 vocabulary and for both mixers.
-PRESETS = {
+PRESETS = {  # the name's size within 3%, with the GPT-2 vocabulary and for both mixers
     "seed": {},
     "33m": dict(n_embd=384, hcm_dim=384, n_layer=8, num_slots=8, n_head=6),
     "50m": dict(n_embd=512, hcm_dim=512, n_layer=8, num_slots=8, n_head=4),
@@ -66,15 +62,13 @@ PRESETS = {
 }
 # fmt: on
 # These move no loss, so a resumed run may have others.
-RESUME_MAY_DIFFER = [*RUN_KNOBS, "preset", "device_batch_size", "chunk_length", "kernel"]
-RESUME_MAY_DIFFER += ["gradient_checkpointing", "max_val_samples", "final_test", "num_workers"]
-RESUME_MAY_DIFFER += ["save_epochs", "tracker_project", "data_folder"]
-VOCABULARY = {"gpt2": 50304, "bytes": 256}  # GPT-2's 50257 ids, padded to a multiple of 64
+RESUME_MAY_DIFFER = [*TEXT_RUN_KNOBS, "preset", "device_batch_size", "gradient_checkpointing"]
+RESUME_MAY_DIFFER += ["chunk_length", "kernel"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
-class Knobs(RunKnobs):
+class Knobs(TextRunKnobs):
     preset: str = knob("seed", "named set of defaults", choices=tuple(PRESETS))
     mixer: str = knob("hamt", "what mixes tokens", choices=("hamt", "attention"), group="model")
     n_embd: int = knob(512, "model width, in channels", low=2)
@@ -82,10 +76,8 @@ class Knobs(RunKnobs):
     n_layer: int = knob(8, "number of blocks", low=1)
     n_head: int = knob(8, "number of heads, each with addresses and phases of its own", low=1)
     num_slots: int = knob(16, "number of slots of a head's memory", low=1)
-    vocab_size: int | None = knob(None, "number of token ids", low=2, high=65536, none="auto")
     conv: bool | None = knob(None, "convolve 4 tokens before mixing; auto: hamt", none="auto")
     use_gating: bool = knob(True, "gate the memory's read with SiLU")
-    delta_rule: bool = knob(False, "erase what the write address holds before writing")
     slowest_decay: float = knob(2**-7, "smallest forgetting of a token", above=0, high=0.25)
     memory: str = knob("on", "off reads zero, local own writes", choices=("on", "local", "off"))
     chunk_length: int = knob(64, "tokens of a chunk, for speed only", low=1, high=128)
@@ -106,22 +98,8 @@ class Knobs(RunKnobs):
     weight_decay: float = knob(0.01, "of matrices only", low=0)
     grad_clip: float = knob(1.0, "largest norm of the gradient; 0: no clipping", low=0)
     seed: int = knob(1337, "seed of initial weights, order of the data and dropout", low=0)
-    data: str = knob("wikitext-2", "or wikitext-103, embedded, text file or folder", group="data")
-    tokenizer: str = knob("auto", "bytes or gpt2", choices=("auto", *VOCABULARY))
-    max_train_samples: int | None = knob(None, "sequences of an epoch at most", low=1, none="all")
-    max_val_samples: int | None = knob(None, "sequences validated at most", low=1, none="all")
-    num_workers: int = knob(4, "batches made ahead of use", low=1)
-    data_folder: str = knob(str(ROOT / "data"), "folder of downloaded texts and token shards")
-    val_every: int | None = knob(None, "steps between validations", low=0, none="epoch")
-    final_test: bool = knob(True, "at the end, score the test split, and splits as one stream")
-    save_every: int = knob(1000, "steps between checkpoints", low=0, alias=("save_steps",))
-    save_epochs: bool = knob(True, "a checkpoint also at the end of each epoch")
-    compile: bool = knob(False, "compile one block", alias=("compile_model",))
     precision: str = knob("fp16", "of matrix products", choices=tuple(DTYPES), group="machine")
     gradient_checkpointing: bool = knob(False, "keep a block's input, and compute it again")
-    tracker_project: str = knob("hamt-competitive-llm", "there", alias=("wandb_project",))
-    run_id: str = knob("", "name of the run, to resume it", alias=("run_name",))
-    logs_folder: str = knob(str(ROOT / "logs"), "folder of logs", alias=("output_dir",))
     results_file: str = knob(str(ROOT / "experiments/results_hamt.csv"), "file with a row per run")
 
     def __post_init__(self):
@@ -132,49 +110,34 @@ class Knobs(RunKnobs):
             raise ValueError("PRECISION=fp16 needs a GPU; with DEVICE=cpu use bf16 or fp32")
         if self.device == "cpu" and self.kernel == "fla":
             raise ValueError("KERNEL=fla needs a GPU; with DEVICE=cpu use plain")
-        if self.mixer == "attention":
-            if self.n_embd % (2 * self.n_head):
-                raise ValueError(f"N_EMBD={self.n_embd} must be {wants}")
-            if self.use_auxiliary_loss or self.memory != "on" or self.carry_state:
-                raise ValueError(
-                    "MIXER=attention has no memory: USE_AUXILIARY_LOSS, MEMORY and CARRY_STATE are "
-                    "for MIXER=hamt"
-                )
-
-    @property
-    def encoding(self) -> str:
-        """The tokenizer's name."""
-        if self.tokenizer != "auto":
-            return self.tokenizer
-        return "bytes" if self.data in ("embedded", "bytes") else "gpt2"
-
-    @property
-    def vocabulary(self) -> int:
-        return self.vocab_size or VOCABULARY[self.encoding]
+        if self.mixer == "attention" and self.n_embd % (2 * self.n_head):
+            raise ValueError(f"N_EMBD={self.n_embd} must be {wants}")
+        uses_memory = self.use_auxiliary_loss or self.memory != "on" or self.carry_state
+        if self.mixer == "attention" and uses_memory:
+            raise ValueError(
+                "MIXER=attention has no memory: USE_AUXILIARY_LOSS, MEMORY and CARRY_STATE are "
+                "for MIXER=hamt"
+            )
 
     @property
     def has_conv(self) -> bool:
         return self.mixer == "hamt" if self.conv is None else self.conv
 
     @property
-    def mixer_words(self) -> str:
-        return f"{self.mixer}, vocabulary {self.vocabulary:,}, FFN width {self.ffn_width}"
-
-    @property
     def ffn_width(self) -> int:
-        """4 times the model width; with attention, as much more as makes both mixers' models equal
+        """4 times the model width; with attention so much more that both mixers' models are equal
         in parameters.
         """
         width = 4 * self.n_embd
         if self.mixer == "attention":
-            memory = sum(math.prod(shape) for shape in Memory.shapes(self).values())
-            attention = sum(math.prod(shape) for shape in Attention.shapes(self).values())
+            with torch.device("meta"):
+                mixers = Memory(self), Attention(self)
+            memory, attention = (sum(p.numel() for p in m.parameters()) for m in mixers)
             width += round((memory - attention) / (2 * self.n_embd))
         return max(width, 1)
 
 
-# ------------------------------------------------
-# Model
+# ---------------- Model: keys, convolution, dropout
 
 CONV_LENGTH = 4  # tokens
 INIT_STD = 0.02
@@ -186,24 +149,21 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
-# same as train_gpt.py
-def apply_rotary(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding in the half-split layout (Su et al., arXiv 2104.09864)."""
-    x1, x2 = x_BTHD.chunk(2, dim=-1)
-    rotated = torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
-    return rotated.type_as(x_BTHD)
+def autocast(x: Tensor, dtype: torch.dtype) -> torch.autocast:
+    """Products in this dtype; fp32 switches it off. A tensor without data counts as a CPU's."""
+    device_type = "cuda" if x.is_cuda else "cpu"
+    return torch.autocast(device_type, dtype, enabled=dtype != torch.float32)
 
 
-def device_type(x: Tensor) -> str:
-    """For autocast, which does not know tensors without data: --dry_run counts as a CPU."""
-    return "cpu" if x.device.type == "meta" else x.device.type
+def key_of(phase: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines (c, c) and sines (-s, s) of phases, for real and imaginary parts."""
+    phase = torch.cat([-phase, phase], dim=-1)
+    return phase.cos(), phase.sin()
 
 
 def bind(item: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Multiply by a key of unit modulus: cosines and sines of its phases, as key_of() makes them.
-
-    Real parts come first, then imaginary parts. Of spectra, the product is the circular convolution
-    of what they are the spectra of.
+    """Multiply by a key of unit modulus, made by key_of(). Real parts come first, then imaginary
+    parts. Of spectra, it is the circular convolution of what they are the spectra of.
     """
     return item * cos + item.roll(item.size(-1) // 2, -1) * sin
 
@@ -213,20 +173,12 @@ def unbind(bound: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return bound * cos - bound.roll(bound.size(-1) // 2, -1) * sin
 
 
-def key_of(phase: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines (c, c) and sines (-s, s) of phases, for real and imaginary parts."""
-    phase = torch.cat([-phase, phase], dim=-1)
-    return phase.cos(), phase.sin()
-
-
 def phases_of_positions(position: Tensor, T: int, bins: int, turning: int) -> Tensor:
-    """(T, bins) of tokens from `position` on: `turning` bins turn at rotary's frequencies.
-
-    The products are fp64 and reduced to one turn: position 10^6 is as precise as position 1.
+    """(T, bins) of tokens from `position` on: `turning` bins turn at rotary's frequencies. The
+    products are fp64 and reduced to one turn: position 10^6 is as precise as position 1.
     """
     index = torch.arange(bins, dtype=torch.float64, device=position.device)
-    frequency = 1e4 ** -(index / max(turning, 1))
-    frequency = torch.where(index < turning, frequency, 0.0)
+    frequency = torch.where(index < turning, 1e4 ** -(index / max(turning, 1)), 0.0)
     positions = position + torch.arange(T, device=position.device)
     return torch.outer(positions.double(), frequency) % (2 * math.pi)
 
@@ -236,18 +188,6 @@ def causal_conv(x_BTX: Tensor, kernel_4X: Tensor, past_B3X: Tensor) -> tuple[Ten
     x_BTX = torch.cat([past_B3X, x_BTX], dim=1)
     y_BXT = F.conv1d(x_BTX.mT, kernel_4X.mT[:, None], groups=x_BTX.size(2))
     return y_BXT.mT, x_BTX[:, 1 - CONV_LENGTH :]
-
-
-def random_bits(seed_B: Tensor, count: int) -> Tensor:
-    """(B, count) random int64, at least 0: a function of a row's seed and the place, on any device.
-
-    SplitMix64 (Steele et al. 2014) over a counter; signed shifts clear the sign. So what is drawn
-    for a row does not depend on the rows beside it, and gradient checkpointing draws it again.
-    """
-    x = torch.arange(count, device=seed_B.device) * -7046029254386353131 + seed_B[:, None]
-    x = (x ^ (x >> 30)) * -4658895280553007687
-    x = (x ^ (x >> 27)) * -7723592293110705685
-    return x ^ (x >> 31)
 
 
 def dropout_mask(seed_B: Tensor, shape: tuple[int, ...], p: float) -> Tensor:
@@ -260,21 +200,26 @@ def dropout(x: Tensor, kept: Tensor | None, p: float) -> Tensor:
     return x if kept is None else torch.where(kept, x / (1 - p), 0.0)
 
 
+# ---------------- Model: gated linear attention
+
+
 def gated_linear_attention(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, beta: Tensor | None, L: int
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, L: int
 ) -> tuple[Tensor, Tensor]:
     """Reads (B, T, H, E) and the state (B, H, S, E) behind the last token.
 
     state_t = exp(log_decay_t) * state_{t-1} + k_t v_t^T and read_t = q_t state_t, per head, for
-    q, k and log_decay (B, T, H, S). With beta (B, T, H, 1) the delta rule: part of v_t is written
-    in place of a part of what k_t finds. Exact for every chunk length L. Products of values
-    have the type of v; the state and what stands in an exponent have that of the state.
+    q, k and log_decay (B, T, H, S). Exact for every chunk length L. Products of values have the
+    type of v; the state and what stands in an exponent have that of the state.
     """
     T = v.size(1)
     if T == 1:
-        return recurrent_step(q, k, v, log_decay, state, beta)
+        return recurrent_step(q, k, v, log_decay, state)
     L = min(L, T)
-    group = chunks_of_a_group(-(-T // L), most=256 if beta is None else 16)
+    num_chunks = -(-T // L)
+    group = 1  # chunks that form one of the second level
+    if num_chunks > 256:
+        group = 2 ** (num_chunks.bit_length() // 2)
     missing = -T % (L * group)
     q, k, v, log_decay = (in_chunks(x, L, missing) for x in (q, k, v, log_decay))
     since_start = log_decay.cumsum(3)
@@ -287,21 +232,21 @@ def gated_linear_attention(
     k_rising = k * (-centred).exp()  # whose gradient overflows later than a reciprocal's
     k_at_end = k_rising * falling[:, :, :, -1:]
     scores = (q_falling @ k_rising.mT).tril()
-    decay = since_start[:, :, :, -1]
-    if beta is None:
-        added = (k_at_end.type_as(v).mT @ v).type_as(state)
-        states, state = states_between(added, decay, state, group, BY_DECAYS)
-    else:
-        beta = in_chunks(beta, L, missing)
-        v_new, found = new_values(beta, k * falling, k_rising, v, math.exp(middle))
-        kept = torch.diag_embed(decay.exp()) - k_at_end.mT @ found
-        added = k_at_end.mT @ v_new
-        states, state = states_between(added, kept, state, group, BY_MATRICES)
-        v = (v_new - found @ states).type_as(v)
+    added = (k_at_end.type_as(v).mT @ v).type_as(state)
+    states, state = states_between(added, since_start[:, :, :, -1], state, group)
     q_at_start = q_falling * math.exp(middle)
     read = scores.type_as(v) @ v + q_at_start.type_as(v) @ states.type_as(v)
     read = read.permute(0, 2, 3, 1, 4).flatten(1, 2)
     return read[:, :T] if missing else read, state
+
+
+def recurrent_step(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """gated_linear_attention of one token, as it is defined."""
+    q, k, v, log_decay = (x.transpose(1, 2).type_as(state) for x in (q, k, v, log_decay))
+    state = state * log_decay.exp().mT + k.mT @ v
+    return (q @ state).transpose(1, 2), state
 
 
 def in_chunks(x_BTHX: Tensor, L: int, missing: int) -> Tensor:
@@ -311,53 +256,23 @@ def in_chunks(x_BTHX: Tensor, L: int, missing: int) -> Tensor:
     return x_BTHX.unflatten(1, (-1, L)).permute(0, 3, 1, 2, 4)
 
 
-def chunks_of_a_group(chunks: int, most: int) -> int:
-    """How many chunks form one of the second level; 1 where one level does."""
-    return 1 if chunks <= most else 2 ** (chunks.bit_length() // 2)
-
-
-def new_values(
-    beta: Tensor, k_falling: Tensor, k_rising: Tensor, v: Tensor, at_start: float
-) -> tuple[Tensor, Tensor]:
-    """Of the delta rule in a chunk: what each token writes if the chunk starts with an empty state,
-    and the keys by which it finds what the first state takes off that (arXiv 2406.06484).
-    """
-    overlap = (beta * (k_falling @ k_rising.mT)).tril(-1)
-    values = beta * torch.cat([v.type_as(beta), k_falling * at_start], dim=-1)
-    solved = torch.linalg.solve_triangular(overlap, values, upper=False, unitriangular=True)
-    return solved.tensor_split([v.size(-1)], dim=-1)
-
-
-def recurrent_step(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, beta: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """gated_linear_attention of one token, as it is defined."""
-    q, k, v, log_decay = (x.transpose(1, 2).type_as(state) for x in (q, k, v, log_decay))
-    state = state * log_decay.exp().mT
-    if beta is not None:
-        v = beta.transpose(1, 2) * (v - k @ state)
-    state = state + k.mT @ v
-    return (q @ state).transpose(1, 2), state
-
-
 def states_between(
-    added: Tensor, decay: Tensor, state: Tensor, group: int, algebra: tuple[Callable, ...]
+    added: Tensor, log_decay: Tensor, state: Tensor, group: int
 ) -> tuple[Tensor, Tensor]:
     """(B, H, N, S, E) states before each of N chunks, and the one after the last.
 
-    A state after a chunk is apply(decay, the one before it) + added; `sums` finds them all where
-    the first one is empty. Its work grows with the square of N, so that many chunks are put into
-    groups: `sums` is used within the groups, and for what is between them.
+    A state after a chunk is exp(log_decay) * the one before it + added. The work of decayed_sums
+    grows with the square of N, so that many chunks are put into groups: it is used within the
+    groups, and for what is between them.
     """
-    sums, products, apply = algebra
     if group == 1:
         added = torch.cat([state[:, :, None], added], dim=2)  # the first state is added to nothing
-        found = sums(added, F.pad(decay, [0, 0] * (decay.dim() - 3) + [1, 0]))
-        return found[:, :, :-1], found[:, :, -1]
-    added, decay = added.unflatten(2, (-1, group)), decay.unflatten(2, (-1, group))
-    inner, kept = sums(added, decay), products(decay)
-    outer, state = states_between(inner[:, :, :, -1], kept[:, :, :, -1], state, 1, algebra)
-    after = inner + apply(kept, outer[:, :, :, None])
+        after = decayed_sums(added, F.pad(log_decay, (0, 0, 1, 0)))
+        return after[:, :, :-1], after[:, :, -1]
+    added, log_decay = added.unflatten(2, (-1, group)), log_decay.unflatten(2, (-1, group))
+    inner, since_start = decayed_sums(added, log_decay), log_decay.cumsum(-2)
+    outer, state = states_between(inner[:, :, :, -1], since_start[:, :, :, -1], state, 1)
+    after = inner + since_start.exp()[..., None] * outer[:, :, :, None]
     return torch.cat([outer[:, :, :, None], after[:, :, :, :-1]], dim=3).flatten(2, 3), state
 
 
@@ -372,88 +287,50 @@ def decayed_sums(added: Tensor, log_decay: Tensor) -> Tensor:
     return torch.einsum("...snj,...jse->...nse", weight_SNN, added)
 
 
-def matrix_sums(added: Tensor, kept: Tensor) -> Tensor:
-    """The same where a chunk multiplies the state by a matrix, kept (..., n, S, S): the solution of
-    a system of equations with ones on its diagonal and -kept one block below it.
-    """
-    n, S, _ = added.shape[-3:]
-    blocks = torch.diag_embed(-kept[..., 1:, :, :].movedim(-3, -1), offset=-1)  # (..., S, S, n, n)
-    system = blocks.movedim((-2, -4, -1, -3), (-4, -3, -2, -1)).flatten(-4, -3).flatten(-2, -1)
-    right = added.flatten(-3, -2)
-    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
-    return solved.unflatten(-2, (n, S))
-
-
-def matrix_products(kept: Tensor) -> Tensor:
-    first = kept[..., :1, :, :]
-    return matrix_sums(F.pad(first, (0, 0, 0, 0, 0, kept.size(-3) - 1)), kept)
-
-
-# Sums and products over chunks, and what a product does to a state
-BY_DECAYS = (
-    decayed_sums,
-    lambda log_decay: log_decay.cumsum(-2),
-    lambda log_decay, state: log_decay.exp()[..., None] * state,
-)
-BY_MATRICES = (matrix_sums, matrix_products, torch.matmul)
-
-
 def fla_attention(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, beta: Tensor | None, L: int
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, L: int
 ) -> tuple[Tensor, Tensor]:
     """gated_linear_attention by the kernels of flash-linear-attention (package fla-core)."""
     from fla.ops.gla import chunk_gla
-    from fla.ops.kda import chunk_kda
 
-    q, k = q.type_as(v), k.type_as(v)
     options = dict(scale=1.0, initial_state=state, output_final_state=True)
-    if beta is None:
-        return chunk_gla(q, k, v, log_decay, **options)
-    return chunk_kda(q, k, v, log_decay, beta.squeeze(-1), **options)
+    return chunk_gla(q.type_as(v), k.type_as(v), v, log_decay, **options)
+
+
+# ---------------- Model: layers
+
+
+def parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape))
 
 
 class Memory(nn.Module):
-    """The holographic layer: bind, gated linear attention over slots, unbind."""
+    """The holographic layer: bind, gated linear attention over slots, unbind.
+
+    One key and one address of a token serve writing and reading: recall is learned far sooner than
+    with projections of their own (docs/hamt.md).
+    """
 
     def __init__(self, cfg: Knobs):
         super().__init__()
         self.cfg = cfg
-        for name, shape in self.shapes(cfg).items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
-
-    @staticmethod
-    def widths(cfg: Knobs) -> dict[str, int]:
-        """Rows of in_proj, by what they make. Keys and addresses serve writing and reading: recall
-        is learned far sooner than with projections of their own (docs/hamt.md).
-        """
-        D, addresses = cfg.hcm_dim, cfg.n_head * cfg.num_slots
-        beta = cfg.n_head if cfg.delta_rule else 0
-        gate = D if cfg.use_gating else 0
-        return dict(item=D, key=D // 2, address=addresses, decay=addresses, beta=beta, gate=gate)
-
-    @staticmethod
-    def conv_widths(cfg: Knobs) -> list[int]:
-        """Channels of the convolution: item, write key, read key, write address, read address."""
-        K, addresses = cfg.hcm_dim // 2, cfg.n_head * cfg.num_slots
-        return [cfg.hcm_dim, K, K, addresses, addresses]
-
-    @classmethod
-    def shapes(cls, cfg: Knobs) -> dict[str, tuple[int, ...]]:
-        shapes = dict(
-            in_proj=(sum(cls.widths(cfg).values()), cfg.n_embd),
-            out_proj=(cfg.n_embd, cfg.hcm_dim),
-            norm=(cfg.hcm_dim,),
-        )
+        C, D, K, slots = cfg.n_embd, cfg.hcm_dim, cfg.hcm_dim // 2, cfg.n_head * cfg.num_slots
+        # Rows of in_proj: item, key, address, decay, gate
+        self.widths = [D, K, slots, slots, D if cfg.use_gating else 0]
+        # Channels of the convolution: item, write key, read key, write address, read address
+        self.conv_widths = [D, K, K, slots, slots]
+        self.in_proj = parameter(sum(self.widths), C)
+        self.out_proj = parameter(C, D)
+        self.norm = parameter(D)
         if cfg.conv is not False:
-            shapes["conv_kernel"] = (CONV_LENGTH, sum(cls.conv_widths(cfg)))
-        shapes["decay_bias"] = (cfg.n_head, cfg.num_slots)
-        return shapes
+            self.conv_kernel = parameter(CONV_LENGTH, sum(self.conv_widths))
+        self.decay_bias = parameter(cfg.n_head, cfg.num_slots)
 
     def empty_state(self, B: int) -> tuple[Tensor, ...]:
-        cfg = self.cfg
-        channels = sum(self.conv_widths(cfg)) if cfg.has_conv else 0
-        memory = self.in_proj.new_zeros(B, cfg.n_head, cfg.num_slots, cfg.hcm_dim // cfg.n_head)
-        return memory, self.in_proj.new_zeros(B, CONV_LENGTH - 1, channels)
+        cfg, new_zeros = self.cfg, self.in_proj.new_zeros
+        channels = sum(self.conv_widths) if cfg.has_conv else 0
+        memory = new_zeros(B, cfg.n_head, cfg.num_slots, cfg.hcm_dim // cfg.n_head)
+        return memory, new_zeros(B, CONV_LENGTH - 1, channels)
 
     def forward(
         self, x_BTC: Tensor, state: tuple[Tensor, ...], phase_TK: Tensor, seed_B: Tensor
@@ -461,9 +338,8 @@ class Memory(nn.Module):
         """The output (B, T, C), the state behind the last token, and the auxiliary loss."""
         cfg, (memory, past), D = self.cfg, state, self.cfg.hcm_dim
         made = F.linear(x_BTC, self.in_proj)
-        with torch.autocast(device_type(x_BTC), enabled=False):  # phases, decays, state stay fp32
-            parts = made.type_as(memory).split(list(self.widths(cfg).values()), dim=-1)
-            item, key, address, decay, beta, gate = parts
+        with autocast(x_BTC, torch.float32):  # phases, decays and the state stay fp32
+            item, key, address, decay, gate = made.type_as(memory).split(self.widths, dim=-1)
             mixed = torch.cat([item, key, key, address, address], dim=-1)
             if cfg.has_conv:
                 mixed, past = causal_conv(mixed, self.conv_kernel, past)
@@ -474,11 +350,8 @@ class Memory(nn.Module):
             (cos, cos_read), (sin, sin_read) = keys[0].unbind(2), keys[1].unbind(2)
             decay = decay.unflatten(-1, (cfg.n_head, -1)) + self.decay_bias
             log_decay = -MAX_DECAY * decay.sigmoid()
-            strength = None
-            if cfg.delta_rule:  # a write along a unit vector erases just what it will replace
-                write, strength = F.normalize(write, dim=-1), beta.sigmoid()[..., None]
             bound = bind(item, cos, sin).type_as(made)
-            written = (write, bound, log_decay, memory, strength, cfg.chunk_length)
+            written = (write, bound, log_decay, memory, cfg.chunk_length)
             found, memory = self.recall(read, *written)
             aux = None
             if self.training and cfg.use_auxiliary_loss:
@@ -507,15 +380,13 @@ class Memory(nn.Module):
         that nothing is gained by making items small.
         """
         T = item.size(1)
-        bits = random_bits(seed_B, T)
-        drawn = bits.remainder(torch.arange(T, device=bits.device).clamp(min=1))
-
-        def take(x: Tensor) -> Tensor:
-            return x.gather(1, drawn[..., None, None].expand(-1, -1, *x.shape[2:]))
-
-        found, _ = self.recall(take(written[0]), *written)
-        found = unbind(found, take(cos), take(sin))
-        return 1 - F.cosine_similarity(found, take(item).detach(), dim=-1)[:, 1:].mean()
+        earlier = torch.arange(T, device=item.device).clamp(min=1)  # how many there are to draw
+        drawn = random_bits(seed_B, T).remainder(earlier)[..., None, None]
+        address, cos, sin, item = (
+            x.gather(1, drawn.expand(-1, -1, *x.shape[2:])) for x in (written[0], cos, sin, item)
+        )
+        found = unbind(self.recall(address, *written)[0], cos, sin)
+        return 1 - F.cosine_similarity(found, item.detach(), dim=-1)[:, 1:].mean()
 
 
 class Attention(nn.Module):
@@ -524,16 +395,11 @@ class Attention(nn.Module):
     def __init__(self, cfg: Knobs):
         super().__init__()
         self.cfg = cfg
-        for name, shape in self.shapes(cfg).items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
-
-    @staticmethod
-    def shapes(cfg: Knobs) -> dict[str, tuple[int, ...]]:
         C = cfg.n_embd
-        shapes = dict(in_proj=(3 * C, C), out_proj=(C, C))
+        self.in_proj = parameter(3 * C, C)  # Q, K, V
+        self.out_proj = parameter(C, C)
         if cfg.has_conv:
-            shapes["conv_kernel"] = (CONV_LENGTH, 3 * C)
-        return shapes
+            self.conv_kernel = parameter(CONV_LENGTH, 3 * C)
 
     def empty_state(self, B: int) -> tuple[Tensor, ...]:
         cfg, new_zeros = self.cfg, self.in_proj.new_zeros
@@ -549,24 +415,19 @@ class Attention(nn.Module):
         old_k, old_v, past = state
         made = F.linear(x_BTC, self.in_proj)
         if self.cfg.has_conv:
-            with torch.autocast(device_type(x_BTC), enabled=False):
+            with autocast(x_BTC, torch.float32):
                 mixed, past = causal_conv(made.type_as(past), self.conv_kernel, past)
             made = mixed.type_as(made)
         q, k, v = (part.view(B, T, self.cfg.n_head, -1) for part in made.split(C, dim=-1))
-        cos, sin = phase_TK[:, None].cos(), phase_TK[:, None].sin()
-        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-        if old_k.size(1):
-            k, v = torch.cat([old_k.type_as(k), k], dim=1), torch.cat([old_v.type_as(v), v], dim=1)
+        rotary = key_of(phase_TK[:, None])  # a key that knows the position only
+        q, k = unbind(q, *rotary).type_as(v), unbind(k, *rotary).type_as(v)
         mask = None
-        if old_k.size(1):
+        if old_k.size(1) > 0:
+            k = torch.cat([old_k.type_as(k), k], dim=1)
+            v = torch.cat([old_v.type_as(v), v], dim=1)
             mask = torch.ones(T, k.size(1), dtype=torch.bool, device=k.device).tril(old_k.size(1))
-        y = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None,
-        )
+        heads = [x.transpose(1, 2) for x in (q, k, v)]
+        y = F.scaled_dot_product_attention(*heads, attn_mask=mask, is_causal=mask is None)
         y = F.linear(y.transpose(1, 2).reshape(B, T, C), self.out_proj)
         return y, (k, v, past), None
 
@@ -579,8 +440,8 @@ class Block(nn.Module):
         self.p = cfg.dropout
         self.mixer = Memory(cfg) if cfg.mixer == "hamt" else Attention(cfg)
         self.norm1, self.norm2 = nn.RMSNorm(cfg.n_embd), nn.RMSNorm(cfg.n_embd)
-        self.up_proj = nn.Parameter(torch.empty(cfg.ffn_width, cfg.n_embd))
-        self.down_proj = nn.Parameter(torch.empty(cfg.n_embd, cfg.ffn_width))
+        self.up_proj = parameter(cfg.ffn_width, cfg.n_embd)
+        self.down_proj = parameter(cfg.n_embd, cfg.ffn_width)
 
     def forward(
         self,
@@ -597,47 +458,25 @@ class Block(nn.Module):
         return x_BTC + dropout(y, kept[1], self.p), state, aux
 
 
-@dataclass
-class State:
-    """What a model carries from token to token."""
-
-    position: Tensor  # tokens so far, int64
-    layers: list[tuple[Tensor, ...]]
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for layer in self.layers for t in layer)
-
-
 class Model(nn.Module):
     """Embedding, blocks, RMSNorm; one matrix, `wte`, is embedding and head."""
 
     def __init__(self, cfg: Knobs):
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.dtype = cfg, DTYPES[cfg.precision]
         self.chunk_loss, self.dropout_mask = chunk_loss_and_gradient, dropout_mask
-        self.wte = nn.Parameter(torch.empty(cfg.vocabulary, cfg.n_embd))
+        self.wte = parameter(cfg.vocabulary, cfg.n_embd)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.norm = nn.RMSNorm(cfg.n_embd)
+        # Half of a memory's phases turn with position, so that it reads by content and distance.
+        is_memory = cfg.mixer == "hamt"
+        width = cfg.hcm_dim if is_memory else cfg.n_embd
+        self.bins = width // cfg.n_head // 2
+        self.turning_bins = round(self.bins / 2) if is_memory else self.bins
 
     def empty_state(self, B: int) -> State:
         position = torch.zeros((), dtype=torch.long, device=self.wte.device)
         return State(position, [block.mixer.empty_state(B) for block in self.blocks])
-
-    def carried(self, world: World) -> State | None:
-        """With CARRY_STATE, empty states for this rank's rows of the batch."""
-        share = world.share(self.cfg.batch_size)
-        return self.empty_state(share.stop - share.start) if self.cfg.carry_state else None
-
-    def phases(self, position: Tensor, T: int) -> Tensor:
-        """Half of a memory's phases turn with position, so that it reads by content and
-        distance.
-        """
-        is_memory = self.cfg.mixer == "hamt"
-        width = self.cfg.hcm_dim if is_memory else self.cfg.n_embd
-        bins = width // self.cfg.n_head // 2
-        turning = round(bins / 2) if is_memory else bins
-        return phases_of_positions(position, T, bins, turning).type_as(self.wte)
 
     def kept(self, seed_B: Tensor, x_BTC: Tensor) -> Tensor | None:
         """What dropout keeps. Drawn outside of the compiled block, which then has fewer parts."""
@@ -659,19 +498,18 @@ class Model(nn.Module):
         """
         cfg, (B, T) = self.cfg, x_BT.shape
         seed_B = x_BT.new_zeros(B) if seed_B is None else seed_B
-        phase_TK = self.phases(state.position, T)
+        phases = phases_of_positions(state.position, T, self.bins, self.turning_bins)
+        phase_TK = phases.type_as(self.wte)
+        run_block = self.run_block
+        if cfg.gradient_checkpointing and torch.is_grad_enabled():
+            options = dict(use_reentrant=False, preserve_rng_state=False)
+            run_block = partial(checkpoint, self.run_block, **options)
         layers, aux_sum = [], torch.zeros((), device=x_BT.device)
-        dtype = DTYPES[cfg.precision]
-        with torch.autocast(device_type(x_BT), dtype, enabled=dtype != torch.float32):
+        with autocast(x_BT, self.dtype):
             x_BTC = F.embedding(x_BT, self.wte)
             x_BTC = dropout(x_BTC, self.kept(seed_B, x_BTC), cfg.dropout)
             for i, (block, layer) in enumerate(zip(self.blocks, state.layers, strict=True)):
-                args = (block, x_BTC, layer, phase_TK, seed_B + 3 * i)
-                if cfg.gradient_checkpointing and torch.is_grad_enabled():
-                    options = dict(use_reentrant=False, preserve_rng_state=False)
-                    x_BTC, layer, aux = checkpoint(self.run_block, *args, **options)
-                else:
-                    x_BTC, layer, aux = self.run_block(*args)
+                x_BTC, layer, aux = run_block(block, x_BTC, layer, phase_TK, seed_B + 3 * i)
                 layers.append(layer)
                 if aux is not None:
                     aux_sum = aux_sum + aux / cfg.n_layer
@@ -686,9 +524,9 @@ class Model(nn.Module):
         """
         state = self.empty_state(len(x_BT)) if state is None else state
         h_BTC, state, aux = self.hidden(x_BT, state, seed_B)
-        h_NC = h_BTC.flatten(0, 1).to(DTYPES[self.cfg.precision])
-        needs_gradient = torch.is_grad_enabled()  # evaluation does not
-        arguments = (h_NC, self.wte, y_BT.flatten(), self.chunk_loss, needs_gradient)
+        h_NC = h_BTC.flatten(0, 1).to(self.dtype)
+        with_gradient = torch.is_grad_enabled()  # evaluation needs none
+        arguments = (h_NC, self.wte, y_BT.flatten(), self.chunk_loss, with_gradient)
         return LinearCrossEntropy.apply(*arguments), aux, state
 
     def stream(self, x_BT: Tensor, state: State) -> tuple[Tensor, State]:
@@ -704,10 +542,8 @@ class Model(nn.Module):
 
 @torch.no_grad()
 def init_weights(model: Model, cfg: Knobs) -> None:
-    """N(0, INIT_STD), divided by sqrt(2 layers) for what adds to the residual stream.
-
-    Each tensor has its own generator, made of seed and name, so that one that is switched off
-    moves no other.
+    """N(0, INIT_STD), divided by sqrt(2 layers) for what adds to the residual stream. Each tensor
+    has its own generator, made of seed and name, so that one that is off moves no other.
     """
     for name, p in model.named_parameters():
         if p.dim() == 1:
@@ -717,9 +553,8 @@ def init_weights(model: Model, cfg: Knobs) -> None:
             rate = -torch.log1p(-(2.0**-spread)) / MAX_DECAY
             p.copy_((rate / (1 - rate)).log().expand_as(p))
         else:
-            std = INIT_STD
-            if name.endswith(("out_proj", "down_proj")):
-                std /= math.sqrt(2 * cfg.n_layer)
+            is_output = name.endswith(("out_proj", "down_proj"))
+            std = INIT_STD / math.sqrt(2 * cfg.n_layer) if is_output else INIT_STD
             seed_name = name  # the names that published numbers were drawn by
             for now, then in (("in_proj", "inp"), ("conv_kernel", "taps"), ("_proj", "")):
                 seed_name = seed_name.replace(now, then)
@@ -735,17 +570,15 @@ def prepare_recall(memory: Memory, cfg: Knobs) -> None:
     """What recall needs at the start (measured: docs/hamt.md). Phases spread over the circle, and
     addresses differ; a write is addressed by the token before it, a read by its own token.
     """
-    parts = memory.in_proj.split(list(memory.widths(cfg).values()))
-    for part in parts[1:3]:  # key and address
+    for part in memory.in_proj.split(memory.widths)[1:3]:  # key and address
         part.mul_(2.0 / (INIT_STD * cfg.n_embd**0.5))
     if cfg.has_conv:
-        parts = memory.conv_kernel.split(memory.conv_widths(cfg), dim=1)
+        parts = memory.conv_kernel.split(memory.conv_widths, dim=1)
         for part, lag in zip(parts, (0, 1, 0, 1, 0), strict=True):
             part[CONV_LENGTH - 1 - lag] += 1.0
 
 
-# ------------------------------------------------
-# Loss
+# ---------------- Loss
 
 
 # same as train_gpt.py
@@ -781,8 +614,11 @@ class LinearCrossEntropy(torch.autograd.Function):
             grad_hidden = torch.empty_like(hidden_NC)
             grad_weight = torch.zeros_like(weight_VC)
             ctx.save_for_backward(grad_hidden, grad_weight)
-        for start in range(0, len(hidden_NC), LinearCrossEntropy.CHUNK_ROWS):
-            rows = slice(start, start + LinearCrossEntropy.CHUNK_ROWS)
+        chunk_rows = LinearCrossEntropy.CHUNK_ROWS
+        if not hidden_NC.is_cuda:  # where more rows are no faster
+            chunk_rows = min(chunk_rows, 2**26 // len(weight))
+        for start in range(0, len(hidden_NC), chunk_rows):
+            rows = slice(start, start + chunk_rows)
             loss, grad_logits = chunk_loss(hidden_NC[rows] @ weight.T, target_N[rows])
             loss_sum += loss
             if with_gradient:
@@ -796,8 +632,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden * grad_loss, grad_weight * grad_loss, None, None, None
 
 
-# ------------------------------------------------
-# Optimizer and schedule
+# ---------------- Optimizer and schedule
 
 
 # differs: matrices decay and the rest does not, and the gradient is clipped
@@ -850,78 +685,12 @@ def lr_scale(position: float, total_steps: int, cfg: Knobs) -> float:
     return 0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2
 
 
-# ------------------------------------------------
-# Evaluation
-
-
-# differs: the whole of a split or its first windows, as a score
-@torch.no_grad()
-def evaluate(
-    model: Model, split: Split, rows: int, world: World, limit: int | None = None
-) -> Score:
-    """Loss of windows of SEQUENCE_LENGTH that do not overlap: every token but the first is scored
-    once, the same for every number of ranks and of rows at a time.
-    """
-    shards, T, device = split.shards, model.cfg.sequence_length, world.device
-    starts = window_starts(shards, T, limit)
-    mine = starts[world.share(len(starts))]
-    nats = torch.zeros((), device=device, dtype=torch.float64)
-    model.eval()
-    for x_BT, y_BT in window_batches(shards, mine, T, rows):
-        nats += model(x_BT.to(device), y_BT.to(device))[0]
-    model.train()
-    num_scored = min(len(starts) * T, shards.total - 1)
-    return Score.of(split, world.all_reduce(nats).item(), num_scored)
-
-
-@torch.no_grad()
-def evaluate_stream(model: Model, split: Split, world: World) -> Score:
-    """Loss of the whole split, read once from front to back: every token is predicted from all
-    before it, in memory that does not grow. Rank 0 reads.
-    """
-    shards, T, device = split.shards, model.cfg.sequence_length, world.device
-    starts = window_starts(shards, T) if world.is_main else []
-    nats = torch.zeros((), device=device, dtype=torch.float64)
-    state = model.empty_state(1)
-    model.eval()
-    for start in starts:
-        x_T, y_T = read_window(shards, start, T)
-        loss, _, state = model(x_T[None].to(device), y_T[None].to(device), state)
-        nats += loss
-    model.train()
-    return Score.of(split, world.all_reduce(nats).item(), shards.total - 1)
-
-
-def report(model: Model, splits: dict[str, Split], rows: int, session: Session) -> None:
-    """The last figures: the test split in windows and, where the state is constant, the validation
-    and the test split as one stream.
-    """
-    T, world = model.cfg.sequence_length, session.world
-    test = evaluate(model, splits["test"], rows, world)
-    session.row.update(test_loss=test.loss, test_ppl=test.ppl, test_word_ppl=test.word_ppl)
-    session.row.update(test_bits_per_byte=test.bits_per_byte)
-    scores = {f"window:{T} stride:{T} test": test}
-    if model.cfg.mixer == "hamt":
-        for part in ("val", "test"):
-            score = scores[f"state carried every {T}, {part}_stream"] = evaluate_stream(
-                model, splits[part], world
-            )
-            session.row[f"{part}_stream_loss"] = score.loss
-    for name, score in scores.items():
-        session.say(
-            f"{name}_loss:{score.loss:.4f} nats:{score.nats:.1f} tokens:{score.tokens} "
-            f"ppl:{score.ppl:.3f} word_ppl:{score.word_ppl:.3f} "
-            f"bits_per_byte:{score.bits_per_byte:.4f}"
-        )
-
-
-# ------------------------------------------------
-# Records and plan
+# ---------------- Records and plan
 
 HINT = "set DEVICE=cpu; PRESET=demo is a size for that"
 RESULTS = (
     "run_id date git_commit seed mixer hidden_dim hcm_dim num_layers num_slots num_attention_heads "
-    "delta_rule conv memory use_auxiliary_loss dataset tokenizer learning_rate batch_size "
+    "conv memory use_auxiliary_loss dataset tokenizer learning_rate batch_size "
     "device_batch_size sequence_length num_iterations final_val_loss best_val_loss val_ppl "
     "val_bits_per_byte test_loss test_ppl test_word_ppl test_bits_per_byte val_stream_loss "
     "test_stream_loss train_time_ms ms_per_step gpu_name n_gpus notes stage status steps_done "
@@ -930,6 +699,10 @@ RESULTS = (
 ).split()
 COLUMN_KNOBS = {"hidden_dim": "n_embd", "num_layers": "n_layer", "num_attention_heads": "n_head"}
 COLUMN_KNOBS |= {"dataset": "data", "learning_rate": "lr"}
+
+
+def mixer_words(cfg: Knobs) -> str:
+    return f"{cfg.mixer}, vocabulary {cfg.vocabulary:,}, FFN width {cfg.ffn_width}"
 
 
 def flops_per_token(model: Model, cfg: Knobs) -> int:
@@ -949,34 +722,22 @@ def flops_per_token(model: Model, cfg: Knobs) -> int:
 
 
 # differs: the forward pass returns a state and an auxiliary loss, too
-def run_step(model: Model, rows: int) -> None:
-    """Forward and backward pass of a micro-batch of zeros, to see what it takes."""
+def probe_backward(model: Model, rows: int) -> None:
+    """Forward and backward pass of a micro-batch of zeros, to measure its memory."""
     x = torch.zeros(rows, model.cfg.sequence_length, dtype=torch.long, device=model.wte.device)
     model(x, x)[0].backward()
 
 
-# differs: a text with its splits
-def open_data(
-    cfg: Knobs, world: World, download: bool = True
-) -> tuple[TextBatches, dict[str, Split]]:
-    """Training batches and the splits. Raises UserError for all that is wrong with them."""
-    splits = open_splits(cfg.data, cfg.encoding, Path(cfg.data_folder), download)
-    for split in splits.values():
-        split.shards.check_ids(cfg.vocabulary, world)
-    return TextBatches(splits["train"].shards, cfg, world), splits
-
-
 # differs: a text that a run would download is no reason not to start it
 def plan(cfg: Knobs, world: World) -> dict[str, object]:
-    """What --dry_run shows; raises UserError for what the run would refuse."""
-    if cfg.device == "cpu" or torch.cuda.is_available():
-        check_compiler(cfg.compile, cfg.device)
+    """What --dry_run shows; raises UserError where the run would."""
+    check_compiler(cfg.compile, cfg.device)
     with torch.device("meta"):
         model = Model(cfg)
-        facts = {"mixer": cfg.mixer_words, **plan_facts(cfg, world, model, run_step)}
+        facts = {"mixer": mixer_words(cfg), **plan_facts(cfg, world, model, probe_backward)}
     step_flops = flops_per_token(model, cfg) * cfg.batch_size * cfg.sequence_length
     try:
-        batches, _ = open_data(cfg, world, download=False)
+        batches, _ = open_text(cfg, world, download=False)
     except NotFetched as error:
         return {**facts, "compute": f"{step_flops:.3g} FLOPs a step", "data": error}
     flops = step_flops * batches.total_steps
@@ -984,22 +745,15 @@ def plan(cfg: Knobs, world: World) -> dict[str, object]:
     return {**facts, "data": batches.summary}
 
 
-# ------------------------------------------------
-# Training
+# ---------------- Training
 
 
-# differs: overflows of fp16 are counted
+# same as train_gpt.py
 @dataclass
 class TrainState:
-    """With model, optimizer, loss scale and the rows' states, all that the next step depends on."""
+    """With model, optimizers, scaler and session.spent_s all that the next step depends on."""
 
     step: int = 0
-    overflows: int = 0  # of fp16, one after another
-
-    def count_overflow(self, skipped: bool, session: Session) -> None:
-        self.overflows = self.overflows + 1 if skipped else 0
-        if self.overflows == 50:
-            session.stop("nan", "50 steps in a row overflowed fp16; use bf16, or a lower LR")
 
 
 # differs: what dropout keeps is drawn by a function of its own
@@ -1011,18 +765,9 @@ def compile_model(model: Model) -> None:
     model.dropout_mask = torch.compile(dropout_mask, dynamic=False)
 
 
-def micro_batches(batch: tuple[Tensor, ...], rows: int) -> Iterator[tuple[slice, tuple]]:
-    """Parts of a batch, `rows` rows at a time, and which rows they are."""
-    num_rows = len(batch[0])
-    for first in range(0, num_rows, rows):
-        part = slice(first, min(first + rows, num_rows))
-        x_BT, y_BT, seed_B = (tensor[part].long() for tensor in batch)
-        yield part, (x_BT, y_BT, seed_B)
-
-
 # differs: states are carried, and there is one optimizer
 def train(cfg: Knobs, session: Session, batches: TextBatches, splits: dict[str, Split]) -> None:
-    world, total_steps = session.world, batches.total_steps
+    world, total_steps, T = session.world, batches.total_steps, cfg.sequence_length
     model = Model(cfg)
     init_weights(model, cfg)
     model.to(world.device)
@@ -1031,21 +776,24 @@ def train(cfg: Knobs, session: Session, batches: TextBatches, splits: dict[str, 
     scaler = torch.amp.GradScaler(world.device.type, enabled=cfg.precision == "fp16")
     if cfg.compile:
         compile_model(model)
-    rows = choose_rows(cfg, world, model, run_step)  # sequences of a micro-batch
-    gradients.zero_()
-    states, state = RowStates(model.carried(world), cfg.batch_size, world), TrainState()
+    rows = choose_rows(cfg, world, model, probe_backward)  # sequences of a micro-batch
+    gradients.zero_()  # of the probe
+    carried = model.empty_state if cfg.carry_state else None
+    states, state = RowStates(carried, cfg.batch_size, world), TrainState()
     saved = dict(model=model, adam=adam, scaler=scaler, states=states, state=state)
-    session.describe(model, flops_per_token(model, cfg), facts_of(model, batches, rows, session))
+    session.row["device_batch_size"] = rows
+    facts = {"mixer": mixer_words(cfg), "rows": rows, "data": batches.summary}
+    facts["state"] = f"{model.empty_state(1).num_bytes:,} bytes per sequence, before any token"
+    session.describe(model, flops_per_token(model, cfg), facts)
     session.restore(**saved)
     prefetch = Prefetch(batches.make, state.step, world.device, cfg.num_workers)
     while True:
         # -------- clock stopped: evaluate, save, leave --------
         position = schedule_position(state.step, session.spent_s, total_steps, cfg)
-        for stats in session.between_steps(state.step, finished=position >= total_steps):
-            state.count_overflow(stats.skipped, session)
+        session.between_steps(state.step, finished=position >= total_steps)
         if session.should_validate:
-            score = evaluate(model, splits["val"], rows, world, cfg.max_val_samples)
-            log_score(session, state.step, score)
+            score = evaluate(model, splits["val"], T, rows, world, cfg.max_val_samples)
+            log_validation(session, score, T)
         if session.should_save:
             session.save(state.step, **saved)
         if session.stopping:  # finished, early stop, a signal, or a step that was not finite
@@ -1066,7 +814,7 @@ def train(cfg: Knobs, session: Session, batches: TextBatches, splits: dict[str, 
         world.all_reduce(gradients)  # each rank has added its share of the batch's mean
         scaler.unscale_(adam)
         grad_norms = torch.stack(torch._foreach_norm([p.grad for p in model.parameters()]))
-        overflow = ~grad_norms.isfinite().all() & scaler.is_enabled()
+        overflow = ~grad_norms.isfinite().all() & scaler.is_enabled()  # fp16: skipped, no fault
         lr = cfg.lr * lr_scale(position, total_steps, cfg)
         state.step += 1
         metrics = {"aux_loss": aux_loss} if cfg.use_auxiliary_loss else {}
@@ -1076,22 +824,7 @@ def train(cfg: Knobs, session: Session, batches: TextBatches, splits: dict[str, 
         gradients.zero_()
     prefetch.close()
     if cfg.final_test and session.status in ("finished", "early_stop"):
-        report(model, splits, rows, session)
-
-
-def facts_of(model: Model, batches: TextBatches, rows: int, session: Session) -> dict[str, object]:
-    """What the head of the log says of a run, besides its knobs."""
-    session.row["device_batch_size"] = rows
-    state = f"{model.empty_state(1).num_bytes:,} bytes per sequence, before any token"
-    return {"mixer": model.cfg.mixer_words, "rows": rows, "state": state, "data": batches.summary}
-
-
-def log_score(session: Session, step: int, score: Score) -> None:
-    bits = score.bits_per_byte
-    T = session.cfg.sequence_length
-    note = f" ppl:{score.ppl:.2f} bits_per_byte:{bits:.4f} window:{T} stride:{T}"
-    session.log_validation(step, score.loss, note, val_bits_per_byte=bits)
-    session.row.update(val_ppl=score.ppl, val_bits_per_byte=bits)
+        log_final(session, model, splits, T, rows, has_constant_state=cfg.mixer == "hamt")
 
 
 # differs: epochs decide when to validate and save
@@ -1102,7 +835,7 @@ def main() -> int:
     with join_world(cfg.device, HINT) as world:
         check_compiler(cfg.compile, cfg.device)
         choose_precision(cfg.precision, world.device)
-        batches, splits = open_data(cfg, world)
+        batches, splits = open_text(cfg, world)
         epoch = batches.epoch_steps
         session = Session(
             cfg,

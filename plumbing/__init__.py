@@ -1,9 +1,10 @@
 """plumbing -- what keeps a run alive and accounted for, and cannot change a loss.
 
-    knobs, run_knobs, config, family      one dataclass -> environment, flags, presets, YAML, --help
+    knobs, run_knobs, text_knobs, config, family    a dataclass -> environment, flags, YAML, --help
     world, device, plan                   process group, signals, collectives; the device; --dry_run
     data, batches, text_batches           token shards, the tokens of a step, prefetching
     texts, splits, leaks, hub             text files, tokenizers, the embedded corpus, downloads
+    text_scores                           the loss of a text, in windows and as one stream
     csv_files                             the CSV files of runs, as trainers and tables read them
     session                               one run from start to end: what a loop talks to
     exchange, clock, records, results, trackers, checkpoints, forks   what a session is made of

@@ -59,7 +59,7 @@ FAMILY = {
         "early_stop_patience early_stop_min_delta target_loss runpod_instance_type"
     ),
     "train_gpu.py": (
-        "mixer n_embd hcm_dim n_layer num_slots n_head vocab_size slowest_decay delta_rule "
+        "mixer n_embd hcm_dim n_layer num_slots n_head vocab_size slowest_decay "
         "use_gating conv memory chunk_length kernel dropout use_auxiliary_loss aux_loss_weight "
         "data tokenizer max_train_samples max_val_samples num_workers sequence_length "
         "device_batch_size carry_state num_epochs time_budget_s use_scheduler warmup_iters lr "

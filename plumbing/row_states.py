@@ -4,30 +4,37 @@ Promises: a rank keeps the states of its own rows; a checkpoint holds those of a
 number of ranks can go on with them; and no gradient flows from one step into the one before.
 """
 
-from typing import Protocol, TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from plumbing.world import World
 
 
-class State(Protocol):
+@dataclass
+class State:
     """What a model carries from token to token, for some rows."""
 
-    position: Tensor  # tokens so far, the same for all rows
+    position: Tensor  # tokens so far, the same for all rows, int64
     layers: list[tuple[Tensor, ...]]  # the rows are the first dimension
 
-
-S = TypeVar("S", bound=State)
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for layer in self.layers for t in layer)
 
 
 class RowStates:
-    """The states from which this rank's rows of the batch go on. With None nothing is carried, and
-    every row always starts from an empty state.
+    """The states from which this rank's rows of the batch go on; empty_state(rows) makes them.
+    With None nothing is carried, and every row always starts from an empty state.
     """
 
-    def __init__(self, empty: S | None, batch_size: int, world: World):
-        self.state, self.batch_size, self.world = empty, batch_size, world
+    def __init__(self, empty_state: Callable[[int], State] | None, batch_size: int, world: World):
+        self.batch_size, self.world = batch_size, world
+        self.state = None
+        if empty_state is not None:
+            share = world.share(batch_size)
+            self.state = empty_state(share.stop - share.start)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -43,13 +50,13 @@ class RowStates:
                 tensor.zero_()
         self.position = self.state.position.clone()  # put() moves it on before all rows are taken
 
-    def take(self, rows: slice) -> S | None:
+    def take(self, rows: slice) -> State | None:
         if self.state is None:
             return None
         layers = [tuple(tensor[rows] for tensor in layer) for layer in self.state.layers]
-        return type(self.state)(self.position, layers)
+        return State(self.position, layers)
 
-    def put(self, rows: slice, state: S) -> None:
+    def put(self, rows: slice, state: State) -> None:
         if self.state is None:
             return
         self.state.position.copy_(state.position)

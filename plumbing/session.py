@@ -104,6 +104,7 @@ class Session:
         self.saved_at = 0
         self.stepped = False  # a step was queued since the clock last ticked
         self.trained = False  # a step was made in this start
+        self.overflows = 0  # of fp16, one after another
         self.row: dict[str, object] = {}  # further columns of the results row
         self.notes: list[str] = []  # further words of its column `notes`
         self.described = False
@@ -330,6 +331,9 @@ class Session:
             line = (self.step_line or self.usual_line)(stats) if is_logged else ""
             self.log.step(stats, self.clock, line)
             heard.append(stats)
+            self.overflows = self.overflows + 1 if stats.skipped else 0
+            if self.overflows == 50:  # the loss scale does not help
+                self.stop("nan", "50 steps in a row overflowed fp16; use bf16, or a lower LR")
             if stats.signal and not self.stopping:
                 self.signal = stats.signal
                 self.status = "preempted"

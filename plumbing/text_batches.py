@@ -1,26 +1,23 @@
-"""text_batches.py -- sequences of a text for training, windows of it for evaluation, and scores.
+"""text_batches.py -- sequences of a text for training, and what is drawn at random for them.
 
 Promises: the sequences of a step are a function of the step and the batch, never of the number of
-ranks or of the micro-batch, and so are the seeds of what is drawn at random for a row. Evaluation
-scores every token of a split but the first exactly once. A score is never without the number of
-tokens, words and bytes that it stands for.
+ranks or of the micro-batch, and so are the seeds of what is drawn at random for a row.
 """
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import lru_cache
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from plumbing.batches import read_rows
 from plumbing.data import TokenShards
 from plumbing.knobs import UserError
-from plumbing.splits import Split
+from plumbing.splits import Split, open_splits
+from plumbing.text_knobs import TextRunKnobs
 from plumbing.world import World
 
 
@@ -94,67 +91,31 @@ class TextBatches:
         return f"{words} of {self.epoch_steps} steps"
 
 
-# ----------------------------------------------------------------------------
-# Evaluation
+def open_text(
+    cfg: TextRunKnobs, world: World, download: bool = True
+) -> tuple[TextBatches, dict[str, Split]]:
+    """Training batches and the splits. Raises UserError for all that is wrong with them."""
+    splits = open_splits(cfg.data, cfg.encoding, Path(cfg.data_folder), download)
+    for split in splits.values():
+        split.shards.check_ids(cfg.vocabulary, world)
+    return TextBatches(splits["train"].shards, cfg, world), splits
 
 
-def read_window(shards: TokenShards, start: int, T: int) -> tuple[Tensor, Tensor]:
-    """T inputs and targets from `start` on; behind the end of the text, targets of -1, which are
-    not to count.
+def micro_batches(batch: tuple[Tensor, ...], num_rows: int) -> Iterator[tuple[slice, tuple]]:
+    """Parts of a batch, `num_rows` rows at a time as int64, and which rows they are."""
+    total = len(batch[0])
+    for first in range(0, total, num_rows):
+        part = slice(first, min(first + num_rows, total))
+        yield part, tuple(tensor[part].long() for tensor in batch)
+
+
+def random_bits(seed_B: Tensor, count: int) -> Tensor:
+    """(B, count) random int64, at least 0: a function of a row's seed and the place, on any device.
+
+    SplitMix64 (Steele et al. 2014) over a counter; signed shifts clear the sign. So what is drawn
+    for a row does not depend on the rows beside it, and gradient checkpointing draws it again.
     """
-    tokens = shards.read(start, min(T + 1, shards.total - start)).astype(np.int64)
-    missing = T + 1 - len(tokens)
-    x_T, y_T = torch.from_numpy(tokens[:-1]), torch.from_numpy(tokens[1:])
-    return F.pad(x_T, (0, missing)), F.pad(y_T, (0, missing), value=-1)
-
-
-def window_starts(shards: TokenShards, T: int, limit: int | None = None) -> range:
-    """Where the first `limit` windows of T tokens begin, which do not overlap; None for all."""
-    return range(0, shards.total - 1, T)[:limit]
-
-
-def window_batches(
-    shards: TokenShards, starts: Sequence[int], T: int, num_rows: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs and targets, (num_rows, T) int64, of windows; the last batch is filled up with rows
-    that do not count, so that a model meets one shape.
-    """
-    nothing = torch.zeros(T, dtype=torch.long), torch.full((T,), -1)
-    for first in range(0, len(starts), num_rows):
-        windows = [read_window(shards, start, T) for start in starts[first : first + num_rows]]
-        windows += [nothing] * (num_rows - len(windows))
-        yield torch.stack([x for x, _ in windows]), torch.stack([y for _, y in windows])
-
-
-@dataclass(frozen=True)
-class Score:
-    """Summed loss of a text in nats, over `tokens` scored targets, which stand for so many words
-    and bytes.
-    """
-
-    nats: float
-    tokens: int
-    words: float
-    bytes: float
-
-    @classmethod
-    def of(cls, split: Split, nats: float, tokens: int) -> "Score":
-        """Words and bytes in proportion to the share of the split's tokens that is scored."""
-        share = tokens / split.shards.total
-        return cls(nats, tokens, split.words * share, split.bytes * share)
-
-    @property
-    def loss(self) -> float:
-        return self.nats / self.tokens
-
-    @property
-    def ppl(self) -> float:
-        return math.exp(min(self.loss, 700))
-
-    @property
-    def word_ppl(self) -> float:
-        return math.exp(min(self.nats / self.words, 700))
-
-    @property
-    def bits_per_byte(self) -> float:
-        return self.nats / math.log(2) / self.bytes
+    x = torch.arange(count, device=seed_B.device) * -7046029254386353131 + seed_B[:, None]
+    x = (x ^ (x >> 30)) * -4658895280553007687
+    x = (x ^ (x >> 27)) * -7723592293110705685
+    return x ^ (x >> 31)

@@ -16,7 +16,7 @@ from subjects import Ours, Subject
 import train_gpu
 from plumbing import UserError
 from plumbing.splits import open_splits
-from plumbing.text_batches import Score
+from plumbing.text_scores import Score
 
 PRECISIONS = dict(fp32=torch.float32, bf16=torch.bfloat16)
 FEED = 1024  # tokens that go into a carried state at a time

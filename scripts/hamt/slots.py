@@ -17,6 +17,7 @@ from torch import Tensor
 
 import train_gpu
 from plumbing import UserError, World
+from plumbing.text_batches import open_text
 
 
 def effective_rank(address_NS: Tensor) -> tuple[float, float]:
@@ -177,7 +178,7 @@ def slots_of_run(b: Bench, w: World) -> tuple[list[dict], list[dict], dict]:
             f"{path}: was trained with MEMORY={model.cfg.memory}, so its slots are never read"
         )
     shards, T, n = (
-        train_gpu.open_data(model.cfg, w)[1]["val"].shards,
+        open_text(model.cfg, w)[1]["val"].shards,
         model.cfg.sequence_length,
         b.slot_sequences or 32,
     )

@@ -23,7 +23,8 @@ from hamt_support import ONE, ROOT
 import plumbing
 import train_gpu
 from plumbing import UserError
-from plumbing.text_batches import Score
+from plumbing.text_batches import open_text
+from plumbing.text_scores import Score
 
 CPU = torch.device("cpu")
 TINY = dict(n_embd=16, hcm_dim=16, n_layer=2, num_slots=4, n_head=2, tokenizer="bytes")
@@ -142,7 +143,7 @@ def rows(file: Path) -> list[dict[str, str]]:
 @pytest.mark.parametrize("run_id", ["memory", "attention"])
 def test_windows_score_what_the_trainer_scores(home, run_id, window, stride, micro):
     model = ours(home, run_id)
-    split = train_gpu.open_data(model.cfg, ONE)[1]["test"]
+    split = open_text(model.cfg, ONE)[1]["test"]
     shard = dataclasses.replace(split, shards=Front(split.shards, 500))
     if window == stride == model.cfg.sequence_length:
         theirs = train_gpu.evaluate(model.model, shard, 2, ONE)
@@ -185,7 +186,7 @@ class Front:
 def test_streaming_scores_what_the_trainer_scores(monkeypatch, home):
     monkeypatch.setattr(quality, "FEED", 64)
     model = ours(home, "memory")
-    split = train_gpu.open_data(model.cfg, ONE)[1]["test"]
+    split = open_text(model.cfg, ONE)[1]["test"]
     short = dataclasses.replace(split, shards=Front(split.shards, 333))
     theirs = train_gpu.evaluate_stream(model.model, short, ONE)
     assert quality.stream_nats(model, split.shards.read(0, 333)) == pytest.approx(
@@ -227,8 +228,8 @@ def test_all_models_read_the_same_lines(home):
     k = ours(home, "memory").cfg
     whole, words = quality.raw_text(k, "test", None)
     assert (
-        train_gpu.open_data(k, ONE)[1]["test"].words == words
-        and len(whole.encode()) == train_gpu.open_data(k, ONE)[1]["test"].bytes
+        open_text(k, ONE)[1]["test"].words == words
+        and len(whole.encode()) == open_text(k, ONE)[1]["test"].bytes
     )
     text, words = quality.raw_text(k, "test", 3)
     assert whole.startswith(text) and len([line for line in text.splitlines() if line.strip()]) == 3

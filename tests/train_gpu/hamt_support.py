@@ -29,7 +29,6 @@ RUN |= dict(save_every=4, save_epochs=0, dropout=0.0, final_test=0, num_workers=
 
 MEMORIES = {
     "plain": {},
-    "delta": dict(delta_rule=True),
     "bare": dict(conv=False, use_gating=False),
     "one slot": dict(num_slots=1, n_head=3),
 }
@@ -153,9 +152,8 @@ def loop(memory: train_gpu.Memory, x_BTC: torch.Tensor) -> torch.Tensor:
     """The layer's definition, token by token, in complex numbers."""
     cfg, (B, T, _) = memory.cfg, x_BTC.shape
     H, S, E = cfg.n_head, cfg.num_slots, cfg.hcm_dim // cfg.n_head
-    widths = memory.widths(cfg)
-    parts = (x_BTC @ memory.in_proj.T).split(list(widths.values()), dim=-1)
-    made = dict(zip(widths, parts, strict=True))
+    parts = (x_BTC @ memory.in_proj.T).split(memory.widths, dim=-1)
+    made = dict(zip(("item", "key", "address", "decay", "gate"), parts, strict=True))
     mixed = dict(item=made["item"], key=made["key"], query=made["key"])
     mixed |= dict(write=made["address"], read=made["address"])
     if cfg.has_conv:
@@ -167,8 +165,6 @@ def loop(memory: train_gpu.Memory, x_BTC: torch.Tensor) -> torch.Tensor:
             at += part.size(-1)
     heads = {name: part.reshape(B, T, H, -1) for name, part in mixed.items()}
     write, read = heads["write"].softmax(-1), heads["read"].softmax(-1)
-    if cfg.delta_rule:
-        write = write / write.square().sum(-1, keepdim=True).sqrt()
     K = E // 2
     omega = 1e4 ** -(torch.arange(K, dtype=torch.float64) / max(round(K / 2), 1))
     omega[round(K / 2) :] = 0
@@ -181,11 +177,7 @@ def loop(memory: train_gpu.Memory, x_BTC: torch.Tensor) -> torch.Tensor:
         rate = torch.sigmoid(made["decay"].reshape(B, T, H, S)[:, t] + memory.decay_bias)
         M = M * torch.exp(-train_gpu.MAX_DECAY * rate)[..., None]
         w = write[:, t, :, :, None]  # (B, H, S, 1)
-        if cfg.delta_rule:
-            beta = torch.sigmoid(made["beta"][:, t])[..., None, None]
-            M = M - beta * w @ (w.mT @ M) + beta * w * bound[:, :, None]
-        else:
-            M = M + w * bound[:, :, None]
+        M = M + w * bound[:, :, None]
         y = (read[:, t, :, None] @ M)[:, :, 0]
         r = torch.complex(*y.chunk(2, dim=-1)) * query.conj()
         r = torch.cat([r.real, r.imag], dim=-1)

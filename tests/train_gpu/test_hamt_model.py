@@ -76,7 +76,7 @@ def test_nothing_before_a_changed_token_moves(name):
         assert not torch.equal(before[:, t], after[:, t])
 
 
-@pytest.mark.parametrize("name", ["plain", "delta", "attention with convolution"])
+@pytest.mark.parametrize("name", ["plain", "attention with convolution"])
 def test_nothing_before_a_changed_token_moves_in_the_streaming_form(name):
     model, x = lively(**MODELS[name]), tokens(1, 24)
     y = x.clone()
@@ -146,7 +146,7 @@ def test_the_auxiliary_loss_is_blind_to_scale_and_trains_only():
     found = []
     for scale in (1.0, 1e-3):
         empty = mixer.empty_state(2)[0]
-        written = (write, bind(item * scale, cos, sin), decay, empty, None, 8)
+        written = (write, bind(item * scale, cos, sin), decay, empty, 8)
         found.append(float(mixer.delayed_recall(item * scale, cos, sin, written, NOWHERE + 5)))
     assert abs(found[0] - found[1]) < 1e-6
     model.eval()
@@ -161,10 +161,10 @@ def test_an_item_alone_in_its_slot_is_recalled_without_loss():
     cos, sin = key_of(torch.randn(2, T, 2, 6).double())
     write = torch.eye(T).double()[None, :, None].expand(2, T, 2, T)
     no_decay = torch.zeros_like(write)
-    written = (write, bind(item, cos, sin), no_decay, mixer.empty_state(2)[0], None, 8)
+    written = (write, bind(item, cos, sin), no_decay, mixer.empty_state(2)[0], 8)
     assert abs(float(mixer.delayed_recall(item, cos, sin, written, NOWHERE))) < 1e-12
     all_same = torch.ones_like(write) / T
-    written = (all_same, bind(item, cos, sin), no_decay, mixer.empty_state(2)[0], None, 8)
+    written = (all_same, bind(item, cos, sin), no_decay, mixer.empty_state(2)[0], 8)
     assert float(mixer.delayed_recall(item, cos, sin, written, NOWHERE)) > 0.05
 
 
@@ -243,7 +243,7 @@ def test_dropout_keeps_the_stated_share_and_its_masks_are_unrelated():
     assert abs(float(train_gpu.dropout(x, kept.bool(), 0.1).mean()) - 1) < 0.01
 
 
-@pytest.mark.parametrize("name", ["plain", "delta", "attention"])
+@pytest.mark.parametrize("name", ["plain", "attention"])
 def test_gradient_checkpointing_changes_no_gradient(name):
     seeds = torch.arange(6)
     plain = gradients(6, seeds, **MODELS[name])

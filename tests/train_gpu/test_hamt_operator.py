@@ -2,40 +2,35 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hamt_support import knobs, lively, tokens
 
 import train_gpu
 from train_gpu import gated_linear_attention, recurrent_step
 
 
-def inputs(T: int, delta: bool, B: int = 2, H: int = 2, S: int = 5, E: int = 6) -> list:
-    """q, k, v, log_decay, state, beta."""
+def inputs(T: int, B: int = 2, H: int = 2, S: int = 5, E: int = 6) -> list:
+    """q, k, v, log_decay, state."""
     rng = torch.Generator().manual_seed(T)
     draw = lambda *shape: torch.rand(*shape, generator=rng, dtype=torch.float64)
     q, k, log_decay = draw(B, T, H, S), draw(B, T, H, S), -draw(B, T, H, S)
-    v, state, beta = draw(B, T, H, E) - 0.5, draw(B, H, S, E) - 0.5, None
-    if delta:
-        k, beta = F.normalize(k, dim=-1), draw(B, T, H, 1)
-    return [q, k, v, log_decay, state, beta]
+    v, state = draw(B, T, H, E) - 0.5, draw(B, H, S, E) - 0.5
+    return [q, k, v, log_decay, state]
 
 
-def recurrence(q, k, v, log_decay, state, beta) -> tuple[torch.Tensor, torch.Tensor]:
+def recurrence(q, k, v, log_decay, state) -> tuple[torch.Tensor, torch.Tensor]:
     reads = []
     for t in range(q.size(1)):
         now = slice(t, t + 1)
-        strength = None if beta is None else beta[:, now]
-        step = (q[:, now], k[:, now], v[:, now], log_decay[:, now], state, strength)
+        step = (q[:, now], k[:, now], v[:, now], log_decay[:, now], state)
         read, state = recurrent_step(*step)
         reads.append(read)
     return torch.cat(reads, dim=1), state
 
 
-@pytest.mark.parametrize("delta", [False, True])
 @pytest.mark.parametrize(("T", "L"), [(29, 1), (29, 4), (29, 29), (29, 128), (300, 64), (600, 2)])
-def test_every_chunk_length_gives_the_recurrence(T, L, delta):
+def test_every_chunk_length_gives_the_recurrence(T, L):
     """600 tokens in chunks of 2 are 300 chunks, which need the second level."""
-    given = inputs(T, delta)
+    given = inputs(T)
     found, state = gated_linear_attention(*given, L)
     expected, expected_state = recurrence(*given)
     assert expected.std() > 0.1
@@ -43,23 +38,21 @@ def test_every_chunk_length_gives_the_recurrence(T, L, delta):
     assert (state - expected_state).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("delta", [False, True])
-def test_gradients_are_the_recurrences(delta):
-    given = inputs(40, delta)
-    leaves = [x.requires_grad_() for x in given if x is not None]
+def test_gradients_are_the_recurrences():
+    given = inputs(40)
+    leaves = [x.requires_grad_() for x in given]
     ours = torch.autograd.grad(gated_linear_attention(*given, 8)[0].square().sum(), leaves)
     theirs = torch.autograd.grad(recurrence(*given)[0].square().sum(), leaves)
     for a, b in zip(ours, theirs, strict=True):
         assert b.abs().max() > 1e-6 and torch.allclose(a, b, atol=1e-10, rtol=1e-9)
 
 
-@pytest.mark.parametrize("delta", [False, True])
 @pytest.mark.parametrize("L", [2, 64])
-def test_a_change_at_t_moves_nothing_before_t(L, delta):
-    given = inputs(600, delta)
+def test_a_change_at_t_moves_nothing_before_t(L):
+    given = inputs(600)
     before, _ = gated_linear_attention(*given, L)
     for t in (0, 1, 63, 64, 511, 599):
-        changed = [x if x is None else x.clone() for x in given]
+        changed = [x.clone() for x in given]
         for x in changed[:4]:
             x[:, t] *= 0.5
         after, _ = gated_linear_attention(*changed, L)
@@ -68,24 +61,24 @@ def test_a_change_at_t_moves_nothing_before_t(L, delta):
 
 
 def test_the_strongest_decay_over_the_longest_chunk_stays_finite_and_exact():
-    given = inputs(256, delta=False)
+    given = inputs(256)
     given[3] = torch.full_like(given[3], -train_gpu.MAX_DECAY)
     exact, _ = gated_linear_attention(*given, 128)
-    single = [x if x is None else x.float().requires_grad_() for x in given]
+    single = [x.float().requires_grad_() for x in given]
     found, _ = gated_linear_attention(*single, 128)
     assert found.isfinite().all() and (found - exact).abs().max() < 1e-4
     found.sum().backward()
-    assert all(x.grad.isfinite().all() for x in single if x is not None)
+    assert all(x.grad.isfinite().all() for x in single)
 
 
 def test_what_a_slow_slot_keeps_survives_a_fast_stretch_before_it():
     """Sums of decays are formed between two places, never as differences of long sums, in which
     fp32 would lose what is small."""
-    given = inputs(4096, delta=False, B=1, H=1, S=2, E=2)
+    given = inputs(4096, B=1, H=1, S=2, E=2)
     given[3][:, :3000] = -1.0
     given[3][:, 3000:] = -1e-4
     exact, _ = gated_linear_attention(*given, 16)
-    single = [x if x is None else x.float() for x in given]
+    single = [x.float() for x in given]
     found, _ = gated_linear_attention(*single, 16)
     assert ((found - exact).abs().max() / exact.abs().max()) < 1e-5
 
@@ -147,22 +140,21 @@ def test_phases_are_as_precise_at_position_a_million_as_at_the_start():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("delta", [False, True])
-def test_the_kernels_of_fla_give_what_the_plain_form_gives(delta):
+def test_the_kernels_of_fla_give_what_the_plain_form_gives():
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     pytest.importorskip("fla", reason="needs the package fla-core")
-    given = inputs(256, delta, B=2, H=4, S=16, E=64)
+    given = inputs(256, B=2, H=4, S=16, E=64)
     results = []
     for attend, dtype in (
         (gated_linear_attention, torch.float32),
         (train_gpu.fla_attention, torch.bfloat16),
     ):
-        leaves = [x if x is None else x.float().cuda().requires_grad_() for x in given]
+        leaves = [x.float().cuda().requires_grad_() for x in given]
         values = leaves[2].to(dtype)
         read, _ = attend(*leaves[:2], values, *leaves[3:], 64)
         read.float().square().sum().backward()
-        results.append([read.float(), *(x.grad for x in leaves if x is not None)])
+        results.append([read.float(), *(x.grad for x in leaves)])
     for a, b in zip(*results, strict=True):
         assert (a - b).norm() / a.norm() < 3e-3
 

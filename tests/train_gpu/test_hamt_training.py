@@ -13,7 +13,8 @@ import train_gpu
 from plumbing import TokenShards, World, write_shard
 from plumbing.row_states import RowStates
 from plumbing.splits import Split
-from plumbing.text_batches import Score, TextBatches, window_batches, window_starts
+from plumbing.text_batches import TextBatches
+from plumbing.text_scores import Score, evaluate, evaluate_stream, window_batches, window_starts
 from train_gpu import AdamW, LinearCrossEntropy
 
 TRUE, FALSE = torch.tensor(True), torch.tensor(False)
@@ -140,7 +141,7 @@ def test_with_a_carried_state_each_row_goes_on_where_it_stopped(tmp_path):
 
 def test_a_carried_state_is_used_no_gradient_flows_into_it_and_an_epoch_starts_without():
     model, x = lively(double=False, carry_state=True, batch_size=2), tokens(2, 33)
-    states, everything = RowStates(model.carried(ONE), 2, ONE), slice(0, 2)
+    states, everything = RowStates(model.empty_state, 2, ONE), slice(0, 2)
     states.start_step(is_new_epoch=True)
     cold, _, state = model(x[:, :16], x[:, 1:17], states.take(everything))
     states.put(everything, state)
@@ -179,7 +180,7 @@ def test_windows_score_every_token_but_the_first_once(tmp_path, T):
 def test_perplexities_by_hand(tmp_path):
     model, split = lively(double=False, sequence_length=16), split_of(tmp_path)
     model.wte.data.zero_()  # every token has probability 1/256
-    found = train_gpu.evaluate(model, split, 3, ONE)
+    found = evaluate(model, split, 16, 3, ONE)
     assert found.tokens == 100 and math.isclose(found.nats, 100 * math.log(256), rel_tol=1e-6)
     assert math.isclose(found.ppl, 256, rel_tol=1e-5)
     # 101 tokens stand for 20 words and 120 bytes; 100 of them are scored
@@ -198,9 +199,9 @@ def test_a_token_is_scored_from_its_window_and_nothing_else(tmp_path, T):
         targets = text[start + 1 : start + T + 1]
         nats += F.cross_entropy(model.logits(inputs[None])[0], targets, reduction="sum").item()
     for rows in (1, 4):
-        found = train_gpu.evaluate(model, split, rows, ONE)
+        found = evaluate(model, split, T, rows, ONE)
         assert math.isclose(found.nats, nats, rel_tol=1e-5) and found.tokens == 100
-    limited = train_gpu.evaluate(model, split, 2, ONE, limit=2)
+    limited = evaluate(model, split, T, 2, ONE, limit=2)
     assert limited.tokens == min(2 * T, 100)
 
 
@@ -211,12 +212,12 @@ def test_streaming_scores_every_token_from_all_before_it(tmp_path):
         model = lively(double=False, sequence_length=T)
         logits = model.logits(text[None, :-1])[0]
         whole = F.cross_entropy(logits, text[1:], reduction="sum").item()
-        found = train_gpu.evaluate_stream(model, split, ONE)
+        found = evaluate_stream(model, split, T, ONE)
         assert math.isclose(found.nats, whole, rel_tol=1e-5) and found.tokens == 100
 
 
 def test_evaluation_has_no_dropout(tmp_path):
     model, split = lively(double=False, dropout=0.5, sequence_length=16), split_of(tmp_path)
-    first, second = (train_gpu.evaluate(model, split, 2, ONE).nats for _ in range(2))
+    first, second = (evaluate(model, split, 16, 2, ONE).nats for _ in range(2))
     plain = lively(double=False, sequence_length=16)
-    assert first == second == train_gpu.evaluate(plain, split, 2, ONE).nats and model.training
+    assert first == second == evaluate(plain, split, 16, 2, ONE).nats and model.training
