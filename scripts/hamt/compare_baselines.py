@@ -1,31 +1,25 @@
 """compare_baselines.py -- train_gpu.py's models beside attention and published models: quality,
 speed, memory, state.
 
-    python scripts/hamt/compare_baselines.py --run HAMT_ID ATTENTION_ID                  with
-    gpt2 and distilgpt2
-    python scripts/hamt/compare_baselines.py --hamt_checkpoint logs/ID/step_001000 --baselines
-    gpt2 pythia-160m --device cuda
-    python scripts/hamt/compare_baselines.py --run ID --baselines none --dataset
-    ../shared/data/wikitext2 --max_samples 200
-    python scripts/hamt/compare_baselines.py --speed_only --preset 33m --mixer both     training,
-    memory, decoding, untrained
+    python scripts/hamt/compare_baselines.py --run HAMT_ID ATTENTION_ID      with gpt2, distilgpt2
+    python scripts/hamt/compare_baselines.py --hamt_checkpoint logs/ID/step_001000 \\
+        --baselines gpt2 pythia-160m --device cuda
+    python scripts/hamt/compare_baselines.py --run ID --baselines none --dataset FOLDER
+    python scripts/hamt/compare_baselines.py --speed_only --preset 33m --mixer both    untrained
 
-All models read the same text in the same windows; each is scored on all of its own tokens but
-the first, and the summed
-loss is then divided by tokens, words and bytes: only the last two compare models with different
-tokenizers. Published
-models are looked for on this machine first, then on the hub; one that cannot be had is one line,
-and left out.
+All models read the same text in the same windows; each is scored on all of its own tokens but the
+first, and the summed loss is then divided by tokens, words and bytes: only the last two compare
+models with different tokenizers. Published models are looked for on this machine first, then on the
+hub; one that cannot be had is one line, and left out. With --speed_only training speed, memory and
+decoding are measured; each of these parts is a file as soon as it is done, and --deadline_s ends
+the program where it stands.
 
 Writes   OUTPUT_DIR/quality.csv, inference.csv, comparison.md, comparison.json and figures as PNG
-and SVG;
-         --speed_only: training.csv, training_memory.csv, decoding.csv, speed.md, speed.json and
-         figures
+         and SVG; --speed_only: a CSV, a figure and speed_PART.json for each part, and speed.md
 Shapes   B sequences, T tokens, V vocabulary
 Units    losses in nats; a CPU's times are CPU time of the process, a GPU's are synchronised
-seconds; memory in MiB is
-         the process's peak resident memory, or max_memory_allocated on a GPU, each in a process
-         of its own
+         seconds; memory in MiB is the process's peak resident memory, or max_memory_allocated on a
+         GPU, each in a process of its own
 Raises   UserError: no such run, another program's, a text that is not there, a bad flag
 """
 
@@ -38,6 +32,7 @@ from pathlib import Path
 
 import beside  # noqa: F401  (finds scripts/lib and the trainers)
 import torch
+from comparison_flags import arguments
 from comparison_tables import (
     csv_of,
     facts,
@@ -51,7 +46,7 @@ from comparison_tables import (
 from lib import program
 from lib import runs as lib
 from meters import CHILDREN, measure_apart
-from quality import PRECISIONS, quality, raw_text
+from quality import quality, raw_text
 from speed import speed_only
 from subjects import Ours, Subject, n_params, open_subject
 
@@ -60,8 +55,8 @@ from plumbing import UserError
 from plumbing.world import launch
 
 NOTE = (
-    "Note: GPT-2's published 29.41 is WikiText-2 and 37.50 is WikiText-103, both zero-shot, per word, on de-tokenised "
-    "text; published models are zero-shot here too, on the text as it stands."
+    "Note: GPT-2's published 29.41 is WikiText-2 and 37.50 is WikiText-103, both zero-shot, per "
+    "word, on de-tokenised text; published models are zero-shot here too, on the text as it stands."
 )
 
 
@@ -127,7 +122,8 @@ def window_of(a: argparse.Namespace, subjects: Sequence[tuple[dict, dict]]) -> t
     stride = a.stride or window
     if stride > window:
         raise UserError(
-            f"--stride {stride} is more than --window {window}: tokens would be left out; use up to {window}"
+            f"--stride {stride} is more than --window {window}: tokens would be left out; use up "
+            f"to {window}"
         )
     for spec, found in subjects:
         if found["limit"] and window > found["limit"]:
@@ -154,9 +150,8 @@ def compare(a: argparse.Namespace, out: Path) -> None:
     device, specs = torch.device(a.device), specs_of(a)
     found = []  # what can be had, and its size
     for spec, s in opened(specs, device):
-        found.append(
-            (spec, dict(limit=s.limit, context=s.context, mixer=s.mixer, parameters=n_params(s)))
-        )
+        facts_of = dict(limit=s.limit, context=s.context, mixer=s.mixer, parameters=n_params(s))
+        found.append((spec, facts_of))
         del s
     trained = [(spec, f) for spec, f in found if "knobs" not in spec]
     if not trained:
@@ -164,38 +159,50 @@ def compare(a: argparse.Namespace, out: Path) -> None:
             "no model to compare: give --run ID, or --baselines whose weights are at hand"
         )
     window, stride = window_of(a, trained)
-    k = next(
-        (Ours(s, torch.device("cpu")).cfg for s in specs if "path" in s),
-        train_gpu.Knobs(data="wikitext-2"),
-    )
-    changes = dict(data=a.dataset, data_folder=a.data_folder)
-    changes = {name: value for name, value in changes.items() if value}
-    a.dataset = changes.get("data", k.data)
-    text, words = raw_text(dataclasses.replace(k, **changes), a.split, a.max_samples)
+    text, words = text_of(a, specs)
     show(
-        f"{a.dataset}, {a.split}: {words:,} words, {len(text.encode()):,} bytes; window {window}, stride {stride}"
+        f"{a.dataset}, {a.split}: {words:,} words, {len(text.encode()):,} bytes; window {window}, "
+        f"stride {stride}"
     )
-
     rows, speeds = [], []
     for spec, f in found:
         row = dict(model=spec["label"], mixer=f["mixer"], parameters=f["parameters"])
         if "knobs" not in spec:
             row |= quality(open_subject(spec, device), text, words, a, window, stride)
-            show(f"{row['model']}: {row['ppl']:.3f} per token, {row['word_ppl']:.3f} per word, "
-                 f"{row['bits_per_byte']:.4f} bits per byte")  # fmt: skip
-        rows.append(row)
-        for T in a.contexts if not a.quality_only else []:
-            if f["limit"] and f["limit"] < T:
-                show(
-                    f"  {spec['label']}: context {T} left out, it takes {f['limit']} tokens at most"
-                )
-                continue
-            more = dict(
-                subject=spec, context=T, decode=a.decode, repeats=a.repeats, precision=a.precision
+            show(
+                f"{row['model']}: {row['ppl']:.3f} per token, {row['word_ppl']:.3f} per word, "
+                f"{row['bits_per_byte']:.4f} bits per byte"
             )
-            if speed := measure_apart("inference", more, a.device):
-                speeds.append(dict(model=spec["label"]) | speed)
+        rows.append(row)
+        if not a.quality_only:
+            speeds += inference_of(a, spec, f["limit"])
     write_comparison(a, out, rows, speeds, words, len(text.encode()))
+
+
+def text_of(a: argparse.Namespace, specs: Sequence[dict]) -> tuple[str, int]:
+    """The text to score and its words; by default the first run's, whose name goes into `a`."""
+    k = train_gpu.Knobs(data="wikitext-2")
+    for spec in specs:
+        if "path" in spec:
+            k = Ours(spec, torch.device("cpu")).cfg
+            break
+    changes = dict(data=a.dataset, data_folder=a.data_folder)
+    changes = {name: value for name, value in changes.items() if value}
+    a.dataset = changes.get("data", k.data)
+    return raw_text(dataclasses.replace(k, **changes), a.split, a.max_samples)
+
+
+def inference_of(a: argparse.Namespace, spec: dict, limit: int | None) -> list[dict]:
+    """A row for each context that the model takes."""
+    rows = []
+    for T in a.contexts:
+        if limit and limit < T:
+            show(f"  {spec['label']}: context {T} left out, it takes {limit} tokens at most")
+            continue
+        asked = dict(subject=spec, context=T, decode=a.decode, repeats=a.repeats)
+        if row := measure_apart("inference", asked | dict(precision=a.precision), a.device):
+            rows.append(dict(model=spec["label"]) | row)
+    return rows
 
 
 def write_comparison(
@@ -205,10 +212,11 @@ def write_comparison(
     scored_rows = [row for row in rows if "nats" in row]
     window, stride = scored_rows[0]["window"], scored_rows[0]["stride"]
     text = f"{a.dataset}, {a.split} split: {words:,} words with line ends, {n_bytes:,} bytes"
-    page = f"{text}. Window {window} tokens, stride {stride}, all tokens but the first.\n\n{markdown(rows, QUALITY)}"
-    page += f"\n{NOTE}\n"
+    page = f"{text}. Window {window} tokens, stride {stride}, all tokens but the first.\n\n"
+    page += f"{markdown(rows, QUALITY)}\n{NOTE}\n"
     if speeds:
-        page += f"\nOne sequence, {machine_line(start)}; memory is each process's own.\n\n{markdown(speeds, INFERENCE)}"
+        page += f"\nOne sequence, {machine_line(start)}; memory is each process's own.\n\n"
+        page += markdown(speeds, INFERENCE)
     show(f"\n{page}")
     program.write_whole(out / "comparison.md", page)
     program.write_whole(out / "quality.csv", csv_of(rows))
@@ -230,152 +238,12 @@ def write_comparison(
         save_figure(out, "inference", figure)
 
 
-def numbers(text: str) -> list[int]:
-    try:
-        found = [int(part) for part in text.split(",")]
-    except ValueError:
-        found = [0]
-    if min(found) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers above 0, with commas")
-    return found
-
-
-def one_number(text: str) -> int:
-    if len(found := numbers(text)) != 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected one whole number above 0")
-    return found[0]
-
-
-PARTS = ("training", "training_memory", "decoding")
-
-
-def some_parts(text: str) -> list[str]:
-    if wrong := [part for part in text.split(",") if part not in PARTS]:
-        raise argparse.ArgumentTypeError(f"no part {wrong[0]!r}; there are {', '.join(PARTS)}")
-    return text.split(",")
-
-
-def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    both = lambda name: dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-    add = lambda name, **more: p.add_argument(*both(name), **more)
-    add("run", nargs="+", metavar="ID", help="runs of train_gpu.py, HAMT and attention alike")
-    add(
-        "hamt_checkpoint",
-        nargs="+",
-        metavar="PATH",
-        help="the same by the folder of a run or of a checkpoint",
-    )
-    add("baselines", nargs="+", default=["distilgpt2", "gpt2"], metavar="NAME",
-        help="gpt2, gpt2-medium, distilgpt2, pythia-160m, ..., a folder with weights, or none")  # fmt: skip
-    add("offline", action="store_true", help="published models from this machine only")
-    add(
-        "dataset",
-        metavar="X",
-        help="as of train_gpu.py; default: that of the first run, else wikitext-2",
-    )
-    add(
-        "data_folder",
-        metavar="DIR",
-        help="downloaded texts and token shards; default: that of the first run",
-    )
-    add("split", choices=("val", "test"), default="test")
-    add(
-        "max_samples",
-        type=one_number,
-        metavar="N",
-        help="lines of text at most that are not empty (all)",
-    )
-    add(
-        "window",
-        type=one_number,
-        metavar="T",
-        help="tokens of a window; default: the shortest context",
-    )
-    add(
-        "stride",
-        type=one_number,
-        metavar="T",
-        help="tokens that a later window scores; default: the window",
-    )
-    add("batch_size", type=one_number, default=1, metavar="N", help="windows at a time (1)")
-    add("precision", choices=tuple(PRECISIONS), default="fp32", help="autocast")
-    add("device", choices=("cpu", "cuda"), default="cpu")
-    add(
-        "contexts",
-        type=numbers,
-        default=[256, 512, 1024],
-        metavar="T,...",
-        help="for speed and memory (256,512,1024)",
-    )
-    add(
-        "decode",
-        type=one_number,
-        default=16,
-        metavar="N",
-        help="tokens decoded at each context (16)",
-    )
-    add("repeats", type=one_number, default=5, metavar="N", help="measurements of each time (5)")
-    add("quality_only", action="store_true", help="no speed, no memory")
-    add("logs_folder", default=str(program.ROOT / "logs"), metavar="DIR")
-    add("output_dir", metavar="DIR", help="default: experiments/comparison/<date and time>")
-    add("speed_only", action="store_true", help="measure untrained models of a preset instead")
-    add("preset", choices=tuple(train_gpu.PRESETS), default="33m", help="of train_gpu.py (33m)")
-    add("mixer", choices=("both", "hamt", "attention"), default="both")
-    add("knobs", default="", metavar='"NAME=VALUE ..."', help="more of train_gpu.py's knobs")
-    add(
-        "parts",
-        type=some_parts,
-        default=list(PARTS),
-        metavar="X,...",
-        help=f"some of {', '.join(PARTS)}",
-    )
-    add(
-        "lengths",
-        type=numbers,
-        default=[128, 256, 512, 1024, 2048, 4096],
-        metavar="T,...",
-        help="of training",
-    )
-    add(
-        "tokens_per_step",
-        type=one_number,
-        default=4096,
-        metavar="N",
-        help="the same at every length (4096)",
-    )
-    add(
-        "memory_batch",
-        type=one_number,
-        default=1,
-        metavar="N",
-        help="sequences where memory is measured (1)",
-    )
-    add(
-        "decode_contexts",
-        type=numbers,
-        default=[2**i * 1024 for i in range(7)],
-        metavar="T,...",
-        help="1k to 64k",
-    )
-    add(
-        "fed",
-        type=one_number,
-        default=4096,
-        metavar="T",
-        help="longer caches of full attention are drawn (4096)",
-    )
-    add("child", help=argparse.SUPPRESS)
-    return p.parse_args(argv)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    a = arguments(argv)
+    a = arguments(argv, __doc__)
     if a.device == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            f"--device cuda, but torch {torch.__version__} sees no CUDA GPU; leave it out to use the CPU"
+            f"--device cuda, but torch {torch.__version__} sees no CUDA GPU; leave it out to use "
+            f"the CPU"
         )
     if a.child:
         what, spec = json.loads(a.child)

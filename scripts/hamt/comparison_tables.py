@@ -97,8 +97,14 @@ def quality_figure(rows: Sequence[dict], title: str):
     figure, (axes,) = plots.new_figure(1.4 + 0.45 * len(rows))
     for i, row in enumerate(rows):
         axes.plot(row["bits_per_byte"], i, **plots.style_of(i) | dict(linestyle="", markersize=7))
-        axes.annotate(f"{row['bits_per_byte']:.3f}", (row["bits_per_byte"], i), (0, 7), textcoords="offset points",
-                      ha="center", fontsize=8)  # fmt: skip
+        axes.annotate(
+            f"{row['bits_per_byte']:.3f}",
+            (row["bits_per_byte"], i),
+            (0, 7),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+        )
     names = [
         f"{plots.plain(row['model'])}\n{row['parameters'] / 1e6:.1f} million parameters"
         for row in rows
@@ -107,7 +113,10 @@ def quality_figure(rows: Sequence[dict], title: str):
     axes.set_ylim(len(rows) - 0.5, -0.7)
     axes.margins(x=0.1)
     axes.set_xlabel("bits per byte (lower is better; the axis does not begin at zero)", fontsize=10)
-    how = f"window {rows[0]['window']} tokens, stride {rows[0]['stride']}; published models are zero-shot"
+    how = (
+        f"window {rows[0]['window']} tokens, stride {rows[0]['stride']}; published models are "
+        f"zero-shot"
+    )
     plots.finish(figure, [axes], title, how)
     return figure
 
@@ -137,4 +146,7 @@ def facts(a: argparse.Namespace) -> dict:
 def machine_line(found: Mapping[str, object]) -> str:
     clock = "process CPU time" if str(found["device"]).startswith("CPU") else "synchronised seconds"
     threads = f"{found['threads']} thread(s), " if clock == "process CPU time" else ""
-    return f"{found['device']}, {threads}torch {found['torch']}, {clock}, precision {found['precision']}"
+    return (
+        f"{found['device']}, {threads}torch {found['torch']}, {clock}, precision "
+        f"{found['precision']}"
+    )

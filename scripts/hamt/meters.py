@@ -167,6 +167,8 @@ class Trainer:
         self.model = train_gpu.Model(cfg)
         train_gpu.init_weights(self.model, cfg)
         self.model.to(device)
+        if cfg.compile:
+            train_gpu.compile_model(self.model)
         self.gradients = flat_gradients(self.model)
         self.adam = train_gpu.AdamW(self.model, cfg)
         norms = torch.zeros(1, device=device)  # moments are there from the start, as in most steps
@@ -197,6 +199,8 @@ def child_training_memory(spec: Mapping[str, object], device: torch.device) -> d
     return dict(context=spec["context"], batch=spec["batch"]) | peak.row()
 
 
+# Processes that measure now, each the leader of a group of its own: a deadline ends them.
+RUNNING: list[subprocess.Popen] = []
 CHILDREN = dict(
     inference=child_inference, decoding=child_decoding, training_memory=child_training_memory
 )
@@ -215,14 +219,19 @@ def measure_apart(what: str, spec: Mapping[str, object], device: str) -> object 
         "--child",
         json.dumps([what, spec]),
     ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
-    last = next(
-        (line for line in reversed(done.stderr.splitlines()) if line.strip()),
-        f"exit code {done.returncode}",
-    )
-    why = "out of memory" if done.returncode == -9 or "emory" in last else last[:200]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, start_new_session=True, **pipes)
+    RUNNING.append(process)
+    stdout, stderr = process.communicate()
+    RUNNING.remove(process)
+    code = process.returncode
+    if code == 0:
+        return json.loads(stdout.splitlines()[-1])
+    last = f"exit code {code}"
+    for line in stderr.splitlines():
+        if line.strip():
+            last = line
+    why = "out of memory" if code == -9 or "emory" in last else last[:200]
     where = {name: value for name, value in spec.items() if name in ("context", "batch")}
     show(f"  {what} {where or ''}: left out, {why}")
     return None

@@ -13,10 +13,8 @@ from plumbing import UserError, knob, read_knobs
 
 MIXERS = ("hamt", "zero", "local", "attention", "attention_conv")
 MEMORIES = dict(hamt="on", zero="off", local="local", attention="on", attention_conv="on")
-SELECT, MEASURE = (
-    1,
-    2,
-)  # streams of held-out sequences: one to choose a learning rate by, one to report
+# Streams of held-out sequences: one to choose a learning rate by, one to report.
+SELECT, MEASURE = 1, 2
 ENOUGH = 0.95  # accuracy whose first step is noted
 
 
@@ -29,7 +27,7 @@ class Bench:
     keys: int = knob(64, "different keys", low=1)
     values: int = knob(64, "different values: chance is 1 / VALUES", low=2)
     fillers: int = knob(16, "different filler tokens", low=1)
-    density: float = knob(0.5, "mqar: share of training tokens that are queries", above=0, high=1)
+    density: float = knob(0.5, "share of training tokens that are queries", above=0, high=1)
     # budget, of each model
     mixers: str = knob("hamt,zero,attention", f"with commas: {', '.join(MIXERS)}")
     steps: int = knob(300, "optimizer steps", low=1)
@@ -38,6 +36,9 @@ class Bench:
     weight_decay: float = knob(0.1, "of matrices only", low=0)
     warmup: int = knob(50, "steps of linear warm-up", low=0)
     seeds: int = knob(3, "models of each kind, seeds 0, 1, ...", low=1)
+    rate_seeds: int | None = knob(
+        None, "seeds with which every rate is tried; the best has all", low=1, none="all"
+    )
     # model
     hidden_dim: int = knob(64, "model width, channels", low=2)
     hcm_dim: int = knob(128, "memory width, real numbers", low=2)
@@ -52,7 +53,7 @@ class Bench:
     )
     model: str = knob("", 'more of train_gpu.py\'s knobs: "name=value name=value"')
     # measurement
-    eval_pairs: str = knob("1,2,4,8,16,32", "with commas; those that do not fit are left out")
+    eval_pairs: str = knob("1,2,4,8,16,32,64", "with commas; those that do not fit are left out")
     eval_lengths: str = knob("auto", "with commas, tokens; auto: 1, 2 and 4 times LENGTH")
     sequences: int = knob(300, "held-out sequences of a measurement", low=2)
     slot_sequences: int = knob(32, "sequences for slot statistics; 0: none", low=0)
@@ -75,11 +76,11 @@ class Bench:
             )
         if min(*self.numbers("eval_pairs"), *self.lengths) < 1:
             raise ValueError(
-                f"EVAL_PAIRS={self.eval_pairs} and EVAL_LENGTHS={self.eval_lengths} must be 1 or more"
+                f"EVAL_PAIRS={self.eval_pairs} and EVAL_LENGTHS={self.eval_lengths} must be 1 or "
+                f"more"
             )
-        self.sequences_of(
-            np.random.default_rng(0), 1, self.length, self.pairs
-        )  # a ValueError where they do not fit
+        # A ValueError where they do not fit
+        self.sequences_of(np.random.default_rng(0), 1, self.length, self.pairs)
 
     def numbers(self, name: str, kind: type = int) -> list:
         try:
@@ -113,7 +114,7 @@ class Bench:
 
     def training(self, seed: int, step: int) -> Sequences:
         """The fresh sequences of a step: the same for all mixers and rates."""
-        more = dict(density=self.density) if self.task == "mqar" else {}
+        more = dict(density=self.density) if self.task in tasks.DENSE else {}
         rng = np.random.default_rng([seed, 0, step])
         return self.sequences_of(rng, self.batch_size, self.length, self.pairs, **more)
 

@@ -24,26 +24,22 @@ def show(line: str = "") -> None:
     print(line, flush=True)
 
 
-def number(value: object, form: str = ".3f") -> str:
-    return "-" if value is None else f"{value:{form}}" if isinstance(value, float) else str(value)
-
-
 def show_slots(heads: Sequence[dict]) -> None:
     show(
-        "layer head slots  rank(entropy) rank(participation)  |cosine| (unrelated)  matter   loss change when zeroed"
+        "layer head slots  rank(entropy) rank(participation)  |cosine| (unrelated)  matter   loss "
+        "change when zeroed"
     )
     for r in heads:
         change = f"{r['loss_change']:+.4f} +- {r['half']:.4f}"
         if r["head"] is None:
-            show(
-                f"{'all layers' if r['layer'] is None else r['layer']!s:10s} all slots zeroed: {change}"
-            )
+            layer = "all layers" if r["layer"] is None else str(r["layer"])
+            show(f"{layer:10s} all slots zeroed: {change}")
             continue
         show(
             f"{r['layer']:5d} {r['head']:4d} {r['slots']:5d}  {r['rank_entropy']:13.2f} "
             f"{r['rank_participation']:19.2f}  "
-            f"{r['slot_cosine']:8.3f} ({r['cosine_if_unrelated']:.3f})       {r['slots_that_matter']:6d}   "
-            f"{change} (its largest)"
+            f"{r['slot_cosine']:8.3f} ({r['cosine_if_unrelated']:.3f})       "
+            f"{r['slots_that_matter']:6d}   {change} (its largest)"
         )
 
 
@@ -132,86 +128,87 @@ def facts(b: Bench, w: World) -> dict:
     )
 
 
-AXES = dict(
-    pairs=("pairs in the sequence", "eval_pairs"),
-    length=("length of the sequence (tokens)", "eval_length"),
-)
+AXES = {
+    "pairs": ("pairs in the sequence", "eval_pairs"),
+    "length": ("length of the sequence (tokens)", "eval_length"),
+}
+Points = dict[str, list[tuple[float, float, float, float]]]  # x, mean, low, high by mixer
+
+
+def points_of(means: Sequence[dict], **place: object) -> Points:
+    """The rows at a place of the tables, as points over what they are measured against."""
+    points: Points = {}
+    for r in means:
+        if any(r[name] != value for name, value in place.items()):
+            continue
+        if r["against"] in AXES:
+            x = r[AXES[r["against"]][1]]
+        else:
+            x = (r["distance_low"] + r["distance_high"]) / 2
+        points.setdefault(r["mixer"], []).append((x, r["mean"], r["low"], r["high"]))
+    return points
+
+
+def learning_curves(models: Sequence[Trained], rates: dict[str, float]) -> Points:
+    """Accuracy on the sequences for selection while training, at each mixer's chosen rate."""
+    curves: Points = {}
+    for mixer, rate in rates.items():
+        own = [m.curve for m in models if (m.mixer, m.rate) == (mixer, rate)]
+        for at in zip(*own, strict=True):
+            found = [accuracy for _, accuracy in at]
+            point = at[0][0], float(np.mean(found)), min(found), max(found)
+            curves.setdefault(mixer, []).append(point)
+    return curves
+
+
+def accuracy_figure(
+    b: Bench, lines: Points, names: dict[str, str], label: str, what: str, is_log: bool = False
+) -> object:
+    """A line with a band for each mixer, and chance."""
+    figure, (axes,) = plots.new_figure(3.8)
+    for i, (mixer, points) in enumerate(lines.items()):
+        x, y, low, high = zip(*sorted(points), strict=True)
+        style = plots.style_of(i)
+        axes.plot(x, y, label=names[mixer], **style)
+        axes.fill_between(x, low, high, color=style["color"], alpha=0.18, linewidth=0)
+    chance = tasks.chance(b.alphabet)
+    axes.axhline(chance, color="0.4", linewidth=1, linestyle=":", label="chance")
+    if is_log:
+        axes.set_xscale("log", base=2)
+        ticks = sorted({p[0] for points in lines.values() for p in points})
+        axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_ylabel("accuracy (share of answers)", fontsize=10)
+    axes.set_xlabel(label, fontsize=10)
+    band = "n=1, band: 95% interval over sequences"
+    if b.seeds > 1:
+        band = f"n={b.seeds} seeds, band: smallest to largest"
+    caption = (
+        f"{b.steps} steps of {b.batch_size} sequences; trained with {b.pairs} pairs at length "
+        f"{b.length}; {band}"
+    )
+    plots.finish(figure, [axes], f"{b.task}: {what}", caption)
+    plots.add_legend(axes, axes, len(lines) + 1)
+    return figure
 
 
 def figures(
     b: Bench, means: Sequence[dict], models: Sequence[Trained], rates: dict[str, float]
-) -> Iterator[tuple]:
+) -> Iterator[tuple[str, object]]:
     """(name, figure): accuracy against pairs, length, and distance at each length; and the
-    learning curves."""
-    mixers, n = list(dict.fromkeys(r["mixer"] for r in means)), b.seeds
-    budget = f"{b.steps} steps of {b.batch_size} sequences; trained with {b.pairs} pairs at length {b.length}"
-    band = (
-        f"n={n} seeds, band: smallest to largest"
-        if n > 1
-        else "n=1, band: 95% interval over sequences"
-    )
-
-    def drawn(
-        lines: dict[str, list[tuple[float, float, float, float]]], label: str, what: str, log: bool
-    ) -> object:
-        figure, (axes,) = plots.new_figure(3.8)
-        for i, (mixer, points) in enumerate(lines.items()):
-            x, y, low, high = zip(*sorted(points), strict=True)
-            style = plots.style_of(i)
-            axes.plot(
-                x,
-                y,
-                label=f"{mixer} ({next(m.n_params for m in models if m.mixer == mixer):,} parameters)",
-                **style,
-            )
-            axes.fill_between(x, low, high, color=style["color"], alpha=0.18, linewidth=0)
-        axes.axhline(
-            tasks.chance(b.alphabet), color="0.4", linewidth=1, linestyle=":", label="chance"
-        )
-        if log:
-            axes.set_xscale("log", base=2)
-            ticks = sorted({p[0] for points in lines.values() for p in points})
-            axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
-        axes.set_ylim(-0.03, 1.03)
-        axes.set_ylabel("accuracy (share of answers)", fontsize=10)
-        axes.set_xlabel(label, fontsize=10)
-        plots.finish(figure, [axes], f"{b.task}: {what}", f"{budget}; {band}")
-        plots.add_legend(axes, axes, len(lines) + 1)
-        return figure
-
-    def points(**place: object) -> dict[str, list]:
-        at = lambda r: (
-            r[AXES[r["against"]][1]]
-            if r["against"] in AXES
-            else (r["distance_low"] + r["distance_high"]) / 2
-        )
-        here = [r for r in means if all(r[name] == value for name, value in place.items())]
-        return {
-            m: [(at(r), r["mean"], r["low"], r["high"]) for r in here if r["mixer"] == m]
-            for m in mixers
-        }
-
+    learning curves.
+    """
+    names = {m.mixer: f"{m.mixer} ({m.n_params:,} parameters)" for m in models}
     for against, (label, _) in AXES.items():
-        yield (
-            f"{b.task}_{against}",
-            drawn(points(against=against), label, f"accuracy against {against}", True),
-        )
-    for T in dict.fromkeys(r["eval_length"] for r in means if r["against"] == "distance"):
-        lines, what = (
-            points(against="distance", eval_length=T),
-            f"accuracy against distance at length {T}",
-        )
-        yield (
-            f"{b.task}_distance_{T}",
-            drawn(lines, "distance from answer to query (tokens)", what, False),
-        )
-    curves = {}
-    for mixer in mixers:
-        each = [
-            [a for _, a in m.curve] for m in models if (m.mixer, m.rate) == (mixer, rates[mixer])
-        ]
-        steps = [step for step, _ in next(m.curve for m in models if m.mixer == mixer)]
-        curves[mixer] = [
-            (s, float(np.mean(v)), min(v), max(v)) for s, *v in zip(steps, *each, strict=True)
-        ]
-    yield f"{b.task}_learning", drawn(curves, "optimizer steps", "accuracy while training", False)
+        lines = points_of(means, against=against)
+        what = f"accuracy against {against}"
+        yield f"{b.task}_{against}", accuracy_figure(b, lines, names, label, what, is_log=True)
+    lengths = dict.fromkeys(r["eval_length"] for r in means if r["against"] == "distance")
+    label = "distance from answer to query (tokens)"
+    for T in lengths:
+        lines = points_of(means, against="distance", eval_length=T)
+        what = f"accuracy against distance at length {T}"
+        yield f"{b.task}_distance_{T}", accuracy_figure(b, lines, names, label, what)
+    curves = learning_curves(models, rates)
+    what = "accuracy while training"
+    yield f"{b.task}_learning", accuracy_figure(b, curves, names, "optimizer steps", what)

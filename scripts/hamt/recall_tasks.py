@@ -1,16 +1,16 @@
 """recall_tasks.py -- shared by the programs that test a memory: recall tasks made on the spot,
 and how they are scored.
 
-    mqar     pairs of a key and a value, then queries among filler: each asks for the value of
-    one of the keys
-             (Arora et al., Zoology, arXiv 2312.04927)
+    mqar     multi-query associative recall: pairs of a key and a value, then queries among filler,
+             each of which asks for the value of a key (Arora et al., Zoology, arXiv 2312.04927)
+    rewrite  the same, but every key is written twice, and its last value counts
+    two_hops the same, but a key leads to another key, and that one to the value
     copy     a random text somewhere in filler, then a sign and the text again, one symbol ahead
     needle   pairs hidden in filler at random places, asked for at the end
 
-Shapes   B sequences, T tokens. A task's x_BT is what a model reads, y_BT the answer expected at
-that token, -1 where
-         nothing is asked; distance_BT is how many tokens before the query the answer stands, 0
-         where nothing is asked
+Shapes   B sequences, T tokens, P pairs. A task's x_BT is what a model reads, y_BT the answer
+         expected at that token, -1 where nothing is asked; distance_BT is how many tokens before
+         the query the answer stands, 0 where nothing is asked
 Units    distances in tokens; intervals are 95%
 Raises   ValueError when a task does not fit into its sequence or its alphabet
 """
@@ -78,31 +78,89 @@ def ask(s: Sequences, query_BN: np.ndarray, answer_BN: np.ndarray, tokens_BN: np
     s.distance_BT[rows, query_BN] = query_BN - answer_BN
 
 
+def ask_keys(
+    rng: np.random.Generator,
+    s: Sequences,
+    start: int,
+    keys_BP: np.ndarray,
+    answers_BP: np.ndarray,
+    density: float | None,
+) -> None:
+    """From token `start` on ask for these keys, whose answers stand at places `answers_BP`.
+    `density` None asks each key once, at random places; else each token is a query with that
+    probability, for a key drawn anew.
+    """
+    B, T = s.x_BT.shape
+    pairs = keys_BP.shape[1]
+    if T - start < pairs:
+        raise ValueError(
+            f"{start} tokens of pairs and {pairs} queries need {start + pairs} tokens, the "
+            f"sequence has {T}"
+        )
+    if density is None:
+        places = start + rng.random((B, T - start)).argsort(1)[:, :pairs]
+        ask(s, places, answers_BP, keys_BP)
+        return
+    rows, places = np.nonzero(rng.random((B, T - start)) < density)
+    which = rng.integers(pairs, size=len(rows))
+    places, answers = places + start, answers_BP[rows, which]
+    s.x_BT[rows, places] = keys_BP[rows, which]
+    s.y_BT[rows, places] = s.x_BT[rows, answers]
+    s.distance_BT[rows, places] = places - answers
+
+
 def mqar(
     rng: np.random.Generator, B: int, T: int, a: Alphabet, pairs: int, density: float | None = None
 ) -> Sequences:
-    """k v k v ... and then, among filler, queries. `density` None asks each key once, at random
-    places; else each later
-    token is a query with that probability, for a key drawn anew. An answer is never shown after
-    its pair."""
-    start = 2 * pairs
-    if T - start < pairs:
-        raise ValueError(
-            f"{pairs} pairs and a query each need {3 * pairs} tokens, the sequence has {T}"
-        )
+    """k v k v ... and then, among filler, queries. An answer is never shown after its pair."""
     s = blank(a.draw_fillers(rng, B, T))
     keys, values = a.draw_pairs(rng, B, pairs)
-    s.x_BT[:, 0:start:2], s.x_BT[:, 1:start:2] = keys, values
-    if density is None:
-        places = start + rng.random((B, T - start)).argsort(1)[:, :pairs]
-        ask(s, places, np.broadcast_to(2 * np.arange(pairs) + 1, (B, pairs)), keys)
-        return s
-    rows, places = np.nonzero(rng.random((B, T - start)) < density)
-    which = rng.integers(pairs, size=len(rows))
-    places, answers = places + start, 2 * which + 1
-    s.x_BT[rows, places] = keys[rows, which]
-    s.y_BT[rows, places] = s.x_BT[rows, answers]
-    s.distance_BT[rows, places] = places - answers
+    start = min(2 * pairs, T)
+    s.x_BT[:, 0:start:2] = keys[:, : -(-start // 2)]
+    s.x_BT[:, 1:start:2] = values[:, : start // 2]
+    answers = np.broadcast_to(2 * np.arange(pairs) + 1, (B, pairs))
+    ask_keys(rng, s, 2 * pairs, keys, answers, density)
+    return s
+
+
+def rewrite(
+    rng: np.random.Generator, B: int, T: int, a: Alphabet, pairs: int, density: float | None = None
+) -> Sequences:
+    """As mqar, but each key is written twice, in random order, with two different values: the last
+    value counts, so that a memory has to forget the first.
+    """
+    start, rows = 4 * pairs, np.arange(B)[:, None]
+    s = blank(a.draw_fillers(rng, B, max(T, start)))
+    keys, first = a.draw_pairs(rng, B, pairs)
+    other = (first - a.keys + rng.integers(1, a.values, size=first.shape)) % a.values + a.keys
+    order = rng.random((B, 2 * pairs)).argsort(1)  # the place of each write, among the pairs
+    earlier = np.minimum(order[:, :pairs], order[:, pairs:])
+    later = np.maximum(order[:, :pairs], order[:, pairs:])
+    for place, value in ((earlier, first), (later, other)):
+        s.x_BT[rows, 2 * place], s.x_BT[rows, 2 * place + 1] = keys, value
+    s = Sequences(s.x_BT[:, :T], s.y_BT[:, :T], s.distance_BT[:, :T])
+    ask_keys(rng, s, start, keys, 2 * later + 1, density)
+    return s
+
+
+def two_hops(
+    rng: np.random.Generator, B: int, T: int, a: Alphabet, pairs: int, density: float | None = None
+) -> Sequences:
+    """Pairs of a key and another key, and of that other key and a value, in random order. Asked
+    for the first key the answer is the value, which takes two reads, one after the other.
+    """
+    start, rows = 4 * pairs, np.arange(B)[:, None]
+    s = blank(a.draw_fillers(rng, B, max(T, start)))
+    keys, values = a.draw_pairs(rng, B, 2 * pairs)
+    first, second, value = keys[:, :pairs], keys[:, pairs:], values[:, :pairs]
+    order = rng.random((B, 2 * pairs)).argsort(1)
+    for place, left, right in (
+        (order[:, :pairs], first, second),
+        (order[:, pairs:], second, value),
+    ):
+        s.x_BT[rows, 2 * place], s.x_BT[rows, 2 * place + 1] = left, right
+    s = Sequences(s.x_BT[:, :T], s.y_BT[:, :T], s.distance_BT[:, :T])
+    ask_keys(rng, s, start, first, 2 * order[:, pairs:] + 1, density)
     return s
 
 
@@ -171,7 +229,10 @@ def needle(
     return s
 
 
-TASKS: dict[str, Callable[..., Sequences]] = dict(mqar=mqar, copy=copy, needle=needle)
+TASKS: dict[str, Callable[..., Sequences]] = dict(
+    mqar=mqar, rewrite=rewrite, two_hops=two_hops, copy=copy, needle=needle
+)
+DENSE = ("mqar", "rewrite", "two_hops")  # that may ask at any token behind their pairs
 
 
 # ----------------------------------------------------------------------------

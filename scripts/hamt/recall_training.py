@@ -117,7 +117,9 @@ def measurements(b: Bench, model: train_gpu.Model, w: World) -> Iterator[dict[st
         yield dict(against="length") | at | tasks.accuracy(*tasks.score(s, found))
         edges = np.unique(np.linspace(0, T, 9).astype(int))
         for low, high in pairwise(edges):
-            if b.task == "mqar":  # where its queries fall; the others are asked for at a distance
+            if (
+                b.task in tasks.DENSE
+            ):  # where its queries fall; the others are asked for at a distance
                 row = dict(distance_low=int(low), distance_high=int(high) - 1)
                 row |= tasks.accuracy(*tasks.score(s, found, low, high))
             else:

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import beside  # noqa: F401  (finds scripts/lib and the trainers)
@@ -106,15 +106,46 @@ def paired_change(losses: np.ndarray, base: np.ndarray) -> dict[str, float]:
     )
 
 
+Losses = Callable[[dict[int, Tensor]], dict[str, float]]  # the change that masks of slots make
+
+
+def each_slot(layer: int, head: int, ones_HS: Tensor, without: Losses) -> list[dict]:
+    """Of each slot of a head: the loss change when it is zeroed from the first token on."""
+    found = []
+    for slot in range(ones_HS.size(1)):
+        mask = ones_HS.clone()
+        mask[head, slot] = 0
+        found.append(dict(layer=layer, head=head, slot=slot) | without({layer: mask}))
+    return found
+
+
+def head_row(layer: int, head: int, write_NS: Tensor, M_BSE: Tensor, own: list[dict]) -> dict:
+    """Of a head: effective ranks of its write addresses over all tokens, the cosine between slots
+    of the state behind the last, and how many of its slots matter.
+    """
+    entropy, participation = effective_rank(write_NS)
+    largest = max(own, key=lambda r: r["loss_change"])
+    return {
+        "layer": layer,
+        "head": head,
+        "slots": len(own),
+        "rank_entropy": entropy,
+        "rank_participation": participation,
+        "slot_cosine": slot_cosine(M_BSE),
+        "cosine_if_unrelated": math.sqrt(2 / (math.pi * M_BSE.size(-1))),
+        # of which the loss rises by more than chance
+        "slots_that_matter": sum(r["loss_change"] > r["half"] for r in own),
+        "loss_change": largest["loss_change"],
+        "half": largest["half"],
+    }
+
+
 def slot_statistics(
     model: train_gpu.Model, x_BT: Tensor, y_BT: Tensor
 ) -> tuple[list[dict], list[dict]]:
-    """Of each layer and head: effective ranks of its write addresses over all tokens, the cosine
-    between slots of the
-    state behind the last, and its slots' use. Of each slot: the loss change when it is zeroed
-    from the first token on.
-    The first list also has a row for each layer, and one for all, zeroed as a whole (head and
-    layer None)."""
+    """A row for each head of each layer, and a row for each slot. The first list also has a row for
+    each layer, and one for all, zeroed as a whole (head and layer None).
+    """
     with torch.inference_mode(), watched(model) as seen:
         model.hidden(x_BT, model.empty_state(len(x_BT)))
     base = sequence_losses(model, x_BT, y_BT)
@@ -125,36 +156,12 @@ def slot_statistics(
 
     heads, slots = [], []
     for layer, write_BTHS, M_BHSE in seen:
-        H, S, E = M_BHSE.shape[1:]
-        for head in range(H):
-            entropy, participation = effective_rank(write_BTHS[:, :, head].flatten(0, 1))
-            own = []
-            for slot in range(S):
-                mask = write_BTHS.new_ones(H, S)
-                mask[head, slot] = 0
-                own.append(dict(layer=layer, head=head, slot=slot) | without({layer: mask}))
+        ones_HS = torch.ones_like(write_BTHS[0, 0])
+        for head in range(M_BHSE.size(1)):
+            own = each_slot(layer, head, ones_HS, without)
             slots += own
-            row = dict(
-                layer=layer,
-                head=head,
-                slots=S,
-                rank_entropy=entropy,
-                rank_participation=participation,
-            )
-            row |= dict(
-                slot_cosine=slot_cosine(M_BHSE[:, head]),
-                cosine_if_unrelated=math.sqrt(2 / (math.pi * E)),
-            )
-            largest = max(own, key=lambda r: r["loss_change"])
-            used = sum(
-                r["loss_change"] > r["half"] for r in own
-            )  # that the loss rises is more than chance
-            heads.append(
-                row
-                | dict(
-                    slots_that_matter=used, loss_change=largest["loss_change"], half=largest["half"]
-                )
-            )
+            addresses = write_BTHS[:, :, head].flatten(0, 1)
+            heads.append(head_row(layer, head, addresses, M_BHSE[:, head], own))
     none = {layer: torch.zeros_like(write[0, 0]) for layer, write, _ in seen}
     heads += [dict(layer=layer, head=None) | without({layer: mask}) for layer, mask in none.items()]
     heads.append(dict(layer=None, head=None, loss=float(base.mean())) | without(none))
@@ -162,41 +169,37 @@ def slot_statistics(
 
 
 def slots_of_run(b: Bench, w: World) -> tuple[list[dict], list[dict], dict]:
-    """Slot statistics of a run's newest good checkpoint, on the front of its validation text;
-    and what was measured."""
+    """Slot statistics of a run's newest good checkpoint, on sequences from all of its validation
+    text; and what was measured.
+    """
     path = lib.find_checkpoint(lib.find_run(Path(b.logs_folder), b.run))
     model, state = lib.load(path)
-    if lib.trainer_of(model) != "train_gpu" or not any(
-        hasattr(block.mixer, "recall") for block in model.blocks
-    ):
-        what = getattr(model.cfg, "mixer", lib.trainer_of(model))
+    trainer = lib.trainer_of(model)
+    if trainer != "train_gpu" or model.cfg.mixer != "hamt":
         raise UserError(
-            f"{path}: has no holographic memory ({what}); slot statistics are of train_gpu.py's MIXER=hamt"
+            f"{path}: has no holographic memory ({getattr(model.cfg, 'mixer', trainer)}); slot "
+            f"statistics are of train_gpu.py's MIXER=hamt"
         )
     if model.cfg.memory != "on":
         raise UserError(
             f"{path}: was trained with MEMORY={model.cfg.memory}, so its slots are never read"
         )
-    shards, T, n = (
-        open_text(model.cfg, w)[1]["val"].shards,
-        model.cfg.sequence_length,
-        b.slot_sequences or 32,
-    )
-    n = min(n, (shards.total - 1) // T)
+    shards, T = open_text(model.cfg, w)[1]["val"].shards, model.cfg.sequence_length
+    n = min(b.slot_sequences or 32, (shards.total - 1) // T)
     if n < 2:
         raise UserError(
-            f"DATA={model.cfg.data}: its validation text has {shards.total} tokens, two sequences of {T} needed"
+            f"DATA={model.cfg.data}: its validation text has {shards.total} tokens, two sequences "
+            f"of {T} needed"
         )
-    places = np.linspace(0, shards.total - 1 - T, n).astype(int)  # from all of the text
-    tokens = torch.from_numpy(
-        np.stack([shards.read(int(p), T + 1) for p in places]).astype(np.int64)
-    ).to(w.device)
+    places = np.linspace(0, shards.total - 1 - T, n).astype(int)
+    texts = np.stack([shards.read(int(place), T + 1) for place in places])
+    tokens = torch.from_numpy(texts.astype(np.int64)).to(w.device)
     heads, slots = slot_statistics(model.to(w.device), tokens[:, :-1], tokens[:, 1:])
-    what = dict(
-        run=b.run,
-        checkpoint=str(path),
-        val_loss=state["progress"]["val_loss"],
-        sequences=n,
-        tokens=n * T,
-    )
+    what = {
+        "run": b.run,
+        "checkpoint": str(path),
+        "val_loss": state["progress"]["val_loss"],
+        "sequences": n,
+        "tokens": n * T,
+    }
     return heads, slots, what

@@ -2,8 +2,8 @@
 
 import argparse
 import dataclasses
-import json
 import math
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,8 +20,8 @@ from comparison_tables import (
     save_figure,
     show,
 )
-from lib import program, stats
-from meters import Trainer, measure_apart, quartiles
+from lib import benching, program, stats
+from meters import RUNNING, Trainer, measure_apart, quartiles
 from quality import FEED
 
 import train_gpu
@@ -101,7 +101,8 @@ def training_memory(a: argparse.Namespace, mixers: Sequence[str]) -> list[dict]:
                     rows.append(dict(model=name, mixer=mixer, checkpointing=int(kept)) | found)
                     above = cell(found["above_mib"])
                     show(
-                        f"{name}, T={T}: peak {found['peak_mib']:,.0f} MiB, {above} above weights and moments"
+                        f"{name}, T={T}: peak {found['peak_mib']:,.0f} MiB, {above} above weights "
+                        f"and moments"
                     )
     return rows
 
@@ -120,8 +121,10 @@ def decoding(a: argparse.Namespace, mixers: Sequence[str]) -> list[dict]:
         )
         for row in measure_apart("decoding", spec, a.device) or []:
             rows.append(dict(model=k.mixer) | row)
-            show(f"{k.mixer}, {row['context']} tokens ({row['read']}): {row['decode_ms']:.2f} ms per token, state "
-                 f"{row['state_bytes']:,} bytes")  # fmt: skip
+            show(
+                f"{k.mixer}, {row['context']} tokens ({row['read']}): {row['decode_ms']:.2f} ms "
+                f"per token, state {row['state_bytes']:,} bytes"
+            )
     return rows
 
 
@@ -156,39 +159,44 @@ STEPS = dict(decode_ms="decode\n(ms per token)", state_mib="state\n(MiB)")
 TABLES |= dict(decoding=(DECODING, "context", "tokens so far", STEPS))
 
 
+def write_part_of(
+    out: Path, part: str, rows: list[dict], title: str, start: dict[str, object]
+) -> str:
+    """The files of a part, as soon as it is done; its table."""
+    columns, x, label, panels = TABLES[part]
+    program.write_whole(out / f"{part}.csv", csv_of(rows))
+    benching.write_part(out / f"speed_{part}.json", start | {"rows": rows})
+    drawn = rows
+    if part == "decoding":
+        drawn = [row | dict(state_mib=row["state_bytes"] / 2**20) for row in rows]
+    save_figure(out, part, lines_figure(drawn, panels, x, label, title, machine_line(start)))
+    return f"\n{markdown(rows, columns)}"
+
+
 def speed_only(a: argparse.Namespace, out: Path) -> None:
     mixers = ("hamt", "attention") if a.mixer == "both" else (a.mixer,)
-    device, parts, start = torch.device(a.device), a.parts, facts(a)
-    sizes = {}
-    for mixer in mixers:
-        with torch.device("meta"):
-            sizes[mixer] = sum(
-                p.numel() for p in train_gpu.Model(preset_knobs(a, mixer, FEED)).parameters()
-            )
-    name = f"{a.preset or 'default'} {a.knobs}".strip()
-    title = f"{name}: " + ", ".join(f"{mixer} {n:,} parameters" for mixer, n in sizes.items())
-    show(f"{title}\n{machine_line(start)}")
-    found: dict[str, list[dict]] = {}
-    page = f"{title}, untrained. {machine_line(start)}.\n"
-    measure = dict(
-        training=lambda: training_speed(a, mixers, device),
-        training_memory=lambda: training_memory(a, mixers),
-    )
-    measure |= dict(decoding=lambda: decoding(a, mixers))
-    for part in parts:
-        found[part] = rows = measure[part]()
-        columns, x, label, panels = TABLES[part]
-        if not rows:
-            continue
-        page += f"\n{markdown(rows, columns)}"
-        program.write_whole(out / f"{part}.csv", csv_of(rows))
-        drawn = [
-            r | (dict(state_mib=r["state_bytes"] / 2**20) if part == "decoding" else {})
-            for r in rows
-        ]
-        save_figure(out, part, lines_figure(drawn, panels, x, label, title, machine_line(start)))
-    show(f"\n{page}")
-    program.write_whole(out / "speed.md", page)
-    program.write_whole(
-        out / "speed.json", json.dumps(start | dict(sizes=sizes) | found, indent=1) + "\n"
-    )
+    device, start, done = torch.device(a.device), facts(a), []
+    with tempfile.TemporaryDirectory() as folder:
+        # --deadline_s, Ctrl-C and SIGTERM end this process and those that measure for it
+        benching.stop_at_once(Path(folder), RUNNING, done, a.deadline_s)
+        sizes = {}
+        for mixer in mixers:
+            with torch.device("meta"):
+                model = train_gpu.Model(preset_knobs(a, mixer, FEED))
+            sizes[mixer] = sum(p.numel() for p in model.parameters())
+        words = [f"{mixer} {size:,} parameters" for mixer, size in sizes.items()]
+        title = f"{f'{a.preset} {a.knobs}'.strip()}: {', '.join(words)}"
+        show(f"{title}\n{machine_line(start)}")
+        page = f"{title}, untrained. {machine_line(start)}.\n"
+        for part in a.parts:
+            if part == "training":
+                rows = training_speed(a, mixers, device)
+            elif part == "training_memory":
+                rows = training_memory(a, mixers)
+            else:
+                rows = decoding(a, mixers)
+            if rows:
+                page += write_part_of(out, part, rows, title, start | {"sizes": sizes})
+                program.write_whole(out / "speed.md", page)
+                done.append(part)
+        show(f"\n{page}")

@@ -28,7 +28,8 @@ class Ours:
             self.model, _ = lib.load(Path(spec["path"]))
             if lib.trainer_of(self.model) != "train_gpu":
                 raise UserError(
-                    f"{spec['path']}: a run of {lib.trainer_of(self.model)}.py; expected one of train_gpu.py"
+                    f"{spec['path']}: a run of {lib.trainer_of(self.model)}.py; expected one of "
+                    f"train_gpu.py"
                 )
         else:
             self.model = train_gpu.Model(train_gpu.Knobs(**spec["knobs"])).eval()

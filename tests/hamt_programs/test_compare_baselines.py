@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import compare_baselines as program
+import comparison_flags
 import meters
 import numpy as np
 import pytest
@@ -427,8 +428,9 @@ def test_speed_only_measures_training_memory_and_decoding(monkeypatch, home, tmp
         "--output_dir",
         tmp_path,
     ]
+    monkeypatch.setattr(speed.benching, "stop_at_once", lambda *args: None)
     lines = run(monkeypatch, home, *flags)
-    training, memory, decoding = (rows(tmp_path / f"{part}.csv") for part in program.PARTS)
+    training, memory, decoding = (rows(tmp_path / f"{part}.csv") for part in comparison_flags.PARTS)
     assert [(r["model"], r["length"], r["batch"]) for r in training] == [
         (m, t, b) for t, b in (("16", "4"), ("64", "1")) for m in ("hamt", "attention")
     ]
@@ -444,7 +446,7 @@ def test_speed_only_measures_training_memory_and_decoding(monkeypatch, home, tmp
     assert state["hamt", "16"] == state["hamt", "64"] and state["hamt", "64"][0] == "fed"
     assert state["attention", "64"] == ("drawn", 4 * state["attention", "16"][1])
     assert any("untrained" in line and "parameters" in line for line in lines)
-    assert {f"{part}.{kind}" for part in program.PARTS for kind in ("png", "svg")} < {
+    assert {f"{part}.{kind}" for part in comparison_flags.PARTS for kind in ("png", "svg")} < {
         p.name for p in tmp_path.iterdir()
     }
 
@@ -454,7 +456,7 @@ def test_checkpointing_reaches_the_model_that_is_measured(monkeypatch, home):
     monkeypatch.setattr(
         speed, "measure_apart", lambda what, spec, device: seen.append(spec["knobs"])
     )
-    a = program.arguments(["--speed_only", "--preset", "demo", "--lengths", "64,128"])
+    a = comparison_flags.arguments(["--speed_only", "--preset", "demo", "--lengths", "64,128"], "")
     speed.training_memory(a, ("hamt",))
     assert [(k["gradient_checkpointing"], k["sequence_length"]) for k in seen] == [
         (kept, T) for kept in (False, True) for T in (64, 128)
@@ -474,3 +476,19 @@ def test_a_ratio_is_that_of_paired_turns():
     )
     loose = speed.ratio_of(list(1.25 * noise), list(noise[::-1]))
     assert loose["ratio_low"] < 1.25 < loose["ratio_high"] and loose["ratio"] == pytest.approx(1.25)
+
+
+def test_a_deadline_leaves_the_parts_that_are_done_and_no_process(home, tmp_path):
+    """Decoding of this many tokens would take hours; training is done long before."""
+    knobs = "hidden_dim=16 hcm_dim=16 num_slots=2 num_attention_heads=2"
+    flags = ["--speed_only", "--preset=demo", f"--knobs={knobs}", "--mixer=hamt"]
+    flags += ["--parts=training,decoding", "--lengths=16", "--tokens_per_step=16", "--repeats=1"]
+    flags += ["--decode_contexts=100000000", "--deadline_s=25", f"--output_dir={tmp_path}"]
+    command = [sys.executable, str(ROOT / "scripts/hamt/compare_baselines.py"), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "stopped by the deadline; done: training" in done.stderr
+    found = json.loads((tmp_path / "speed_training.json").read_text())
+    assert found["rows"][0]["tokens_per_s"] > 0 and found["torch"] and found["git_commit"]
+    assert not (tmp_path / "speed_decoding.json").exists()
+    processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert str(tmp_path) not in processes and "100000000" not in processes

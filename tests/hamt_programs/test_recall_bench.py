@@ -1,4 +1,6 @@
-"""What scripts/hamt/recall_bench.py and recall_tasks.py promise: right tasks, honest scores, statistics that fail."""
+"""What recall_bench.py and recall_tasks.py promise: right tasks, honest scores, statistics that can
+fail.
+"""
 
 import csv
 import json
@@ -39,19 +41,31 @@ def is_key(token: int) -> bool:
 
 def oracle(x_T: np.ndarray, task: str) -> np.ndarray:
     """Answers by reading the tokens from left to right, without knowing how they were made."""
-    found, out, text, at = {}, np.full(len(x_T), -2), [], 0
+    if task == "copy":
+        return copy_oracle(x_T)
+    leads_to, out = {}, np.full(len(x_T), -2)
+    pairs_end = 4 * 4 if task in ("rewrite", "two_hops") else 0
     for t, token in enumerate(x_T):
-        value = A.keys <= token < A.keys + A.values
-        if task == "copy":
-            at = at + 1 if at else int(token == A.sign)
-            if at:
-                out[t] = text[at - 1] if at <= len(text) else -2
-            elif value:
-                text.append(token)
-        elif value and is_key(x_T[t - 1]):
-            found[x_T[t - 1]] = token
-        elif is_key(token) and token in found:
-            out[t] = found[token]
+        was_key = t > 0 and is_key(x_T[t - 1])
+        if t < pairs_end:
+            if t % 2:
+                leads_to[x_T[t - 1]] = token  # a later pair of this key counts
+        elif A.keys <= token < A.keys + A.values and was_key:
+            leads_to[x_T[t - 1]] = token
+        elif is_key(token) and token in leads_to:
+            found = leads_to[token]
+            out[t] = leads_to[found] if is_key(found) else found
+    return out
+
+
+def copy_oracle(x_T: np.ndarray) -> np.ndarray:
+    out, text, at = np.full(len(x_T), -2), [], 0
+    for t, token in enumerate(x_T):
+        at = at + 1 if at else int(token == A.sign)
+        if at:
+            out[t] = text[at - 1] if at <= len(text) else -2
+        elif A.keys <= token < A.keys + A.values:
+            text.append(token)
     return out
 
 
@@ -62,6 +76,26 @@ def test_an_oracle_that_reads_the_tokens_finds_every_answer(task):
     asked = s.y_BT >= 0
     assert (asked.sum(1) == 4).all() and (read[asked] == s.y_BT[asked]).all()
     assert (read[~asked] == -2).all(), "a question that is not scored"
+
+
+def test_a_key_that_was_rewritten_has_another_value_and_the_last_one_is_the_answer():
+    s = make("rewrite", np.random.default_rng(0), density=0.5)
+    for x_T, y_T in zip(s.x_BT, s.y_BT, strict=True):
+        written = [(key, value) for key, value in zip(x_T[0:16:2], x_T[1:16:2], strict=True)]
+        first, last = dict(reversed(written)), dict(written)
+        assert len(last) == 4 and all(first[key] != last[key] for key in last)
+        places = np.nonzero(y_T >= 0)[0]
+        assert len(places) > 4 and all(y_T[t] == last[x_T[t]] for t in places)
+
+
+def test_two_hops_take_two_reads():
+    s = make("two_hops", np.random.default_rng(0), density=0.5)
+    for x_T, y_T in zip(s.x_BT, s.y_BT, strict=True):
+        leads_to = dict(zip(x_T[0:16:2], x_T[1:16:2], strict=True))
+        asked = {x_T[t] for t in np.nonzero(y_T >= 0)[0]}
+        assert len(leads_to) == 8 and asked and all(is_key(leads_to[key]) for key in asked)
+        places = np.nonzero(y_T >= 0)[0]
+        assert all(y_T[t] == leads_to[leads_to[x_T[t]]] for t in places)
 
 
 def test_an_oracle_answers_all_queries_of_a_dense_mqar():
@@ -75,7 +109,7 @@ def test_an_oracle_answers_all_queries_of_a_dense_mqar():
 
 @pytest.mark.parametrize("task", tasks.TASKS)
 def test_a_distance_is_the_number_of_tokens_from_the_answer_to_the_query(task):
-    for more in [{}, dict(density=0.4)] if task == "mqar" else [{}]:
+    for more in [{}, dict(density=0.4)] if task in tasks.DENSE else [{}]:
         s = make(task, np.random.default_rng(1), **more)
         rows, places = np.nonzero(s.y_BT >= 0)
         assert (s.x_BT[rows, places - s.distance_BT[rows, places]] == s.y_BT[rows, places]).all()
@@ -102,10 +136,9 @@ def test_a_copy_stands_at_the_distance_asked_for(distance):
 def test_an_answer_is_shown_once_and_before_it_is_asked_for(task):
     s = make(task, np.random.default_rng(4))
     values = (s.x_BT >= A.keys) & (s.x_BT < A.keys + A.values)
-    shown_again = (
-        3 if task == "copy" else 0
-    )  # a copy shows each symbol but the last, after it has been asked for
-    assert (values.sum(1) == 4 + shown_again).all()
+    # a copy shows each symbol but the last again, after it has been asked for
+    more = dict(copy=3, rewrite=4).get(task, 0)
+    assert (values.sum(1) == 4 + more).all()
     if task == "copy":
         places = np.arange(44, 48)
         assert (s.x_BT[:, places[1:]] == s.y_BT[:, places[:-1]]).all() and (
@@ -133,6 +166,11 @@ def test_every_step_is_fresh_and_measuring_sees_other_sequences():
     "task, T, pairs, more",
     [
         ("mqar", 23, 8, {}),
+        ("mqar", 9, 8, {}),
+        ("rewrite", 39, 8, {}),
+        ("rewrite", 9, 8, {}),
+        ("two_hops", 29, 6, {}),
+        ("two_hops", 200, 7, {}),
         ("copy", 15, 8, {}),
         ("needle", 23, 8, {}),
         ("needle", 48, 4, dict(distance=47)),
@@ -314,6 +352,20 @@ def test_the_best_rate_of_each_mixer_is_shown_and_all_are_kept(learned):
     assert all(0 <= float(r["low"]) <= float(r["accuracy"]) <= float(r["high"]) <= 1 for r in rows)
 
 
+def test_rates_are_tried_on_few_seeds_and_the_best_has_all(monkeypatch):
+    """A model's accuracy here is its rate."""
+
+    def trained(b, mixer, rate, seed, w):
+        return recall_training.Trained(mixer, rate, seed, None, 1, 0.0, 0.0, [(1, rate)])
+
+    monkeypatch.setattr(program, "train", trained)
+    b = recall_knobs.Bench(learning_rates="0.1,0.3,0.2", rate_seeds=1, mixers="hamt,attention")
+    found = [(m.mixer, m.seed, m.rate) for m in program.train_all(b, ONE)]
+    for mixer in ("hamt", "attention"):
+        own = [(seed, rate) for name, seed, rate in found if name == mixer]
+        assert own == [(0, 0.1), (0, 0.3), (0, 0.2), (1, 0.3), (2, 0.3)]
+
+
 def test_what_was_run_is_stated_with_its_budget(learned):
     out, text = learned
     result = json.loads((out / "result.json").read_text())
@@ -344,9 +396,9 @@ def test_all_mixers_have_the_same_size_within_3_percent():
 
 def test_more_knobs_of_the_trainer_reach_it():
     k = recall_knobs.model_knobs(
-        recall_knobs.Bench(model="delta_rule=1 num_slots=7"), "hamt", 1e-3, 0
+        recall_knobs.Bench(model="use_gating=0 num_slots=7"), "hamt", 1e-3, 0
     )
-    assert k.delta_rule is True and k.num_slots == 7 and k.n_embd == 64
+    assert k.use_gating is False and k.num_slots == 7 and k.n_embd == 64
 
 
 @pytest.mark.parametrize(
@@ -359,7 +411,7 @@ def test_more_knobs_of_the_trainer_reach_it():
         ("--learning_rates=-1", "above 0"),
         ("--eval_pairs=0", "1 or more"),
         ("--task=mqr", "did you mean mqar"),
-        ("--model=delta_rule", "name=value"),
+        ("--model=use_gating", "name=value"),
         ("--model=num_slot=3", "num_slots"),
         ("--run=nowhere", "no run 'nowhere'"),
     ],
