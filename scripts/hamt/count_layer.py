@@ -91,13 +91,17 @@ def count(cfg: train_gpu.Knobs, T: int) -> dict[str, object]:
         seed_B = torch.zeros(1, dtype=torch.long)
     state = block.mixer.empty_state(1)
     weights = list(block.parameters())
-    kept = 0
+    kept: dict[int, int] = {}  # bytes by storage, because several operations may keep the same one
+    own = {p.untyped_storage()._cdata for p in weights}
 
     def keep(t: Tensor) -> Tensor:
-        nonlocal kept
-        if not isinstance(t, torch.nn.Parameter):
-            kept += t.numel() * t.element_size()
+        storage = t.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
+            alive.append(storage)
         return t
+
+    alive = []  # so that no storage takes the place of one that is gone
 
     moved, flops = MovedBytes(weights), FlopCounterMode(display=False)
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t)
@@ -110,7 +114,7 @@ def count(cfg: train_gpu.Knobs, T: int) -> dict[str, object]:
         "length": T,
         "flops": total_flops(flops, cfg, T) / T / 1e6,
         "moved": moved.bytes / T / 1024,
-        "kept": kept / T / 1024,
+        "kept": sum(kept.values()) / T / 1024,
         "operations": moved.operations,
     }
 

@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 
 import best_rates
+import count_layer
 import memory_worth
 import numpy as np
 import pytest
@@ -138,3 +139,17 @@ def test_runs_of_other_texts_or_too_few_are_refused(monkeypatch, tmp_path):
         memory_worth.main(["--run", "on", "on", "--against", "on", logs])
     with pytest.raises(UserError, match="two windows of 100000"):
         memory_worth.main(["--run=on", "--against=on", logs, "--window=100000"])
+
+
+@pytest.mark.parametrize("mixer", ["hamt", "attention"])
+def test_counted_flops_are_those_that_the_trainer_states(mixer):
+    values = dict(n_embd=128, hcm_dim=128, n_layer=1, num_slots=8, n_head=2, dropout=0.0)
+    values |= dict(precision="fp32", device="cpu", data="embedded", sequence_length=1024)
+    cfg = train_gpu.Knobs(**values, mixer=mixer)
+    with torch.device("meta"):
+        stated = train_gpu.flops_per_token(train_gpu.Model(cfg), cfg)
+    block = stated - 6 * cfg.vocabulary * cfg.n_embd
+    found = count_layer.count(cfg, 1024)
+    # the trainer leaves out the convolution, and counts attention's backward pass as two forwards
+    assert 1.0 <= found["flops"] * 1e6 / block < 1.1
+    assert found["kept"] > 0 and found["moved"] > 2 * found["kept"]
