@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import beside  # noqa: F401  (finds scripts/lib and the trainers)
@@ -40,44 +40,46 @@ def preset_knobs(a: argparse.Namespace, mixer: str, T: int) -> train_gpu.Knobs:
 
 
 def training_speed(
-    a: argparse.Namespace, mixers: Sequence[str], device: torch.device
+    a: argparse.Namespace,
+    mixers: Sequence[str],
+    device: torch.device,
+    keep: Callable[[list[dict]], None],
 ) -> list[dict]:
-    """Training tokens/s at each length with the same tokens per step, the mixers taking turns: A
-    B A B, then B A B A.
-    With two, the ratio of the first to the second, and its 95% interval over the paired turns."""
-    longest = max(a.lengths)
-    trainers = {mixer: Trainer(preset_knobs(a, mixer, longest), device) for mixer in mixers}
+    """Training tokens/s at each length with the same tokens per step, the mixers taking turns: A B
+    A B, then B A B A. With two, the ratio of the first to the second, and its 95% interval over the
+    paired turns. keep(rows) is called after each length.
+    """
+    trainers = {mixer: Trainer(preset_knobs(a, mixer, max(a.lengths)), device) for mixer in mixers}
     rows = []
     for T in a.lengths:
         B, times = max(1, a.tokens_per_step // T), {mixer: [] for mixer in mixers}
         for turn in range(a.repeats + 1):
             for mixer in mixers if turn % 2 else mixers[::-1]:
                 spent = trainers[mixer].step(B, T)
-                times[mixer] += [spent] * (turn > 0)  # the first is a warm-up
+                if turn > 0:  # the first is a warm-up
+                    times[mixer].append(spent)
         for mixer in mixers:
-            low, middle, high = quartiles([B * T / t for t in times[mixer]])
-            row = dict(
-                model=trainers[mixer].cfg.mixer,
-                length=T,
-                batch=B,
-                tokens_per_s=middle,
-                low=low,
-                high=high,
-                n=a.repeats,
-            )
-            if len(mixers) == 2 and mixer == mixers[0]:
-                row |= ratio_of(times[mixers[1]], times[mixer])
+            row = speed_row(mixer, T, B, times)
             rows.append(row)
-            ratio = (
-                "{ratio:.3f} ({ratio_low:.3f} to {ratio_high:.3f}) of the other"
-                if "ratio" in row
-                else ""
-            )
-            show(f"{row['model']}, T={T}, B={B}: {middle:,.0f} tokens/s  {ratio.format(**row)}")
-    for row in rows:  # time per token against the shortest length's
-        first = next(r for r in rows if r["model"] == row["model"])
-        row["time_per_token"] = first["tokens_per_s"] / row["tokens_per_s"]
+            first = next(r for r in rows if r["model"] == mixer)  # at the shortest length
+            row["time_per_token"] = first["tokens_per_s"] / row["tokens_per_s"]
+        keep(rows)
     return rows
+
+
+def speed_row(mixer: str, T: int, B: int, times: dict[str, list[float]]) -> dict:
+    """Of one mixer, from the seconds of all mixers' steps; the first one's has the ratio."""
+    low, middle, high = quartiles([B * T / t for t in times[mixer]])
+    row = dict(model=mixer, length=T, batch=B, tokens_per_s=middle, low=low, high=high)
+    row["n"] = len(times[mixer])
+    line = f"{mixer}, T={T}, B={B}: {middle:,.0f} tokens/s"
+    if len(times) == 2 and mixer == next(iter(times)):
+        other = list(times)[1]
+        row |= ratio_of(times[other], times[mixer])
+        span = f"({row['ratio_low']:.3f} to {row['ratio_high']:.3f})"
+        line += f", {row['ratio']:.3f} {span} of {other}"
+    show(line)
+    return row
 
 
 def ratio_of(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
@@ -190,7 +192,11 @@ def speed_only(a: argparse.Namespace, out: Path) -> None:
         page = f"{title}, untrained. {machine_line(start)}.\n"
         for part in a.parts:
             if part == "training":
-                rows = training_speed(a, mixers, device)
+                path = out / "speed_training.json"
+                keep = lambda rows, path=path: benching.write_part(
+                    path, start | {"sizes": sizes, "rows": rows}
+                )
+                rows = training_speed(a, mixers, device, keep)
             elif part == "training_memory":
                 rows = training_memory(a, mixers)
             else:
