@@ -42,6 +42,8 @@ bench-gpu: $(READY)
 	-timeout -s INT 120 $(BIN)/python scripts/hamt/compare_baselines.py --speed_only --preset 100m \
 		--mixer both --device cuda --output_dir $(GPU_OUT)
 	-timeout -s INT 120 $(BIN)/python scripts/scaled/bench_scaled.py --device cuda --out $(GPU_OUT)
+	-timeout -s INT 90 $(BIN)/python scripts/arith/bench_arith.py --device cuda --out $(GPU_OUT) \
+		--deadline_s 80
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
