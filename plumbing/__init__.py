@@ -5,7 +5,7 @@
     data, batches, text_batches           token shards, the tokens of a step, prefetching
     texts, splits, leaks, hub             text files, tokenizers, the embedded corpus, downloads
     csv_files                             the CSV files of runs, as trainers and tables read them
-    session                               one run from start to end: what a loop talks to
+    session, epochs                       one run from start to end: what a loop talks to
     exchange, clock, records, results, trackers, checkpoints, forks   what a session is made of
 
 Of all this, batches.py alone decides something that a loss depends on: the order of the tokens.
