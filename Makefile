@@ -43,6 +43,8 @@ bench-gpu: $(READY)
 		--precision bf16 --knobs compile=1 --lengths 1024,8192 --tokens_per_step 16384 \
 		--decode_contexts 1024,16384 --output_dir $(GPU_OUT) --deadline_s 120
 	-timeout -s INT 120 $(BIN)/python scripts/scaled/bench_scaled.py --device cuda --out $(GPU_OUT)
+	-timeout -s INT 90 $(BIN)/python scripts/arith/bench_arith.py --device cuda --out $(GPU_OUT) \
+		--deadline_s 80
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -621,23 +621,18 @@ def evaluate(
     session.log_validation(state.step, found["loss"], note, **own)
     session.row |= {name: found[name] for name in METRICS[:2]}
     if record.validated(state.step, session, found):
-        save_model("checkpoint_best.pt", model, [], session, data, state)
+        save_models(["checkpoint_best.pt"], model, [], session, data, state)
 
 
 def save_models(
-    model: nn.Module, optimizers: list, session: Session, data: Data, state: "TrainState"
+    names: Sequence[str],
+    model: nn.Module,
+    optimizers: list,
+    session: Session,
+    data: Data,
+    state: "TrainState",
 ) -> None:
-    """checkpoint_latest.pt, and at every SAVE_INTERVAL epochs a model that is kept."""
-    if data.epoch_steps and state.step % (session.cfg.save_interval * data.epoch_steps) == 0:
-        name = f"checkpoint_epoch_{epoch_of(state.step, session)}.pt"
-        save_model(name, model, optimizers, session, data, state)
-    save_model("checkpoint_latest.pt", model, optimizers, session, data, state)
-
-
-def save_model(
-    name: str, model: nn.Module, optimizers: list, session: Session, data: Data, state: "TrainState"
-) -> None:
-    """A file with the original's keys."""
+    """Files with the original's keys, for programs that read a model."""
     config = asdict(session.cfg)
     model_config = {key: config[COLUMN_KNOBS.get(key, key)] for key in MODEL_KEYS.split()}
     content = {
@@ -653,8 +648,9 @@ def save_model(
         "git_commit": session.log.git_commit,
         "code_sha256": session.log.code_sha256,
     }
-    save_weights(session.folder / name, content, session.world)
-    session.say(f"Saved checkpoint to {session.folder / name}")
+    for name in names:
+        save_weights(session.folder / name, content, session.world)
+        session.say(f"Saved checkpoint to {session.folder / name}")
 
 
 def score_test_sets(model: nn.Module, session: Session, data: Data, step: int) -> None:
@@ -762,8 +758,10 @@ def train(cfg: Knobs, world: World, session: Session, data: Data) -> None:
         if session.should_validate:
             evaluate(model, session, data, state, record)
         if session.should_save:
+            # First the models: a run that is killed in between does the step again.
+            names = record.model_names(state.step, session)
+            save_models(names, model, optimizers, session, data, state)
             session.save(state.step, **saved)
-            save_models(model, optimizers, session, data, state)
         if session.stopping:
             break
 

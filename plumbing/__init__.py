@@ -6,7 +6,7 @@
     texts, splits, leaks, hub             text files, tokenizers, the embedded corpus, downloads
     text_scores                           the loss of a text, in windows and as one stream
     csv_files                             the CSV files of runs, as trainers and tables read them
-    session                               one run from start to end: what a loop talks to
+    session, epochs                       one run from start to end: what a loop talks to
     exchange, clock, records, results, trackers, checkpoints, forks   what a session is made of
 
 Of all this, batches.py alone decides something that a loss depends on: the order of the tokens.

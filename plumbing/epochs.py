@@ -74,6 +74,15 @@ class EpochRecord:
         save_json(path, content, session.world)
         return is_best
 
+    def model_names(self, step: int, session: Session) -> list[str]:
+        """The model files of a checkpoint: one is always the latest, and at every SAVE_INTERVAL
+        epochs one is kept."""
+        names = ["checkpoint_latest.pt"]
+        steps = session.steps_per_epoch
+        if steps and step % (session.cfg.save_interval * steps) == 0:
+            names.append(f"checkpoint_epoch_{step // steps}.pt")
+        return names
+
     def summarize(self, session: Session) -> None:
         """The closing words."""
         say, best = session.say, session.progress.best_loss

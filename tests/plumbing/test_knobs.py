@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from plumbing import family
-from plumbing.config import read_assignments, read_yaml
+from plumbing.config import read_assignments, read_configured, read_yaml, section_keys
 from plumbing.knobs import (
     ROOT,
     UserError,
@@ -405,3 +405,38 @@ def test_no_yaml_gives_a_traceback(tmp_path_factory, text):
         from_yaml(folder, text.encode("utf-8", "surrogatepass"))
     except UserError:
         pass
+
+
+def test_a_file_has_the_headings_of_help_as_its_sections():
+    keys = section_keys(Knobs, ("Model",))
+    assert keys["Model.n_layer"] == "n_layer" and keys["Model.num_layers"] == "num_layers"
+    assert section_keys(Knobs, ("Elsewhere",)) == {}
+
+
+def test_a_flag_beats_the_environment_beats_set_beats_the_file(tmp_path):
+    @dataclass(frozen=True)
+    class WithConfig(Knobs):
+        config: str = knob("", "YAML file of knobs")
+
+    text = "Model:\n  n_layer: 3\n  attngate: headwise\nSchedule:\n  lr: 0.5\n  warmup_steps: 7\n"
+    (tmp_path / "c.yaml").write_text(text)
+    flags = [f"--config={tmp_path}/c.yaml", "--set", "n_layer=4", "--set", "lr=0.6", "--lr=0.8"]
+    settled = []
+
+    def settle(given):
+        settled.append(dict(given))
+        return {}
+
+    keys = section_keys(WithConfig, ("Model", "Schedule"))
+    env = {"N_LAYER": "5", "LR": "0.7"}
+    cfg = read_configured(WithConfig, PRESETS, flags, env, "", keys, {}, settle)
+    assert (cfg.n_layer, cfg.attngate, cfg.lr, cfg.warmup_iters) == (5, "headwise", 0.8, 7)
+    (given,) = settled
+    assert given["n_layer"] == 5 and given["lr"] == 0.8 and "attngate" not in given
+
+
+def test_what_is_settled_before_the_file_is_opened_is_kept(tmp_path):
+    settle = lambda given: {"n_layer": "9"}
+    keys = section_keys(Knobs, ("Model",))
+    cfg = read_configured(Knobs, PRESETS, ["--n_layer=2"], {}, "", keys, {}, settle)
+    assert cfg.n_layer == 9
