@@ -110,7 +110,7 @@ def expected_seeds(
         if found[label].word != UNDECIDED or left <= 0:
             continue
         if spread > 0:
-            assumed = (-mean(seen) if len(seen) > 1 else 0.0) if effect is None else effect
+            assumed = (-mean(seen) if seen else 0.0) if effect is None else effect
             coming = forecast(seen, assumed, spread, rule)
             left, chances[label] = coming.mean_seeds - len(seen), 1 - coming.shares[-1]
         seeds[label] = left
