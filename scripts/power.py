@@ -20,7 +20,7 @@ import argparse
 import math
 from collections.abc import Sequence
 
-from lib.power import seeds_needed, smallest_difference
+from lib.power import Design, seeds_needed, smallest_difference
 from lib.program import launch
 from lib.sequential import Rule, simulate
 from lib.stats import ALPHA, POWER
@@ -29,7 +29,7 @@ from lib.stats import ALPHA, POWER
 def show_sequential(a: argparse.Namespace) -> None:
     """Seeds and claims of simulated sequential stages, beside the fixed design."""
     sd_difference = a.sd * math.sqrt(2 * (1 - a.rho))
-    fixed = seeds_needed(a.delta, a.sd, a.power, a.alpha, 2, a.rho)
+    fixed = seeds_needed(a.delta, a.sd, Design(a.power, a.alpha, 2, a.rho))
     max_seeds = a.max_seeds or max(4, 3 * fixed)
     guess = sd_difference if a.sd_guess is None else a.sd_guess
     rule = Rule(abs(a.delta), max_seeds, a.alpha, a.power, guess)
@@ -76,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     a = arguments(argv)
     sides = 1 if a.one_sided else 2
     cases = [("unpaired", None)] + [(f"paired, rho {r:g}", r) for r in sorted({0.0, a.rho})]
-    needed = [seeds_needed(a.delta, a.sd, a.power, a.alpha, sides, rho) for _, rho in cases]
+    designs = [Design(a.power, a.alpha, sides, rho) for _, rho in cases]
+    needed = [seeds_needed(a.delta, a.sd, design) for design in designs]
     if a.sequential:
         return show_sequential(a)
     print(
@@ -84,8 +85,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{'one' if a.one_sided else 'two'}-sided alpha {a.alpha:g}"
     )
     print(f"{'':18}  seeds per arm  so many see")
-    for (name, rho), n in zip(cases, needed, strict=True):
-        least = smallest_difference(n, a.sd, a.power, a.alpha, sides, rho)
+    for (name, _), design, n in zip(cases, designs, needed, strict=True):
+        least = smallest_difference(n, a.sd, design)
         print(f"{name:18}  {n:>13}  {least:.2g} nats or more")
     print("Measured rho of four studies of gates: 0.2 to 0.65. Decide n before the first run, or")
     print('let a stage with stop = "decided" add seeds (--sequential).')

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lib.cells import Cell
+from lib.claims import seeds_of
 from lib.groups import MOST_LINES, labels_of
 from lib.plots import add_legend, finish, new_figure, plain, style_of
 from lib.program import count, need
@@ -57,6 +58,14 @@ def _cut(lines: Sequence[Line]) -> tuple[list[Line], str]:
     return list(lines[:MOST_CELLS]), f"; {count(more, 'more cell')} not drawn" if more > 0 else ""
 
 
+def _dot(axes, x: float, y: int, style: dict[str, object], size: int, is_filled: bool) -> None:
+    """A cell's mean or difference; open where a single seed says nothing about its spread."""
+    filled = dict(color=style["color"])
+    if not is_filled:
+        filled["facecolor"] = "white"
+    axes.scatter([x], [y], marker=style["marker"], s=size, zorder=3, **filled)
+
+
 def final_figure(table: Table, title: str):
     """Final loss per cell: a dot per seed, the mean, its 95% interval."""
     lines, more = _cut(table.lines)
@@ -73,29 +82,29 @@ def final_figure(table: Table, title: str):
             axes.errorbar(
                 s.mean, i, xerr=s.half, color=style["color"], capsize=4, elinewidth=1.8, zorder=2
             )
-        filled = (
-            dict(color=style["color"])
-            if len(s.values) > 1
-            else dict(facecolor="white", color=style["color"])
-        )
-        axes.scatter([s.mean], [i], marker=style["marker"], s=60, zorder=3, **filled)
+        _dot(axes, s.mean, i, style, 60, len(s.values) > 1)
         if len(s.values) > 1:
             places = [i + 0.22] * len(s.values)
             axes.scatter(
                 s.values, places, marker="o", s=14, facecolor="white", edgecolor="0.15", zorder=4
             )
     axes.margins(x=0.08)
-    axes.set_xlabel(
-        "final validation loss (nats per token); the axis does not start at zero", fontsize=10
-    )
+    label = "final validation loss (nats per token); the axis does not start at zero"
+    axes.set_xlabel(label, fontsize=10)
     one = "; n=1 (open marker): no interval" if 1 in count.values() else ""
-    finish(
-        figure,
-        [axes],
-        title,
-        f"large: mean over n seeds, bar: its 95% interval (t); small dots: seeds{one}{more}",
-    )
+    caption = f"large: mean over n seeds, bar: its 95% interval (t); small dots: seeds{one}{more}"
+    finish(figure, [axes], title, caption)
     return figure
+
+
+def _tested(line: Line) -> str:
+    """How a difference was tested, beside its bar."""
+    c = line.comparison
+    if not c.chosen:
+        return f"{seeds_of(line)}: {c.test}, no interval"
+    if c.decision:  # a sequential stage has no p
+        return f"{c.test}: {c.decision}"
+    return f"{seeds_of(line)}, {c.test}, Holm p={c.p_holm:.2g}"
 
 
 def forest_figure(table: Table, title: str):
@@ -103,45 +112,21 @@ def forest_figure(table: Table, title: str):
     lines, more = _cut([line for line in table.lines if line.comparison])
     if not lines:
         return None
-
-    def words(line: Line) -> str:
-        c, n = (
-            line.comparison,
-            [len(x.values("final_val_loss")) for x in (line.cell, line.baseline)],
-        )
-        ns = f"n={n[0]}" if n[0] == n[1] else f"n={n[0]} against {n[1]}"
-        return (
-            f"{ns}, {c.test}, Holm p={c.p_holm:.2g}" if c.chosen else f"{ns}: {c.test}, no interval"
-        )
-
-    figure, axes = _ladder(table, lines, words)
+    figure, axes = _ladder(table, lines, _tested)
     places = {id(line): i for i, line in enumerate(table.lines)}
     for i, line in enumerate(lines):
         c, style = line.comparison, style_of(places[id(line)])
         if c.chosen:
-            axes.plot(
-                [c.chosen.lo, c.chosen.hi],
-                [i, i],
-                color=style["color"],
-                linewidth=1.8,
-                marker="|",
-                zorder=2,
-            )
-        filled = (
-            dict(color=style["color"])
-            if c.chosen
-            else dict(facecolor="white", color=style["color"])
-        )
-        axes.scatter([c.diff], [i], marker=style["marker"], s=50, zorder=3, **filled)
+            ends = [c.chosen.lo, c.chosen.hi]
+            axes.plot(ends, [i, i], color=style["color"], linewidth=1.8, marker="|", zorder=2)
+        _dot(axes, c.diff, i, style, 50, c.chosen is not None)
     axes.axvline(0, color="0.4", linewidth=1)
     axes.margins(x=0.08)
     axes.set_xlabel("difference to the baseline (nats per token); left of 0 is better", fontsize=10)
-    finish(
-        figure,
-        [axes],
-        title,
-        f"bar: 95% confidence interval of one difference; p is adjusted for all (Holm){more}",
-    )
+    caption = "bar: 95% confidence interval of one difference; p is adjusted for all (Holm)"
+    if table.stage.sequential:
+        caption = "bar: interval that holds after every seed, for all differences of the stage"
+    finish(figure, [axes], title, caption + more)
     return figure
 
 

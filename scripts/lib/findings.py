@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lib.logs import MOST_POINTS, RunLog, from_curves, read_log
+from lib.logs import MOST_POINTS, NO_VALIDATION, RunLog, from_curves, read_log
 from lib.program import UserError, listing
 from lib.results import Row, canon, read_results
 from lib.stages import Stage, read_stages, sort_into_stages, stages_by_iters
@@ -198,6 +198,8 @@ def _add_log(findings: Findings, folder: Path, seed: str, cache: Cache) -> Seque
         findings.problems.append(str(log))
         return ()
     findings.logs[run_id] = dataclasses.replace(log, seed=seed)
+    if going(findings, run_id):  # its first validation is still to come
+        return [what for what in log.problems if what != NO_VALIDATION]
     return log.problems
 
 

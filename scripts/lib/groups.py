@@ -35,23 +35,26 @@ class Group:
 
 
 def label_of(cell: Cell, shared: set[str]) -> str:
-    """A cell in a legend: its gate, its rate, and whatever else tells it from the others."""
+    """A cell in a legend: its gate, its rate, and whatever else tells it from the others. What is
+    in `shared`, words of the notes and values that say which key they are of, is left out."""
     words = []
     for key, value in cell.key.items():
         if key == "notes":
             words += [w for w in value.split() if w not in shared]
+        elif key in BARE:
+            words += [value] if value not in ("", "-", *shared) else []
         elif value not in ("", "-"):
-            words.append(value if key in BARE else f"{SHORT.get(key, key)} {value}")
+            words.append(f"{SHORT.get(key, key)} {value}")
     return " ".join(words)
 
 
 def labels_of(cells: Sequence[Cell]) -> list[str]:
-    """The cells' labels, without the notes that all share."""
-    shared = (
-        set.intersection(*(set(c.key.get("notes", "").split()) for c in cells))
-        if len(cells) > 1
-        else set()
-    )
+    """The cells' labels, without what all of them share."""
+    shared = set()
+    if len(cells) > 1:
+        words = [{c.key[k] for k in BARE if k in c.key} | set(c.key.get("notes", "").split())
+                 for c in cells]  # fmt: skip
+        shared = set.intersection(*words)
     return [label_of(cell, shared) or f"cell {i}" for i, cell in enumerate(cells, start=1)]
 
 

@@ -14,6 +14,7 @@ from lib.program import UserError, count
 from lib.results import Row, canon
 from lib.stats import mean
 
+NO_VALIDATION = "no validation yet"  # what is wrong with a log that has none
 MOST_POINTS = 200  # of a curve
 TRACES = ("train_loss", "lr", "tokens_per_s", "grad_norm")
 
@@ -55,7 +56,7 @@ def read_log(path: Path, run_id: str, seed: str = "", most: int = MOST_POINTS) -
     if num_nan:
         problems.append(f"{count(num_nan, 'validation')} without a finite loss and time, left out")
     if not val.step:
-        problems.append("no validation yet")
+        problems.append(NO_VALIDATION)
     if nan_at:
         problems.append(
             f"train_loss is not finite at {count(len(nan_at), 'step')}, first at {nan_at[0]}"
@@ -187,9 +188,9 @@ def read_logs(
         except UserError as error:
             problems.append(f"{error}; {run_id} is left out")
             continue
-        problems += [f"{path}: {what}" for what in log.problems if what != "no validation yet"]
+        problems += [f"{path}: {what}" for what in log.problems if what != NO_VALIDATION]
         if log.val.step:
             logs[run_id] = log
         else:
-            problems.append(f"{path}: no validation yet; {run_id} is left out")
+            problems.append(f"{path}: {NO_VALIDATION}; {run_id} is left out")
     return logs, problems

@@ -110,7 +110,7 @@ def expected_seeds(
         if found[label].word != UNDECIDED or left <= 0:
             continue
         if spread > 0:
-            assumed = (-mean(seen) if len(seen) > 1 else 0.0) if effect is None else effect
+            assumed = (-mean(seen) if seen else 0.0) if effect is None else effect
             coming = forecast(seen, assumed, spread, rule)
             left, chances[label] = coming.mean_seeds - len(seen), 1 - coming.shares[-1]
         seeds[label] = left
@@ -125,7 +125,7 @@ def expected_seeds(
 def stage_s(
     runs: Sequence[Progress], stage: str, pace: Pace, seeds: Mapping[str, float] | None
 ) -> float:
-    """Seconds that a stage still takes; `seeds`: of a sequential one. nan where no time is known."""
+    """Seconds that a stage still takes; `seeds`: of a sequential one. nan before a run has ended."""
     total = 0.0
     left = [p for p in runs if p.run.stage == stage and p.state not in (*ENDED, "elsewhere")]
     for label in dict.fromkeys(p.run.label for p in left):

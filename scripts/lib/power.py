@@ -4,6 +4,7 @@ Raises   UserError for numbers without an answer
 """
 
 import math
+from dataclasses import dataclass
 
 from lib.program import UserError
 from lib.stats import ALPHA, POWER, shift, special
@@ -18,31 +19,31 @@ def power_of(distance: float, df: float, alpha: float = ALPHA, sides: int = 2) -
     return right + (wrong if wrong > 0 else 0.0)  # scipy gives nan where it is too small to count
 
 
-def smallest_difference(
-    n: int,
-    noise: float,
-    power: float = POWER,
-    alpha: float = ALPHA,
-    sides: int = 2,
-    rho: float | None = None,
-) -> float:
-    """The smallest true difference that n seeds per arm find with this power; `noise` is the
-    standard deviation between seeds. Paired with correlation `rho` between the arms, or unpaired
-    (equal variances) without it."""
-    error, df = _error_and_df(n, noise, rho)
-    return shift(df, power, alpha, sides) * error
+@dataclass(frozen=True)
+class Design:
+    """How the arms are compared: paired with correlation `rho` between them, or unpaired (equal
+    variances) without it."""
+
+    power: float = POWER
+    alpha: float = ALPHA
+    sides: int = 2
+    rho: float | None = None
 
 
-def seeds_needed(
-    delta: float,
-    noise: float,
-    power: float = POWER,
-    alpha: float = ALPHA,
-    sides: int = 2,
-    rho: float | None = None,
-) -> int:
-    """The fewest seeds per arm, at least 2, that find a true difference of `delta`; arguments as
-    above. Raises UserError for numbers without an answer, and beyond a million seeds."""
+USUAL = Design()
+
+
+def smallest_difference(n: int, noise: float, design: Design = USUAL) -> float:
+    """The smallest true difference that n seeds per arm find with the design's power; `noise` is
+    the standard deviation between seeds."""
+    error, df = _error_and_df(n, noise, design.rho)
+    return shift(df, design.power, design.alpha, design.sides) * error
+
+
+def seeds_needed(delta: float, noise: float, design: Design = USUAL) -> int:
+    """The fewest seeds per arm, at least 2, that find a true difference of `delta`. Raises
+    UserError for numbers without an answer, and beyond a million seeds."""
+    power, alpha, rho = design.power, design.alpha, design.rho
     if not (0 < abs(delta) < math.inf and 0 < noise < math.inf):
         raise UserError(
             f"delta={delta:g}, sd={noise:g}: need finite numbers, sd above 0 and delta not 0"
@@ -56,7 +57,7 @@ def seeds_needed(
 
     def enough(n: int) -> bool:
         error, df = _error_and_df(n, noise, rho)
-        return power_of(abs(delta) / error, df, alpha, sides) >= power
+        return power_of(abs(delta) / error, df, alpha, design.sides) >= power
 
     low, high = 1, 2  # low is too few
     while not enough(high):

@@ -220,7 +220,7 @@ def legend_of(table: Table) -> list[str]:
         )
     if common := shared_notes(table):
         out.append(f"all cells: {' '.join(common)}")
-    return out + list(table.remarks)
+    return out + list(table.notes) + list(table.remarks)
 
 
 # A line of dashes under the header, and spaces everywhere else.

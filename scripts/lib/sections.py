@@ -153,6 +153,11 @@ def stage_section(name: str, table: Table, num_extra: int) -> dict[str, object]:
     return section
 
 
+def rounded(value: object, form: str) -> str:
+    """A number of a status file, as far as a reader wants it; '-' for anything else."""
+    return f"{value:{form}}" if isinstance(value, int | float) else "-"
+
+
 def going_table(findings: Findings) -> dict[str, object] | None:
     """The runs that go on, from their status files; None without any."""
     now = time.time()
@@ -164,8 +169,8 @@ def going_table(findings: Findings) -> dict[str, object] | None:
         rows.append({
             "run": run_id,
             "step": f"{s.get('step', '?')}/{s.get('num_iterations', '?')}",
-            "val_loss": str(s.get("val_loss", "-")),
-            "tokens/s": str(s.get("tokens_per_s", "-")),
+            "val_loss": rounded(s.get("val_loss"), ".4f"),
+            "tokens/s": rounded(s.get("tokens_per_s"), ",.0f"),
             "left": eta,
             "host": str(s.get("host", "-")),
             "heard of": f"{silent:.0f} s ago" if math.isfinite(silent) else "?",

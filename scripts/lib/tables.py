@@ -16,6 +16,7 @@ from lib.stages import Stage
 from lib.stats import NAN, holm, mean, sd
 
 NO_REACH = Reach({}, {})
+TRUNK = "stopped"  # how a run ends that leaves the checkpoint from which others are forked
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Table:
     remarks: tuple[str, ...]
     num_rows: int
     num_finished: int
+    notes: tuple[str, ...] = ()  # what is no problem, but good to know
 
     @property
     def keys(self) -> list[str]:
@@ -114,13 +116,17 @@ def table_of(
         )
     remarks = [*_remarks(rows, counted, lines), *_problems(lines, facts)]
     remarks += curves.remarks_of([cell for cell, _ in pairs]) if curves else []
-    return Table(stage, tuple(lines), tuple(remarks), len(rows), len(counted))
+    trunks = sum(row.status == TRUNK for row in rows)
+    notes = [f"the cells are forked from {trunks} runs that stopped there"] if trunks else []
+    return Table(stage, tuple(lines), tuple(remarks), len(rows), len(counted), tuple(notes))
 
 
 def _remarks(rows: Sequence[Row], counted: Sequence[Row], lines: Sequence[Line]) -> Iterable[str]:
     finished = {row["run_id"] for row in counted}
     rest: dict[str, list[str]] = {}
     for row in rows:
+        if row.status == TRUNK:
+            continue
         if not row.is_finished:
             later = " (finished later)" if row["run_id"] in finished else ""
             rest.setdefault(row.status, []).append(row["run_id"] + later)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 from lib.curves import read_metrics
-from lib.power import smallest_difference
+from lib.power import Design, smallest_difference
 from lib.render import table_text
 from study_support import arms, compared, lines_of, logged, split, table, timed
 
@@ -85,7 +85,9 @@ def test_the_overhead_of_the_step_has_an_interval_and_with_one_run_none():
 
 def test_the_smallest_difference_is_that_of_the_test_used():
     found = compared(arms([3.271, 3.272, 3.2735], [3.292, 3.294, 3.2921]))
-    assert found.least == pytest.approx(smallest_difference(3, found.sd_diff / math.sqrt(2), rho=0))
+    assert found.least == pytest.approx(
+        smallest_difference(3, found.sd_diff / math.sqrt(2), Design(rho=0))
+    )
     assert math.isnan(compared(arms([3.5], [3.6])).least)
 
 

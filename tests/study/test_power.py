@@ -3,7 +3,7 @@
 import numpy as np
 import power
 import pytest
-from lib.power import power_of, seeds_needed, smallest_difference
+from lib.power import Design, power_of, seeds_needed, smallest_difference
 from lib.stats import shift
 from scipy import stats as theirs
 
@@ -17,7 +17,7 @@ from scipy import stats as theirs
     ],
 )
 def test_seeds_needed_are_those_of_the_fact_sheet(delta, rho, n):
-    assert seeds_needed(delta, 0.0013, sides=1, rho=rho) == n
+    assert seeds_needed(delta, 0.0013, Design(sides=1, rho=rho)) == n
 
 
 @pytest.mark.parametrize("df, sides", [(1, 2), (2.3, 2), (8, 1), (30, 2)])
@@ -33,8 +33,8 @@ def test_power_agrees_with_the_noncentral_t_of_scipy_stats(df, sides):
 
 @pytest.mark.parametrize("rho", [None, 0.0, 0.5])
 def test_one_seed_less_than_needed_has_too_little_power(rho):
-    n = seeds_needed(0.002, 0.0013, rho=rho)
-    least = [smallest_difference(m, 0.0013, rho=rho) for m in (n - 1, n)]
+    n = seeds_needed(0.002, 0.0013, Design(rho=rho))
+    least = [smallest_difference(m, 0.0013, Design(rho=rho)) for m in (n - 1, n)]
     assert least[1] <= 0.002 < least[0]
 
 

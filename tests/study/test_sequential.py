@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import split_results
-from lib.power import seeds_needed
+from lib.power import Design, seeds_needed
 from lib.sequential import (
     BETTER,
     NOT_BETTER,
@@ -29,7 +29,7 @@ RATIOS = [0.5, 1.0, 2.0]
 
 
 def rule_for(ratio: float, **more) -> tuple[Rule, int]:
-    fixed = seeds_needed(ratio, 1 / math.sqrt(2), rho=0.0)
+    fixed = seeds_needed(ratio, 1 / math.sqrt(2), Design(rho=0.0))
     return Rule(**dict(delta=ratio, max_seeds=3 * fixed, sd=1.0) | more), fixed
 
 

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 from lib.comparisons import compare
-from lib.power import smallest_difference
+from lib.power import Design, smallest_difference
 from lib.program import UserError
 from lib.stats import holm, paired, ratio, welch
 from scipy import stats
@@ -169,7 +169,7 @@ def test_the_interval_of_a_ratio_covers_the_truth_in_93_to_97_percent_of_2000_st
 
 def test_the_smallest_difference_is_found_in_four_of_five_studies():
     rng, n = np.random.default_rng(1), 4
-    least = smallest_difference(n, 0.0013, rho=0)
+    least = smallest_difference(n, 0.0013, Design(rho=0))
     found = 0
     for a, b in zip(
         rng.normal(least, 0.0013, (STUDIES, n)), rng.normal(0, 0.0013, (STUDIES, n)), strict=True
