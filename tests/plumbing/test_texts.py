@@ -26,8 +26,9 @@ from plumbing import splits, texts
 from plumbing.data import TokenShards, read_bytes
 from plumbing.hub import hub_fetch, hub_list
 from plumbing.knobs import ROOT, UserError
+from plumbing.plain_text import read_text
 from plumbing.splits import open_byte_files, open_splits, split_files
-from plumbing.texts import build_once, embedded_corpus, encoder, read_text, text_files
+from plumbing.texts import build_once, embedded_corpus, encoder, text_files
 
 SHARED = ROOT.parent / "shared" / "data"
 TURKISH = "Öğle güneşi ışıl ışıl; çay içtik.\nŞimdi İzmir'e gidiyoruz, ağır ağır.\n"
