@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from plumbing.knobs import ROOT, UserError, knob
+from plumbing.plain_text import read_text
 
 VOCABULARY = ["<PAD>", "<BOS>", "<EOS>", "<UNK>", *"0123456789+-*/()=ABCDEFabcdef ,"]
 PAD, BOS, EOS, UNK, ZERO = 0, 1, 2, 3, 4
@@ -422,13 +423,12 @@ def how_to_make(path: str) -> str:
 
 
 def read_records(path: str) -> tuple[list[str], list[int]]:
-    """Expressions and values of a .jsonl file, looked for here and then in the repository. Raises
-    UserError, with the line's number, for what is no record."""
+    """Expressions and values of a .jsonl file, looked for here, then in the repository."""
     place = Path(path) if Path(path).exists() else ROOT / path
     exprs: list[str] = []
     values: list[int] = []
     try:
-        lines = place.read_bytes().removeprefix(b"\xef\xbb\xbf").rstrip().splitlines()
+        lines = read_text(place).rstrip().split("\n")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {how_to_make(path)}") from None
     for number, line in enumerate(lines, 1):

@@ -5,7 +5,7 @@
     data, batches, text_batches           token shards, the tokens of a step, prefetching
     texts, splits, leaks, hub             text files, tokenizers, the embedded corpus, downloads
     text_scores                           the loss of a text, in windows and as one stream
-    csv_files                             the CSV files of runs, as trainers and tables read them
+    plain_text, csv_files                 text is UTF-8; the CSV files of runs, for tables too
     session, epochs                       one run from start to end: what a loop talks to
     exchange, clock, records, results, trackers, checkpoints, forks   what a session is made of
 

@@ -14,7 +14,7 @@ from difflib import get_close_matches
 import yaml
 
 from plumbing.knobs import Knobs, UserError, flag_texts, read_knobs, spellings, values_of
-from plumbing.texts import read_text
+from plumbing.plain_text import read_text
 
 # Keys that may have only one value: the value, and the reason.
 Fixed = Mapping[str, tuple[object, str]]

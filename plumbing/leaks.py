@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from plumbing.data import TokenShards
 from plumbing.knobs import UserError
-from plumbing.texts import read_text
+from plumbing.plain_text import read_text
 
 PARTS = {"train": "training", "val": "validation", "test": "test"}
 SHORTEST_COPY = 100  # characters; less may stand in another text by chance

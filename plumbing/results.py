@@ -36,8 +36,11 @@ def check_results(path: Path, columns: Sequence[str], world: World) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "ab+") as file:
-                file.seek(0)
-                problem = _header_problem(path, columns, file.read())
+                if path.is_file():  # a device may be endless
+                    file.seek(0)
+                    problem = _header_problem(path, columns, file.read())
+                else:
+                    problem = f"{path}: is not a file; set RESULTS_FILE to another"
         except OSError as error:
             problem = f"{path}: cannot be written ({error.strerror}); set RESULTS_FILE to another"
     world.agree(problem)

@@ -25,16 +25,8 @@ from plumbing.data import TokenShards, read_bytes, write_shard
 from plumbing.hub import hub_fetch, hub_list
 from plumbing.knobs import UserError
 from plumbing.leaks import check_disjoint, check_texts_disjoint
-from plumbing.texts import (
-    build_once,
-    check_text,
-    clean_copy,
-    embedded_corpus,
-    encoder,
-    read_text,
-    text_files,
-    writable_folder,
-)
+from plumbing.plain_text import check_text, clean_copy, read_text
+from plumbing.texts import build_once, embedded_corpus, encoder, text_files, writable_folder
 
 WIKITEXT, WIKITEXT_REPO = ("wikitext-2", "wikitext-103"), "Salesforce/wikitext"
 WIKIPEDIA_REPO, WIKIPEDIA_DUMP = "wikimedia/wikipedia", "20231101"

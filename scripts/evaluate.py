@@ -33,7 +33,8 @@ from lib.scoring import Scorer
 
 from plumbing import UserError, launch
 from plumbing.hub import hub_fetch
-from plumbing.texts import read_text, tokenizer
+from plumbing.plain_text import read_text
+from plumbing.texts import tokenizer
 
 FIELDS = {
     "hellaswag": ("activity_label", "ctx_a", "ctx_b", "endings", "label"),

@@ -7,8 +7,8 @@
 
 A cell is a small run that meets a fault, is started again with the same command, and must then end
 as an undisturbed run does: nothing lost, doubled or torn, and the weights bitwise the same
-(scripts/faults/checks.py). Ranks are forked; --long starts two ranks by torchrun. Exit code 1 when
-something does not hold; --keep DIR keeps the folders of the runs.
+(scripts/faults/checks.py). Ranks are forked, which is fast; --torchrun starts two of them as users
+do. Exit code 1 when something does not hold; --keep DIR keeps the folders of the runs.
 """
 
 import argparse
@@ -153,7 +153,7 @@ def plan(a: argparse.Namespace) -> Iterator[tuple[str, int, Fault | int]]:
 
 
 def run_all(a: argparse.Namespace, home: Path, say: Callable[[str], None]) -> list[Cell]:
-    matrix = Matrix(home, by_torchrun=a.long)
+    matrix = Matrix(home, a.torchrun)
     end = time.monotonic() + 60 * a.minutes
     cells = []
     for trainer, ranks, fault in plan(a):
@@ -187,6 +187,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("--long", action="store_true", help="every fault with every trainer")
+    p.add_argument("--torchrun", action="store_true", help="start two ranks by torchrun")
     p.add_argument("--trainer", nargs="+", default=small_runs.TRAINERS, help="only these")
     p.add_argument("--ranks", nargs="+", type=int, default=[1, 2], help="only these numbers")
     p.add_argument("--fault", nargs="+", metavar="WORDS", help="only faults with these words")

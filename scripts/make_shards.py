@@ -31,7 +31,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from plumbing.data import write_shard
 from plumbing.knobs import UserError
-from plumbing.texts import Tokenizer, check_text, tokenizer
+from plumbing.plain_text import check_text
+from plumbing.texts import Tokenizer, tokenizer
 from plumbing.world import launch
 
 SPECIAL = re.compile(r"<\|\w+\|>")  # what tokenizers of this family write their special tokens as

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from plumbing.knobs import ROOT, UserError
+from plumbing.plain_text import read_text
 
 
 def launch(main: Callable[[], int | None]) -> NoReturn:
@@ -65,6 +66,28 @@ def write_whole(path: Path, data: str | bytes) -> None:
         raise UserError(
             f"{path}: cannot be written ({error.strerror}); choose another folder"
         ) from None
+
+
+def read_toml(path: Path, otherwise: str) -> dict:
+    """The tables of a TOML file. Raises UserError for what is none, and on Python 3.10, which
+    cannot read it; `otherwise` says what can be done without.
+    """
+    try:
+        import tomllib
+    except ImportError:
+        version = ".".join(map(str, sys.version_info[:2]))
+        raise UserError(
+            f"{path}: reading TOML needs Python 3.11 or later (tomllib), this is {version}; "
+            f"{otherwise}"
+        ) from None
+    try:
+        text = read_text(path)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; {otherwise}") from None
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not TOML: {error}") from None
 
 
 def listing(names: Sequence[str], separator: str = ", ", most: int = 6) -> str:

@@ -5,13 +5,12 @@ Raises   UserError naming file, stage and word for whatever does not fit
 
 import dataclasses
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from lib.program import UserError
+from lib.program import UserError, read_toml
 from lib.results import HEADER, Row, canon
 from lib.sequential import Rule
 from lib.stats import NAN
@@ -62,20 +61,7 @@ def read_stages(path: Path, rows: Sequence[Row] = ()) -> list[Stage]:
     and target_loss, which are no columns. Columns are those of train_gpt.py and of `rows`.
     Raises UserError naming stage and word for whatever does not fit, and on Python 3.10, which
     has no tomllib."""
-    try:
-        import tomllib
-    except ImportError:
-        version = ".".join(map(str, sys.version_info[:2]))
-        raise UserError(
-            f"--stages {path} needs Python 3.11 or later (tomllib), this is {version}; "
-            f"without it, --stage1-iters and --stage2-iters sort the rows"
-        ) from None
-    try:
-        tables = tomllib.loads(path.read_bytes().decode())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except ValueError as error:  # not TOML, or not text
-        raise UserError(f"{path}: {error}") from None
+    tables = read_toml(path, "--stage1-iters and --stage2-iters sort the rows without a file")
     if tables.keys() != {"stage"} or not isinstance(tables["stage"], dict) or not tables["stage"]:
         raise UserError(
             f"{path}: expected tables [stage.NAME] and nothing else, found {sorted(tables)}"

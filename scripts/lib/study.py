@@ -4,13 +4,12 @@ Raises   UserError with everything that is wrong in the file, one problem a line
 """
 
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from lib.fork_stage import add_trunks, read_fork
-from lib.program import UserError
+from lib.program import UserError, read_toml
 from lib.sequential import Rule
 from lib.study_stage import Problems, Run, read_stage
 from lib.trainers import Trainer, clean_environment, load_trainer
@@ -33,31 +32,13 @@ class Study:
     said: str  # what was done about knobs in the environment; mostly ''
 
 
-def read_toml(path: Path) -> dict:
-    """The tables of a TOML file. Raises UserError, also on Python 3.10, which cannot read it."""
-    try:
-        import tomllib
-    except ImportError:
-        version = ".".join(map(str, sys.version_info[:2]))
-        raise UserError(
-            f"{path}: reading a study needs Python 3.11 or later (tomllib), this is {version}"
-        ) from None
-    try:
-        return tomllib.loads(path.read_bytes().decode())
-    except OSError as error:
-        raise UserError(
-            f"{path}: {error.strerror}; those that come along are in experiments/studies/"
-        ) from None
-    except ValueError as error:  # not TOML, or not text
-        raise UserError(f"{path}: {error}") from None
-
-
 def read_study(
     path: Path, environ: Mapping[str, str] = os.environ, changes: Mapping[str, str] = {}
 ) -> Study:
     """Read and check a study file; `changes` are knobs of every run that go before the file's.
     Raises UserError with everything that is wrong, one problem a line."""
-    tables, problems = read_toml(path), Problems()
+    tables = read_toml(path, "experiments/studies/ has examples")
+    problems = Problems()
     problems.check_words("", tables, ("title", "trainer", "nproc", "budget_s", "knobs", "stage"))
     stages = tables.get("stage", {})
     if not isinstance(tables.get("trainer"), str):

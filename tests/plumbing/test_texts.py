@@ -26,8 +26,9 @@ from plumbing import splits, texts
 from plumbing.data import TokenShards, read_bytes
 from plumbing.hub import hub_fetch, hub_list
 from plumbing.knobs import ROOT, UserError
+from plumbing.plain_text import read_text
 from plumbing.splits import open_byte_files, open_splits, split_files
-from plumbing.texts import build_once, embedded_corpus, encoder, read_text, text_files
+from plumbing.texts import build_once, embedded_corpus, encoder, text_files
 
 SHARED = ROOT.parent / "shared" / "data"
 TURKISH = "Öğle güneşi ışıl ışıl; çay içtik.\nŞimdi İzmir'e gidiyoruz, ağır ağır.\n"
@@ -326,7 +327,9 @@ def test_validation_text_that_is_the_training_text_is_refused(tmp_path):
     shutil.copy(tmp_path / "set/train.txt", tmp_path / "set/val.txt")
     with pytest.raises(UserError, match=r"val\.txt: is a copy of .*train\.txt"):
         open_byte_files(str(tmp_path / "set"), tmp_path / "data")
-    with pytest.raises(UserError, match=r"set/val\.txt: its text is training data too .*set/train\.txt"):
+    with pytest.raises(
+        UserError, match=r"set/val\.txt: its text is training data too .*set/train\.txt"
+    ):
         open_splits(str(tmp_path / "set"), "bytes", tmp_path / "data")
 
 
