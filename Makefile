@@ -14,7 +14,7 @@ PIP := $(BIN)/pip --disable-pip-version-check
 # build.
 $(READY): requirements.txt requirements-dev.txt requirements.lock
 	@echo "setting up $(VENV), once: step 1 of 2, torch (the largest part)"
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) install $(LOCK) "$$(grep '^torch==' requirements.txt)"
 	@echo "setting up $(VENV): step 2 of 2, the other packages"
 	@$(PIP) install $(LOCK) -r requirements-dev.txt
