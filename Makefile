@@ -30,12 +30,12 @@ demo: $(READY)
 		$(BIN)/python scripts/run_study.py $(STUDY); code=$$?; wait; exit $$code
 	@$(BIN)/python scripts/split_results.py --stages experiments/tables/mini.toml
 	@echo; echo "Text of the last run, after 'The function ':"
-	@$(BIN)/python scripts/sample.py --tokens 100 --prompt "The function " --run "$$($(RUNS) | tail -n 1)"
+	@$(BIN)/python scripts/sample.py --tokens 45 --prompt "The function " --run "$$($(RUNS) | tail -n 1)"
 	@$(BIN)/python scripts/plot.py --stage mini --stages experiments/tables/mini.toml --only steps,forest
 	@$(BIN)/python scripts/report.py
 	@echo
 	@echo "In the table above, an interval that leaves out zero is a difference; one that holds zero"
-	@echo "shows none. The picture of it is experiments/figures/mini.png. Next:"
+	@echo "shows none. The picture: experiments/figures/difference_mini.png. Next:"
 	@echo "    open experiments/report.html                    (Linux: xdg-open) all of it, one page"
 	@echo "    source .venv/bin/activate                       for this and all other commands"
 	@echo "    PRESET=demo ATTNGATE=headwise python train_gpt.py    a run of your own"

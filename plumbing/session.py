@@ -42,8 +42,9 @@ from plumbing.device import keep_threads
 from plumbing.exchange import StepExchange, StepStats
 from plumbing.forks import note_fork, start_fork
 from plumbing.knobs import UserError
-from plumbing.records import COMPLETE, RunLog, new_run_id, read_sources
+from plumbing.records import RunLog, read_sources
 from plumbing.results import append_result, check_results, results_row
+from plumbing.run_ids import COMPLETE, new_run_id
 from plumbing.world import World
 
 WATCHDOG_S = 1800  # without a step for so long, every thread's stack is printed
