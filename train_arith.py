@@ -797,7 +797,7 @@ def train(cfg: Knobs, world: World, session: Session, data: Data) -> None:
 def main() -> int:
     cfg = read_settings(sys.argv[1:], os.environ)
     if cfg.dry_run:
-        return show_plan(cfg, plan)
+        return show_plan(cfg, plan, RESULTS)
     with join_world(cfg.device) as world:
         data = Data(cfg)
         tenth = max(1, data.total_steps // 10)

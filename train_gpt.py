@@ -597,7 +597,7 @@ def train(cfg: Knobs, session: Session, batches: TokenBatches, val: TokenShards)
 def main() -> int:
     cfg = read_knobs(Knobs, PRESETS, doc=__doc__)
     if cfg.dry_run:
-        return show_plan(cfg, plan)
+        return show_plan(cfg, plan, RESULTS)
     with join_world(cfg.device, HINT) as world:
         check_compiler(cfg.compile, cfg.device)
         batches, val = open_data(cfg, world)

@@ -1367,7 +1367,7 @@ def train(cfg: Knobs, world: World, session: Session, batches: Batches, val: Tok
 def main() -> int:
     cfg = read_knobs(Knobs, PRESETS, doc=__doc__)
     if cfg.dry_run:
-        return show_plan(cfg, plan)
+        return show_plan(cfg, plan, RESULTS)
     with join_world(cfg.device, HINT) as world:
         check_compiler(cfg.compile, cfg.device)
         text, val, _ = open_byte_files(cfg.data, ROOT / "data", PATCH)

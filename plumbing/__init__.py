@@ -7,7 +7,7 @@
     text_scores                           the loss of a text, in windows and as one stream
     plain_text, csv_files                 text is UTF-8; the CSV files of runs, for tables too
     session, epochs                       one run from start to end: what a loop talks to
-    exchange, clock, records, results, trackers, checkpoints, forks   what a session is made of
+    exchange, clock, records, run_ids, results, trackers, checkpoints, forks    parts of a session
 
 Of all this, batches.py alone decides something that a loss depends on: the order of the tokens.
 Importing the package does nothing. `from plumbing import Session` imports the module of that name
@@ -25,11 +25,11 @@ MODULES = {
     "data": "Prefetch TokenShards read_bytes read_shard write_shard",
     "device": "check_compiler choose_precision choose_rows estimate_mib settle_device",
     "exchange": "StepStats",
-    "knobs": "ROOT UserError changed_knobs describe knob knobs_json read_knobs spellings",
+    "knobs": "ROOT UserError describe knob knobs_json read_knobs spellings",
     "leaks": "check_disjoint",
     "plan": "plan_facts planned_world show_plan",
-    "records": "new_run_id",
-    "results": "append_result check_results",
+    "run_ids": "new_run_id",
+    "results": "append_result changed_knobs check_results",
     "run_knobs": "RUN_KNOBS RunKnobs",
     "session": "Session",
     "texts": "embedded_corpus",

@@ -8,6 +8,8 @@ import importlib.util
 import math
 import os
 import shutil
+import statistics
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -52,6 +54,59 @@ PEAK_FLOPS = {
 def peak_flops(device_name: str) -> float | None:
     """The best FLOP/s of a device by its name; None where it is not in the table."""
     return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+
+
+# ----------------------------------------------------------------------------
+# Threads of a CPU run
+
+
+def choose_threads() -> str:
+    """Set the number of threads with which this process computes on a CPU; what it is, and why.
+
+    OMP_NUM_THREADS decides where it is set. Otherwise the number is doubled, up to this process's
+    share of the cores, as long as that makes a small step at least a tenth faster now: threads wait
+    for each other, and where other programs hold the cores, two can be slower than one by far.
+    """
+    if os.environ.get("OMP_NUM_THREADS"):
+        return f"{torch.get_num_threads()}, set by OMP_NUM_THREADS"
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    most = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    threads, step_s = 1, _step_s(1)
+    reason = "one core each"
+    while 2 * threads <= most:
+        doubled_s = _step_s(2 * threads)
+        reason = f"{2 * threads} take {doubled_s / step_s:.2f} times as long for a small step now"
+        if doubled_s > 0.9 * step_s:
+            break
+        threads, step_s = 2 * threads, doubled_s
+        reason = "measured at the start"
+    torch.set_num_threads(threads)
+    return f"{threads}, {reason}; OMP_NUM_THREADS sets it"
+
+
+def _step_s(threads: int) -> float:
+    """Median time of what a small model's step is made of, over about a tenth of a second."""
+    torch.set_num_threads(threads)
+    x = torch.ones(1024, 128)
+    up, down = torch.ones(128, 512) / 128, torch.ones(512, 128) / 512
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < 0.1 and len(times) < 50):
+        start = time.perf_counter()
+        x = torch.nn.functional.rms_norm(x + (x @ up).relu() @ down, (128,))
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])  # the first one starts the threads
+
+
+def keep_threads(threads: int | None) -> None:
+    """Go on with the threads of the run that is resumed: another number rounds sums otherwise."""
+    if threads and not os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(threads)
+
+
+# ----------------------------------------------------------------------------
+# Compiler, precision, memory
 
 
 def check_compiler(compile: bool, device_kind: str) -> None:

@@ -2,9 +2,8 @@
 
 Promises that a setting is never taken wrongly or ignored in silence. A wrong type, a value out of
 range, a misspelt name, two spellings that disagree, or a knob that only a sibling trainer has is
-refused in one line, which names the knob, says what was expected and what to do. This module needs
-nothing but Python. The names that the trainers share stand in family.py, and configuration files
-are read by config.py.
+refused in one line, which names the knob, says what was expected and what to do. It needs nothing
+but Python. Names that trainers share stand in family.py; config.py reads configuration files.
 
     @dataclass(frozen=True)
     class Knobs:
@@ -18,6 +17,7 @@ or `--n-layer` on the command line, `N_LAYER` in the environment.
 """
 
 import argparse
+import copy
 import dataclasses
 import json
 import math
@@ -25,7 +25,7 @@ import os
 import sys
 import textwrap
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -78,9 +78,24 @@ def knob(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def _own_fields(cls: type) -> dict[str, Field]:
+    """The knobs of `cls` in the order of --help: those that it adds, then those that it inherits,
+    which keep place and heading when it states another default."""
+    found: dict[str, Field] = {}
+    for base in filter(dataclasses.is_dataclass, cls.__mro__[1:]):
+        for name, field in _own_fields(base).items():
+            now = cls.__dataclass_fields__[name]
+            if not now.metadata["group"]:
+                now = copy.copy(now)
+                now.metadata = {**now.metadata, "group": field.metadata["group"]}
+            found.setdefault(name, now)
+    added = [field for field in dataclasses.fields(cls) if field.name not in found]
+    return {field.name: field for field in added} | found
+
+
 def spellings(cls: type) -> dict[str, Field]:
     """Every name in capitals that sets a knob of `cls`, and the knob's field."""
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+    fields = _own_fields(cls)
     known = {}
     for field in fields.values():
         known[field.name.upper()] = field
@@ -249,18 +264,21 @@ def _help(field: Field) -> str:
     expected = _expects(field)
     if expected == "text" or (_metavar(field)[0] in "{0" and not field.metadata["none"]):
         expected = ""  # nothing that the word beside the name does not say
-    default = describe(field, field.default) or "empty"
-    facts = "; ".join(part for part in (expected, f"default {default}") if part)
+    default = describe(field, field.default).replace(f"{ROOT}/", "") or "empty"
+    facts = f"{expected}; default {default}".removeprefix("; ")
     return f"{field.metadata['text']} ({facts})".replace("%", "%%")
 
 
 def _add_flags(parser: argparse.ArgumentParser, known: Mapping[str, Field]) -> None:
     """Every spelling as a flag, with '_' and with '-'; --help shows one line per knob."""
-    section = parser.add_argument_group("knobs")
+    heading, sections = "knobs", {}
     for spelling, field in known.items():
         name = spelling.lower()
         if field.metadata["group"] and spelling == field.name.upper():
-            section = parser.add_argument_group(field.metadata["group"])
+            heading = field.metadata["group"].lower()
+        if heading not in sections:
+            sections[heading] = parser.add_argument_group(heading)
+        section = sections[heading]
         options = dict(dest=spelling, metavar=_metavar(field), default=argparse.SUPPRESS)
         is_switch = kind_of(field) is bool or "1" in family.ALIAS_VALUES.get(name, {})
         if is_switch:
@@ -380,18 +398,3 @@ def read_knobs(
 
 def knobs_json(cfg: object, indent: int | None = 2) -> str:
     return json.dumps(dataclasses.asdict(cfg), indent=indent)
-
-
-def changed_knobs(cfg: object, presets: Mapping[str, Mapping], hidden: Iterable[str]) -> list[str]:
-    """NAME=value of the knobs that are not as their preset has them. The hidden ones, which have a
-    column of their own or change no loss, are left out; the preset is not."""
-    usual = dataclasses.asdict(type(cfg)(**presets[cfg.preset]))
-    usual["preset"] = next(iter(presets))
-    changed = []
-    for field in dataclasses.fields(cfg):
-        value = getattr(cfg, field.name)
-        if field.name in hidden and field.name != "preset":
-            continue
-        if value != usual[field.name]:
-            changed.append(f"{field.name.upper()}={describe(field, value)}")
-    return changed

@@ -5,14 +5,17 @@ the run would be refused.
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from plumbing.device import estimate_mib
 from plumbing.knobs import UserError, knobs_json
+from plumbing.results import check_results
+from plumbing.run_ids import check_run_id, lock_run
 from plumbing.world import World
 
 
@@ -37,12 +40,33 @@ def plan_facts(
     }
 
 
-def show_plan(cfg: object, plan: Callable[..., Mapping[str, object]]) -> int:
-    """Print the knobs and what plan(cfg, world) returns; the exit code of a dry run."""
+def check_records(cfg: object, columns: Sequence[str]) -> None:
+    """Raise UserError where the run's name or files would be refused; makes none of them."""
+    results = Path(cfg.results_file)
+    if results.exists():
+        check_results(results, columns, planned_world())
+    if cfg.run_id:
+        folder = Path(cfg.logs_folder) / cfg.run_id
+        check_run_id(folder, cfg.run_id, "RUN_ID")
+        if (folder / ".lock").exists():
+            lock_run(folder, cfg.run_id, "RUN_ID").release()
+    for folder in (Path(cfg.logs_folder), results.parent):
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not (there.is_dir() and os.access(there, os.W_OK)):
+            raise UserError(f"{folder}: cannot be written; set LOGS_FOLDER or RESULTS_FILE")
+
+
+def show_plan(
+    cfg: object, plan: Callable[..., Mapping[str, object]], columns: Sequence[str]
+) -> int:
+    """Print the knobs and what plan(cfg, world) returns; the exit code of a dry run. `columns` are
+    those of the trainer's results rows.
+    """
     print(knobs_json(cfg))
     if cfg.device == "cuda" and not torch.cuda.is_available():
         print("device:          cuda, which this machine does not have; the run needs one")
     try:
+        check_records(cfg, columns)
         for name, value in plan(cfg, planned_world()).items():
             print(f"{name + ':':16} {value}")
     except UserError as error:

@@ -17,26 +17,24 @@ import io
 import json
 import math
 import os
-import re
 import shlex
 import socket
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from plumbing.checkpoints import write_whole
 from plumbing.clock import Clock
 from plumbing.exchange import StepStats
 from plumbing.knobs import ROOT, UserError, knobs_json
+from plumbing.run_ids import check_run_id, lock_run
 from plumbing.trackers import Tracker
 from plumbing.world import World
 
@@ -44,32 +42,10 @@ RULE = "=" * 100
 METRICS = (
     "step train_loss val_loss lr train_time_s tokens tokens_per_s mfu grad_norm peak_memory_mib"
 ).split()
-COMPLETE = ("finished", "early_stop")  # a run in one of these states has nothing left to do
 
 
 # ----------------------------------------------------------------------------
 # The run's own files
-
-
-def new_run_id(world: World) -> str:
-    """UTC start time and six hexadecimal digits, one for all ranks.
-
-    Under torchrun it is derived from the launching agent, which outlives its workers, so that
-    workers that are started again find their run.
-    """
-    stamp = time.time()
-    seed = uuid.uuid4().hex
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        agent = os.getppid()
-        started = ""
-        try:
-            started = Path(f"/proc/{agent}/stat").read_text().rsplit(")", 1)[1].split()[19]
-            stamp = Path(f"/proc/{agent}").stat().st_ctime
-        except OSError:  # no /proc: the agent's process number alone has to do
-            stamp = 0.0
-        seed = f"{socket.gethostname()} {agent} {started} {os.environ['TORCHELASTIC_RUN_ID']}"
-    when = datetime.fromtimestamp(stamp, timezone.utc).strftime("%Y%m%d-%H%M%S")
-    return world.gather(f"{when}-{hashlib.sha256(seed.encode()).hexdigest()[:6]}")[0]
 
 
 class RunLog:
@@ -118,25 +94,12 @@ class RunLog:
         world.agree(problem)
 
     def _open(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9][\w.+-]{0,120}", self.id, re.ASCII):
-            raise UserError(
-                f"{self.named_by}={self.id!r}: use letters, digits, '.', '_', '+' and '-' only"
-            )
+        check_run_id(self.folder, self.id, self.named_by)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(self.folder / ".lock")
-        try:
-            self.lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(
-                f"run {self.id} is being trained by another process; choose another {self.named_by}"
-            ) from None
+        self.lock = lock_run(self.folder, self.id, self.named_by)
         for litter in self.folder.glob(".*.part"):  # of a start that was killed
             litter.unlink()
-        status = read_status(self.status_path).get("status")
-        if status in COMPLETE:
-            raise UserError(
-                f"run {self.id} is complete ({status}, {self.path}); choose another {self.named_by}"
-            )
+        check_run_id(self.folder, self.id, self.named_by)  # it may have ended since
         self.log = _open_for_appending(self.path)
         self.csv = _open_for_appending(self.folder / "metrics.csv")
         if self.csv.tell() == 0:
@@ -330,15 +293,6 @@ class RunLog:
                 with suppress(OSError):
                     file.close()
             self.lock.release()
-
-
-def read_status(path: Path) -> dict:
-    """The content of a status.json; {} where there is none or it cannot be read."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def read_sources(paths: Sequence[str | Path]) -> dict[str, str]:

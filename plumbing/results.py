@@ -11,7 +11,7 @@ import csv
 import dataclasses
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock
 
 from plumbing.csv_files import csv_fields, csv_lines, header_fields, header_line
-from plumbing.knobs import UserError, changed_knobs, describe
+from plumbing.knobs import UserError, describe
 from plumbing.run_knobs import RUN_KNOBS
 from plumbing.world import World
 
@@ -184,3 +184,18 @@ def results_row(session: "Session") -> dict[str, object]:
     row["notes"] = " ".join([*words, *session.notes])
     row |= session.row
     return {column: row.get(column, "") for column in columns}
+
+
+def changed_knobs(cfg: object, presets: Mapping[str, Mapping], hidden: Iterable[str]) -> list[str]:
+    """NAME=value of the knobs that are not as their preset has them. The hidden ones, which have a
+    column of their own or change no loss, are left out; the preset is not."""
+    usual = dataclasses.asdict(type(cfg)(**presets[cfg.preset]))
+    usual["preset"] = next(iter(presets))
+    changed = []
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        if field.name in hidden and field.name != "preset":
+            continue
+        if value != usual[field.name]:
+            changed.append(f"{field.name.upper()}={describe(field, value)}")
+    return changed

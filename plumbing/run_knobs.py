@@ -35,8 +35,8 @@ class RunKnobs:
     )
     compile: bool = knob(True, "compile the model's blocks with torch.compile")
     tracker: str = knob("off", "service that is also sent all figures", choices=TRACKERS)
-    run_id: str = knob("", "name of the run; that of an unfinished run resumes it")
-    stage: str = knob("", "stage of a study, copied into the results row")
+    run_id: str = knob("", "name of the run; that of an unfinished run resumes it", metavar="NAME")
+    stage: str = knob("", "stage of a study, copied into the results row", metavar="NAME")
     logs_folder: str = knob(str(ROOT / "logs"), "folder of logs, metrics and checkpoints")
     results_file: str = knob(
         str(ROOT / "experiments/results.csv"), "file that gets one row per run"

@@ -38,11 +38,13 @@ from torch import Tensor, nn
 
 from plumbing.checkpoints import check_resume, load_checkpoint, load_into, save_checkpoint, state_of
 from plumbing.clock import Clock
+from plumbing.device import keep_threads
 from plumbing.exchange import StepExchange, StepStats
 from plumbing.forks import note_fork, start_fork
 from plumbing.knobs import UserError
-from plumbing.records import COMPLETE, RunLog, new_run_id, read_sources
+from plumbing.records import RunLog, read_sources
 from plumbing.results import append_result, check_results, results_row
+from plumbing.run_ids import COMPLETE, new_run_id
 from plumbing.world import World
 
 WATCHDOG_S = 1800  # without a step for so long, every thread's stack is printed
@@ -137,6 +139,8 @@ class Session:
         self.num_params = sum(p.numel() for p in model.parameters())
         known = {"run_id": self.run_id, "parameters": f"{self.num_params:,}"}
         known |= {**facts, "data_sha256": self.data_sha256}
+        if self.world.threads:
+            known["threads"] = self.world.threads
         self.log.header(self.cfg, read_sources(self.sources), flops_per_token, known)
         self.described = True
 
@@ -160,6 +164,7 @@ class Session:
         load_into(self.progress, saved["progress"])
         self.clock.load_state_dict(saved["clock"])
         torch.set_rng_state(saved["rng"])
+        keep_threads(saved.get("threads"))
         self.step_now = self.saved_at = saved["step"]
         self.fork = saved.get("fork", {})
         note_fork(self, saved)
@@ -256,6 +261,7 @@ class Session:
             progress=state_of(self.progress),
             clock=self.clock.state_dict(),
             rng=torch.get_rng_state(),
+            threads=torch.get_num_threads(),
             knobs=dataclasses.asdict(self.cfg),
             data={part: list(files) for part, files in self.data.items()},
             code_sha256=self.log.code_sha256,

@@ -26,20 +26,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from plumbing.device import peak_flops
+from plumbing.device import choose_threads, peak_flops
 from plumbing.knobs import UserError
 
 
 @dataclass(frozen=True)
 class World:
     """This process among the others. `signals` fills with the numbers of the signals that asked
-    the run to stop.
+    the run to stop. `threads` says with how many threads a CPU computes, and why.
     """
 
     rank: int
     size: int
     device: torch.device
     signals: list[int] = field(default_factory=list)
+    threads: str = ""
 
     @property
     def is_main(self) -> bool:
@@ -170,15 +171,17 @@ def join_world(device_kind: str, hint: str = "set DEVICE=cpu") -> Iterator[World
     device = _choose_device(device_kind, hint)
     rank = int(os.environ.get("RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
+    threads = ""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
         _keep_freed_memory()
+        threads = choose_threads()
     if not faulthandler.is_enabled() and sys.stderr is sys.__stderr__:
         faulthandler.enable()  # a file cut while it is mapped ends in SIGBUS: say where
     if size > 1:
         _init_process_group(rank, size, device)
-    world = World(rank, size, device)
+    world = World(rank, size, device, threads=threads)
     handlers_before = {}
     try:
         handlers_before = _catch_signals(world)

@@ -2,14 +2,15 @@
 
     python scripts/export.py --run ID --out exports/ID
     python scripts/export.py --run ID --checkpoint step_002500 --out exports/ID --force
-    python scripts/export.py --run ID --out exports/ID --format hf      for transformers
+    python scripts/export.py --run ID --out exports/ID --format hf
 
 Writes model.safetensors (fp32, the trainer's own tensor names, a tied matrix once) and config.json
 (the model's knobs, sizes, and where the weights come from). Before the two get their names, they
 are read back into a fresh model, whose weights and whose logits on a fixed batch must be bitwise
 those of the checkpoint's model. read_export(folder) below is how to load them; it needs the trainer
-and nothing of the run. With --format hf the folder also carries the model's code, and is proved through the
-library transformers: AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).
+and nothing of the run. With --format hf the folder also carries the model's code, and is proved
+through the library transformers, which loads it by
+AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).
 Raises   UserError: no such run, no good checkpoint, the folder exists, an export that is not what
          was saved
 """

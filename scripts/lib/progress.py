@@ -18,7 +18,7 @@ from lib.results import Row, read_results
 from lib.sequential import Rule
 from lib.study import Study
 from lib.study_stage import Run
-from plumbing.records import COMPLETE, read_status
+from plumbing.run_ids import COMPLETE, read_status
 
 
 @dataclass

@@ -19,7 +19,6 @@ from plumbing.config import read_assignments, read_configured, read_yaml, sectio
 from plumbing.knobs import (
     ROOT,
     UserError,
-    changed_knobs,
     describe,
     kind_of,
     knob,
@@ -27,6 +26,7 @@ from plumbing.knobs import (
     read_knobs,
     spellings,
 )
+from plumbing.results import changed_knobs
 
 PRESETS = {"normal": {}, "small": {"lr": 0.1, "n_layer": 2}}
 TRAINERS = ("train_gpt", "train_gpu", "train_scaled", "train_arith")
@@ -299,8 +299,8 @@ def test_help_is_grouped_fits_100_columns_and_shows_every_knob_once(capsys):
         read(["--help"], doc="A trainer.")
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100
-    groups = [line for line in lines if line in ("Model:", "Schedule:", "Run:")]
-    assert groups == ["Model:", "Schedule:", "Run:"]
+    groups = [line for line in lines if line in ("model:", "schedule:", "run:")]
+    assert groups == ["model:", "schedule:", "run:"]
     for name in FIELDS:
         assert sum(line.startswith(f"  --{name} ") for line in lines) == 1, name
     text = "\n".join(lines)

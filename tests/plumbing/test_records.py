@@ -15,7 +15,8 @@ import plumbing.trackers
 from plumbing import UserError
 from plumbing.clock import Clock
 from plumbing.exchange import StepStats
-from plumbing.records import RULE, RunLog, read_sources, read_status, sources_sha256
+from plumbing.records import RULE, RunLog, read_sources, sources_sha256
+from plumbing.run_ids import read_status
 from train_gpt import Knobs
 
 
