@@ -32,6 +32,15 @@ class StepStats:
     signal: int  # number of a signal that any rank has caught; 0 for none
     problem: str  # which figure was not finite; empty where all are
 
+    def line(self, total_steps: int) -> str:
+        """The words of a log line, where a trainer has none of its own."""
+        words = f"step:{self.step}/{total_steps} train_loss:{self.loss:.4f}"
+        for name, value in self.metrics.items():
+            words += f" {name}:{value:.4g}"
+        if self.skipped:
+            words += " skipped: fp16 overflow"
+        return words
+
 
 class StepExchange:
     """The queue of steps whose figures were sent and not yet read.

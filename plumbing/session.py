@@ -334,7 +334,7 @@ class Session:
             self.progress.train_loss = stats.loss
             self.progress.spent_s = stats.spent_s
             is_logged = stats.step % self.log_every == 0 or stats.step == self.total_steps
-            line = (self.step_line or self.usual_line)(stats) if is_logged else ""
+            line = self._line(stats) if is_logged else ""
             self.log.step(stats, self.clock, line)
             heard.append(stats)
             self.overflows = self.overflows + 1 if stats.skipped else 0
@@ -345,13 +345,10 @@ class Session:
                 self.status = "preempted"
         return heard
 
-    def usual_line(self, stats: StepStats) -> str:
-        line = f"step:{stats.step}/{self.total_steps} train_loss:{stats.loss:.4f}"
-        for name, value in stats.metrics.items():
-            line += f" {name}:{value:.4g}"
-        if stats.skipped:
-            line += " skipped: fp16 overflow"
-        return f"{line} {self.clock.times(stats.step)}"
+    def _line(self, stats: StepStats) -> str:
+        if self.step_line:
+            return self.step_line(stats)
+        return f"{stats.line(self.total_steps)} {self.clock.times(stats.step)}"
 
     # ------------------------------------------------------------------
     # End
