@@ -326,7 +326,9 @@ def test_validation_text_that_is_the_training_text_is_refused(tmp_path):
     shutil.copy(tmp_path / "set/train.txt", tmp_path / "set/val.txt")
     with pytest.raises(UserError, match=r"val\.txt: is a copy of .*train\.txt"):
         open_byte_files(str(tmp_path / "set"), tmp_path / "data")
-    with pytest.raises(UserError, match=r"set/val\.txt: its text is training data too .*set/train\.txt"):
+    with pytest.raises(
+        UserError, match=r"set/val\.txt: its text is training data too .*set/train\.txt"
+    ):
         open_splits(str(tmp_path / "set"), "bytes", tmp_path / "data")
 
 
