@@ -7,7 +7,6 @@ checks them in the same way; each text remembers where it was written.
 """
 
 import argparse
-import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 
@@ -156,12 +155,12 @@ def section_keys(cls: type, sections: Collection[str]) -> dict[str, str]:
     section of a knob is the heading that --help shows it under."""
     keys = {}
     section = ""
-    known = spellings(cls)
-    for field in dataclasses.fields(cls):
-        section = field.metadata["group"] or section
+    for spelling, field in spellings(cls).items():
+        name = spelling.lower()
+        if name == field.name:
+            section = field.metadata["group"] or section
         if section in sections:
-            names = [name.lower() for name, other in known.items() if other is field]
-            keys |= {f"{section}.{name}": name for name in names}
+            keys[f"{section}.{name}"] = name
     return keys
 
 

@@ -78,24 +78,24 @@ def knob(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def _own_fields(cls: type) -> dict[str, Field]:
-    """The knobs of `cls` in the order of --help: those that it adds, then those that it inherits,
-    which keep place and heading when it states another default."""
-    found: dict[str, Field] = {}
-    for base in filter(dataclasses.is_dataclass, cls.__mro__[1:]):
-        for name, field in _own_fields(base).items():
-            now = cls.__dataclass_fields__[name]
-            if not now.metadata["group"]:
-                now = copy.copy(now)
-                now.metadata = {**now.metadata, "group": field.metadata["group"]}
-            found.setdefault(name, now)
-    added = [field for field in dataclasses.fields(cls) if field.name not in found]
-    return {field.name: field for field in added} | found
+def _in_order(cls: type) -> dict[str, Field]:
+    """The knobs of `cls` in the order of --help. Those of its last base, which every run has, stand
+    at the end, and a knob keeps its heading where a class states another default."""
+    bases = [base for base in cls.__mro__ if dataclasses.is_dataclass(base)]
+    declared: dict[str, Field] = {}
+    for base in reversed(bases):
+        declared = base.__dataclass_fields__ | declared
+    last, found = bases[-1].__dataclass_fields__ if len(bases) > 1 else {}, {}
+    for name in [*(name for name in cls.__dataclass_fields__ if name not in last), *last]:
+        found[name] = copy.copy(cls.__dataclass_fields__[name])
+        heading = found[name].metadata["group"] or declared[name].metadata["group"]
+        found[name].metadata = {**found[name].metadata, "group": heading}
+    return found
 
 
 def spellings(cls: type) -> dict[str, Field]:
     """Every name in capitals that sets a knob of `cls`, and the knob's field."""
-    fields = _own_fields(cls)
+    fields = _in_order(cls)
     known = {}
     for field in fields.values():
         known[field.name.upper()] = field
