@@ -79,7 +79,7 @@ def is_alive(facts: dict, now: float) -> bool:
 def look(path: Path, now: float) -> Seen | None:
     """What a status file says; None where it cannot be read."""
     try:
-        facts = json.loads(path.read_text())
+        facts = json.loads(path.read_text(encoding="utf-8"))
         state = str(facts["status"])
         if state == "running" and not is_alive(facts, now):
             state = "died"
@@ -99,7 +99,7 @@ def look(path: Path, now: float) -> Seen | None:
             eta_s=known("eta_s"),
             updated=float(facts.get("updated", path.stat().st_mtime)),
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError):
         return None
 
 

@@ -5,7 +5,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,14 @@ from lib.results import Row, read_results
 from lib.sequential import Rule
 from lib.study import Study
 from lib.study_stage import Run
+from plumbing.checkpoints import list_checkpoints
 from plumbing.run_ids import COMPLETE, read_status
+
+
+def status_number(status: Mapping[str, object], name: str) -> float:
+    """A number of a status; nan where it is not known, or is none."""
+    value = status.get(name)
+    return float(value) if isinstance(value, int | float) and abs(value) < 1e300 else math.nan
 
 
 @dataclass
@@ -92,14 +99,13 @@ class Records:
             if row is None and status.get("status") not in COMPLETE:
                 continue
             p.state, p.run_id, p.note = "done", run_id, ""
-            p.loss = (
-                row.number("final_val_loss") if row else float(status.get("val_loss", math.nan))
-            )
-            p.step = (
-                int(status.get("step", p.run.steps))
-                if row is None
-                else int(row["steps_done"] or p.run.steps)
-            )
+            if row is None:
+                p.loss = status_number(status, "val_loss")
+                steps = status_number(status, "step")
+            else:
+                p.loss = row.number("final_val_loss")
+                steps = row.number("steps_done")
+            p.step = int(steps) if math.isfinite(steps) else p.run.steps
             if run_id in others:
                 p.note = f"code {run_id[-6:]}"
             elif row is None:
@@ -119,8 +125,8 @@ class Records:
 
     def _look_at_checkpoints(self, p: Progress) -> None:
         """How far a run is that is not done."""
-        saved = sorted(path.name for path in (self.logs / p.run_id).glob("step_??????"))
-        p.step = int(saved[-1][-6:]) if saved else 0  # it would go on from its newest checkpoint
+        saved = list_checkpoints(self.logs / p.run_id)
+        p.step = saved[-1][0] if saved else 0  # it would go on from its newest checkpoint
         if p.state in ("waiting", "half-done"):
             p.state = "half-done" if saved else "waiting"
 
