@@ -13,12 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from lib import runs
-from lib.model_source import model_source
-from lib.program import need
 from safetensors.torch import save_file
 from torch import nn
 
+from lib import runs
+from lib.model_source import model_source
+from lib.program import need
 from plumbing.checkpoints import sha256_of
 from plumbing.knobs import UserError
 
