@@ -319,7 +319,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("repeats", type=one_number, default=5, metavar="N", help="measurements of each time (5)")
     add("quality_only", action="store_true", help="no speed, no memory")
-    add("logs_folder", default=str(program.ROOT / "logs"), metavar="DIR")
+    add("logs_folder", default=str(program.default_logs()), metavar="DIR")
     add("output_dir", metavar="DIR", help="default: experiments/comparison/<date and time>")
     add("speed_only", action="store_true", help="measure untrained models of a preset instead")
     add("preset", choices=tuple(train_gpu.PRESETS), default="33m", help="of train_gpu.py (33m)")

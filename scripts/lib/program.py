@@ -36,11 +36,14 @@ def need(module: str, what: str, install: str = ANALYSIS) -> ModuleType:
         raise UserError(f"{what} needs {module.split('.')[0]}: {install}") from None
 
 
+def default_logs() -> Path:
+    return Path(os.environ.get("LOGS_FOLDER") or ROOT / "logs")
+
+
 def add_logs_option(p: argparse.ArgumentParser) -> None:
     """--logs_folder, the same in every program; LOGS_FOLDER of the environment is its default."""
-    logs = Path(os.environ.get("LOGS_FOLDER") or ROOT / "logs")
     p.add_argument(
-        "--logs_folder", "--logs-folder", type=Path, metavar="DIR", default=logs,
+        "--logs_folder", "--logs-folder", type=Path, metavar="DIR", default=default_logs(),
         help="folders of runs (default: LOGS_FOLDER, else logs)",
     )  # fmt: skip
 
