@@ -125,7 +125,7 @@ def expected_seeds(
 def stage_s(
     runs: Sequence[Progress], stage: str, pace: Pace, seeds: Mapping[str, float] | None
 ) -> float:
-    """Seconds that a stage still takes; `seeds`: of a sequential one. nan before a run has ended."""
+    """Seconds that a stage still takes, nan while that is unknown; `seeds`: of a sequential one."""
     total = 0.0
     left = [p for p in runs if p.run.stage == stage and p.state not in (*ENDED, "elsewhere")]
     for label in dict.fromkeys(p.run.label for p in left):
