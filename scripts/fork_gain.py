@@ -7,7 +7,8 @@ Prints the standard deviation of the paired difference (variant minus baseline, 
 stages that compare the same cells, `whole` and `forked`, and the ratio of the variances: a ratio of
 1/4 means that a quarter of the seeds decides as much. Its interval is that of Pitman and Morgan for
 two spreads measured on the same seeds. A third stage, `same`, holds forks that differ in nothing
-but the order of their data; whatever is claimed of them is a false claim, which is to happen in 5%.
+but the order of their data. Where each seed has orders of its own, whatever is claimed of them is a
+false claim, which is to happen in 5%.
 
 Raises   UserError for stages that are not there or cannot be compared
 """
@@ -75,12 +76,13 @@ def show_false_claims(cells: Sequence[Cell]) -> None:
     tests = [paired(list(table[i]), list(table[j])) for i, j in pairs]
     claims = sum(test is not None and test.p < ALPHA for test in tests)
     print(
-        f"{len(cells)} forks that differ in the order of their data, n={len(seeds)} seeds: "
-        f"{claims} of {len(pairs)} pairs are claimed to differ at 5%"
+        f"forks of the same knobs, each seed with two orders of the data drawn anew "
+        f"({DRAWS:,} studies, n={len(seeds)} seeds): {100 * drawn_claims(table):.1f}% claim a "
+        f"difference at 5%"
     )
     print(
-        f"{DRAWS:,} studies of two forks drawn anew for each seed: "
-        f"{100 * drawn_claims(table):.1f}% false claims"
+        f"the same, all seeds with the same two orders: {claims} of {len(pairs)} pairs; such a "
+        f"claim is of the two orders, since no seed averages over them"
     )
 
 

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib.program import ROOT, UserError, count, launch
+from lib.program import UserError, add_logs_option, count, launch
 from lib.words import duration, fit, rate
 
 SILENT_S = 600  # a run on another machine that is silent for so long is taken for dead
@@ -163,9 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    default = Path(os.environ.get("LOGS_FOLDER") or ROOT / "logs")
-    add("--logs_folder", "--logs-folder", type=Path, metavar="DIR", default=default,
-        help="where runs write (default: LOGS_FOLDER, else logs)")  # fmt: skip
+    add_logs_option(parser)
     add("--all", action="store_true", help="all runs, not only the 20 newest")
     add("--watch", nargs="?", type=float, const=5.0, metavar="SECONDS", help="again and again")
     args = parser.parse_args(argv)

@@ -20,6 +20,7 @@ import argparse
 import csv
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ class Trained:
 
 
 def rows_wanted(a: argparse.Namespace) -> list[tables.Row]:
-    rows, problems = tables.read_results(a.results)
+    rows, problems = tables.read_results(a.results_file)
     for line in problems:
         print(line)
     wanted, column = (a.run, "run_id") if a.run else (a.stage, "stage")
@@ -66,7 +67,7 @@ def rows_wanted(a: argparse.Namespace) -> list[tables.Row]:
     if missing := [name for name in wanted if name not in known]:
         has = ", ".join(sorted(known)) or "none"
         raise UserError(
-            f"{a.results}: no finished run with {column} {', '.join(missing)}; it has {has}"
+            f"{a.results_file}: no finished run with {column} {', '.join(missing)}; it has {has}"
         )
     return [row for row in rows if row[column] in wanted and row.status == "finished"]
 
@@ -221,13 +222,15 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--stage", nargs="+", metavar="NAME", help="all finished runs of these stages"
     )
     which.add_argument("--run", nargs="+", metavar="ID", help="these runs")
+    results = os.environ.get("RESULTS_FILE") or ROOT / "experiments/results_arith.csv"
     p.add_argument(
-        "--results", type=Path, default=ROOT / "experiments/results_arith.csv", metavar="FILE"
+        "--results_file", "--results-file", "--results", type=Path, default=results, metavar="CSV"
     )
     p.add_argument(
+        "--logs_folder",
         "--logs-folder",
         type=Path,
-        default=ROOT / "logs",
+        default=os.environ.get("LOGS_FOLDER") or ROOT / "logs",
         metavar="DIR",
         help="where the runs are; default logs/",
     )

@@ -82,7 +82,7 @@ def add_models(flags: Flags) -> None:
         metavar="NAME",
     )
     flags.switch("offline", "published models from this machine only")
-    flags.add("logs_folder", "where the runs are", default=str(program.ROOT / "logs"))
+    flags.add("logs_folder", "where the runs are", default=str(program.default_logs()))
 
 
 def add_text(flags: Flags) -> None:

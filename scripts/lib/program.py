@@ -37,20 +37,28 @@ def need(module: str, what: str, install: str = ANALYSIS) -> ModuleType:
         raise UserError(f"{what} needs {module.split('.')[0]}: {install}") from None
 
 
+def default_logs() -> Path:
+    return Path(os.environ.get("LOGS_FOLDER") or ROOT / "logs")
+
+
+def add_logs_option(p: argparse.ArgumentParser) -> None:
+    """--logs_folder, the same in every program; LOGS_FOLDER of the environment is its default."""
+    p.add_argument(
+        "--logs_folder", "--logs-folder", type=Path, metavar="DIR", default=default_logs(),
+        help="folders of runs (default: LOGS_FOLDER, else logs)",
+    )  # fmt: skip
+
+
 def add_data_options(p: argparse.ArgumentParser, many: bool = False) -> None:
-    """--results_file and --logs_folder, the same in every program; LOGS_FOLDER and RESULTS_FILE of
+    """--results_file and --logs_folder, the same in every program; RESULTS_FILE and LOGS_FOLDER of
     the environment are their defaults. `many`: several results files may be named."""
     results = Path(os.environ.get("RESULTS_FILE") or ROOT / "experiments/results.csv")
-    logs = Path(os.environ.get("LOGS_FOLDER") or ROOT / "logs")
     p.add_argument(
         "--results_file", "--results-file", "--source", type=Path, metavar="CSV",
         nargs="+" if many else None, default=[results] if many else results,
         help="what trainers wrote (default: RESULTS_FILE, else experiments/results.csv)",
     )  # fmt: skip
-    p.add_argument(
-        "--logs_folder", "--logs-folder", type=Path, metavar="DIR", default=logs,
-        help="folders of runs, for curves (default: LOGS_FOLDER, else logs)",
-    )  # fmt: skip
+    add_logs_option(p)
 
 
 def write_whole(path: Path, data: str | bytes) -> None:

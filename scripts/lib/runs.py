@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lib.program import ROOT
+from lib.program import add_logs_option
 from plumbing.checkpoints import checkpoint_problem, list_checkpoints, read_checkpoint
 from plumbing.knobs import UserError
 from plumbing.texts import tokenizer
@@ -36,9 +36,7 @@ SHAPE_KNOBS = {
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", required=True, metavar="ID", help="the run's id")
-    parser.add_argument(
-        "--logs_folder", "--logs-folder", type=Path, default=ROOT / "logs", metavar="DIR"
-    )
+    add_logs_option(parser)
     parser.add_argument(
         "--checkpoint", metavar="step_NNNNNN", help="default: the newest that verifies"
     )

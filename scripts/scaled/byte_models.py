@@ -32,6 +32,8 @@ from torch import Tensor
 REPO = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPO), str(REPO / "scripts")]  # for the trainer, and for what scripts share
 
+from lib.program import add_logs_option  # noqa: E402
+
 import train_scaled  # noqa: E402
 from plumbing import ROOT, TokenShards, UserError, embedded_corpus, flat_gradients, read_knobs  # noqa: E402  # noqa: E402
 from plumbing.texts import text_files  # noqa: E402
@@ -319,9 +321,7 @@ def adn_embd_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--weights", metavar="FILE", help="or a .pth itself")
     p.add_argument("--window_run", metavar="ID", help="the window-only control (MEMORY=off), a run")
     p.add_argument("--window_weights", metavar="FILE", help="or a .pth itself")
-    p.add_argument(
-        "--logs_folder", "--logs-folder", type=Path, default=REPO / "logs", metavar="DIR"
-    )
+    add_logs_option(p)
 
 
 def finish_options(

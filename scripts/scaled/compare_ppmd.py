@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--train_bytes", type=int, metavar="N", help="PPMd's training text (all of it)")
     p.add_argument("--val_bytes", type=int, metavar="N", help="held-out text (all of it)")
     p.add_argument("--runs", default="", metavar="ID,..", help="runs of train_scaled.py")
-    p.add_argument("--logs_folder", type=Path, default=ROOT / "logs", metavar="DIR")
+    lib.add_logs_option(p)
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     a = p.parse_args(argv)
     device = lib.check_device(a.device)

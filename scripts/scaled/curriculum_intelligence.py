@@ -28,7 +28,6 @@ import argparse
 import random
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import byte_models as lib
 import numpy as np
@@ -216,9 +215,7 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
         "--run", metavar="ID", help="a run of train_scaled.py: its best_model_scaled.pth"
     )
     p.add_argument("--weights", metavar="FILE", help="or a .pth itself")
-    p.add_argument(
-        "--logs_folder", "--logs-folder", type=Path, default=lib.REPO / "logs", metavar="DIR"
-    )
+    lib.add_logs_option(p)
     p.add_argument(
         "--heldout",
         metavar="PATH",
