@@ -71,9 +71,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 class Knobs(RunKnobs):
     preset: str = knob("speedrun", "named set of defaults", choices=tuple(PRESETS))
     n_layer: int = knob(12, "transformer blocks", low=1, group="model")
-    n_head: int = knob(6, "number of attention heads", low=1)
+    n_head: int = knob(6, "attention heads", low=1)
     n_embd: int = knob(768, "model width, in channels", low=2)
-    vocab_size: int = knob(50304, "number of token ids, padded", low=2, high=65536)
+    vocab_size: int = knob(50304, "token ids, padded", low=2, high=65536)
     attngate: str = knob("none", "kind of attention gate", choices=GATES)
     gatepos: str = knob("sdpa", "what the gate multiplies", choices=POSITIONS)
     gateact: str = knob("sigmoid", "activation of the gate", choices=tuple(ACTIVATIONS))
@@ -87,7 +87,7 @@ class Knobs(RunKnobs):
     warmdown_iters: int = knob(1450, "steps of linear decay to zero at the end", low=0)
     time_budget_s: float | None = knob(None, "stretch the schedule over this", above=0, none="off")
     lr: float = knob(0.0036, "peak rate of AdamW; Muon takes a tenth of it", low=0)
-    seed: int = knob(1337, "seed of the initial weights", low=0)
+    seed: int = knob(1337, "seed of initial weights", low=0)
     input_bin: str = knob(f"{FINEWEB}_train_*.bin", "training shards, or embedded", group="data")
     input_val_bin: str = knob(f"{FINEWEB}_val_*.bin", "validation shards, or embedded")
     data_order: str = knob("record", "order of the tokens", choices=("record", "stream"))
@@ -503,7 +503,7 @@ def flops_per_token(cfg: Knobs) -> int:
 
 
 def probe_backward(model: GPT, rows: int) -> None:
-    """Forward and backward pass of a micro-batch of zeros, to measure its memory."""
+    """Forward and backward pass of a micro-batch of zeros, for its memory."""
     x = torch.zeros(rows, model.cfg.sequence_length, dtype=torch.long, device=model.wte.device)
     model(x, x).backward()
 
