@@ -87,7 +87,7 @@ class Knobs(RunKnobs):
     warmdown_iters: int = knob(1450, "steps of linear decay to zero", low=0)
     time_budget_s: float | None = knob(None, "stretch the schedule over this", above=0, none="off")
     lr: float = knob(0.0036, "peak rate of AdamW; Muon takes a tenth of it", low=0)
-    seed: int = knob(1337, "seed of the initial weights", low=0)
+    seed: int = knob(1337, "seed of initial weights", low=0)
     input_bin: str = knob(f"{FINEWEB}_train_*.bin", "training shards, or embedded", group="data")
     input_val_bin: str = knob(f"{FINEWEB}_val_*.bin", "validation shards, or embedded")
     data_order: str = knob("record", "order of the tokens", choices=("record", "stream"))
@@ -503,7 +503,7 @@ def flops_per_token(cfg: Knobs) -> int:
 
 
 def probe_backward(model: GPT, rows: int) -> None:
-    """Forward and backward pass of a micro-batch of zeros, to measure its memory."""
+    """Forward and backward pass of a micro-batch of zeros, for its memory."""
     x = torch.zeros(rows, model.cfg.sequence_length, dtype=torch.long, device=model.wte.device)
     model(x, x).backward()
 

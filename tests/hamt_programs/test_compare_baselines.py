@@ -6,8 +6,10 @@ import csv
 import dataclasses
 import json
 import math
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import compare_baselines as program
@@ -25,7 +27,7 @@ import plumbing
 import train_gpu
 from plumbing import UserError
 from plumbing.text_batches import open_text
-from plumbing.text_scores import Score
+from plumbing.text_scores import Score, evaluate, evaluate_stream
 
 CPU = torch.device("cpu")
 TINY = dict(n_embd=16, hcm_dim=16, n_layer=2, num_slots=4, n_head=2, tokenizer="bytes")
@@ -147,7 +149,7 @@ def test_windows_score_what_the_trainer_scores(home, run_id, window, stride, mic
     split = open_text(model.cfg, ONE)[1]["test"]
     shard = dataclasses.replace(split, shards=Front(split.shards, 500))
     if window == stride == model.cfg.sequence_length:
-        theirs = train_gpu.evaluate(model.model, shard, 2, ONE)
+        theirs = evaluate(model.model, shard, 32, 2, ONE)
     else:
         text = torch.from_numpy(split.shards.read(0, 500).astype(np.int64))
         theirs = Score.of(shard, by_hand(model, text, window, stride), 499)
@@ -189,7 +191,7 @@ def test_streaming_scores_what_the_trainer_scores(monkeypatch, home):
     model = ours(home, "memory")
     split = open_text(model.cfg, ONE)[1]["test"]
     short = dataclasses.replace(split, shards=Front(split.shards, 333))
-    theirs = train_gpu.evaluate_stream(model.model, short, ONE)
+    theirs = evaluate_stream(model.model, short, 32, ONE)
     assert quality.stream_nats(model, split.shards.read(0, 333)) == pytest.approx(
         theirs.nats, rel=1e-5
     )
@@ -478,15 +480,22 @@ def test_a_ratio_is_that_of_paired_turns():
     assert loose["ratio_low"] < 1.25 < loose["ratio_high"] and loose["ratio"] == pytest.approx(1.25)
 
 
-def test_a_deadline_leaves_the_parts_that_are_done_and_no_process(home, tmp_path):
-    """Decoding of this many tokens would take hours; training is done long before."""
+def test_a_deadline_leaves_the_parts_that_are_done_and_no_process(tmp_path):
+    """Decoding of this many tokens would take hours. The deadline is told to be now as soon as
+    training is done.
+    """
     knobs = "hidden_dim=16 hcm_dim=16 num_slots=2 num_attention_heads=2"
     flags = ["--speed_only", "--preset=demo", f"--knobs={knobs}", "--mixer=hamt"]
     flags += ["--parts=training,decoding", "--lengths=16", "--tokens_per_step=16", "--repeats=1"]
-    flags += ["--decode_contexts=100000000", "--deadline_s=25", f"--output_dir={tmp_path}"]
+    flags += ["--decode_contexts=100000000", "--deadline_s=900", f"--output_dir={tmp_path}"]
     command = [sys.executable, str(ROOT / "scripts/hamt/compare_baselines.py"), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "stopped by the deadline; done: training" in done.stderr
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not (tmp_path / "speed.md").exists():
+            time.sleep(0.05)
+        time.sleep(1)  # its child for decoding has started
+        process.send_signal(signal.SIGALRM)
+        _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0 and "stopped by the deadline; done: training" in stderr
     found = json.loads((tmp_path / "speed_training.json").read_text())
     assert found["rows"][0]["tokens_per_s"] > 0 and found["torch"] and found["git_commit"]
     assert not (tmp_path / "speed_decoding.json").exists()
