@@ -41,7 +41,7 @@ bench-gpu: $(READY)
 	$(BIN)/python scripts/gpt/bench.py --device cuda --out $(GPU_OUT) --deadline_s 240
 	-timeout -s INT 120 $(BIN)/python scripts/hamt/compare_baselines.py --speed_only --preset 100m \
 		--mixer both --device cuda --output_dir $(GPU_OUT)
-	-timeout -s INT 120 $(BIN)/python scripts/scaled/bench_scaled.py --device cuda --out $(GPU_OUT)
+	-$(BIN)/python scripts/scaled/bench_scaled.py --device cuda --out $(GPU_OUT) --deadline_s 120
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""Loss scale, schedules, batches and validation."""
+"""Schedules, batches and validation."""
 
 from pathlib import Path
 
@@ -10,10 +10,9 @@ from support import ONE
 
 import train_scaled
 from plumbing import TokenShards, World, read_bytes
-from train_scaled import LossScale
+from plumbing.byte_batches import ByteBatches
 
 CPU = torch.device("cpu")
-FP32 = torch.autocast("cpu", enabled=False)
 
 
 def shards(folder: Path, data: bytes, name: str = "t.txt") -> TokenShards:
@@ -26,19 +25,6 @@ class Part(World):
 
     def all_reduce(self, x):
         return x
-
-
-def test_the_loss_scale_moves_as_torchs_grad_scaler_does():
-    ours, theirs = LossScale(torch.float16), torch.amp.GradScaler("cpu", init_scale=2.0**16)
-    p = torch.nn.Parameter(torch.zeros(1))
-    sgd = torch.optim.SGD([p], lr=0.0)
-    for step in range(4100):
-        p.grad = torch.full((1,), float("inf") if step in (3, 4, 2500) else 1.0)
-        theirs.scale(torch.zeros(1))
-        theirs.step(sgd)
-        theirs.update()
-        ours.update(p.grad)
-        assert ours.scale == theirs.get_scale(), step
 
 
 def test_the_schedules_are_what_their_names_say():
@@ -63,9 +49,8 @@ def test_the_schedules_are_what_their_names_say():
 
 def test_carried_rows_read_their_strips_window_after_window(tmp_path):
     data = bytes(range(256)) * 5
-    batches = train_scaled.Batches(
-        shards(tmp_path, data), small(batch_size=4, sequence_length=64), ONE
-    )
+    cfg = small(batch_size=4, sequence_length=64)
+    batches = ByteBatches(shards(tmp_path, data), cfg, ONE, 4)
     strip = (1280 - 4) // 4
     assert batches.num_windows == strip // 64 and [batches.starts_over(s) for s in range(5)] == [
         True,
@@ -88,10 +73,8 @@ def test_carried_rows_read_their_strips_window_after_window(tmp_path):
 @pytest.mark.parametrize("carry", [True, False])
 def test_any_number_of_ranks_reads_the_same_windows(tmp_path, carry, ranks):
     s, k = shards(tmp_path, bytes(range(256)) * 5), small(carry_state=carry)
-    whole, parts = (
-        train_scaled.Batches(s, k, ONE),
-        [train_scaled.Batches(s, k, World(r, ranks, CPU)) for r in range(ranks)],
-    )
+    whole = ByteBatches(s, k, ONE, 4)
+    parts = [ByteBatches(s, k, World(r, ranks, CPU), 4) for r in range(ranks)]
     seen = set()
     for step in range(6):
         for i in range(2):
@@ -122,6 +105,6 @@ def test_validation_is_every_byte_once_and_weighted_by_bytes(tmp_path, carry, si
     for micro, ranks in ((2, 1), (3, 1), (8, 2)):
         cfg = small(carry_state=carry, val_bytes=limit, batch_size=8, device_batch_size=micro)
         parts = [Part(r, ranks, CPU) for r in range(ranks)]
-        found = [train_scaled.evaluate(model, val, FP32, cfg, part) for part in parts]
+        found = [train_scaled.evaluate(model, val, micro, cfg, part) for part in parts]
         assert count == total and abs(sum(f[0] for f in found) - nats / total) < 1e-5
         assert abs(sum(f[1] for f in found) * total - chars) <= 1
