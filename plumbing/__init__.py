@@ -3,12 +3,14 @@
     knobs, run_knobs, config, family      one dataclass -> environment, flags, presets, YAML, --help
     world, device, plan                   process group, signals, collectives; the device; --dry_run
     data, batches, text_batches           token shards, the tokens of a step, prefetching
+    byte_batches, byte_records            the same of bytes; what a byte model records
+    row_states, exports, rollback         carried states; weights files; after a loss that is not finite
     texts, splits, leaks, hub             text files, tokenizers, the embedded corpus, downloads
     csv_files                             the CSV files of runs, as trainers and tables read them
     session                               one run from start to end: what a loop talks to
     exchange, clock, records, results, trackers, checkpoints, forks   what a session is made of
 
-Of all this, batches.py alone decides something that a loss depends on: the order of the tokens.
+Of all this, only the batches decide something that a loss depends on: the order of the tokens.
 Importing the package does nothing. `from plumbing import Session` imports the module of that name
 when it is asked for, so that programs which need knobs only do not wait for torch.
 """

@@ -14,7 +14,7 @@ from support import ROOT
 BUDGETS = {
     "train_gpt.py": (630, 29),
     "train_gpu.py": (1140, 54),
-    "train_scaled.py": (1410, 69),
+    "train_scaled.py": (1105, 53),
     "train_arith.py": (850, 39),
     "arithmetic.py": (500, 24),
 }
@@ -24,10 +24,6 @@ LONGEST_FUNCTION = {
     "scripts/hamt/recall_bench.py": 60,
     "scripts/hamt/recall_tables.py": 77,
     "scripts/hamt/slots.py": 53,
-    "scripts/scaled/curriculum_intelligence.py": 53,
-    "scripts/scaled/position_curve.py": 62,
-    "scripts/scaled/recall_fixed.py": 52,
-    "train_scaled.py": 71,
 }
 WIDE_LINES = {
     "scripts/hamt/compare_baselines.py": 7,
@@ -38,7 +34,6 @@ WIDE_LINES = {
     "scripts/hamt/slots.py": 2,
     "scripts/hamt/speed.py": 2,
     "scripts/hamt/subjects.py": 1,
-    "scripts/scaled/byte_models.py": 1,
 }
 TRAINERS = [name for name in BUDGETS if name.startswith("train_")]
 FOLDERS = ("plumbing", "scripts")
