@@ -57,7 +57,7 @@ bench-gpu: $(READY)
 	-$(BIN)/python scripts/hamt/compare_baselines.py --speed_only --preset 100m --device cuda \
 		--precision bf16 --knobs compile=1 --lengths 1024,8192 --tokens_per_step 16384 \
 		--decode_contexts 1024,16384 --output_dir $(GPU_OUT) --deadline_s 120
-	-timeout -s INT 120 $(BIN)/python scripts/scaled/bench_scaled.py --device cuda --out $(GPU_OUT)
+	-$(BIN)/python scripts/scaled/bench_scaled.py --device cuda --out $(GPU_OUT) --deadline_s 120
 	-timeout -s INT 90 $(BIN)/python scripts/arith/bench_arith.py --device cuda --out $(GPU_OUT) \
 		--deadline_s 80
 

@@ -3,13 +3,15 @@
     knobs, run_knobs, text_knobs, config, family    a dataclass -> environment, flags, YAML, --help
     world, device, plan                   process group, signals, collectives; the device; --dry_run
     data, batches, text_batches           token shards, the tokens of a step, prefetching
+    byte_batches, byte_records            the same of bytes; what a byte model records
+    row_states, exports, rollback         carried states; weights files; after a loss that is not finite
     texts, splits, leaks, hub             text files, tokenizers, the embedded corpus, downloads
     text_scores                           the loss of a text, in windows and as one stream
     plain_text, csv_files                 text is UTF-8; the CSV files of runs, for tables too
     session, epochs                       one run from start to end: what a loop talks to
     exchange, clock, records, run_ids, results, trackers, checkpoints, forks    parts of a session
 
-Of all this, batches.py alone decides something that a loss depends on: the order of the tokens.
+Of all this, only the batches decide something that a loss depends on: the order of the tokens.
 Importing the package does nothing. `from plumbing import Session` imports the module of that name
 when it is asked for, so that programs which need knobs only do not wait for torch.
 """

@@ -10,7 +10,7 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -226,3 +226,26 @@ def _step_fits(
     finally:
         torch.cuda.empty_cache()
     return True
+
+
+def compile_parts(parts: Sequence[nn.Module], run_step: Callable[[], None], world: "World") -> str:
+    """Compile the forward passes of some modules, and run one step to see whether that works.
+
+    Returns ''. Where the compiler fails on any rank, it returns what went wrong, and nothing is
+    compiled on any rank: training does not depend on it.
+    """
+    problem = ""
+    try:
+        for part in parts:
+            part.forward = torch.compile(part.forward, dynamic=False)
+        run_step()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a compiler fails in any way
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    problems = [p for p in world.gather(problem) if p]
+    if not problems:
+        return ""
+    for part in parts:
+        vars(part).pop("forward", None)  # the class's own again
+    return problems[0]

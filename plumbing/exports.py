@@ -1,23 +1,35 @@
-"""exports.py -- the files of a run that other programs read: weights, and metrics as JSON.
+"""exports.py -- weights of a run in files that other programs read.
 
 Promises: a weights file is whole or absent, carries the knobs that shape its model, and is refused
-in one line by a model of another shape. metrics_scaled.json is made from metrics.csv, so it agrees
-with it also after a resume or a rollback.
+in one line by a model of another shape.
 """
 
-import csv
 import dataclasses
-import json
-import math
 from collections.abc import Collection
 from pathlib import Path
 
 from torch import nn
 
-from plumbing.checkpoints import read_weights, save_weights, write_whole
+from plumbing.checkpoints import check_disk, read_weights, save_weights
 from plumbing.knobs import UserError, describe
+from plumbing.row_states import RowStates
 from plumbing.session import Session
-from plumbing.world import World
+
+
+def run_bytes(model: nn.Module, carried: RowStates, keep: int) -> int:
+    """Bytes of a run's files at the most: KEEP weights, the best ones and one file that is being
+    written; KEEP checkpoints of weights, two moments and what rows carry, and one being written.
+    """
+    weights = sum(4 * p.numel() for p in model.parameters())
+    checkpoint = 3 * weights + carried.num_bytes
+    return weights * (keep + 2) + checkpoint * (keep + 1)
+
+
+def check_run_fits(session: Session, model: nn.Module, carried: RowStates) -> None:
+    """Raise UserError on every rank when the disk has no room for the run's files."""
+    needed = run_bytes(model, carried, session.cfg.keep)
+    remedy = "lower KEEP, or set LOGS_FOLDER elsewhere"
+    check_disk(session.folder, needed, session.world, remedy)
 
 
 def export_weights(
@@ -69,26 +81,3 @@ def read_model_weights(
             f"knobs as they were"
         )
     return found
-
-
-def write_metrics_json(folder: Path, log_every: int, world: World) -> None:
-    """metrics_scaled.json as the original has it: bits per byte and rate every `log_every` steps,
-    each a mean since the one before, and the validations."""
-    if not world.is_main:
-        return
-    with open(folder / "metrics.csv") as file:
-        by_step = {int(row["step"]): row for row in csv.DictReader(file)}  # a later row counts
-    found = {name: [] for name in ("train_bpc", "val_bpc", "steps", "lr", "val_steps")}
-    interval = []
-    for step, row in sorted(by_step.items()):
-        if row["train_loss"]:
-            interval.append(float(row["train_loss"]) / math.log(2))
-        if interval and (step % log_every == 0 or step == max(by_step)):
-            found["train_bpc"].append(sum(interval) / len(interval))
-            found["steps"].append(step)
-            found["lr"].append(float(row["lr"]))
-            interval = []
-        if row["val_loss"]:
-            found["val_bpc"].append(float(row["val_loss"]) / math.log(2))
-            found["val_steps"].append(step)
-    write_whole(folder / "metrics_scaled.json", (json.dumps(found, indent=2) + "\n").encode())

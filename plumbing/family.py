@@ -5,7 +5,7 @@ and a name that only a sibling trainer knows is told apart from one that means n
 tables and pure functions of names; knobs.py decides what is refused.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 
 # Spellings that a knob of the canonical name accepts in every trainer. They come from the programs
@@ -68,11 +68,11 @@ FAMILY = {
         "tracker_project wandb_project run_name data_folder output_dir"
     ),
     "train_scaled.py": (
-        "n_layer n_head window memory mem_range mem_init mem_rows delta_rule thinking_steps "
+        "n_layer n_head sliding_window memory mem_range mem_init mem_rows delta_rule thinking_steps "
         "ngram_rows dropout device_batch_size sequence_length carry_state warmup_iters schedule "
         "curriculum lr beta2 weight_decay decay_on data init_from val_bytes log_every on_nan "
-        "precision fla recompute tracker blocks decoder early_stop_min_delta "
-        "early_stop_patience flex grad_clip n_embd target_loss"
+        "precision recompute tracker blocks decoder early_stop_min_delta early_stop_patience "
+        "grad_clip n_embd target_loss"
     ),
     "train_arith.py": (
         "model_name n_embd n_layer n_head d_ff ffn_type dropout use_rope tie_weights "
@@ -90,10 +90,13 @@ FAMILY = {
 # trainer lacks them they are not refused; one line says that they set nothing.
 ORDINARY = frozenset(
     (
-        "CONFIG DATA DATASET MEMORY MIXER NORM NUM_WORKERS OUTPUT_DIR SCHEDULE TRACK WANDB_PROJECT "
-        "WINDOW"
+        "CONFIG DATA DATASET MEMORY MIXER NORM NUM_WORKERS OUTPUT_DIR SCHEDULE TRACK WANDB_PROJECT"
     ).split()
 )
+
+# Knobs that had another name before. GNU screen, in which people leave runs overnight, sets WINDOW
+# to the number of its window in every shell that it opens, and a run would have taken that number.
+RENAMED = {"WINDOW": "SLIDING_WINDOW"}
 
 
 def squeezed(name: str) -> str:
@@ -104,11 +107,30 @@ def near_name(name: str, known: Iterable[str]) -> str:
     """The known name that `name` is probably meant to be, or ''. A name that differs only in
     underscores and case comes before one that is merely similar."""
     known = list(known)
+    if RENAMED.get(name) in known:
+        return RENAMED[name]
     for spelling in known:
         if squeezed(spelling) == squeezed(name):
             return spelling
     close = get_close_matches(name, known, n=1, cutoff=0.85)
     return close[0] if close else ""
+
+
+def is_ordinary(name: str, env: Mapping[str, str]) -> bool:
+    """Whether another program may well have set `name`, so that it is no reason to refuse a run."""
+    is_screens_window = name == "WINDOW" and "STY" in env  # screen sets both
+    return name in ORDINARY or is_screens_window
+
+
+def renamed_problem(name: str, known: Iterable[str]) -> str:
+    """What is wrong with setting `name` where a knob has another name now; '' where none has."""
+    new_name = RENAMED.get(name, "")
+    if new_name not in known:
+        return ""
+    return (
+        f"{name} sets nothing: the knob is {new_name} now, since GNU screen sets {name} by itself; "
+        f"set that, and unset {name} (env -u {name} for one command)"
+    )
 
 
 def sibling_problem(name: str, program: str, known: Iterable[str]) -> str:

@@ -218,8 +218,9 @@ def _refuse_near_miss(name: str, text: str, known: Mapping[str, Field]) -> None:
 def _check_environment(env: Mapping[str, str], known: Mapping[str, Field], program: str) -> None:
     """Refuse names that are probably meant for this program, but set nothing in it."""
     for name in sorted(env.keys() - known.keys()):
-        problem = family.sibling_problem(name, program, known)
-        if problem and name not in family.ORDINARY:
+        problem = family.renamed_problem(name, known)
+        problem = problem or family.sibling_problem(name, program, known)
+        if problem and not family.is_ordinary(name, env):
             raise UserError(problem)
         if problem and os.environ.get("RANK", "0") == "0":
             print(f"{program}: {problem}", file=sys.stderr)

@@ -40,6 +40,13 @@ class RowStates:
     def tensors(self) -> list[Tensor]:
         return [tensor for layer in self.state.layers for tensor in layer]
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the states of all rows of the batch, as a checkpoint has them."""
+        if self.state is None:
+            return 0
+        return sum(t[:1].numel() * t.element_size() for t in self.tensors) * self.batch_size
+
     def start_step(self, is_new_epoch: bool) -> None:
         """In a new epoch the rows start over, at the front of their parts of the text."""
         if self.state is None:

@@ -14,7 +14,8 @@ from train_scaled import BYTES, LONGEST, PAST, PATCH, ByteLM
 
 class Stream:
     """A text of B rows that grows by one byte or by many at a time, and what may come next: exactly
-    the numbers of the whole text's forward pass, whatever the cuts."""
+    the numbers of the whole text's forward pass, whatever the cuts.
+    """
 
     def __init__(self, model: ByteLM, B: int = 1, prefill: int = 4096):
         self.model = model
@@ -26,22 +27,24 @@ class Stream:
         self.of_byte = self.of_latent = self.hidden = None
 
     def next_byte(self) -> Tensor:
-        """(B,) time of the next byte, counted from the first that is predicted."""
-        return self.state["position"] * PATCH + self.held.size(1) - PATCH
+        """Time of the next byte; the first that is predicted comes at time 1."""
+        return self.state.next_time + self.held.size(1) - PATCH
 
     @torch.no_grad()
     def feed(self, x_BT: Tensor, remember: bool = True) -> None:
         """Bytes (B, T), any T. Those that are not remembered are no part of the memory by bytes: a
-        sampled text that remembers itself soon repeats itself."""
+        sampled text that remembers itself soon repeats itself.
+        """
         model, decoder = self.model, self.model.decoder
         x_BT = x_BT.to(self.held)
         done = self.held.size(1)
         seen = torch.cat([self.past, x_BT], 1)
         if model.byte_memory is not None and remember:
-            # Bytes of the first patch have a negative time, which is none: nothing predicts them.
-            tables = self.state["histories"]
-            _, writes = model.byte_memory.read(seen, self.next_byte(), tables)
-            model.byte_memory.write(tables, writes)
+            # Bytes of the first patch come before time 1, which makes them none: nothing predicts
+            # them.
+            tables = model.byte_memory.tables
+            _, writes = tables.read(seen, self.next_byte(), self.state.tables)
+            tables.write(self.state.tables, writes)
         x_BT = torch.cat([self.held, x_BT], 1)
         while x_BT.size(1) >= PATCH:
             n = min(x_BT.size(1), self.prefill) // PATCH * PATCH
@@ -69,17 +72,10 @@ class Stream:
             return logits
         text = F.pad(self.past, (0, 1))  # a place for the byte that is not there yet
         now = self.next_byte()
-        entries, _ = model.byte_memory.read(text, now, self.state["histories"])
+        entries, _ = model.byte_memory.tables.read(text, now, self.state.tables)
         return model.byte_memory.mix(logits, self.hidden, entries[:, 0], now)
 
     def state_bytes(self) -> int:
         """Memory that the text so far takes, whatever its length."""
-        return sum(t.numel() * t.element_size() for t in (*tensors_of(self.state), self.past))
-
-
-def tensors_of(state: object) -> list[Tensor]:
-    """All tensors of nested dicts and lists."""
-    if isinstance(state, Tensor):
-        return [state]
-    parts = state.values() if isinstance(state, dict) else state
-    return [tensor for part in parts for tensor in tensors_of(part)]
+        tensors = [tensor for layer in self.state.layers for tensor in layer]
+        return sum(t.numel() * t.element_size() for t in (*tensors, self.past))

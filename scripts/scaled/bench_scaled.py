@@ -1,105 +1,82 @@
-"""bench_scaled.py -- train_scaled.py's operators beside plain references, and its time per byte by
-length of row.
+"""bench_scaled.py -- speed of train_scaled.py: its step, its operators, its time per byte by length.
 
-    python scripts/scaled/bench_scaled.py  one thread of this CPU, 10 minutes
+    python scripts/scaled/bench_scaled.py                  one thread of this CPU, 10 minutes
     python scripts/scaled/bench_scaled.py --parts length,step --repeats 9
-    python scripts/scaled/bench_scaled.py --parts step --malloc glibc  without plumbing's setting,
-    as plain scripts run
-    python scripts/scaled/bench_scaled.py --device cuda --out experiments/gpu  the default size,
-    bf16, compiled
+    python scripts/scaled/bench_scaled.py --parts step --malloc glibc
+    python scripts/scaled/bench_scaled.py --device cuda --out experiments/gpu --deadline_s 120
 
-Parts    memory  the memory operator, forward and backward, and the original's cumulative sum
+Parts    train   PRESET=scaled's training step: the first one, which compiles; the later ones;
+                 peak memory; and how often a step starts a kernel, by kind. On a GPU at the default
+                 size, in bf16 and compiled
+         length  the model forward and backward, per byte, on rows of 1 KB to 64 KB; peak memory, on
+                 a CPU that of the process up to then, earlier parts included
+         memory  the memory operator, forward and backward, and the original's cumulative sum
                  (tests/scaled/plain_scaled.py)
          window  window attention, forward and backward, and the dense mask
          step    a whole training step at 1,024 bytes and width 256, PRESET=phase8's mathematics:
-                 ours, and the plain
-                 model with its cumulative sums and dense masks; the same AdamW on both sides
+                 ours, and the plain model with its cumulative sums and dense masks; the same AdamW
+                 on both sides
          blocks  a whole training step of each model of the study's stage scaled_blocks, at its
                  size, by turns
-         length  the model forward and backward, per byte, on rows of 1 KB to 64 KB; peak memory, on
-                 a CPU that of the
-                 process up to then, earlier parts included
-Units    process CPU time on a CPU, synchronised seconds on a GPU; both sides by turns in one
-         process; medians, and the
-         ratio of medians with the quartiles of the ratios turn by turn; memory in MiB: resident, or
-         allocated on a GPU
-Writes   with --out: scaled_PART_DEVICE.json with command, commit, hardware and torch version
+Units    process CPU time on a CPU, time between CUDA events on a GPU; both sides by turns in one
+         process; medians, and the ratio of medians with the quartiles of the ratios turn by turn;
+         memory in MiB: resident, or allocated on a GPU
+Writes   with --out: scaled_PART_DEVICE.json as soon as the part is done, with command, commit,
+         machine and versions. --deadline_s, Ctrl-C and SIGTERM stop at once
 Raises   UserError: no such part, no GPU, --malloc glibc with one
 """
 
 import argparse
 import contextlib
-import json
-import os
-import shlex
 import statistics
-import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(REPO), str(REPO / "tests/scaled")]
+sys.path[:0] = [str(REPO), str(REPO / "scripts"), str(REPO / "tests/scaled")]
 import plain_scaled as plain  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from lib import benching  # noqa: E402
 
 import train_scaled  # noqa: E402
-from plumbing import UserError, World, join_world, launch  # noqa: E402
+from plumbing.device import compile_parts  # noqa: E402
+from plumbing.knobs import UserError  # noqa: E402
+from plumbing.row_states import RowStates  # noqa: E402
+from plumbing.world import World, join_world, launch  # noqa: E402
 from train_scaled import PATCH, ByteLM, Knobs  # noqa: E402
 
-PARTS = ("memory", "window", "step", "blocks", "length")
+# The most valuable first: a deadline may leave no time for the last ones.
+PARTS = ("train", "length", "memory", "window", "step", "blocks")
+# fmt: off
 STEP = dict(
-    preset="phase8", n_embd=256, n_layer=4, n_head=4, window=64, dropout=0.0, sequence_length=1024
-)
-LENGTH = dict(
-    n_embd=256, n_layer=4, n_head=4, window=64, thinking_steps=1
-)  # on a CPU; a GPU runs the default size
+    preset="phase8", n_embd=256, n_layer=4, n_head=4, sliding_window=64, dropout=0.0,
+    sequence_length=1024)
+# On a CPU; a GPU runs the default size.
+SMALLER = dict(n_embd=256, n_layer=4, n_head=4, sliding_window=64, thinking_steps=1)
 STUDY = dict(
-    n_embd=128,
-    n_layer=4,
-    n_head=4,
-    thinking_steps=1,
-    dropout=0.0,
-    sequence_length=1024,
-    batch_size=2,
-)
+    n_embd=128, n_layer=4, n_head=4, thinking_steps=1, dropout=0.0, sequence_length=1024,
+    batch_size=2)
 DECODER = dict(preset="phase8", decoder="scaled")
 BLOCKS = {
     "phase 8, 5 layers": dict(preset="phase8", n_layer=5),
     "phase 8's blocks, scaled's decoder": DECODER,
+    "the same, 5 layers": DECODER | dict(n_layer=5),
+    "scaled without its memory by bytes": dict(sliding_window=32, mem_rows=0),
+    "scaled": dict(sliding_window=32),
 }
-BLOCKS |= {"the same, 5 layers": DECODER | dict(n_layer=5)}
-BLOCKS |= {
-    "scaled without its memory by bytes": dict(window=32, mem_rows=0),
-    "scaled": dict(window=32),
-}
+# fmt: on
 LENGTHS = [2**n for n in range(10, 17)]
 
 
-def seconds(f: Callable[[], object], w: World) -> float:
-    """One call, after what was queued before it."""
-    clock = time.perf_counter if w.device.type == "cuda" else time.process_time
-    w.synchronize()
-    t0 = clock()
-    f()
-    w.synchronize()
-    return clock() - t0
-
-
 def by_turns(
-    sides: dict[str, Callable[[], object]], repeats: int, w: World
+    sides: dict[str, Callable[[], object]], repeats: int, world: World
 ) -> dict[str, list[float]]:
-    """Seconds of each side, A B A B; the first call of each is not counted."""
-    for f in sides.values():
-        f()
-    found: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(repeats):
-        for name, f in sides.items():
-            found[name].append(seconds(f, w))
-    return found
+    """Milliseconds of each side, A B A B; the first call of each is not counted."""
+    return benching.Meter(world, repeats, warmup=1).compare(sides)
 
 
 def compared(found: dict[str, list[float]]) -> dict:
@@ -107,87 +84,91 @@ def compared(found: dict[str, list[float]]) -> dict:
     ours, other = found["ours"], found["plain"]
     ratios = [b / a for a, b in zip(ours, other, strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
-    ms = {f"{name}_ms": 1000 * statistics.median(times) for name, times in found.items()}
-    return ms | dict(
-        ratio=statistics.median(other) / statistics.median(ours), low=low, high=high, n=len(ours)
-    )
+    row = {f"{name}_ms": statistics.median(times) for name, times in found.items()}
+    row["ratio"] = statistics.median(other) / statistics.median(ours)
+    return row | dict(low=low, high=high, n=len(ours))
 
 
-def operands(N: int, w: World) -> list[torch.Tensor]:
+def operands(N: int, world: World) -> list[torch.Tensor]:
     """q, k, v of 2 rows, 4 heads of width 64, N patches."""
     g = torch.Generator().manual_seed(N)
-    return [torch.randn(2, 4, N, 64, generator=g).to(w.device).requires_grad_() for _ in range(3)]
+    drawn = [torch.randn(2, 4, N, 64, generator=g) for _ in range(3)]
+    return [t.to(world.device).requires_grad_() for t in drawn]
 
 
-def memory_at(N: int, a: argparse.Namespace, w: World) -> dict:
-    q, k, v = operands(N, w)
-    log_decay, state = (
-        torch.full((1, 4, N), -0.001, device=w.device),
-        torch.zeros(2, 4, 64, 64, device=w.device),
-    )
-    features = lambda: (F.elu(q) + 1, F.elu(k) + 1, v, log_decay)  # the original's
-    ours = lambda: train_scaled.decaying_memory(*features(), state)[0].sum().backward()
-    other = lambda: plain.cumsum_memory(*features()[:3], log_decay[0, :, 0]).sum().backward()
-    return dict(patches=N) | compared(by_turns(dict(ours=ours, plain=other), a.repeats, w))
+def memory_at(N: int, repeats: int, world: World) -> dict:
+    q, k, v = operands(N, world)
+    log_decay = torch.full((1, 4, N), -0.001, device=world.device)
+    state = torch.zeros(2, 4, 64, 64, device=world.device)
+    features = lambda: (F.elu(q) + 1, F.elu(k) + 1, v)  # the original's
+    ours = lambda: train_scaled.decaying_memory(*features(), log_decay, state)[0].sum().backward()
+    other = lambda: plain.cumsum_memory(*features(), log_decay[0, :, 0]).sum().backward()
+    return dict(patches=N) | compared(by_turns(dict(ours=ours, plain=other), repeats, world))
 
 
-def part_memory(a: argparse.Namespace, w: World) -> list[dict]:
-    return [memory_at(N, a, w) for N in (256, 1024, 4096)]
+def part_memory(a: argparse.Namespace, world: World) -> list[dict]:
+    return [memory_at(N, a.repeats, world) for N in (256, 1024, 4096)]
 
 
-def window_at(N: int, a: argparse.Namespace, w: World) -> dict:
-    q, k, v = operands(N, w)
-    past = torch.zeros(2, 4, 63, 64, device=w.device)
-    mask = train_scaled.window_mask(N, 64, torch.zeros((), device=w.device))
-    keys, values = (torch.cat([past, t], 2) for t in (k, v))
+def window_at(N: int, repeats: int, world: World) -> dict:
+    q, k, v = operands(N, world)
+    past = torch.zeros(2, 4, 63, 64, device=world.device)
+    mask = train_scaled.window_mask(N, 64, torch.zeros((), device=world.device))
+    keys, values = torch.cat([past, k], 2), torch.cat([past, v], 2)
     attend = lambda: train_scaled.window_attention(q, keys, values, 64, mask)
     ours = lambda: attend().sum().backward(retain_graph=True)
     other = lambda: plain.dense_window(q, k, v, 64).sum().backward()
-    return dict(patches=N) | compared(by_turns(dict(ours=ours, plain=other), a.repeats, w))
+    return dict(patches=N) | compared(by_turns(dict(ours=ours, plain=other), repeats, world))
 
 
-def part_window(a: argparse.Namespace, w: World) -> list[dict]:
-    return [window_at(N, a, w) for N in (1024, 4096)]
+def part_window(a: argparse.Namespace, world: World) -> list[dict]:
+    return [window_at(N, a.repeats, world) for N in (1024, 4096)]
 
 
-def knobs(w: World, **more: object) -> Knobs:
-    return Knobs(
-        **dict(device=w.device.type, compile=w.device.type == "cuda")
-        | train_scaled.PRESETS["scaled"]
-        | more
-    )
+def make_model(cfg: Knobs, world: World, dtype: torch.dtype = torch.float32) -> ByteLM:
+    model = ByteLM(cfg, dtype)
+    model.init_weights(cfg.seed)
+    return model.to(world.device)
 
 
-def text(T: int, rows: int, w: World) -> tuple[torch.Tensor, torch.Tensor]:
-    x = torch.randint(0, 256, (rows, T + PATCH), generator=torch.Generator().manual_seed(T)).to(
-        w.device
-    )
+def default_model(world: World, **more: object) -> ByteLM:
+    """PRESET=scaled: on a GPU at its own size, in bf16 and compiled; smaller on a CPU."""
+    on_gpu = world.device.type == "cuda"
+    values = {} if on_gpu else SMALLER
+    cfg = Knobs(**values | more | dict(device=world.device.type, compile=on_gpu))
+    return make_model(cfg, world, torch.bfloat16 if on_gpu else torch.float32)
+
+
+def text(T: int, rows: int, world: World) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(T)
+    x = torch.randint(0, 256, (rows, T + PATCH), generator=g).to(world.device)
     return x[:, :-PATCH], x[:, PATCH:]
 
 
-def passes(model: ByteLM, cfg: Knobs, w: World, dtype: torch.dtype) -> Callable[[], None]:
+def passes(model: ByteLM, world: World) -> Callable[[], None]:
     """Forward and backward on rows of SEQUENCE_LENGTH bytes, with state if they carry it."""
-    x, y = text(cfg.sequence_length, cfg.device_batch_size, w)
-    states = [None]
-    precision = torch.autocast(w.device.type, dtype, enabled=dtype != torch.float32)
-    if cfg.compile:
-        problem = train_scaled.compile_model(model, cfg, w, precision)
-        if problem:
-            raise UserError(f"it cannot be compiled: {problem}")
+    cfg = model.cfg
+    rows = cfg.device_batch_size
+    x, y = text(cfg.sequence_length, rows, world)
+    carried = RowStates(model.empty_state(rows) if cfg.carry_state else None, rows, world)
 
     def run() -> None:
-        with precision:
-            nll, state = model(x, y, states[0])
+        carried.start_step(is_new_epoch=False)
+        nll, state = model(x, y, carried.take(slice(0, rows)))
         nll.mean().backward()
-        if cfg.carry_state:
-            states[0] = train_scaled.map_state(torch.Tensor.detach, state)
+        carried.put(slice(0, rows), state)
 
+    if cfg.compile:
+        parts = [*model.blocks, model.decoder, model.thinking, model.byte_memory]
+        problem = compile_parts([part for part in parts if part is not None], run, world)
+        if problem:
+            raise UserError(f"it cannot be compiled: {problem}")
     return run
 
 
-def training_step(model: ByteLM, cfg: Knobs, w: World) -> Callable[[], None]:
-    """The same in fp32, and AdamW."""
-    run = passes(model, cfg, w, torch.float32)
+def training_step(model: ByteLM, world: World) -> Callable[[], None]:
+    """The same, and AdamW."""
+    run = passes(model, world)
     adam = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
@@ -198,144 +179,142 @@ def training_step(model: ByteLM, cfg: Knobs, w: World) -> Callable[[], None]:
     return step
 
 
-def part_step(a: argparse.Namespace, w: World) -> list[dict]:
+def part_train(a: argparse.Namespace, world: World) -> list[dict]:
+    """The default's two rows of 4,096 bytes."""
+    started = time.perf_counter()
+    model = default_model(world)
+    step = training_step(model, world)
+    step()
+    world.synchronize()
+    cold_start_s = time.perf_counter() - started
+    if world.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    ms = statistics.median(by_turns(dict(ours=step), a.repeats, world)["ours"])
+    peak_mib = world.peak_memory_mib()
+    meter = benching.Meter(world, steps=1, warmup=0)
+    calls = benching.profile_steps(lambda: meter.time_ms(step), 1, world)["calls_per_step"]
+    num_bytes = model.cfg.device_batch_size * model.cfg.sequence_length
+    row = dict(bytes=num_bytes, ms=ms, bytes_per_s=num_bytes / ms * 1000, n=a.repeats)
+    row |= dict(cold_start_s=cold_start_s, peak_mib=peak_mib, calls=sum(calls.values()))
+    return [row | {f"calls of {kind}": number for kind, number in calls.items()}]
+
+
+def part_step(a: argparse.Namespace, world: World) -> list[dict]:
     """Two rows of 1,024 bytes; nothing is compiled on either side."""
-    k = Knobs(
-        **train_scaled.PRESETS["phase8"]
-        | STEP
-        | dict(device=w.device.type, compile=False, device_batch_size=2)
-    )
-    model = ByteLM(k)
-    model.init_weights(k.seed)
-    other = plain.PlainPhase8(
-        k.n_embd, k.n_layer, k.n_head, k.window, 0.995, k.thinking_steps, form="cumsum"
-    )
+    own = dict(device=world.device.type, compile=False, device_batch_size=2)
+    cfg = Knobs(**train_scaled.PRESETS["phase8"] | STEP | own)
+    model = make_model(cfg, world)
+    sizes = (cfg.n_embd, cfg.n_layer, cfg.n_head, cfg.sliding_window, 0.995, cfg.thinking_steps)
+    other = plain.PlainPhase8(*sizes, form="cumsum").to(world.device)
     plain.copy_phase8(model, other)
-    model.to(w.device), other.to(w.device)
-    x, y = text(k.sequence_length, 2, w)
+    x, y = text(cfg.sequence_length, 2, world)
     adam = torch.optim.AdamW(other.parameters(), lr=1e-4, fused=True)
 
     def theirs() -> None:
-        F.cross_entropy(other(x.long(), y.long()).flatten(0, 1), y.long().flatten()).backward()
+        F.cross_entropy(other(x, y).flatten(0, 1), y.flatten()).backward()
         adam.step()
         adam.zero_grad()
 
-    found = compared(by_turns(dict(ours=training_step(model, k, w), plain=theirs), a.repeats, w))
-    rate = {
-        f"{name}_bytes_per_s": x.numel() / found[f"{name}_ms"] * 1000 for name in ("ours", "plain")
-    }
-    return [dict(bytes=x.numel()) | found | rate]
+    sides = dict(ours=training_step(model, world), plain=theirs)
+    found = compared(by_turns(sides, a.repeats, world))
+    for name in sides:
+        found[f"{name}_bytes_per_s"] = x.numel() / found[f"{name}_ms"] * 1000
+    return [dict(bytes=x.numel()) | found]
 
 
-def part_blocks(a: argparse.Namespace, w: World) -> list[dict]:
+def part_blocks(a: argparse.Namespace, world: World) -> list[dict]:
     """The last is what the others' ratios are of."""
-    sides = {}
+    sides, rows = {}, []
     for name, own in BLOCKS.items():
         values = train_scaled.PRESETS[own.get("preset", "scaled")] | STUDY | own
-        k = Knobs(**values | dict(device=w.device.type, compile=False, device_batch_size=2))
-        model = ByteLM(k)
-        model.init_weights(k.seed)
-        sides[name] = training_step(model.to(w.device), k, w)
-    found, rows = by_turns(sides, a.repeats, w), []
+        values |= dict(device=world.device.type, compile=False, device_batch_size=2)
+        sides[name] = training_step(make_model(Knobs(**values), world), world)
+    found = by_turns(sides, a.repeats, world)
     for name, times in found.items():
         both = compared(dict(ours=found["scaled"], plain=times))
-        rows.append(
-            dict(model=name, ms=both["plain_ms"])
-            | {key: both[key] for key in ("ratio", "low", "high", "n")}
-        )
+        row = dict(model=name, ms=both["plain_ms"])
+        rows.append(row | {key: both[key] for key in ("ratio", "low", "high", "n")})
     return rows
 
 
-def length_at(T: int, a: argparse.Namespace, w: World) -> dict:
-    cuda = w.device.type == "cuda"
-    k = knobs(w, sequence_length=T, batch_size=1, device_batch_size=1, **({} if cuda else LENGTH))
-    model = ByteLM(k)
-    model.init_weights(k.seed)
-    model.to(w.device)
-    run = passes(model, k, w, torch.bfloat16 if cuda else torch.float32)
-    if cuda:
+def length_at(T: int, repeats: int, world: World) -> dict:
+    model = default_model(world, sequence_length=T, batch_size=1, device_batch_size=1)
+    run = passes(model, world)
+    if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    ms = [1000 * t for t in by_turns(dict(ours=run), a.repeats, w)["ours"]]
-    return dict(
-        bytes=T,
-        us_per_byte=1000 * statistics.median(ms) / T,
-        n=len(ms),
-        peak_mib=w.peak_memory_mib(),
-    )
+    ms = by_turns(dict(ours=run), repeats, world)["ours"]
+    us_per_byte = 1000 * statistics.median(ms) / T
+    return dict(bytes=T, us_per_byte=us_per_byte, n=len(ms), peak_mib=world.peak_memory_mib())
 
 
-def part_length(a: argparse.Namespace, w: World) -> list[dict]:
+def part_length(a: argparse.Namespace, world: World) -> list[dict]:
     """A row at a time, the shortest first."""
-    rows = [length_at(T, a, w) for T in LENGTHS]
+    rows = [length_at(T, a.repeats, world) for T in LENGTHS]
     return [row | dict(of_the_shortest=row["us_per_byte"] / rows[0]["us_per_byte"]) for row in rows]
 
 
-def facts(w: World) -> dict:
-    git = lambda *words: subprocess.run(
-        ["git", *words], cwd=REPO, capture_output=True, text=True
-    ).stdout.strip()
-    found = dict(
-        command=shlex.join(sys.orig_argv), git_commit=git("rev-parse", "HEAD") or "unknown"
-    )
-    found |= dict(
-        dirty=bool(git("status", "--porcelain")),
-        date=f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S}",
-    )
-    return found | dict(
-        device=w.device_name(),
-        torch=torch.__version__,
-        threads=torch.get_num_threads(),
-        load=os.getloadavg(),
-    )
+# ----------------------------------------------------------------------------
+# Program
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument(
-        "--parts", default=",".join(PARTS), metavar="X,...", help=f"default {','.join(PARTS)}"
-    )
-    p.add_argument(
-        "--repeats", type=int, default=5, metavar="N", help="calls of each side; default 5"
-    )
-    p.add_argument("--threads", type=int, default=1, metavar="N", help="of a CPU; default 1")
-    p.add_argument(
-        "--malloc", default="kept", choices=("kept", "glibc"), help="freed memory on a CPU (kept)"
-    )
-    p.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default cpu")
-    p.add_argument("--out", type=Path, metavar="DIR", help="folder of JSON files")
+    add, parts = p.add_argument, ",".join(PARTS)
+    add("--parts", default=parts, metavar="X,...", help=f"default {parts}")
+    add("--repeats", type=int, default=5, metavar="N", help="calls of each side (5)")
+    add("--threads", type=int, default=1, metavar="N", help="of a CPU (1)")
+    words = "freed memory on a CPU: kept as runs keep it, or as plain scripts run"
+    add("--malloc", default="kept", choices=("kept", "glibc"), help=f"{words} (kept)")
+    add("--device", default="cpu", choices=("cpu", "cuda"), help="(cpu)")
+    add("--out", type=Path, metavar="DIR", help="folder of JSON files")
+    add("--deadline_s", type=float, metavar="SECONDS", help="stop after this time")
     a = p.parse_args(argv)
-    parts = [part.strip() for part in a.parts.split(",") if part.strip()]
-    if wrong := [part for part in parts if part not in PARTS]:
-        raise UserError(f"--parts {a.parts}: no part {wrong[0]!r}; there are {', '.join(PARTS)}")
+    a.parts = [part.strip() for part in a.parts.split(",") if part.strip()]
+    if wrong := [part for part in a.parts if part not in PARTS]:
+        raise UserError(f"--parts: no part {wrong[0]!r}; there are {', '.join(PARTS)}")
     if min(a.repeats, a.threads) < 1:
         raise UserError("--repeats and --threads: expected 1 or more")
-    alone = (
-        contextlib.nullcontext(World(0, 1, torch.device("cpu"))) if a.malloc == "glibc" else None
-    )
-    if alone and a.device == "cuda":
+    if a.deadline_s is not None and a.deadline_s <= 0:
+        raise UserError("--deadline_s: expected more than 0 seconds")
+    if a.malloc == "glibc" and a.device == "cuda":
         raise UserError("--malloc glibc is about CPU memory; leave out --device cuda")
-    with alone or join_world(a.device, "use --device cpu") as w:
+    return a
+
+
+def show(part: str, row: dict) -> None:
+    forms = {float: "{:.4g}", int: "{:,}", str: "{}"}
+    cells = [f"{key} {forms[type(value)].format(value)}" for key, value in row.items()]
+    print(f"{part}: {'; '.join(cells)}", flush=True)
+
+
+def run_parts(a: argparse.Namespace, world: World, done: list[str]) -> None:
+    facts = benching.machine_facts(world) | dict(threads=torch.get_num_threads(), n=a.repeats)
+    print(f"{facts['device']}, torch {facts['torch']}, n={a.repeats} calls a side", flush=True)
+    ending = "_glibc" if a.malloc == "glibc" else ""
+    for part in a.parts:
+        rows = globals()[f"part_{part}"](a, world)
+        for row in rows:
+            show(part, row)
+        if a.out:
+            path = a.out / f"scaled_{part}_{a.device}{ending}.json"
+            benching.write_part(path, dict(part=part) | facts | dict(rows=rows))
+        done.append(part)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    a = read_options(argv)
+    if a.malloc == "glibc":  # joining would keep freed memory
+        joined = contextlib.nullcontext(World(0, 1, torch.device("cpu")))
+    else:
+        joined = join_world(a.device, "use --device cpu")
+    with joined as world, tempfile.TemporaryDirectory() as folder:
         torch.set_num_threads(a.threads)
-        start = facts(w)
-        print(
-            f"{start['device']}, torch {start['torch']}, {a.threads} thread(s), n={a.repeats} "
-            f"calls a side",
-            flush=True,
-        )
-        for part in parts:
-            rows = globals()[f"part_{part}"](a, w)
-            for row in rows:
-                forms = {float: "{:.4g}", int: "{:,}", str: "{}"}
-                shown = (f"{key} {forms[type(value)].format(value)}" for key, value in row.items())
-                print(f"{part}: {'; '.join(shown)}", flush=True)
-            if a.out:
-                a.out.mkdir(parents=True, exist_ok=True)
-                path = a.out / f"scaled_{part}_{a.device}{'_glibc' if alone else ''}.json"
-                path.write_text(
-                    json.dumps(dict(part=part) | start | dict(rows=rows), indent=1) + "\n"
-                )
+        done: list[str] = []
+        if a.deadline_s is not None:
+            benching.stop_at_once(Path(folder), [], done, a.deadline_s)
+        run_parts(a, world, done)
     return 0
 
 

@@ -1,12 +1,12 @@
-"""byte_models.py -- shared by the programs that prove what train_scaled.py's memory does: how far
-stacked windows see,
-a model trained on answers, text to hide things in, intervals, tables.
+"""byte_models.py -- what the programs that prove train_scaled.py's memory share.
 
-Shapes   B rows, T bytes, N = T / 4 patches, D model width, A patches that hold an answer, 4 bytes
-of a patch
+How far stacked windows see, a model that is trained on answers, text to hide things in, intervals,
+and tables.
+
+Shapes   B rows, T bytes, N = T / 4 patches, D model width, A patches that hold an answer
 Units    losses in nats per byte; seconds are CPU time of the process (wall time on CUDA)
 Raises   UserError: a knob, file or run that is not there or does not fit, no GPU where one is asked
-for
+         for
 """
 
 import argparse
@@ -34,21 +34,22 @@ sys.path[:0] = [str(REPO), str(REPO / "scripts")]  # for the trainer, and for wh
 
 from lib.program import add_logs_option  # noqa: E402
 
-import train_scaled  # noqa: E402
-from plumbing import ROOT, TokenShards, UserError, embedded_corpus, flat_gradients, read_knobs  # noqa: E402  # noqa: E402
-from plumbing.texts import text_files  # noqa: E402
-from train_scaled import PAST, PATCH, ByteLM, Knobs  # noqa: E402
+from plumbing.data import TokenShards  # noqa: E402
+from plumbing.exports import read_model_weights  # noqa: E402
+from plumbing.knobs import ROOT, UserError, read_knobs  # noqa: E402
+from plumbing.texts import embedded_corpus, text_files  # noqa: E402
+from plumbing.world import flat_gradients  # noqa: E402
+from train_scaled import MODEL_KNOBS, PAST, PATCH, AdamW, ByteLM, Knobs, lr_scale  # noqa: E402
 
 TURKISH = REPO.parent / "shared/data/turkish"
-# A small model on a CPU; --knobs changes it. Tables of n-grams are for prose, and the memory by
-# bytes would look the
-# answer up: what is to be shown is what the blocks' memory holds.
+# A small model on a CPU, which --knobs changes. Tables of n-grams are for prose, and the memory by
+# bytes would look the answer up: what is to be shown is what the blocks' memory holds.
+# fmt: off
 BASE = dict(
-    device="cpu", compile=False, n_layer=2, n_head=2, window=8, thinking_steps=0, carry_state=False
-)
-BASE |= dict(
-    schedule="linear", beta2=0.95, weight_decay=0.1, grad_clip=1.0, ngram_rows=0, mem_rows=0
-)
+    device="cpu", compile=False, n_layer=2, n_head=2, sliding_window=8, thinking_steps=0,
+    carry_state=False, schedule="linear", beta2=0.95, weight_decay=0.1, grad_clip=1.0,
+    ngram_rows=0, mem_rows=0)
+# fmt: on
 
 
 # ----------------------------------------------------------------------------
@@ -57,17 +58,21 @@ BASE |= dict(
 
 def reach(k: Knobs) -> int | None:
     """Patches before its own that a latent can depend on through the stacked windows alone: each
-    block looks window - 1
-    further back. None: all of them. The short convolution is part of the memory, and a patch's
-    encoder sees no other
-    patch, so neither adds to it; the decoder sees the patch and one before."""
-    return None if k.window is None else max(k.n_layer * (k.window - 1), PAST // PATCH - 1)
+    block looks window - 1 further back. None: all of them. The short convolution is part of the
+    memory, and a patch's encoder sees no other patch, so neither adds to it; the decoder sees the
+    patch and one before.
+    """
+    return (
+        None
+        if k.sliding_window is None
+        else max(k.n_layer * (k.sliding_window - 1), PAST // PATCH - 1)
+    )
 
 
 def beyond(needle: int, answer: int, k: Knobs) -> bool:
     """Whether the byte at `needle` cannot move the prediction of the byte at `answer` except
-    through the memory. The
-    byte at `answer` is predicted from the patch before its own."""
+    through the memory. The byte at `answer` is predicted from the patch before its own.
+    """
     far = reach(k)
     return far is not None and needle // PATCH < answer // PATCH - 1 - far
 
@@ -76,7 +81,9 @@ def safe_gap(k: Knobs) -> int:
     """Smallest distance in bytes at which `beyond` holds wherever the patches' edges lie."""
     far = reach(k)
     if far is None:
-        raise UserError("WINDOW=off sees everything: no needle lies beyond it; set a window")
+        raise UserError(
+            "SLIDING_WINDOW=off sees everything: no needle lies beyond it; set a window"
+        )
     return PATCH * (far + 2)
 
 
@@ -84,7 +91,7 @@ def safe_gap(k: Knobs) -> int:
 # Models
 
 
-def rean_embd_knobs(given: Sequence[str], base: Mapping[str, object] = BASE) -> Knobs:
+def read_model_knobs(given: Sequence[str], base: Mapping[str, object] = BASE) -> Knobs:
     """Knobs of train_scaled.py from `name=value` words, on top of `base`."""
     if bad := next((word for word in given if "=" not in word), None):
         raise UserError(f"--knobs {bad}: expected name=value, such as n_embd=64")
@@ -99,9 +106,8 @@ def check_device(device: str) -> torch.device:
             f"the CPU"
         )
     if device == "cpu":
-        torch.set_num_threads(
-            int(os.environ.get("OMP_NUM_THREADS", 1))
-        )  # small products: more threads only wait
+        # Small products: more threads only wait.
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     return torch.device(device)
 
 
@@ -116,13 +122,17 @@ def weights_path(logs: Path, run: str | None, weights: str | None) -> Path:
     return folder / "best_model_scaled.pth"
 
 
-def load(path: Path, device: torch.device) -> ByteLM:
-    return train_scaled.load_model(path, str(device))
+def load(path: Path, device: torch.device, **changes: object) -> ByteLM:
+    """The model of a weights file in evaluation mode; `changes` are knobs that it gets."""
+    found = read_model_weights(path, "train_scaled.py", MODEL_KNOBS)
+    known = {field.name for field in dataclasses.fields(Knobs)} & found["knobs"].keys()
+    model = ByteLM(Knobs(**({name: found["knobs"][name] for name in known} | changes)))
+    model.load_state_dict(found["model"])
+    return model.to(device).eval()
 
 
 def other_memory(model: ByteLM, memory: str) -> ByteLM:
-    """A copy with the same weights and another MEMORY: zero is the model whose memory says
-    nothing."""
+    """A copy with the same weights and another MEMORY: zero is the model whose memory says nothing."""
     copy = ByteLM(dataclasses.replace(model.cfg, memory=memory))
     copy.load_state_dict(model.state_dict())
     return copy.to(model.plasticity.device).eval()
@@ -134,31 +144,26 @@ def n_params(model: ByteLM) -> int:
 
 def answer_logits(model: ByteLM, x_BT: Tensor, at_BA: Tensor, y_BAP: Tensor) -> Tensor:
     """Logits (B, A, 4, 256) of the bytes y of the patches `at`, each given all bytes before it. The
-    same numbers as
-    model.logits' at these places, without decoding all others."""
+    same numbers as model.logits' at these places, without decoding all others.
+    """
     at = (at_BA - 1)[..., None]
-    places, y_BT = (
-        (at * PATCH + torch.arange(PATCH, device=at.device)).flatten(1),
-        F.pad(x_BT[:, PATCH:], (0, PATCH)),
-    )
+    places = (at * PATCH + torch.arange(PATCH, device=at.device)).flatten(1)
+    y_BT = F.pad(x_BT[:, PATCH:], (0, PATCH))
     y_BAP = torch.where(y_BAP < 0, y_BT.gather(1, places).view_as(y_BAP), y_BAP)
     state = model.empty_state(len(x_BT))
     z_BND, _ = model.trunk(x_BT, state, fresh=True)
-    before = F.pad(x_BT, (PAST - PATCH, 0)).unfold(
-        1, PAST, PATCH
-    )  # (B, N, 8), a patch and the one before
+    # A patch and the one before it: (B, N, 8).
+    before = F.pad(x_BT, (PAST - PATCH, 0)).unfold(1, PAST, PATCH)
     z_BAD, x_BAP = (t.gather(1, at.expand(-1, -1, t.size(-1))) for t in (z_BND, before))
-    logits, h = model.decoder(z_BAD, x_BAP, y_BAP)
+    logits, hidden = model.decoder(z_BAD, x_BAP, y_BAP)
     if model.byte_memory is None or model.cfg.memory == "zero":
         return logits
-    text = torch.cat(
-        [state["bytes"], x_BT[:, :PATCH], y_BT.scatter(1, places, y_BAP.flatten(1))], 1
-    )
-    entries, _ = model.byte_memory.read(text, state["position"] * PATCH, state["histories"])
+    y_BT = y_BT.scatter(1, places, y_BAP.flatten(1))
+    text = torch.cat([state.seen, x_BT[:, :PATCH], y_BT], 1)
+    entries, _ = model.byte_memory.tables.read(text, state.next_time, state.tables)
     entries = entries.gather(1, places[..., None, None].expand(-1, -1, *entries.shape[2:]))
-    return model.byte_memory.mix(
-        logits, h, entries.unflatten(1, (-1, PATCH)), places.unflatten(1, (-1, PATCH))
-    )
+    now = (state.next_time + places).unflatten(1, (-1, PATCH))
+    return model.byte_memory.mix(logits, hidden, entries.unflatten(1, (-1, PATCH)), now)
 
 
 def answer_nll(model: ByteLM, x_BT: Tensor, at_BA: Tensor, y_BAP: Tensor) -> Tensor:
@@ -169,8 +174,8 @@ def answer_nll(model: ByteLM, x_BT: Tensor, at_BA: Tensor, y_BAP: Tensor) -> Ten
 
 def answer_hits(model: ByteLM, x_BT: Tensor, at_BA: Tensor, y_BAP: Tensor) -> Tensor:
     """Whether the likeliest byte is the right one, (B, A, 4); True where y is -1. All of an
-    answer's bytes hit exactly
-    when greedy decoding writes that answer."""
+    answer's bytes hit exactly when greedy decoding writes that answer.
+    """
     return (answer_logits(model, x_BT, at_BA, y_BAP).argmax(-1) == y_BAP) | (y_BAP < 0)
 
 
@@ -189,26 +194,26 @@ def train_on_answers(
     start: ByteLM | None = None,
 ) -> tuple[ByteLM, float]:
     """A model of these knobs, trained for NUM_ITERATIONS steps with the loss on the answers of
-    make(step, stage) alone,
-    by train_scaled.py's optimizer and schedule, from the weights of `start` or new ones. A stage
-    ends when its answers
-    are learned; a model that never learns stays where it is. Returns it in evaluation mode, and the
-    seconds it took."""
+    make(step, stage) alone, by train_scaled.py's optimizer and schedule, from the weights of
+    `start` or new ones. A stage ends when its answers are learned; a model that never learns stays
+    where it is. Returns it in evaluation mode, and the seconds it took.
+    """
     model = ByteLM(k)
     model.init_weights(k.seed)
     if start is not None:
         model.load_state_dict(start.state_dict())
     model.to(device).train()
     gradients = flat_gradients(model)
-    adam = train_scaled.AdamW(model, k)
-    t0, stage, recent, since = clock(device), 0, [], []
+    adam = AdamW(model, k)
+    t0 = clock(device)
+    stage, recent, since = 0, [], []
     for step in range(k.num_iterations):
         x_BT, at_BA, y_BAP = (t.to(device) for t in make(step, stage))
         loss = answer_nll(model, x_BT, at_BA, y_BAP).sum() / (y_BAP >= 0).sum()
         loss.backward()
         norm = gradients.norm()
         gradients *= (k.grad_clip / norm).clamp(max=1.0)
-        adam.step(k.lr * train_scaled.lr_scale(step, k), norm.isfinite())
+        adam.step(k.lr * lr_scale(step, k), norm.isfinite())
         gradients.zero_()
         recent.append(loss.item())
         since.append(recent[-1])
@@ -237,8 +242,8 @@ def clock(device: torch.device) -> float:
 
 def read_text(source: str | None, part: str = "test") -> tuple[bytes, str]:
     """The bytes of a file, folder or pattern, and what to call them. Without one the `part`, train
-    or test, of the
-    Turkish text when it is here, else of the embedded corpus."""
+    or test, of the Turkish text when it is here, else of the embedded corpus.
+    """
     if source is None and TURKISH.is_dir():
         source = str(TURKISH / f"{part}.txt")
     if source is not None:
@@ -248,9 +253,8 @@ def read_text(source: str | None, part: str = "test") -> tuple[bytes, str]:
         return text, source
     train, val, _ = embedded_corpus(ROOT / "data")
     shards = TokenShards(train if part == "train" else val)
-    return shards.read(0, shards.total).astype(
-        np.uint8
-    ).tobytes(), f"the embedded corpus' {part} part"
+    text = shards.read(0, shards.total).astype(np.uint8).tobytes()
+    return text, f"the embedded corpus' {part} part"
 
 
 def whole_characters(text: bytes) -> bytes:
@@ -282,21 +286,25 @@ def share(hits: int, n: int) -> str:
 # Records
 
 
+def git_says(*words: str) -> str:
+    done = subprocess.run(["git", "-C", str(REPO), *words], capture_output=True, text=True)
+    return done.stdout.strip()
+
+
 def facts(a: argparse.Namespace, **more: object) -> dict[str, object]:
     """What every JSON file begins with."""
-    git = lambda *args: subprocess.run(
-        ["git", "-C", str(REPO), *args], capture_output=True, text=True
-    ).stdout.strip()
-    found = dict(
-        command=shlex.join(sys.orig_argv), git_commit=git("rev-parse", "HEAD") or "unknown"
-    )
-    found |= dict(
-        dirty=bool(git("status", "--porcelain")),
-        date=f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S}",
-    )
-    found |= dict(torch=torch.__version__, cores=os.cpu_count(), machine=platform.machine())
     options = {name: str(v) if isinstance(v, Path) else v for name, v in vars(a).items()}
-    return found | dict(options=options) | more
+    found = dict(
+        command=shlex.join(sys.orig_argv),
+        git_commit=git_says("rev-parse", "HEAD") or "unknown",
+        dirty=bool(git_says("status", "--porcelain")),
+        date=f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S}",
+        torch=torch.__version__,
+        cores=os.cpu_count(),
+        machine=platform.machine(),
+        options=options,
+    )
+    return found | more
 
 
 def write_results(
@@ -314,7 +322,7 @@ def write_results(
     )
 
 
-def adn_embd_options(p: argparse.ArgumentParser) -> None:
+def add_model_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--run", metavar="ID", help="a run of train_scaled.py: its best_model_scaled.pth"
     )
@@ -341,15 +349,10 @@ def finish_options(
     for one, other in (("run", "weights"), ("window_run", "window_weights")):
         if getattr(a, one, None) and getattr(a, other, None):
             raise UserError(f"--{one} and --{other} both name a model; give one of them")
-    if bad := next(
-        (
-            n
-            for n in ("seed", "n", "batch_size", "train_length")
-            if getattr(a, n, 1) < (n != "seed")
-        ),
-        None,
-    ):
-        raise UserError(f"--{bad} {getattr(a, bad)}: expected {int(bad != 'seed')} or more")
+    for name in ("seed", "n", "batch_size", "train_length"):
+        least = 0 if name == "seed" else 1
+        if getattr(a, name, least) < least:
+            raise UserError(f"--{name} {getattr(a, name)}: expected {least} or more")
     return a
 
 

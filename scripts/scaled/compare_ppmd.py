@@ -23,7 +23,7 @@ import torch
 from byte_models import PATCH, UserError
 
 import train_scaled
-from plumbing import ROOT, World, launch
+from plumbing import ROOT, TokenShards, World, launch
 from plumbing.splits import open_byte_files
 
 ORDERS = (3, 4, 5, 8, 12, 16)  # bytes of PPMd's longest context
@@ -37,11 +37,11 @@ def ppmd_bits(seen: bytes, text: bytes, order: int) -> float:
     return 8 * (size(seen + text) - size(seen)) / len(text)
 
 
-def model_bits(path: Path, val, device: torch.device) -> float:
+def model_bits(path: Path, val: TokenShards, device: torch.device) -> float:
     """Bits per byte of the whole held-out text, as the run itself validates."""
     model = lib.load(path, device)
-    no_cast = torch.autocast(device.type, enabled=False)
-    loss, _ = train_scaled.evaluate(model, val, no_cast, model.cfg, World(0, 1, device))
+    rows = model.cfg.device_batch_size or 1
+    loss, _ = train_scaled.evaluate(model, val, rows, model.cfg, World(0, 1, device))
     return loss / math.log(2)
 
 

@@ -92,7 +92,8 @@ def minimal_pairs() -> list[tuple[str, str, str]]:
 @torch.no_grad()
 def log_likelihoods(model: ByteLM, texts: Sequence[tuple[bytes, bytes]]) -> list[float]:
     """log p of each text's second part after its first, in nats: a sum, as texts of other lengths
-    compete."""
+    compete.
+    """
     out, device = [], model.plasticity.device
     for before, rest in texts:
         before = (
@@ -138,7 +139,8 @@ def words_of(text: str) -> list[str]:
 
 def valid_share(text: bytes) -> float:
     """Share of the bytes that are part of a UTF-8 character; a character cut off by the end counts
-    as valid."""
+    as valid.
+    """
     for n in range(1, min(3, len(text)) + 1):
         lead = text[-n]
         if 0xC2 <= lead <= 0xF4:
@@ -211,53 +213,35 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument(
-        "--run", metavar="ID", help="a run of train_scaled.py: its best_model_scaled.pth"
-    )
-    p.add_argument("--weights", metavar="FILE", help="or a .pth itself")
+    add = p.add_argument
+    add("--run", metavar="ID", help="a run of train_scaled.py: its best_model_scaled.pth")
+    add("--weights", metavar="FILE", help="or a .pth itself")
     lib.add_logs_option(p)
-    p.add_argument(
-        "--heldout",
-        metavar="PATH",
-        help="text not trained on; default: the Turkish one, else the embedded",
-    )
-    p.add_argument(
-        "--samples", type=int, default=10, metavar="N", help="continuations of each prompt (10)"
-    )
-    p.add_argument("--bytes", type=int, default=100, metavar="N", help="of a continuation (100)")
-    p.add_argument(
-        "--temperature",
-        type=float,
-        default=0.5,
-        metavar="X",
-        help="as in the original report (0.5)",
-    )
-    p.add_argument("--top_p", type=float, default=1.0, metavar="X")
-    p.add_argument(
-        "--memory", choices=("on", "zero"), default="on", help="zero: with the memory silent"
-    )
-    p.add_argument(
-        "--remember",
-        choices=("prompt", "all"),
-        default="prompt",
-        help="what the memory by bytes hears",
-    )
+    add("--heldout", metavar="PATH", help="text not trained on; default: Turkish, or embedded")
+    add("--samples", type=int, default=10, metavar="N", help="texts of each prompt (10)")
+    add("--bytes", type=int, default=100, metavar="N", help="of a continuation (100)")
+    add("--temperature", type=float, default=0.5, metavar="X", help="as the original has it (0.5)")
+    add("--top_p", type=float, default=1.0, metavar="X", help="probability kept (1.0)")
+    add("--memory", choices=("on", "zero"), default="on", help="zero: with the memory silent")
+    words = "what the memory by bytes hears"
+    add("--remember", choices=("prompt", "all"), default="prompt", help=words)
     a = lib.finish_options(p, argv, "curriculum_intelligence")
-    for name, good, expected in (
+    check(a)
+    return a
+
+
+def check(a: argparse.Namespace) -> None:
+    temperatures = "0 (the likeliest byte) or more, such as 0.5"
+    for name, is_good, expected in (
         ("samples", a.samples >= 1, "1 or more"),
         ("bytes", a.bytes >= 1, "1 or more"),
-        (
-            "temperature",
-            0 <= a.temperature < float("inf"),
-            "0 (the likeliest byte) or more, such as 0.5",
-        ),
+        ("temperature", 0 <= a.temperature < float("inf"), temperatures),
         ("top_p", 0 < a.top_p <= 1, "above 0 and up to 1 (off)"),
     ):
-        if not good:
+        if not is_good:
             raise UserError(f"--{name} {getattr(a, name)}: expected {expected}")
     if not (a.run or a.weights):
         raise UserError("no model: name one with --run ID or --weights FILE")
-    return a
 
 
 def table(

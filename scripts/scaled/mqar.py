@@ -1,25 +1,22 @@
-"""mqar.py -- multi-query associative recall on bytes, beyond what train_scaled.py's stacked windows
-can reach.
+"""mqar.py -- multi-query associative recall on bytes, beyond what stacked windows can reach.
 
-    python scripts/scaled/mqar.py  trains a small model and its control, tests both
+    python scripts/scaled/mqar.py       trains a small model and its control, tests both
     python scripts/scaled/mqar.py --seeds 0,1,2 --knobs n_embd=128 num_iterations=2000
     python scripts/scaled/mqar.py --layout half --pairs 8 --distances 16,64,256 --test_pairs 4,8,16
 
 A text is PAIRS of a random key and a random value, then random digits, then the keys again in
-another order, each with
-its value behind it. A hit is both letters of a value, greedily. The last pair lies beyond n_layers
-x (window - 1)
-patches of the first question, so that no window hands a value on; where --distances asks for less,
-it is marked *.
+another order, each with its value behind it. A hit is both letters of a value, greedily. The last
+pair lies beyond n_layer x (SLIDING_WINDOW - 1) patches of the first question, so that no window
+hands a value on; where --distances asks for less, it is marked *.
+
 Layouts  full: a key is a patch, its value the next one: `ab->` `cd; `; key and value meet only
          through a shift by one
          half: a pair is one patch, `abcd`, and a question is one, `ab->`: no shift is needed
 Controls the same weights with the memory silent; a model without memory, same steps and batches;
-         chance: a value drawn
-         at random, and any one of the text's own values (1 / PAIRS)
+         chance: a value drawn at random, and any one of the text's own values (1 / PAIRS)
 Training loss on the values alone, in stages: 1, 2, 4, .. pairs with dots for digits, then digits,
-         then up to twice the
-         distance. The next stage begins when the loss of the last is below 0.3 nats a letter
+         then up to twice the distance. The next stage begins when the loss of the last is below
+         0.3 nats a letter
 Shapes   B rows, R pairs, G patches of digits, A answers; text_BN4 is a text in patches
 Source   Arora et al., Zoology, arXiv 2312.04927
 Raises   UserError: a bad flag or knob, more pairs than keys, no GPU
@@ -37,13 +34,13 @@ from byte_models import PATCH, ByteLM, Knobs, UserError
 
 from plumbing import launch
 
+# fmt: off
 MQAR = dict(
-    n_embd=64, lr=3e-3, num_iterations=1000, warmup_iters=50, batch_size=64, device_batch_size=64
-)
-MQAR |= dict(delta_rule=True, mem_init=8.0)
-MQAR |= dict(
-    sequence_length=4096
-)  # only the window is checked against it: a text is as long as pairs and gap make it
+    n_embd=64, lr=3e-3, num_iterations=1000, warmup_iters=50, batch_size=64, device_batch_size=64,
+    delta_rule=True, mem_init=8.0,
+    # Only the window is checked against it: a text is as long as pairs and gap make it.
+    sequence_length=4096)
+# fmt: on
 LETTERS = b"abcdefghijklmnopqrstuvwxyz"
 ROWS = 64  # texts that are tested together
 
@@ -67,9 +64,9 @@ def make_texts(
     dots: float = 0.0,
 ) -> lib.Batch:
     """B texts (B, T), the patches (B, R) of their answers, and the bytes there with -1 for all but
-    the value's two.
-    `gap` patches of digits lie between the last pair and the first question; in a share `dots` of
-    rows, of dots."""
+    the value's two. `gap` patches of digits lie between the last pair and the first question; in a
+    share `dots` of rows, of dots.
+    """
     keys_BR = np.argsort(rng.random((B, letters**2)), 1)[:, :pairs]
     key, value = (
         two_letters(n, letters) for n in (keys_BR, rng.integers(0, letters**2, (B, pairs)))
@@ -97,12 +94,12 @@ def make_texts(
 
 def least_gap(k: Knobs) -> int:
     """Patches of digits that put the last pair beyond the first answer's reach: the answer is
-    predicted from the patch
-    before its own, the question, which the window-only model sees with the `reach` patches before
-    it."""
+    predicted from the patch before its own, the question, which the window-only model sees with the
+    `reach` patches before it.
+    """
     far = lib.reach(k)
     if far is None:
-        raise UserError("WINDOW=off sees everything: no pair lies beyond it; set a window")
+        raise UserError("SLIDING_WINDOW=off sees everything: no pair lies beyond it; set a window")
     return far
 
 
@@ -119,8 +116,8 @@ def stages(k: Knobs, pairs: int) -> list[tuple[int, float, int]]:
 
 def training_texts(step: int, stage: int, k: Knobs, a: argparse.Namespace) -> lib.Batch:
     """Texts of a stage, BATCH_SIZE with 1 or 2 pairs and fewer with more, so that a step's answers
-    stay as many; a
-    quarter of the batches is of an earlier stage."""
+    stay as many; a quarter of the batches is of an earlier stage.
+    """
     rng = np.random.default_rng([k.seed, step])
     at = stage if rng.random() < 0.75 else int(rng.integers(stage + 1))
     pairs, dots, most = stages(k, a.pairs)[at]
@@ -231,7 +228,7 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     a = read_options(argv)
     device, found, seconds = lib.check_device(a.device), [], []
-    knobs = lib.rean_embd_knobs(a.knobs, lib.BASE | MQAR)
+    knobs = lib.read_model_knobs(a.knobs, lib.BASE | MQAR)
     least = least_gap(knobs)
     print(
         f"{a.pairs} pairs, layout {a.layout}, {a.letters**2} values; windows reach {least} patches "

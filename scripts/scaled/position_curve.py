@@ -1,23 +1,19 @@
-"""position_curve.py -- bits per byte against position in long texts: what the memory of
-train_scaled.py adds.
+"""position_curve.py -- bits per byte against position in long texts: what the memory adds.
 
     python scripts/scaled/position_curve.py --run ID --window_run ID2
     python scripts/scaled/position_curve.py --weights best_model_scaled.pth --text held_out.txt
-    --length 65536
-    python scripts/scaled/position_curve.py --run ID --full_attention_run ID3  beside full attention
-    of the same size
+    python scripts/scaled/position_curve.py --run ID --full_attention_run ID3
 
 The text is cut into documents of LENGTH bytes (or at --separator), each read from an empty state to
-    its end, in
-constant memory. Every byte counts once; the first four of a document, which no model scores, count
-8 bits each. Means
-over bins of position, intervals by bootstrap over documents; differences are of the same documents.
+its end, in constant memory. Every byte counts once; the first four of a document, which no model
+scores, count 8 bits each. Means over bins of position, with intervals by bootstrap over documents;
+differences are of the same documents.
+
 Models   full; memory zeroed: the same weights with the memory silent; window only: trained without
-         a memory; full
-         attention: in pieces of its own SEQUENCE_LENGTH, behind which it was never trained
+         a memory; full attention: in pieces of its own SEQUENCE_LENGTH, behind which it was never
+         trained
 Prints   bits per byte and per character of the whole text, beside xz -9e, bz2 -9, zstd -22 and PPMd
-         on the same bytes.
-         These compressors have seen no training text
+         on the same bytes. These compressors have seen no training text
 Files    OUT.csv a line per model and bin, OUT.json, OUT.png if matplotlib is there
 Raises   UserError: a bad flag, no weights, no text, a text shorter than a patch, no GPU
 """
@@ -39,10 +35,8 @@ from byte_models import PATCH, ByteLM, UserError
 
 from plumbing import launch
 
-FIRST_BIN, UNSCORED = (
-    64,
-    8.0,
-)  # bytes of the first bin, each later one twice as wide; bits of a byte nobody predicts
+FIRST_BIN = 64  # bytes; each later bin is twice as wide
+UNSCORED = 8.0  # bits of a byte that nobody predicts
 PIECE = 4096  # bytes of a forward
 DRAWS = 2000  # of the bootstrap
 
@@ -53,7 +47,8 @@ DRAWS = 2000  # of the bootstrap
 
 def documents(text: bytes, length: int, separator: bytes | None) -> list[bytes]:
     """Pieces of the text that hold all of its bytes: of `length`, the last one shorter, or cut
-    behind `separator`."""
+    behind `separator`.
+    """
     if separator is None:
         return [text[at : at + length] for at in range(0, len(text), length)]
     pieces = text.split(separator)
@@ -69,7 +64,8 @@ def read_bits(
     model: ByteLM, docs: Sequence[bytes], rows: int, restart: int | None
 ) -> list[np.ndarray]:
     """Bits of every byte of each document, fp64. `restart`: bytes after which the model's state is
-    emptied."""
+    emptied.
+    """
     device, out = model.plasticity.device, [np.full(len(doc), UNSCORED) for doc in docs]
     order = sorted(
         range(len(docs)), key=lambda i: len(docs[i])
@@ -124,7 +120,8 @@ def bootstrap(
     sums_DJ: np.ndarray, counts_DJ: np.ndarray, seed: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Means of the columns, and the ends of their 95% intervals over documents (percentiles; nan
-    with one document)."""
+    with one document).
+    """
     means = sums_DJ.sum(0) / np.maximum(counts_DJ.sum(0), 1)
     if len(sums_DJ) < 2:
         return means, np.full_like(means, np.nan), np.full_like(means, np.nan)
@@ -143,7 +140,8 @@ def bootstrap(
 
 def compressed(text: bytes) -> dict[str, tuple[int | None, str]]:
     """Bytes that each compressor makes of the text, and which program it was; None where there is
-    none."""
+    none.
+    """
     found = {"xz -9e": (len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)), "Python's lzma")}
     found["bz2 -9"] = len(bz2.compress(text, 9)), "Python's bz2"
     if zstd := shutil.which("zstd"):
@@ -267,9 +265,11 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    lib.adn_embd_options(p)
+    lib.add_model_options(p)
     p.add_argument(
-        "--full_attention_run", metavar="ID", help="a run with WINDOW=off, a row of the table"
+        "--full_attention_run",
+        metavar="ID",
+        help="a run with SLIDING_WINDOW=off, a row of the table",
     )
     p.add_argument("--full_attention_weights", metavar="FILE", help="or a .pth itself")
     p.add_argument(
@@ -300,7 +300,7 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     return a
 
 
-def rean_embds(a: argparse.Namespace, device: torch.device) -> dict[str, ByteLM]:
+def read_models(a: argparse.Namespace, device: torch.device) -> dict[str, ByteLM]:
     models = {}
     for name, kind in (
         ("full", ""),
@@ -316,9 +316,44 @@ def rean_embds(a: argparse.Namespace, device: torch.device) -> dict[str, ByteLM]
         raise UserError(
             "--window_run/--window_weights: a model with MEMORY=on is no window-only control"
         )
-    if "full attention" in models and models["full attention"].cfg.window is not None:
-        raise UserError("--full_attention_run: that model has a WINDOW; name a run with WINDOW=off")
+    if "full attention" in models and models["full attention"].cfg.sliding_window is not None:
+        raise UserError(
+            "--full_attention_run: that model has a window; name a run with SLIDING_WINDOW=off"
+        )
     return models
+
+
+def read_all(
+    models: dict[str, ByteLM], docs: Sequence[bytes], rows: int, device: torch.device
+) -> tuple[dict[str, list[np.ndarray]], dict[str, float]]:
+    """Each model's bits of every byte, and the seconds that it took."""
+    bits, seconds = {}, {}
+    for name, model in models.items():
+        started = lib.clock(device)
+        restart = model.cfg.sequence_length if model.cfg.sliding_window is None else None
+        bits[name] = read_bits(model, docs, rows, restart)
+        seconds[name] = lib.clock(device) - started
+    return bits, seconds
+
+
+def interval(row: dict[str, object], key: str, ends: str) -> str:
+    return f"{row[key]:.4f} [{row[ends + 'low']:.4f}, {row[ends + 'high']:.4f}]"
+
+
+def show(rows: list[dict[str, object]], total: list[dict[str, object]]) -> None:
+    """The table by position, and that of the whole text."""
+    shown = [("model", "position", "n", "bits per byte [95%]", "above full [95%]")]
+    for row in rows:
+        lead = "" if row["model"] == "full" else interval(row, "above_full", "above_full_")
+        place = f"{row['position_from']}-{row['position_to']}"
+        bits = interval(row, "bits_per_byte", "")
+        shown.append((row["model"], place, row["documents"], bits, lead))
+    lib.show_table(shown)
+    shown = [("whole text", "bits per byte", "bits per character", "")]
+    for row in total:
+        by_byte, by_char = f"{row['bits_per_byte']:.4f}", f"{row['bits_per_char']:.4f}"
+        shown.append((row["name"], by_byte, by_char, row.get("program", "")))
+    lib.show_table(shown)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -327,60 +362,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     text, source = lib.read_text(a.text)
     if len(text) <= PATCH:
         raise UserError(f"{source}: {len(text)} bytes; expected more than a patch of {PATCH}")
-    separator = (
-        a.separator.encode().decode("unicode_escape").encode("latin-1") if a.separator else None
-    )
-    docs, models, bits, seconds = (
-        documents(text, a.length, separator),
-        rean_embds(a, device),
-        {},
-        {},
-    )
-    for name, model in models.items():
-        t0 = lib.clock(device)
-        bits[name] = read_bits(
-            model, docs, a.rows, model.cfg.sequence_length if model.cfg.window is None else None
-        )
-        seconds[name] = lib.clock(device) - t0
+    separator = None
+    if a.separator:
+        separator = a.separator.encode().decode("unicode_escape").encode("latin-1")
+    docs = documents(text, a.length, separator)
+    models = read_models(a, device)
+    bits, seconds = read_all(models, docs, a.rows, device)
     characters = sum(b & 0xC0 != 0x80 for b in text)
-    rows, total = (
-        curves(bits, edges(max(map(len, docs))), a.seed),
-        totals(bits, text, characters, a.seed),
-    )
+    rows = curves(bits, edges(max(map(len, docs))), a.seed)
+    total = totals(bits, text, characters, a.seed)
     far = lib.reach(models["full"].cfg)
+    reach = "everything" if far is None else f"{PATCH * far:,} bytes"
     print(f"{source}: {len(text):,} bytes, {characters:,} characters, {len(docs)} documents")
-    print(
-        f"windows reach {'everything' if far is None else f'{PATCH * far:,} bytes'}; n: documents "
-        f"in the bin"
-    )
-    shown = [("model", "position", "n", "bits per byte [95%]", "above full [95%]")]
-    interval = lambda r, key, low, high: f"{r[key]:.4f} [{r[low]:.4f}, {r[high]:.4f}]"
-    for r in rows:
-        lead = (
-            ""
-            if r["model"] == "full"
-            else interval(r, "above_full", "above_full_low", "above_full_high")
-        )
-        place = f"{r['position_from']}-{r['position_to']}"
-        shown.append(
-            (r["model"], place, r["documents"], interval(r, "bits_per_byte", "low", "high"), lead)
-        )
-    lib.show_table(shown)
-    shown = [("whole text", "bits per byte", "bits per character", "")]
-    shown += [
-        (r["name"], f"{r['bits_per_byte']:.4f}", f"{r['bits_per_char']:.4f}", r.get("program", ""))
-        for r in total
-    ]
-    lib.show_table(shown)
-    about = lib.facts(
-        a, text=source, bytes=len(text), characters=characters, documents=len(docs), seconds=seconds
-    )
-    about |= dict(
-        n_params={name: lib.n_params(m) for name, m in models.items()},
-        reach_patches=far,
-        totals=total,
-    )
-    lib.write_results(a.out, rows, about)
+    print(f"windows reach {reach}; n: documents in the bin")
+    show(rows, total)
+    found = dict(text=source, bytes=len(text), characters=characters, documents=len(docs))
+    num_params = {name: lib.n_params(model) for name, model in models.items()}
+    found |= dict(seconds=seconds, n_params=num_params, reach_patches=far, totals=total)
+    lib.write_results(a.out, rows, lib.facts(a, **found))
     if not a.no_figure:
         draw(a.out.with_suffix(".png"), rows, far and PATCH * far, source)
 

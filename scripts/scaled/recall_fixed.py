@@ -1,28 +1,24 @@
-"""recall_fixed.py -- does train_scaled.py's memory hand on a passkey from beyond what its windows
-can reach?
+"""recall_fixed.py -- does train_scaled.py's memory hand on a passkey from beyond its windows?
 
-    python scripts/scaled/recall_fixed.py --train  trains a small model and a control, tests both
-    python scripts/scaled/recall_fixed.py --run ID --window_run ID2  of runs of train_scaled.py
+    python scripts/scaled/recall_fixed.py --train   trains a small model and a control, tests both
+    python scripts/scaled/recall_fixed.py --run ID --window_run ID2     runs of train_scaled.py
     python scripts/scaled/recall_fixed.py --weights best_model_scaled.pth --lengths 1024,4096 --n 50
-    python scripts/scaled/recall_fixed.py --train --run ID  fine-tunes that run's model on passkeys
-    first
+    python scripts/scaled/recall_fixed.py --train --run ID   teaches that run's model passkeys first
 
-A text of LENGTH bytes is real prose with one sentence in it that holds a random 5-digit key, DEPTH
-percent of the way
-from its beginning, and the question for it at its end. A hit is all five digits, written greedily;
-the text streams
-through a state of constant size. A cell counts when the key lies beyond n_layers x (window - 1)
-patches, so that no
-window hands it on; others are marked * and left out of the sums. Controls: the same weights with
-the memory silent, a
-model trained alike without memory, chance (1e-5; 0.1 per digit).
-A run that was never taught to answer fails, whatever it remembers: --train teaches on answers
-alone, first in rows so
-short that the key is just beyond reach, with spaces for prose, then with prose, then in longer rows
-up to TRAIN_LENGTH.
+A text of LENGTH bytes is real prose with one sentence in it that holds a random key of 5 digits,
+DEPTH percent of the way from its beginning, and the question for it at its end. A hit is all five
+digits, written greedily; the text streams through a state of constant size. A cell counts when the
+key lies beyond n_layer x (SLIDING_WINDOW - 1) patches, so that no window hands it on; others are
+marked * and left out of the sums. Controls: the same weights with the memory silent, a model that
+is trained alike without memory, and chance (1e-5; 0.1 per digit).
+
+A model that was never taught to answer fails, whatever it remembers. --train teaches it on answers
+alone: first in rows so short that the key is just beyond reach, with spaces for prose, then with
+prose, then in longer rows up to TRAIN_LENGTH.
+
 Shapes   B rows, T bytes, A patches that hold an answer
 Raises   UserError: a bad flag, no weights, no text, a length that the sentences do not fit into, no
-GPU
+         GPU
 """
 
 import argparse
@@ -67,9 +63,9 @@ def prose(text: bytes, n: int, rng: np.random.Generator) -> bytes:
 
 def make_text(filler: bytes, length: int, depth: float, key: str, align: int) -> tuple[bytes, int]:
     """The text up to where its answer begins, of `length` bytes together (less up to align - 1),
-    and where the key's
-    digits begin. Digits of key and answer begin at multiples of `align`. `filler` has at least
-    `length` bytes."""
+    and where the key's digits begin. Digits of key and answer begin at multiples of `align`.
+    `filler` has at least `length` bytes.
+    """
     end = (length - DIGITS) // align * align
     room = end - QUESTION_BYTES - NEEDLE_BYTES
     at = (round(depth * room) + BEFORE) // align * align - BEFORE
@@ -92,8 +88,8 @@ def make_cell(
 
 def stages(k: Knobs) -> list[tuple[int, float]]:
     """Bytes of a row and share of rows with spaces for prose, stage by stage: first the shortest
-    rows whose keys are
-    all beyond reach, at last SEQUENCE_LENGTH."""
+    rows whose keys are all beyond reach, at last SEQUENCE_LENGTH.
+    """
     shortest = -(-(NEEDLE_BYTES + QUESTION_BYTES + DIGITS + lib.safe_gap(k)) // PATCH + 1) * PATCH
     longer = [n for n in (k.sequence_length >> i for i in range(20, -1, -1)) if n > shortest]
     return [
@@ -106,8 +102,8 @@ def stages(k: Knobs) -> list[tuple[int, float]]:
 
 def training_batch(step: int, stage: int, text: bytes, k: Knobs, align: int) -> lib.Batch:
     """Rows of a stage, as many as make BATCH_SIZE * SEQUENCE_LENGTH bytes; a quarter of the batches
-    is of an earlier
-    stage."""
+    is of an earlier stage.
+    """
     rng, plan = np.random.default_rng([k.seed, step]), stages(k)
     size, spaces = plan[stage if rng.random() < 0.75 else int(rng.integers(stage + 1))]
     rows, at, answers = [], [], []
@@ -131,7 +127,8 @@ def training_batch(step: int, stage: int, text: bytes, k: Knobs, align: int) -> 
 @torch.no_grad()
 def answer(model: ByteLM, rows_BT: np.ndarray, num_bytes: int = DIGITS) -> tuple[list[bytes], int]:
     """What each row's text is greedily continued with, streamed; and the bytes of the state behind
-    it, of all rows."""
+    it, of all rows.
+    """
     stream, out = Stream(model, len(rows_BT)), []
     stream.feed(torch.from_numpy(rows_BT.astype(np.int64)))
     for i in range(num_bytes):
@@ -180,7 +177,8 @@ def show_length(found: list[dict[str, object]], length: int, models: dict[str, B
 
 def sums(found: list[dict[str, object]], trained: int | None) -> list[dict[str, object]]:
     """Exact match over the cells that count: of each length and of all lengths to 4 times the
-    trained one."""
+    trained one.
+    """
     out, lengths = [], sorted({r["length"] for r in found})
     groups = [(str(length), {length}) for length in lengths]
     if trained:
@@ -237,7 +235,7 @@ def train(
         sequence_length=a.train_length,
         seed=a.seed,
     )
-    k = dataclasses.replace(lib.rean_embd_knobs(a.knobs, base), memory=memory)
+    k = dataclasses.replace(lib.read_model_knobs(a.knobs, base), memory=memory)
     check_fits([a.train_length], a.align)
     if k.sequence_length < NEEDLE_BYTES + QUESTION_BYTES + DIGITS + lib.safe_gap(k):
         raise UserError(
@@ -265,7 +263,7 @@ def check_fits(lengths: Sequence[int], align: int) -> None:
         )
 
 
-def rean_embds(
+def read_models(
     a: argparse.Namespace, device: torch.device
 ) -> tuple[dict[str, ByteLM], dict[str, float]]:
     """The models to test, and the seconds that those trained here took."""
@@ -298,49 +296,20 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    lib.adn_embd_options(p)
-    p.add_argument(
-        "--train",
-        action="store_true",
-        help="train here first: a new model, or the one that is named",
+    lib.add_model_options(p)
+    add = p.add_argument
+    add("--train", action="store_true", help="train first: a new model, or the one that is named")
+    add("--train_length", type=int, default=1024, metavar="T", help="bytes of a row (1024)")
+    add("--batch_size", type=int, default=8, metavar="B", help="rows of TRAIN_LENGTH a step (8)")
+    add(
+        "--train_text", metavar="PATH", help="training prose; default: FILLER, or the training part"
     )
-    p.add_argument(
-        "--train_length", type=int, default=1024, metavar="T", help="bytes of a training row (1024)"
-    )
-    p.add_argument(
-        "--batch_size", type=int, default=8, metavar="B", help="bytes of a step / TRAIN_LENGTH (8)"
-    )
-    p.add_argument(
-        "--train_text",
-        metavar="PATH",
-        help="prose to train between; default: FILLER, or the training part",
-    )
-    p.add_argument(
-        "--knobs",
-        nargs="*",
-        default=[],
-        metavar="name=value",
-        help="of train_scaled.py, for --train",
-    )
-    p.add_argument(
-        "--lengths", default=LENGTHS, metavar="N,..", help=f"bytes of a text ({LENGTHS})"
-    )
-    p.add_argument(
-        "--depths", default=DEPTHS, metavar="P,..", help="percent of the way at which the key is"
-    )
-    p.add_argument("--n", type=int, default=20, help="random keys and texts of a cell (20)")
-    p.add_argument(
-        "--align",
-        type=int,
-        default=4,
-        choices=(1, 2, 4),
-        help="digits begin at multiples of it (4)",
-    )
-    p.add_argument(
-        "--filler",
-        metavar="PATH",
-        help="prose of the test; default: Turkish test text, else the embedded",
-    )
+    add("--knobs", nargs="*", default=[], metavar="name=value", help="of the trainer, for --train")
+    add("--lengths", default=LENGTHS, metavar="N,..", help=f"bytes of a text ({LENGTHS})")
+    add("--depths", default=DEPTHS, metavar="P,..", help="percent of the way to the key")
+    add("--n", type=int, default=20, help="random keys and texts of a cell (20)")
+    add("--align", type=int, default=4, choices=(1, 2, 4), help="digits begin at multiples (4)")
+    add("--filler", metavar="PATH", help="test prose; default: the Turkish test text, or embedded")
     a = lib.finish_options(p, argv, "recall")
     a.lengths = lib.numbers(int, a.lengths, "--lengths", 1, 1 << 24)
     a.depths = [d / 100 for d in lib.numbers(float, a.depths, "--depths", 0, 100)]
@@ -352,7 +321,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     a = read_options(argv)
     device = lib.check_device(a.device)
     text, source = lib.read_text(a.filler)
-    models, seconds = rean_embds(a, device)
+    models, seconds = read_models(a, device)
     k, t0 = models["full"].cfg, lib.clock(device)
     trained = k.sequence_length if a.train else None
     reach = (

@@ -1,6 +1,7 @@
 """Settings: every value is taken as it was meant, or refused in one line."""
 
 import dataclasses
+import functools
 import importlib
 import os
 import subprocess
@@ -240,8 +241,22 @@ def test_a_siblings_knob_is_refused_by_name_with_the_name_that_it_has_here():
 
 
 def test_a_siblings_knob_with_an_ordinary_name_is_left_alone_with_a_line(capsys):
-    assert read(env={"WINDOW": "1", "WANDB_PROJECT": "mine"}) == Knobs()
-    assert "WINDOW is a knob of train_scaled.py" in capsys.readouterr().err
+    assert read(env={"MEMORY": "1", "WANDB_PROJECT": "mine"}) == Knobs()
+    assert "MEMORY is a knob of train_gpu.py and train_scaled.py" in capsys.readouterr().err
+
+
+def test_gnu_screens_window_sets_no_knob_and_the_knobs_old_name_is_refused_elsewhere(capsys):
+    """screen sets WINDOW=0, 1, 2, ... and STY in every shell that it opens."""
+    scaled = importlib.import_module("train_scaled")
+    read_scaled = functools.partial(read_knobs, scaled.Knobs, scaled.PRESETS)
+    assert read_scaled([], {"WINDOW": "1", "STY": "4711.pts-0"}).sliding_window == 64
+    assert "WINDOW sets nothing: the knob is SLIDING_WINDOW" in capsys.readouterr().err
+    with pytest.raises(UserError, match="WINDOW sets nothing: the knob is SLIDING_WINDOW now"):
+        read_scaled([], {"WINDOW": "32"})
+    with pytest.raises(UserError, match="did you mean --sliding_window"):
+        read_scaled(["--window=32"], {})
+    assert read(env={"WINDOW": "32"}) == Knobs(), "no knob of other trainers, and never was"
+    assert capsys.readouterr().err == ""
 
 
 def knobs_of(trainer: str) -> tuple[set[str], set[str]]:

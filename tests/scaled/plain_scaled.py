@@ -18,7 +18,8 @@ def step_recurrence(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, S: Tensor, delta: bool = False
 ) -> tuple[Tensor, Tensor]:
     """S_t = e^a_t S_{t-1} + k_t u_t^T, o_t = S_t^T q_t; one patch after another. Arguments as
-    train_scaled.memory."""
+    train_scaled.memory.
+    """
     out = []
     for t in range(q.size(2)):
         decay = a.exp()[:, None, None] if a.dim() == 1 else a[:, :, t].exp()[..., None, None]
@@ -31,9 +32,9 @@ def step_recurrence(
 
 def cumsum_memory(q: Tensor, k: Tensor, v: Tensor, a: Tensor) -> Tensor:
     """The original's form, clamp included: every write scaled by lambda^-t, a cumulative sum over
-    all outer products
-    (B, H, N, E, E), scaled back by lambda^t, divided by the summed weights. q, k are features;
-    static a (H,)."""
+    all outer products (B, H, N, E, E), scaled back by lambda^t, divided by the summed weights. q, k
+    are features; static a (H,).
+    """
     t = torch.arange(q.size(2), device=q.device, dtype=q.dtype)
     exponent = (t * a[:, None]).clamp(-50, 50)
     down, up = exponent.exp()[None, :, :, None], (-exponent).exp()[None, :, :, None]
@@ -44,7 +45,8 @@ def cumsum_memory(q: Tensor, k: Tensor, v: Tensor, a: Tensor) -> Tensor:
 
 def dense_window(q: Tensor, k: Tensor, v: Tensor, w: int | None) -> Tensor:
     """Softmax attention over all pairs, those outside the window masked. k, v begin with the
-    patches before q's."""
+    patches before q's.
+    """
     N, P = q.size(2), k.size(2) - q.size(2)
     far = torch.arange(N, device=q.device)[:, None] + P - torch.arange(P + N, device=q.device)
     scores = (q @ k.mT) * q.size(-1) ** -0.5
@@ -53,13 +55,13 @@ def dense_window(q: Tensor, k: Tensor, v: Tensor, w: int | None) -> Tensor:
 
 def byte_memory(memory: nn.Module, s: list[int], logits: Tensor, hidden: Tensor) -> Tensor:
     """log p (T, 256) of the bytes 24 .. of s, from the decoder's logits and states (T, 256): a
-    ByteMemory byte by byte,
-    a dict for each table, from row to what is in it, and PPM's mixing, from the shortest history to
-    the longest."""
-    how, lengths, rows = memory.how.view(-1, 6), memory.hash.lengths, memory.rows
+    ByteMemory byte by byte, a dict for each table, from row to what is in it, and PPM's mixing,
+    from the shortest history to the longest.
+    """
+    how, lengths, rows = memory.how.view(-1, 6), memory.tables.hash.lengths, memory.tables.rows
     tables, out = [{} for _ in lengths], []
     for t in range(24, len(s)):
-        h = memory.hash(torch.tensor(s[t - 24 : t])).tolist()
+        h = memory.tables.hash(torch.tensor(s[t - 24 : t])).tolist()
         p, doubts = logits[t - 24].softmax(-1), memory.doubt(hidden[t - 24])
         for table, key, doubt, (one, two, alone, same, other, decay) in zip(
             tables, h, doubts, how, strict=True
@@ -124,7 +126,8 @@ class PlainBlock(nn.Module):
 
 class PlainPhase8(nn.Module):
     """The seed's model (commit a393cb5 of the original) without dropout, part by part as the fact
-    sheet lists it."""
+    sheet lists it.
+    """
 
     def __init__(
         self, D: int, L: int, H: int, w: int, low: float, thinking: int = 3, form: str = "steps"

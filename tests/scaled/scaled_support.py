@@ -15,7 +15,9 @@ from plumbing.exchange import StepExchange
 from train_scaled import ByteLM, Knobs
 
 # A model and a run that take a second: every size is small, nothing is switched off.
-SMALL = dict(device="cpu", precision="fp32", compile=0, n_embd=32, n_layer=2, n_head=2, window=4)
+SMALL = dict(
+    device="cpu", precision="fp32", compile=0, n_embd=32, n_layer=2, n_head=2, sliding_window=4
+)
 SMALL |= dict(thinking_steps=1, ngram_rows=64, mem_rows=64)
 SMALL |= dict(batch_size=4, device_batch_size=2, sequence_length=64, lr=0.01, log_every=2)
 SMALL |= dict(num_iterations=12, warmup_iters=2, val_every=4, val_bytes=1000, save_every=4)
@@ -35,7 +37,8 @@ def small(**values) -> Knobs:
 
 def fresh(variant: str = "scaled", **values) -> ByteLM:
     """A model in which everything contributes: data-dependent decay and n-gram tables start at
-    zero, and here they do not."""
+    zero, and here they do not.
+    """
     model = ByteLM(small(**(VARIANTS[variant] | values)))
     model.init_weights(1)
     for name, parameter in model.named_parameters():
@@ -84,7 +87,7 @@ def tensors_equal(a: object, b: object, close: float = 0.0) -> bool:
         return torch.equal(a, b) if close == 0 else torch.allclose(a.float(), b.float(), atol=close)
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(tensors_equal(a[n], b[n], close) for n in a)
-    if isinstance(a, list):
+    if isinstance(a, list | tuple):
         return len(a) == len(b) and all(tensors_equal(*p, close) for p in zip(a, b, strict=True))
     return a == b or (a != a and b != b)
 

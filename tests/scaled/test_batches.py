@@ -1,4 +1,4 @@
-"""Loss scale, schedules, batches and validation."""
+"""Schedules, batches and validation."""
 
 from pathlib import Path
 
@@ -10,10 +10,9 @@ from support import ONE
 
 import train_scaled
 from plumbing import TokenShards, World, read_bytes
-from train_scaled import LossScale
+from plumbing.byte_batches import ByteBatches
 
 CPU = torch.device("cpu")
-FP32 = torch.autocast("cpu", enabled=False)
 
 
 def shards(folder: Path, data: bytes, name: str = "t.txt") -> TokenShards:
@@ -22,23 +21,11 @@ def shards(folder: Path, data: bytes, name: str = "t.txt") -> TokenShards:
 
 
 class Part(World):
-    """One of several ranks, by itself: nothing is summed."""
+    """One of several ranks, by itself: what it would sum with the others is kept in `signals`."""
 
     def all_reduce(self, x):
+        self.signals.append(x)
         return x
-
-
-def test_the_loss_scale_moves_as_torchs_grad_scaler_does():
-    ours, theirs = LossScale(torch.float16), torch.amp.GradScaler("cpu", init_scale=2.0**16)
-    p = torch.nn.Parameter(torch.zeros(1))
-    sgd = torch.optim.SGD([p], lr=0.0)
-    for step in range(4100):
-        p.grad = torch.full((1,), float("inf") if step in (3, 4, 2500) else 1.0)
-        theirs.scale(torch.zeros(1))
-        theirs.step(sgd)
-        theirs.update()
-        ours.update(p.grad)
-        assert ours.scale == theirs.get_scale(), step
 
 
 def test_the_schedules_are_what_their_names_say():
@@ -63,9 +50,8 @@ def test_the_schedules_are_what_their_names_say():
 
 def test_carried_rows_read_their_strips_window_after_window(tmp_path):
     data = bytes(range(256)) * 5
-    batches = train_scaled.Batches(
-        shards(tmp_path, data), small(batch_size=4, sequence_length=64), ONE
-    )
+    cfg = small(batch_size=4, sequence_length=64)
+    batches = ByteBatches(shards(tmp_path, data), cfg, ONE, 4)
     strip = (1280 - 4) // 4
     assert batches.num_windows == strip // 64 and [batches.starts_over(s) for s in range(5)] == [
         True,
@@ -88,10 +74,8 @@ def test_carried_rows_read_their_strips_window_after_window(tmp_path):
 @pytest.mark.parametrize("carry", [True, False])
 def test_any_number_of_ranks_reads_the_same_windows(tmp_path, carry, ranks):
     s, k = shards(tmp_path, bytes(range(256)) * 5), small(carry_state=carry)
-    whole, parts = (
-        train_scaled.Batches(s, k, ONE),
-        [train_scaled.Batches(s, k, World(r, ranks, CPU)) for r in range(ranks)],
-    )
+    whole = ByteBatches(s, k, ONE, 4)
+    parts = [ByteBatches(s, k, World(r, ranks, CPU), 4) for r in range(ranks)]
     seen = set()
     for step in range(6):
         for i in range(2):
@@ -107,9 +91,8 @@ def test_validation_is_every_byte_once_and_weighted_by_bytes(tmp_path, carry, si
     val, model = shards(tmp_path, data, "v.txt"), fresh()
     total = min(size, (limit or size) + 4) - 4
     strip, nats, count = -(-total // 32) * 4, 0.0, 0
-    for start in range(
-        0, total, strip
-    ):  # by hand: a strip at once if its state is carried, else window by window
+    # By hand: a strip at once if its state is carried, else window by window.
+    for start in range(0, total, strip):
         end = min(start + strip, total)
         for at in range(start, end, strip if carry else 64):
             n = min(end - at, strip if carry else 64)
@@ -118,10 +101,13 @@ def test_validation_is_every_byte_once_and_weighted_by_bytes(tmp_path, carry, si
             y[:n] = np.frombuffer(data, np.uint8)[at + 4 : at + 4 + n]
             nll = model(*(torch.tensor(t.astype(np.int64))[None] for t in (x, y)))[0]
             nats, count = nats + nll.sum().item(), count + n
-    chars = len(data[4 : 4 + total].decode(errors="ignore"))
+    assert count == total
+    characters = len(data[4 : 4 + total].decode(errors="ignore"))
     for micro, ranks in ((2, 1), (3, 1), (8, 2)):
         cfg = small(carry_state=carry, val_bytes=limit, batch_size=8, device_batch_size=micro)
-        parts = [Part(r, ranks, CPU) for r in range(ranks)]
-        found = [train_scaled.evaluate(model, val, FP32, cfg, part) for part in parts]
-        assert count == total and abs(sum(f[0] for f in found) - nats / total) < 1e-5
-        assert abs(sum(f[1] for f in found) * total - chars) <= 1
+        sums: list[torch.Tensor] = []
+        for rank in range(ranks):
+            train_scaled.evaluate(model, val, micro, cfg, Part(rank, ranks, CPU, sums))
+        ours = sum(sums).tolist()
+        assert abs(ours[0] - nats) < 1e-5 * total and abs(ours[1] - characters) <= 1
+        assert ours[2] == total

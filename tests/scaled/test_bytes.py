@@ -25,7 +25,8 @@ def test_the_byte_decoder_is_torchs_gru_over_what_it_reads_and_its_own_patch(dec
 
 def test_the_n_gram_tables_are_read_by_the_last_3_to_6_bytes_alone():
     """By what each byte moves, at every place of a text; the tables are the only thing that says
-    anything here."""
+    anything here.
+    """
     model = fresh(ngram_rows=1 << 16, mem_rows=0)
     torch.nn.init.normal_(model.decoder.grams.table)
     for parameter in (*model.decoder.gru.parameters(), *model.decoder.out.parameters()):
@@ -71,11 +72,11 @@ def test_the_memory_by_bytes_is_its_recurrence_with_its_gradients_whatever_the_c
         (wanted * logits[0]).sum().backward()
         gradients = [p.grad.clone() for p in memory.parameters()]
         memory.zero_grad()
-        state, at, out = memory.empty_state(1), 0, []
+        state, at, out = memory.tables.empty(1), 0, []
         for n in sizes:
             given = torch.tensor([s[at : at + n + 24]])
             part = logits[:, at : at + n], h[:, at : at + n]
-            log_p, state = memory(*part, given, torch.tensor([at]), state)
+            log_p, state = memory(*part, given, torch.tensor(at + 1), state)
             out.append(log_p)
             at += n
         out = torch.cat(out, 1)[0]
@@ -90,7 +91,8 @@ def test_the_memory_by_bytes_is_its_recurrence_with_its_gradients_whatever_the_c
 
 def test_the_memory_by_bytes_finds_what_followed_wherever_patches_begin_and_4000_bytes_later():
     """An untrained model: words met once, 0 to 4,000 bytes ago, at each of the four places in a
-    patch."""
+    patch.
+    """
     model, once = fresh(mem_rows=1 << 16), "Parola: kırk bir çınar ".encode()
     for gap in (0, 1, 2, 3, 4000):
         s = torch.cat([torch.tensor([list(once)]), text(1, gap), torch.tensor([list(once)])], 1)
@@ -103,13 +105,14 @@ def test_the_memory_by_bytes_finds_what_followed_wherever_patches_begin_and_4000
 
 
 def test_histories_last_from_128_bytes_to_131072_at_first_and_decay_as_they_say():
-    memory = ByteMemory(8)
-    torch.testing.assert_close(memory.half_lives()[[0, -1]], torch.tensor([128.0, 131072.0]))
+    model = fresh(mem_rows=8)
+    memory, half_lives = model.byte_memory, model.half_lives()["bytes"].float()
+    torch.testing.assert_close(half_lives[[0, -1]], torch.tensor([128.0, 131072.0]))
     logits = torch.zeros(1, 256)
     share = lambda p: (p[0, 7] - p[0, 8]) / (256 * p[0, 8])  # the memory's mass over the model's
-    for i, half_life in enumerate(memory.half_lives()):  # only one history is known
-        entries = torch.full((1, 5, 2), -1)
-        entries[0, i, 0] = 7  # byte 7 at time 0
-        now, later = (torch.tensor([time]) for time in (0, round(half_life.item())))
+    for i, half_life in enumerate(half_lives):  # only one history is known
+        entries = torch.zeros(1, 5, 2, dtype=torch.long)
+        entries[0, i, 0] = 256 + 7  # byte 7 at time 1
+        now, later = (torch.tensor([time]) for time in (1, 1 + round(half_life.item())))
         shares = [share(memory.mix(logits, logits, entries, t).exp()).item() for t in (now, later)]
         assert shares[1] / shares[0] == pytest.approx(0.5, rel=1e-2)

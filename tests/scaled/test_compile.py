@@ -5,18 +5,27 @@ import shutil
 
 import pytest
 import torch
-from scaled_support import fresh, repeats, run_here, small
+from scaled_support import fresh, repeats, run_here
 from support import ONE
 
 import train_scaled
-from train_scaled import ByteMemory, compile_model, map_state
+from plumbing.device import compile_parts
+from train_scaled import ByteMemory, State
 
-NO_CAST = torch.autocast("cpu", enabled=False)
+
+def parts_of(model: train_scaled.ByteLM) -> list[torch.nn.Module]:
+    parts = [*model.blocks, model.decoder, model.thinking, model.byte_memory]
+    return [part for part in parts if part is not None]
 
 
-def captured(monkeypatch, world, n_layer: int, validations: int = 0, **knobs) -> list[int]:
+def detached(state: State) -> State:
+    return State(state.position, [tuple(t.detach() for t in layer) for layer in state.layers])
+
+
+def captured(monkeypatch, n_layer: int, validations: int = 0, **knobs) -> list[int]:
     """Operations in each graph that the compiler is given: the first micro-batch and two windows of
-    training. Of some validations behind them only the first may add graphs."""
+    training. Of some validations behind them only the first may add graphs.
+    """
     graphs, compiler = [], torch.compile
 
     def counting(graph, inputs):
@@ -25,16 +34,16 @@ def captured(monkeypatch, world, n_layer: int, validations: int = 0, **knobs) ->
 
     torch._dynamo.reset()
     logging.getLogger("torch").setLevel(logging.ERROR)
+    model = fresh(n_layer=n_layer, batch_size=2, **knobs).train()
     with monkeypatch.context() as m:
         m.setattr(torch, "compile", lambda f, **rest: compiler(f, backend=counting, **rest))
-        cfg = small(n_layer=n_layer, batch_size=2, **knobs)
-        model = fresh(n_layer=n_layer, batch_size=2, **knobs).train()
-        assert compile_model(model, cfg, world, NO_CAST) == ""
-    x, past = repeats(2, cfg.sequence_length), None
+        probe = lambda: train_scaled.probe_backward(model, 2)
+        assert compile_parts(parts_of(model), probe, ONE) == ""
+    x, past = repeats(2, model.cfg.sequence_length), model.empty_state(2)
     for _ in range(2):
         nll, past = model(x, x, past)
         nll.mean().backward()
-        past = map_state(torch.Tensor.detach, past)
+        past = detached(past)
     trained, totals = len(graphs), [len(graphs)]
     for _ in range(validations):
         past = None
@@ -42,22 +51,26 @@ def captured(monkeypatch, world, n_layer: int, validations: int = 0, **knobs) ->
             for _ in range(2):
                 past = model.eval()(x, x, past)[1]
         totals.append(len(graphs))
-        nll, _ = model.train()(x, x, map_state(torch.clone, past))
+        nll, _ = model.train()(x, x, detached(past))
         nll.mean().backward()
     assert len({*totals[1:], len(graphs)}) == 1, "nothing is compiled after the first validation"
     assert trained <= 4, "a block, the decoder, the MLP behind the blocks, the memory by bytes"
     return graphs[:trained]
 
 
-@pytest.mark.parametrize("delta_rule", [False, True])
-def test_what_is_compiled_grows_neither_with_the_row_nor_with_the_layers(monkeypatch, delta_rule):
-    knobs = dict(delta_rule=delta_rule)
-    short = captured(monkeypatch, ONE, 1, validations=2, sequence_length=512, **knobs)
-    long = captured(monkeypatch, ONE, 1, sequence_length=4096, **knobs)
-    deep = captured(monkeypatch, ONE, 3, sequence_length=512, **knobs)
-    assert short == deep
-    # The delta rule joins chunks in rounds of twice the length, a handful of operations each.
-    assert sum(long) - sum(short) <= (30 if delta_rule else 0)
+def test_what_is_compiled_grows_neither_with_the_row_nor_with_the_layers(monkeypatch):
+    short = captured(monkeypatch, 1, validations=2, sequence_length=512)
+    assert captured(monkeypatch, 3, sequence_length=512) == short
+    long = captured(monkeypatch, 1, sequence_length=4096)
+    assert long == short
+    assert max(long) < 260
+
+
+def test_the_delta_rule_adds_a_handful_of_operations_for_a_row_of_twice_the_length(monkeypatch):
+    """It joins chunks in rounds of twice the length."""
+    short = captured(monkeypatch, 1, sequence_length=512, delta_rule=True)
+    long = captured(monkeypatch, 1, sequence_length=4096, delta_rule=True)
+    assert 0 < sum(long) - sum(short) <= 30
     assert max(long) < 260
 
 
@@ -77,11 +90,11 @@ def test_a_compiler_that_fails_is_one_line_and_training_goes_on(monkeypatch, tmp
 def test_the_compiled_memory_by_bytes_is_the_plain_one():
     memory, text = ByteMemory(7), repeats(2, 64)
     logits, hidden = torch.randn(2, 2, 40, 256)
-    state, first = memory.empty_state(2), torch.zeros(2, dtype=torch.long)
+    state, first = memory.tables.empty(2), torch.ones((), dtype=torch.long)
     compiled = torch.compile(memory.forward, dynamic=False)
     for _ in range(2):
         ours, kept = compiled(logits, hidden, text, first, state)
         theirs, state = memory(logits, hidden, text, first, state)
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-        assert all(torch.equal(kept[name], state[name]) for name in kept)
+        assert all(torch.equal(a, b) for a, b in zip(kept, state, strict=True))
         first = first + 40

@@ -87,7 +87,8 @@ def test_memory_equals_the_originals_cumulative_sum_where_that_is_accurate():
 
 def test_the_originals_clamp_ends_its_decay_and_ours_goes_on():
     """0.1 to the 59th is nothing; the clamped form still holds a write of 59 patches before at full
-    weight."""
+    weight.
+    """
     q = k = torch.ones(1, 1, 100, 1)
     v = F.pad(torch.ones(1, 1, 1, 1), (0, 0, 40, 59))
     a = torch.tensor([0.1]).log()

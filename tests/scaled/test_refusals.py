@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 import sys
 
+import byte_models
 import pytest
 import torch
 from scaled_support import fresh, interrupt, run_here, small, write_text
@@ -11,18 +12,24 @@ from support import losses, rows
 
 import train_scaled
 from plumbing import UserError
+from plumbing.exports import run_bytes
+from plumbing.world import World
 from train_scaled import ByteLM, ByteMemory
+
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
     ("values", "words"),
     [
         (dict(n_head=5), "N_EMBD=32 must be N_HEAD=5 times an even width"),
-        (dict(window=17), "WINDOW=17 patches do not fit SEQUENCE_LENGTH=64 bytes = 16 patches"),
+        (
+            dict(sliding_window=17),
+            "SLIDING_WINDOW=17 patches do not fit SEQUENCE_LENGTH=64 bytes = 16 patches",
+        ),
         (dict(sequence_length=66), "SEQUENCE_LENGTH=66 must be a multiple of 4"),
         (dict(warmup_iters=13), "WARMUP_ITERS=13 exceeds NUM_ITERATIONS=12"),
         (dict(delta_rule=True, blocks="original"), "divides by a sum of keys.*DELTA_RULE=0"),
-        (dict(fla=True, blocks="original"), "divides by a sum of keys: set FLA=0"),
         (dict(mem_range=0.99), "half-life of 32 patches, MEM_RANGE=0.99 allows none below 69"),
     ],
 )
@@ -43,7 +50,6 @@ def test_bad_text_and_bad_sizes_are_one_clear_error_before_training(monkeypatch,
         (dict(sequence_length=4096, batch_size=4), "bytes of training text.*need 16,388"),
         (dict(init_from=tmp_path / "train.txt"), "train.txt: not a file of tensors"),
         (dict(init_from=tmp_path / "gone.pth"), "gone.pth: there is no such file"),
-        (dict(fla=1), "FLA=1 needs the package fla-core"),
     ):
         with pytest.raises(UserError, match=words):
             run_here(monkeypatch, tmp_path, **values)
@@ -51,13 +57,17 @@ def test_bad_text_and_bad_sizes_are_one_clear_error_before_training(monkeypatch,
 
 
 def test_the_rows_histories_are_on_the_bill_of_the_disk():
-    k, none = small(mem_rows=4096, keep=3), small(mem_rows=0, keep=3)
-    size = sum(t[:, :, :-1].nbytes for t in ByteMemory(4096).empty_state(1).values())
-    model = ByteLM(none)
-    more = train_scaled.disk_bytes(model, k) - train_scaled.disk_bytes(model, none)
-    assert more == 4 * k.batch_size * size
-    fresh_rows = dataclasses.replace(k, carry_state=False)
-    assert train_scaled.disk_bytes(model, fresh_rows) == train_scaled.disk_bytes(model, none)
+    cfg, none = small(mem_rows=4096, keep=3), small(mem_rows=0, keep=3)
+    tables = ByteMemory(4096).tables.empty(1)
+    size = sum(table.nbytes for table in tables)
+    model, other = ByteLM(cfg), ByteLM(none)
+    need = lambda m, rows_of: run_bytes(m, train_scaled.row_states(rows_of, World(1, 2, CPU)), 3)
+    more = need(other, model) - need(other, other)
+    assert more == 4 * cfg.batch_size * size, (
+        "of all ranks' rows, in three checkpoints and a new one"
+    )
+    fresh_rows = ByteLM(dataclasses.replace(cfg, carry_state=False))
+    assert need(other, fresh_rows) < need(other, other)
 
 
 def test_a_disk_too_small_for_the_checkpoints_is_refused(monkeypatch, tmp_path):
@@ -82,7 +92,7 @@ def test_weights_of_another_model_are_refused_and_those_of_this_one_are_taken(
     del found["knobs"]["decoder"]
     torch.save(found, tmp_path / "old.pth")
     with pytest.raises(UserError, match=r"weights of another version .*, without DECODER"):
-        train_scaled.load_model(tmp_path / "old.pth")
+        byte_models.load(tmp_path / "old.pth", CPU)
     run_here(monkeypatch, tmp_path, run_id="c", init_from=path, num_iterations=0, warmup_iters=0)
     assert losses(tmp_path, "c")[-1][1] == losses(tmp_path, "a")[-1][1]
     with pytest.raises(UserError, match="run d was started with NGRAM_ROWS=64, not"):
