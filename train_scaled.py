@@ -15,7 +15,7 @@ Shapes   B rows, T bytes, N = T / 4 patches, D model width, H heads, E = D / H h
 Units    SLIDING_WINDOW and half-lives in patches; losses in nats per byte, bpc in bits per byte
 Raises   UserError (one line, exit code 2) where a user can help
 Sources  AGIFORMER phase 8 (inkbytefo/agi-former, a393cb5), rewritten from its description
-Shared   plumbing/ keeps the run alive; what of it moves a loss is byte_batches.py, the order of text
+Shared   plumbing/ keeps the run alive; what of it moves a loss is byte_batches.py, the text order
 """
 
 import hashlib
@@ -939,10 +939,8 @@ def probe_backward(model: ByteLM, rows: int) -> None:
 
 def row_states(model: ByteLM, world: World) -> RowStates:
     """What this rank's rows carry from step to step: nothing with CARRY_STATE=0."""
-    cfg = model.cfg
-    share = world.share(cfg.batch_size)
-    empty = model.empty_state(share.stop - share.start) if cfg.carry_state else None
-    return RowStates(empty, cfg.batch_size, world)
+    empty_state = model.empty_state if model.cfg.carry_state else None
+    return RowStates(empty_state, model.cfg.batch_size, world)
 
 
 # differs from train_gpt.py: other facts, and text that may have to be fetched
@@ -1000,6 +998,12 @@ def build_model(cfg: Knobs, world: World) -> ByteLM:
 
 
 # differs from train_gpt.py: states are carried, gradients clipped, and there is one optimizer
+def describe_run(session: Session, model: ByteLM) -> None:
+    facts = plan(session.cfg, session.world)
+    facts["precision"] = f"{model.dtype}; the memories in fp32"
+    session.describe(model, flops_per_byte(model, session.cfg), facts)
+
+
 def train(cfg: Knobs, session: Session, batches: ByteBatches, val: TokenShards) -> None:
     world = session.world
     model = build_model(cfg, world)
@@ -1008,8 +1012,7 @@ def train(cfg: Knobs, session: Session, batches: ByteBatches, val: TokenShards) 
     scaler = torch.amp.GradScaler(world.device.type, enabled=model.dtype == torch.float16)
     carried, state = row_states(model, world), TrainState()
     saved = dict(model=model, adam=adam, scaler=scaler, carried=carried, state=state)
-    facts = plan(cfg, world) | {"precision": f"{model.dtype}; the memories in fp32"}
-    session.describe(model, flops_per_byte(model, cfg), facts)
+    describe_run(session, model)
     check_run_fits(session, model, carried)
     session.restore(**saved)
     rows = choose_rows(cfg, world, model, probe_backward)
@@ -1028,8 +1031,8 @@ def train(cfg: Knobs, session: Session, batches: ByteBatches, val: TokenShards) 
             loss, characters = evaluate(model, val, rows, cfg, world)
             record_validation(session, model, loss, characters, model.half_lives())
         if session.should_save:
+            export_saved(session, model)  # first: a run killed in between does the step again
             session.save(state.step, **saved)
-            export_saved(session, model)
         if session.stopping:
             break
 
@@ -1053,8 +1056,8 @@ def train(cfg: Knobs, session: Session, batches: ByteBatches, val: TokenShards) 
         overflow = ~grad_norms.isfinite().all() & scaler.is_enabled()  # fp16: skipped, no fault
         lr = cfg.lr * lr_scale(state.step, cfg) * 0.5**state.rolled_back
         state.step += 1
-        used = {"plasticity": model.plasticity / world.size}
-        all_finite = session.step(state.step, train_loss, lr, grad_norms, overflow, **used)
+        figures = (state.step, train_loss, lr, grad_norms, overflow)
+        all_finite = session.step(*figures, plasticity=model.plasticity / world.size)
         gradients *= (cfg.grad_clip / grad_norms.norm()).clamp(max=1.0)
         adam.step(lr, all_finite)
         scaler.update()

@@ -4,7 +4,7 @@
     world, device, plan                   process group, signals, collectives; the device; --dry_run
     data, batches, text_batches           token shards, the tokens of a step, prefetching
     byte_batches, byte_records            the same of bytes; what a byte model records
-    row_states, exports, rollback         carried states; weights files; after a loss that is not finite
+    row_states, exports, rollback         carried states; weights files; back after a bad loss
     texts, splits, leaks, hub             text files, tokenizers, the embedded corpus, downloads
     text_scores                           the loss of a text, in windows and as one stream
     plain_text, csv_files                 text is UTF-8; the CSV files of runs, for tables too

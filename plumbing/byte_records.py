@@ -1,4 +1,4 @@
-"""byte_records.py -- what a run of a byte model records beside the session: bits, half-lives, weights.
+"""byte_records.py -- what a byte model records beside the session: bits, half-lives, weights.
 
 Promises: the weights files of a checkpoint and of the best validation are there when the session's
 own record says so, and metrics_scaled.json is made from metrics.csv, so it agrees with it also
@@ -55,7 +55,7 @@ def record_validation(
 
 
 def export_saved(session: Session, model: nn.Module) -> None:
-    """Behind a checkpoint: the same weights by themselves, of which KEEP stay, and the newest."""
+    """The weights of a checkpoint by themselves, of which KEEP stay, and the newest."""
     name = f"checkpoint_step_{session.step_now:04d}.pth"
     export_weights(session, model, name, "last_model_scaled.pth", keep=session.cfg.keep)
 

@@ -41,10 +41,6 @@ class UserError(ValueError):
     """What a user can put right. The message says what was found, what was expected, what to do."""
 
 
-# ----------------------------------------------------------------------------
-# Fields
-
-
 def knob(
     default: object,
     text: str,
@@ -85,7 +81,8 @@ def _in_order(cls: type) -> dict[str, Field]:
     declared: dict[str, Field] = {}
     for base in reversed(bases):
         declared = base.__dataclass_fields__ | declared
-    last, found = bases[-1].__dataclass_fields__ if len(bases) > 1 else {}, {}
+    last = bases[-1].__dataclass_fields__ if len(bases) > 1 else {}
+    found = {}
     for name in [*(name for name in cls.__dataclass_fields__ if name not in last), *last]:
         found[name] = copy.copy(cls.__dataclass_fields__[name])
         heading = found[name].metadata["group"] or declared[name].metadata["group"]

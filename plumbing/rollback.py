@@ -1,4 +1,4 @@
-"""rollback.py -- back to the last checkpoint, once, after a step that was not finite (ON_NAN=rollback).
+"""rollback.py -- back to the last checkpoint, once, after a bad step (ON_NAN=rollback).
 
 Promises: every rank goes back alike, since all have heard of the same step; a second failure stops
 the run; and a resumed run knows that it has gone back.

@@ -1,4 +1,4 @@
-"""bench_scaled.py -- speed of train_scaled.py: its step, its operators, its time per byte by length.
+"""bench_scaled.py -- speed of train_scaled.py: step, operators, time per byte by length.
 
     python scripts/scaled/bench_scaled.py                  one thread of this CPU, 10 minutes
     python scripts/scaled/bench_scaled.py --parts length,step --repeats 9

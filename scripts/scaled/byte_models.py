@@ -132,7 +132,7 @@ def load(path: Path, device: torch.device, **changes: object) -> ByteLM:
 
 
 def other_memory(model: ByteLM, memory: str) -> ByteLM:
-    """A copy with the same weights and another MEMORY: zero is the model whose memory says nothing."""
+    """A copy with the same weights and another MEMORY; with zero its memory says nothing."""
     copy = ByteLM(dataclasses.replace(model.cfg, memory=memory))
     copy.load_state_dict(model.state_dict())
     return copy.to(model.plasticity.device).eval()
