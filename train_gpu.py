@@ -317,8 +317,8 @@ class Memory(nn.Module):
         C, D, K, slots = cfg.n_embd, cfg.hcm_dim, cfg.hcm_dim // 2, cfg.n_head * cfg.num_slots
         # Rows of in_proj: item, key, address, decay, gate
         self.widths = [D, K, slots, slots, D if cfg.use_gating else 0]
-        # Channels of the convolution: item, write key, read key, write address, read address
-        self.conv_widths = [D, K, K, slots, slots]
+        # Of the convolution: item, write key, read key, write address, read address
+        self.conv_widths, self.conv_lags = [D, K, K, slots, slots], (0, 1, 0, 1, 0)
         self.in_proj = parameter(sum(self.widths), C)
         self.out_proj = parameter(C, D)
         self.norm = parameter(D)
@@ -396,7 +396,8 @@ class Attention(nn.Module):
         super().__init__()
         self.cfg = cfg
         C = cfg.n_embd
-        self.in_proj = parameter(3 * C, C)  # Q, K, V
+        self.conv_widths, self.conv_lags = [C, C, C], (0, 1, 0)  # Q, K, V
+        self.in_proj = parameter(3 * C, C)
         self.out_proj = parameter(C, C)
         if cfg.has_conv:
             self.conv_kernel = parameter(CONV_LENGTH, 3 * C)
@@ -561,20 +562,21 @@ def init_weights(model: Model, cfg: Knobs) -> None:
             digest = hashlib.sha256(f"{cfg.seed} {seed_name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
             p.copy_(torch.empty(p.shape).normal_(std=std, generator=generator))
-    if cfg.mixer == "hamt":
-        for block in model.blocks:
-            prepare_recall(block.mixer, cfg)
+    for block in model.blocks:
+        prepare_recall(block.mixer, cfg)
 
 
-def prepare_recall(memory: Memory, cfg: Knobs) -> None:
-    """What recall needs at the start (measured: docs/hamt.md). Phases spread over the circle, and
-    addresses differ; a write is addressed by the token before it, a read by its own token.
+def prepare_recall(mixer: nn.Module, cfg: Knobs) -> None:
+    """What recall needs at the start (measured: docs/hamt.md). Where there is a convolution, what is
+    written is found by the token before it, and a read is made by its own token, in both mixers. A
+    memory's phases spread over the circle, and its addresses differ.
     """
-    for part in memory.in_proj.split(memory.widths)[1:3]:  # key and address
-        part.mul_(2.0 / (INIT_STD * cfg.n_embd**0.5))
+    if cfg.mixer == "hamt":
+        for part in mixer.in_proj.split(mixer.widths)[1:3]:  # key and address
+            part.mul_(2.0 / (INIT_STD * cfg.n_embd**0.5))
     if cfg.has_conv:
-        parts = memory.conv_kernel.split(memory.conv_widths, dim=1)
-        for part, lag in zip(parts, (0, 1, 0, 1, 0), strict=True):
+        parts = mixer.conv_kernel.split(mixer.conv_widths, dim=1)
+        for part, lag in zip(parts, mixer.conv_lags, strict=True):
             part[CONV_LENGTH - 1 - lag] += 1.0
 
 

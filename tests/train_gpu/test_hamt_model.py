@@ -209,6 +209,19 @@ def test_initial_weights_have_the_stated_spread_and_no_switch_moves_another_tens
     assert torch.allclose(rates.neg().exp()[0, -1], torch.tensor(1 - 2**-7), rtol=1e-4)
 
 
+@pytest.mark.parametrize(("mixer", "lags"), [("hamt", "01010"), ("attention", "010")])
+def test_both_mixers_convolutions_start_with_keys_that_come_one_token_late(mixer, lags):
+    """The same prior for both: a convolution near zero would cripple the baseline."""
+    model = Model(knobs(mixer=mixer, conv=True))
+    train_gpu.init_weights(model, model.cfg)
+    layer = model.blocks[1].mixer
+    parts = layer.conv_kernel.split(layer.conv_widths, dim=1)
+    for part, lag in zip(parts, lags, strict=True):
+        expected = torch.zeros(4, 1)
+        expected[3 - int(lag)] = 1
+        assert (part - expected).abs().max() < 0.1
+
+
 # ---------------------------------------------------------------- dropout
 
 
