@@ -567,9 +567,9 @@ def init_weights(model: Model, cfg: Knobs) -> None:
 
 
 def prepare_recall(mixer: nn.Module, cfg: Knobs) -> None:
-    """What recall needs at the start (measured: docs/hamt.md). Where there is a convolution, what is
-    written is found by the token before it, and a read is made by its own token, in both mixers. A
-    memory's phases spread over the circle, and its addresses differ.
+    """What recall needs at the start (measured: docs/hamt.md). Where there is a convolution, what
+    is written is found by the token before it, and a read is made by its own token, in both
+    mixers. A memory's phases spread over the circle, and its addresses differ.
     """
     if cfg.mixer == "hamt":
         for part in mixer.in_proj.split(mixer.widths)[1:3]:  # key and address
