@@ -207,6 +207,14 @@ def window_mask(N: int, w: int, known: Tensor) -> Tensor:
     return seen[None]
 
 
+def key_blocks(k: Tensor, w: int, N: int) -> Tensor:
+    """The keys (B * H, blocks, w + L, E) that the blocks of window_mask see, out of w - 1 + N."""
+    if N <= w:
+        return F.pad(k, (0, 0, 1, 0)).flatten(0, 1)[:, None]
+    k = F.pad(k, (0, 0, 1, -N % w)).unflatten(2, (-1, w))
+    return torch.cat([k[:, :, :-1], k[:, :, 1:]], 3).flatten(0, 1)
+
+
 def window_attention(q: Tensor, k: Tensor, v: Tensor, w: int, mask: Tensor | None) -> Tensor:
     """Attention of q (B, H, N, E) to the last w keys, itself included. Keys and values begin with
     the w - 1 patches before, unless mask is None: then the row begins here and fits the window.
@@ -214,9 +222,8 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, w: int, mask: Tensor | Non
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     N, L = q.size(2), mask.size(2)
-    padding = -N % L
-    q = F.pad(q, (0, 0, 0, padding)).unflatten(2, (-1, L))
-    k, v = (F.pad(t, (0, 0, 1, padding)).unfold(2, w + L, L).mT.flatten(0, 1) for t in (k, v))
+    q = F.pad(q, (0, 0, 0, -N % L)).unflatten(2, (-1, L))
+    k, v = key_blocks(k, w, N), key_blocks(v, w, N)
     y = F.scaled_dot_product_attention(q.flatten(0, 1), k, v, mask)
     return y.view(q.shape).flatten(2, 3)[:, :, :N]
 
@@ -471,7 +478,6 @@ class ScaledBlock(nn.Module):
     def forward(
         self, x_BND: Tensor, past: Past, rotary: Past, mask: Tensor | None, plasticity: Tensor
     ) -> tuple[Tensor, Past]:
-        """The N patches behind this block, and the state for the patches after them."""
         cfg, N = self.cfg, x_BND.size(1)
         h = self.norm1(x_BND)
         q, k, v = split_heads(self.qkv(h), cfg.n_head)
