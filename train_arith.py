@@ -59,7 +59,9 @@ class Knobs(DataKnobs, RunKnobs):
     preset: str = knob("pilot", "named set of defaults", group="machine", choices=tuple(PRESETS))
     config: str = knob("", "YAML file of knobs")
     output_dir: str = knob("", "folder of the run, whose last part is its id")
-    device: str = knob("cpu", "where to train; cuda falls back", choices=("cpu", "cuda"))
+    device: str = knob(
+        "cpu", "where to train; cuda falls back", choices=("cpu", "cuda"), group="run"
+    )
     fp16: bool = knob(False, "train in half precision with loss scaling; needs CUDA")
     bf16: bool = knob(False, "train in bfloat16")
     gpu_only: bool = knob(False, "abort where training would not run on a GPU")
@@ -86,7 +88,9 @@ class Knobs(DataKnobs, RunKnobs):
     warmdown_frac: float = knob(0.4, "last part of a trapezoid, falling to 0", above=0, high=1)
     grad_clip: float = knob(1.0, "largest norm of the whole gradient; 0: off", low=0)
     eval_interval: int = knob(5, "epochs between validations", low=1)
-    val_every: int | None = knob(None, "steps between validations", low=0, none="auto")
+    val_every: int | None = knob(
+        None, "steps between validations", low=0, none="auto", group="evaluation and saving"
+    )
     save_interval: int = knob(10, "epochs between saved models", low=1)
     save_every: int | None = knob(None, "steps between checkpoints", low=0, none="auto")
     optimizer: str = knob(

@@ -24,7 +24,7 @@ def test_every_part_leaves_a_file_with_its_figures(small, tmp_path):
     found = {part: json.loads(path.read_text()) for part, path in parts.items()}
     assert all(content["device"] and content["torch"] for content in found.values())
     (step,), (data,), (evaluated,) = (content["rows"] for content in found.values())
-    assert step["name"] == "0.66M eager" and 0 < step["ms_per_step"] < 1000
+    assert step["name"] == "0.66M eager" and 0 < step["ms_per_step"] < 10_000
     assert data["examples"] == 256 and data["examples_per_s"] > 100
     assert evaluated["items"] == 4 and min(evaluated["scored_s"], evaluated["written_s"]) > 0
 
