@@ -104,8 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    default = program.ROOT / "experiments/results_hamt.csv"
-    parser.add_argument("--results_file", default=str(default), help="of train_gpu.py")
+    program.add_results_option(parser, file="experiments/results_hamt.csv")
     parser.add_argument("--stage", default="hamt_rates", help="stage of a study (hamt_rates)")
     a = parser.parse_args(argv)
     rows, _ = results.read_results(Path(a.results_file))

@@ -116,7 +116,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--split", choices=("val", "test"), default="test", help="part of the text (test)")
     add("--window", type=one_number, metavar="T", help="tokens; default: SEQUENCE_LENGTH")
     add("--windows", type=one_number, metavar="N", help="windows at most (all)")
-    add("--logs_folder", default=str(program.default_logs()), help="where the runs are")
+    program.add_logs_option(parser)
     add("--out", default=str(program.ROOT / "experiments/memory_worth"), help="results folder")
     return parser.parse_args(argv)
 

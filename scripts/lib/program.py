@@ -49,15 +49,22 @@ def add_logs_option(p: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def add_data_options(p: argparse.ArgumentParser, many: bool = False) -> None:
-    """--results_file and --logs_folder, the same in every program; RESULTS_FILE and LOGS_FOLDER of
-    the environment are their defaults. `many`: several results files may be named."""
-    results = Path(os.environ.get("RESULTS_FILE") or ROOT / "experiments/results.csv")
+def add_results_option(
+    p: argparse.ArgumentParser, many: bool = False, file: str = "experiments/results.csv"
+) -> None:
+    """--results_file, the same in every program; RESULTS_FILE of the environment is its default,
+    else `file`. `many`: several may be named."""
+    results = Path(os.environ.get("RESULTS_FILE") or ROOT / file)
     p.add_argument(
         "--results_file", "--results-file", "--source", type=Path, metavar="CSV",
         nargs="+" if many else None, default=[results] if many else results,
-        help="what trainers wrote (default: RESULTS_FILE, else experiments/results.csv)",
+        help=f"what trainers wrote (default: RESULTS_FILE, else {file})",
     )  # fmt: skip
+
+
+def add_data_options(p: argparse.ArgumentParser, many: bool = False) -> None:
+    """--results_file and --logs_folder."""
+    add_results_option(p, many)
     add_logs_option(p)
 
 

@@ -2,10 +2,24 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from support import ONE, losses, metrics, newest_state, rows, run_here, same_tensors, write_data
+from faults import small_runs
+from support import (
+    ONE,
+    ROOT,
+    environment,
+    losses,
+    metrics,
+    newest_state,
+    rows,
+    run_here,
+    same_tensors,
+    write_data,
+)  # fmt: skip
 
 from plumbing import UserError
 from plumbing.clock import Clock
@@ -108,3 +122,37 @@ def test_a_fork_counts_the_time_of_its_trunk_and_the_speed_of_its_own_steps():
     assert clock.train_s(20) == 10.0, "ten steps of a second, behind the ten that do not count"
     clock.timed_s, clock.timed_steps = 30.0, 10
     assert clock.step_avg_s == 3.0 and clock.train_s(30) == 10.0 + 30.0
+
+
+# ----------------------------------------------------------------------------
+# All trainers
+
+
+def train(trainer: str, folder: Path, *changes: str) -> subprocess.CompletedProcess:
+    """A small run in a process of its own, later words before earlier ones."""
+    words = [*small_runs.flags(trainer, folder / "data", folder), *changes]
+    last = {word.split("=")[0]: word for word in words}
+    return subprocess.run(
+        [sys.executable, str(ROOT / f"{trainer}.py"), *last.values()],
+        cwd=folder, env=environment(), capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("trainer", small_runs.TRAINERS)
+def test_every_trainer_forks_to_the_same_end_and_to_another_with_another_rate(trainer, tmp_path):
+    (tmp_path / "data").mkdir()
+    small_runs.write_data(tmp_path / "data")
+    start = f"--fork_from={tmp_path}/logs/trunk/step_000004"
+    for run_id, *changes in (
+        ("whole",),
+        ("trunk", "--stop_after=4"),
+        ("same", start),
+        ("other", start, "--lr=0.02"),
+    ):
+        done = train(trainer, tmp_path, f"--run_id={run_id}", *changes)
+        assert done.returncode == 0, done.stdout + done.stderr
+    models = [newest_state(tmp_path, run_id)["model"] for run_id in ("whole", "same", "other")]
+    assert same_tensors(models[0], models[1]) and not same_tensors(models[0], models[2])
+    found = {row["run_id"]: row for row in rows(tmp_path)}
+    assert found["trunk"]["status"] == "stopped" and found["other"]["status"] == "finished"
+    assert "fork_run=trunk/step_000004" in found["other"]["notes"]

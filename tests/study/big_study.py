@@ -8,7 +8,10 @@ import random
 import sys
 from pathlib import Path
 
-from study_support import ROOT, result, write_log, write_results
+HERE = Path(__file__).resolve()
+sys.path[:0] = [str(HERE.parents[2]), str(HERE.parents[2] / "scripts")]  # when run by hand
+
+from study_support import ROOT, result, write_log, write_results  # noqa: E402
 
 
 def big_study(
@@ -16,7 +19,7 @@ def big_study(
 ) -> None:
     """10 stages of 20 cells; runs with logs as train_gpt.py writes them, its own source in
     front."""
-    source = "".join((ROOT / name).read_text() for name in ("train_gpt.py", "plumbing.py"))
+    source = "".join((ROOT / name).read_text() for name in ("train_gpt.py", "plumbing/session.py"))
     draws, rows = random.Random(1), []
     for i in range(num_rows):
         cell, seed = divmod(i % 200, 20)[1], i // 200
