@@ -39,8 +39,9 @@ from plumbing import UserError, append_result, read_knobs
 from plumbing.checkpoints import checkpoint_problem, load_checkpoint
 from plumbing.config import read_yaml
 from plumbing.data import TokenShards, read_shard
-from plumbing.records import RunLog, read_status
+from plumbing.records import RunLog
 from plumbing.results import check_results
+from plumbing.run_ids import read_status
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "40"))
 LONGEST_S = 5.0  # of CPU time for one small file
