@@ -18,6 +18,7 @@ import os
 import platform
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -196,6 +197,9 @@ def main() -> int:
     p.add_argument("--out", type=Path, metavar="JSON", help="where to write all cells")
     p.add_argument("--keep", type=Path, metavar="DIR", help="keep the runs here")
     a = p.parse_args()
+    # A background job, or one under nohup, ignores these, and the runs would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     began = time.monotonic()
     home = a.keep or Path(tempfile.mkdtemp(prefix="faults-"))
     try:

@@ -1,5 +1,6 @@
 """scripts/fault_matrix.py: its short form, and that its checks see what they are for."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,14 @@ def test_every_fault_leaves_a_run_that_ends_as_an_undisturbed_one():
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("as undisturbed") == len(FAULTS)
+
+
+def test_every_test_that_the_docs_name_is_there():
+    named = re.findall(r"`(test_\w+?)(_?\.\.\.)?`", (ROOT / "docs/reliability.md").read_text())
+    sources = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    there = re.findall(r"def (test_\w+)\(", sources)
+    missing = [name for name, _ in named if not any(test.startswith(name) for test in there)]
+    assert len(named) > 40 and missing == []
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,9 @@ import torch
 from faults.small_runs import STEPS
 from plumbing import list_checkpoints, read_checkpoint
 
-# What two runs of the same training may differ in: times, and where their files lie.
-OF_THE_START = ("clock", "knobs", "code_sha256", "data")
+# What two runs of the same training may differ in: times, where their files lie, and the generator
+# of torch's own, which starts anywhere and from which no trainer draws.
+OF_THE_START = ("clock", "knobs", "code_sha256", "data", "rng")
 OF_THE_CLOCK = ("train_time_s", "tokens_per_s", "mfu", "peak_memory_mib")
 
 

@@ -26,7 +26,8 @@ KNOBS = {
     ),
     "train_scaled": dict(
         n_layer=1, n_head=2, n_embd=16, sliding_window=4, thinking_steps=1, ngram_rows=64,
-        mem_rows=64, sequence_length=32, batch_size=4, device_batch_size=2, num_iterations=STEPS,
+        mem_rows=64,
+        sequence_length=32, batch_size=4, device_batch_size=2, num_iterations=STEPS,
         warmup_iters=2, val_bytes=256, dropout=0.1, log_every=1, precision="fp32", lr=0.01,
     ),
     "train_arith": dict(

@@ -50,7 +50,7 @@ def read_status(path: Path) -> dict[str, object]:
         status = json.loads(path.read_text(errors="replace"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return {"problem": f"{path}: cannot be read ({error})"}
     return status if isinstance(status, dict) else {"problem": f"{path}: expected an object"}
 
