@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 
-from lib.cells import Cell, key_value, keys_of, make_cells
+from lib.cells import Cell, fitted, key_value, keys_of, make_cells
 from lib.comparisons import Effect
 from lib.curves import Curves
 from lib.program import UserError, add_data_options, count, launch, listing
@@ -344,6 +344,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--target {o.target}: expected a loss above 0, in nats per token")
     rows, problems = read_rows(o.results_file)
     rows, stage = stage_rows(rows, o)
+    stage = fitted(stage, rows)  # results of trainers without a gate have no such column
     found = {arm: select(rows, text, arm) for arm, text in (("A", o.a), ("B", o.b))}
     if both := sorted({r["run_id"] for r in found["A"]} & {r["run_id"] for r in found["B"]}):
         raise UserError(

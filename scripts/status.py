@@ -17,6 +17,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import socket
 import time
 from collections.abc import Sequence
@@ -185,4 +186,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):  # `| head` ends this program as it ends others, silently
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     launch(main)

@@ -93,3 +93,14 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, program, args, message)
     assert done.returncode == 2 and done.stdout == ""
     (line,) = done.stderr.strip().split("\n")
     assert line.startswith(f"{program}: error: ") and message in line
+
+
+def test_results_of_a_trainer_without_a_gate_are_compared_too(tmp_path, capsys):
+    path = tmp_path / "results.csv"
+    path.write_text(
+        "run_id,date,seed,mixer,final_val_loss,status,num_iterations,steps_done\n"
+        "h1,2026-11-27,1,hamt,1.70,finished,9,9\nh2,2026-11-27,2,hamt,1.68,finished,9,9\n"
+        "a1,2026-11-27,1,attention,1.90,finished,9,9\na2,2026-11-27,2,attention,1.85,finished,9,9\n"
+    )
+    compare.main(["mixer=hamt", "mixer=attention", "--results_file", str(path)])
+    assert "+0.1850" in capsys.readouterr().out

@@ -123,3 +123,12 @@ def test_watch_shows_it_again_until_ctrl_c_without_importing_torch(tmp_path):
     _, imports = child.communicate(timeout=20)
     assert child.returncode == 0
     assert " torch" not in imports and "Traceback" not in imports
+
+
+def test_the_first_lines_can_be_taken_by_head(tmp_path):
+    for i in range(9):
+        write(tmp_path, f"run{i}")
+    program = f"{sys.executable} {ROOT / 'scripts/status.py'} --logs_folder={tmp_path}"
+    line = f"{program} | head -n 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=environment())
+    assert "Traceback" not in done.stderr and done.stdout.startswith("9 runs in")
