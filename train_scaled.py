@@ -41,6 +41,7 @@ from plumbing.exports import check_run_fits, read_model_weights, run_bytes
 from plumbing.plan import plan_facts
 from plumbing.rollback import roll_back
 from plumbing.row_states import RowStates
+from plumbing.row_states import State as StateOfRows
 from plumbing.splits import NotFetched, open_byte_files
 from plumbing.world import World, flat_gradients, join_world, launch
 
@@ -678,12 +679,11 @@ class ByteMemory(nn.Module):
 # ---------------- Model
 
 
-@dataclass
-class State:
-    """What the text so far leaves behind, for some rows: zeros before its first byte."""
-
-    position: Tensor  # patches so far, the same for all rows
-    layers: list[Past]  # of each block; then the last bytes; then the tables of the byte memory
+class State(StateOfRows):
+    """What the text so far leaves behind, for some rows: zeros before its first byte. Positions are
+    in patches. The layers are one of each block; then the last bytes; then the tables of the memory
+    by bytes.
+    """
 
     @property
     def seen(self) -> Tensor:

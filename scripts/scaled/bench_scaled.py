@@ -150,7 +150,7 @@ def passes(model: ByteLM, world: World) -> Callable[[], None]:
     cfg = model.cfg
     rows = cfg.device_batch_size
     x, y = text(cfg.sequence_length, rows, world)
-    carried = RowStates(model.empty_state(rows) if cfg.carry_state else None, rows, world)
+    carried = RowStates(model.empty_state if cfg.carry_state else None, rows, world)
 
     def run() -> None:
         carried.start_step(is_new_epoch=False)
