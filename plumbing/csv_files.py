@@ -14,6 +14,8 @@ from pathlib import Path
 from plumbing.knobs import UserError
 
 SAVE_AS = "save it as CSV in UTF-8 with commas and decimal points, or name another file"
+# What a row of results is useless without.
+NEEDED = ("run_id", "seed", "final_val_loss")
 SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from filelock import FileLock
 
-from plumbing.csv_files import csv_fields, csv_lines, header_fields, header_line
+from plumbing.csv_files import NEEDED, csv_fields, csv_lines, header_fields, header_line
 from plumbing.knobs import UserError, describe
 from plumbing.run_knobs import RUN_KNOBS
 from plumbing.world import World
@@ -49,10 +49,14 @@ def check_results(path: Path, columns: Sequence[str], world: World) -> None:
 def _header_problem(path: Path, columns: Sequence[str], data: bytes) -> str | None:
     """What is wrong with a results file that a row of these columns is to be appended to."""
     try:
-        header = header_line(csv_lines(path, data))
+        lines = csv_lines(path, data)
+        header = header_line(lines)
         if not header:
             return None
         found = header_fields(path, header, columns[:1])
+        for number, line in enumerate(lines, start=1):
+            if csv_fields(line)[:1] == ["run_id"]:  # of a file that was put behind another
+                header_fields(path, line, [name for name in NEEDED if name in columns], number)
     except UserError as error:
         return f"{error}; or set RESULTS_FILE to another"
     if found == list(columns):

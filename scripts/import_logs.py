@@ -22,10 +22,10 @@ from pathlib import Path
 
 from filelock import FileLock
 from lib.program import UserError, add_data_options, count, launch, write_whole
-from lib.results import HEADER, NEEDED, csv_line, read_results
+from lib.results import HEADER, csv_line, read_results
 from lib.speedrun_logs import LoggedRun, read_log
 
-from plumbing.csv_files import csv_lines, header_fields, header_line
+from plumbing.csv_files import NEEDED, csv_lines, header_fields, header_line
 
 METRICS = ("step", "train_loss", "val_loss", "train_time_s")
 

@@ -14,14 +14,7 @@ from pathlib import Path
 
 from lib.program import UserError
 from lib.stats import NAN
-from plumbing.csv_files import csv_fields, csv_lines, header_fields
-
-NEEDED = (
-    "run_id",
-    "seed",
-    "final_val_loss",
-)  # what a row is useless without; all else may be missing
-
+from plumbing.csv_files import NEEDED, csv_fields, csv_lines, header_fields
 
 HEADER = (  # the original's 21 columns, then ours
     "run_id date git_commit seed attn_gate gate_pos gate_act learning_rate batch_size "

@@ -17,8 +17,9 @@ from lib.program import UserError
 
 RULER = re.compile(r"={20,}$")
 NUMBER = r"(nan|inf|-?\d+(?:\.\d+)?(?:e[-+]?\d+)?)"
+COUNT = r"(\d{1,12})"  # Python reads no number of thousands of digits
 STEP = re.compile(
-    rf"(?:step:(\d+)/(\d+)|s:(\d+))\s+(?:(val_loss|tel)|train_loss|trl):{NUMBER}"
+    rf"(?:step:{COUNT}/{COUNT}|s:{COUNT})\s+(?:(val_loss|tel)|train_loss|trl):{NUMBER}"
     rf"(?:\s+train_time:{NUMBER}ms)?(?:\s+step_avg:{NUMBER}ms)?(?:\s|$)"
 )
 

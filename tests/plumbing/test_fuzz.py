@@ -142,6 +142,7 @@ NEW = dict(run_id="new", seed=7, attn_gate="none", final_val_loss=2.5, num_itera
 
 @fuzz
 @given(data=changed(RESULTS) | st.binary(max_size=300))
+@example(data=RESULTS.replace(b"c,1", b"run_id,1"))
 def test_a_results_file_that_a_trainer_takes_is_one_that_tables_take(place, data):
     path = place / "results.csv"
     path.write_bytes(data)
@@ -324,6 +325,7 @@ LOG = (
 
 @fuzz
 @given(data=changed(LOG))
+@example(data=LOG.replace(b"step:1/20", b"step:" + b"9" * 5000 + b"/20"))
 def test_an_imported_log_is_one_that_tables_and_curves_take(place, data):
     path, results = place / "log.txt", place / "imported.csv"
     path.write_bytes(data)
