@@ -20,7 +20,7 @@ TINY = {
         save_epochs=0, final_test=0,
     ),
     "train_scaled": dict(
-        CPU, data="embedded", n_layer=1, n_head=2, n_embd=32, window=4, thinking_steps=1,
+        CPU, data="embedded", n_layer=1, n_head=2, n_embd=32, sliding_window=4, thinking_steps=1,
         ngram_rows=64, mem_rows=64, sequence_length=64, batch_size=4, device_batch_size=4,
         num_iterations=4, warmup_iters=1, lr=0.01, val_bytes=1000, val_every=2, save_every=2,
     ),

@@ -39,7 +39,7 @@ torch.save(dict(logits=out.logits, loss=out.loss, made=made, beyond=beyond), sys
 def sibling(trainer: str, folder: Path) -> torch.nn.Module:
     module = importlib.import_module(trainer)
     values = dict(n_layer=1, n_embd=32, n_head=2, device="cpu", precision="fp32", compile=False)
-    values |= dict(hcm_dim=64, num_slots=4, tokenizer="bytes", sequence_length=32, window=8)
+    values |= dict(hcm_dim=64, num_slots=4, tokenizer="bytes", sequence_length=32, sliding_window=8)
     fields = {field.name: field for field in dataclasses.fields(module.Knobs)}
     cfg = module.Knobs(**{name: value for name, value in values.items() if name in fields})
     torch.manual_seed(0)
