@@ -176,6 +176,15 @@ def measured_columns(session: "Session") -> dict[str, object]:
     return columns
 
 
+def trains_on_bytes(session: "Session") -> bool:
+    """Whether a token is a byte, so that losses are per byte: where the trainer or its tokenizer
+    says so, or the vocabulary has the 256 ids of bytes.
+    """
+    cfg = session.cfg
+    by_knobs = getattr(cfg, "tokenizer", "") == "bytes" or getattr(cfg, "vocab_size", 0) == 256
+    return session.unit == "bytes" or by_knobs
+
+
 def results_row(session: "Session") -> dict[str, object]:
     """A run's row: its knobs, what was measured, and what the trainer adds in `session.row`."""
     columns = session.columns
@@ -183,6 +192,8 @@ def results_row(session: "Session") -> dict[str, object]:
     row |= measured_columns(session)
     words = changed_knobs(session.cfg, session.presets, {*knobs_in_columns, *RUN_KNOBS})
     words.append(f"data_sha256={session.data_sha256}")
+    if trains_on_bytes(session):
+        words.append("unit=bytes")
     if session.progress.reached:
         words.append(session.progress.reached)
     row["notes"] = " ".join([*words, *session.notes])

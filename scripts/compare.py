@@ -185,7 +185,7 @@ class Report:
         self.rows.append(row | {"p": "-" if math.isnan(p) else f"{p:.2g}", "by": by or "-"})
 
     def effect(self, name: str, found: Effect, key: str = "", rel: float = math.nan) -> None:
-        """A difference in loss, in nats per token; no line where nothing judged it."""
+        """A difference in loss; no line where nothing judged it."""
         judged, t = found.judged, found.judged.chosen
         if not judged.test:
             return
@@ -236,7 +236,9 @@ def conclusions(a: Cell, b: Cell, table: Table, rule: str = "") -> list[str]:
     if c.chosen:
         word = "below" if c.diff < 0 else "above"
         sure = "distinguishable" if c.chosen.p < ALPHA else "not distinguishable"
-        out.append(f"final loss: {sure} at 5%; B is {word} A by {abs(c.diff):.4f} nats per token")
+        out.append(
+            f"final loss: {sure} at 5%; B is {word} A by {abs(c.diff):.4f} {table.loss_unit}"
+        )
         out.append(
             f"smallest difference that this n and spread show 4 times in 5: {c.least:.4f} nats "
             f"({c.test} t)"

@@ -129,11 +129,12 @@ def draw(kind: str, groups: Sequence[Group], table: Table, title: str):
     if kind == "loss":
         if not groups:
             return None
-        figure = side_by_side_figure([curve_of(g) for g in groups], plain(title))
+        curves = [curve_of(g) for g in groups]
+        figure = side_by_side_figure(curves, plain(title), table.loss_unit)
         restyle(figure)
         return figure
     if kind in X_AXES:
-        return loss_figure(groups, kind, title)
+        return loss_figure(groups, kind, title, table.loss_unit)
     if kind == "traces":
         return trace_figure(groups, title)
     of_table: dict[str, Callable] = dict(final=final_figure, forest=forest_figure)

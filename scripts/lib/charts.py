@@ -8,7 +8,7 @@ from lib.findings import Findings, going
 from lib.groups import Group, choose, make_groups
 from lib.logs import MOST_POINTS, TRACES, RunLog
 from lib.program import count
-from lib.results import Row
+from lib.results import Row, loss_unit
 from lib.stats import mean
 from lib.tables import Table
 
@@ -109,7 +109,7 @@ def curves_of(
         notes.append(f"Single runs have up to {most} points each, to keep the page small.")
     if groups and not most:
         notes.append("Too many runs to draw one by one.")
-    return dict(cells=cells, runs=runs, note=" ".join(notes))
+    return dict(cells=cells, runs=runs, note=" ".join(notes), loss_unit=loss_unit(rows))
 
 
 def single_runs(

@@ -3,6 +3,7 @@
 import math
 
 from lib.program import count
+from lib.results import loss_unit
 from lib.sequential import BETTER, NOT_BETTER, WORSE
 from lib.stats import ALPHA
 from lib.tables import Line
@@ -77,7 +78,6 @@ def sentence(line: Line, label: str, baseline: str) -> str:
         return f"{label} and {baseline} cannot be compared yet ({seeds})."
     way = "lowers" if c.diff < 0 else "raises"
     rel = f" ({abs(c.rel_pct):.2f}%)" if math.isfinite(c.rel_pct) else ""
-    head = (
-        f"{label} {way} the final loss by {abs(c.diff):.4f} nats per token{rel} against {baseline}"
-    )
+    amount = f"{abs(c.diff):.4f} {loss_unit(line.cell.rows)}{rel}"
+    head = f"{label} {way} the final loss by {amount} against {baseline}"
     return f"{head}; {certainty(line)}.{cost(line)}"

@@ -89,7 +89,7 @@ def final_figure(table: Table, title: str):
                 s.values, places, marker="o", s=14, facecolor="white", edgecolor="0.15", zorder=4
             )
     axes.margins(x=0.08)
-    label = "final validation loss (nats per token); the axis does not start at zero"
+    label = f"final validation loss ({table.loss_unit}); the axis does not start at zero"
     axes.set_xlabel(label, fontsize=10)
     one = "; n=1 (open marker): no interval" if 1 in count.values() else ""
     caption = f"large: mean over n seeds, bar: its 95% interval (t); small dots: seeds{one}{more}"
@@ -122,7 +122,8 @@ def forest_figure(table: Table, title: str):
         _dot(axes, c.diff, i, style, 50, c.chosen is not None)
     axes.axvline(0, color="0.4", linewidth=1)
     axes.margins(x=0.08)
-    axes.set_xlabel("difference to the baseline (nats per token); left of 0 is better", fontsize=10)
+    label = f"difference to the baseline ({table.loss_unit}); left of 0 is better"
+    axes.set_xlabel(label, fontsize=10)
     caption = "bar: 95% confidence interval of one difference; p is adjusted for all (Holm)"
     if table.stage.sequential:
         caption = "bar: interval that holds after every seed, for all differences of the stage"
@@ -152,7 +153,7 @@ def rate_figure(table: Table, title: str):
         axes.set_xticks(rates, [f"{r:g}" for r in rates])
         axes.set_xticks([], minor=True)
     axes.set_xlabel(f"peak learning rate (AdamW{scale})", fontsize=10)
-    axes.set_ylabel("final validation loss\n(nats per token)", fontsize=10)
+    axes.set_ylabel(f"final validation loss\n({table.loss_unit})", fontsize=10)
     add_legend(axes, axes, len(series))
     words = "line: mean over seeds; bar: its 95% interval (t); small dots beside: seeds; n in the "
     words += "legend"
@@ -239,7 +240,8 @@ def overhead_figure(table: Table, title: str):
         zero(0, color="0.4", linewidth=1)
     axes.margins(0.1)
     axes.set_xlabel("step time above the baseline's (%); left is faster", fontsize=10)
-    axes.set_ylabel("difference in final loss\n(nats per token); down is better", fontsize=10)
+    label = f"difference in final loss\n({table.loss_unit}); down is better"
+    axes.set_ylabel(label, fontsize=10)
     one = "; open marker, n=1: no interval" if any(not x.comparison.chosen for x in lines) else ""
     rest = f"; {count(more, 'more cell')} not drawn" if more > 0 else ""
     finish(figure, [axes], title, f"bars: 95% confidence intervals, n seeds per cell{one}{rest}")

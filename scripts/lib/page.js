@@ -9,8 +9,7 @@ const shapes = ["M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0", "M-3.5 -3.5h7v7h-7z", "M0 
   "M0 -5L5 0L0 5L-5 0z", "M0 4.5L4.5 -3.5H-4.5z", "M-4 -4L4 4M4 -4L-4 4"];
 const what = {val: "validation loss", diff: "difference to baseline", train_loss: "training loss",
   lr: "learning rate", tokens_per_s: "throughput", grad_norm: "gradient norm"};
-const units = {val: " (nats per token)", diff: " (nats per token)", train_loss: " (nats per token)",
-  lr: " (AdamW)", tokens_per_s: " (tokens/s, all ranks)", grad_norm: ""};
+const units = {lr: " (AdamW)", tokens_per_s: " (tokens/s, all ranks)", grad_norm: ""};
 const forms = {val: ".4f", train_loss: ".4f", diff: "+.4f"};
 
 const css = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -127,7 +126,7 @@ function draw(stage, state, box) {
     dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",  // a finger scrolls the page
     hoverlabel: {bgcolor: css("--panel"), bordercolor: rule, font: {color: ink}, align: "left"},
     xaxis: {...axis, title: {text: title}, type: state.xscale, zeroline: false},
-    yaxis: {...axis, title: {text: what[state.y] + (narrow ? "" : units[state.y])}, type: state.yscale,
+    yaxis: {...axis, title: {text: what[state.y] + (narrow ? "" : units[state.y] ?? " (" + stage.loss_unit + ")")}, type: state.yscale,
       zeroline: state.y === "diff"}};
   if (state.xscale === "linear") layout.xaxis.rangemode = "tozero";
   const view = state.y in forms ? viewOf(found.filter(c => !state.hidden.has(c.key)), state) : null;

@@ -22,7 +22,7 @@ DASHES = ("-", "--", ":", "-.")
 
 
 def side_by_side_figure(
-    curves: Sequence[Curve], title: str
+    curves: Sequence[Curve], title: str, loss_unit: str
 ):  # -> matplotlib.figure.Figure, which may not be installed
     """Validation loss against steps and against training time. Raises UserError without
     matplotlib."""
@@ -46,7 +46,7 @@ def side_by_side_figure(
                 axes.fill_between(x, c.low, c.high, color=style["color"], alpha=0.2, linewidth=0)
     if limits := loss_limits(curves):
         by_step.set_ylim(*limits)
-    by_step.set_ylabel("validation loss (nats per token)")
+    by_step.set_ylabel(f"validation loss ({loss_unit})")
     by_step.set_xlabel("optimizer steps")
     by_time.set_xlabel(f"training time ({unit}; validation and saving not counted)")
     for axes in (by_step, by_time):
@@ -175,7 +175,7 @@ def n_words(ns: Sequence[int]) -> str:
     )
 
 
-def loss_figure(groups: Sequence[Group], axis: str, title: str):
+def loss_figure(groups: Sequence[Group], axis: str, title: str, loss_unit: str):
     """Validation loss against steps, time or tokens, and below it the difference to the
     baseline, where there is one: lines that nearly coincide above come apart there. None if no
     log says where on the axis it is."""
@@ -192,7 +192,7 @@ def loss_figure(groups: Sequence[Group], axis: str, title: str):
         _draw_mean(panels[0], g, mean_line(g.runs, axis), by)
     if limits := loss_limits([make_curve(g.label, [r.val for r in g.runs]) for g in groups]):
         panels[0].set_ylim(*limits)
-    panels[0].set_ylabel("validation loss\n(nats per token)", fontsize=10)
+    panels[0].set_ylabel(f"validation loss\n({loss_unit})", fontsize=10)
     if compared:
         _draw_differences(panels[1], compared, axis, by)
     panels[-1].set_xlabel(label, fontsize=10)

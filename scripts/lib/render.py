@@ -188,7 +188,9 @@ def legend_of(table: Table) -> list[str]:
     num_tested = sum(1 for c in compared if c.chosen and not c.anytime)
     out = []
     if compared:
-        words = "final_loss in nats per token, mean over n seeds; diff, rel and CI: against the "
+        words = (
+            f"final_loss in {table.loss_unit}, mean over n seeds; diff, rel and CI: against the "
+        )
         words += "baseline, below 0 is better"
         if num_tested:
             words += "; paired t where both ran the same seeds, Welch's t otherwise"

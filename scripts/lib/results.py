@@ -61,6 +61,16 @@ class Row:
         return tuple(self.values)
 
 
+def loss_unit(rows: Iterable[Row]) -> str:
+    """What the losses of these runs are in: per byte only where every run trained on bytes."""
+    found = {"unit=bytes" in row["notes"].split() for row in rows}
+    if found == {True}:
+        return "nats per byte"
+    if found == {True, False}:
+        return "nats per token or byte"
+    return "nats per token"
+
+
 def read_results(path: Path) -> tuple[list[Row], list[str]]:
     """The rows of a results file, and what was wrong with the lines that are not among them.
 

@@ -121,6 +121,7 @@ def stage_section(name: str, table: Table, num_extra: int) -> dict[str, object]:
         counted += f", {num_extra} without a row yet"
     section = dict(id=anchor(name), name=name, counted=counted, notes=legend_of(table))
     section |= dict(pieces=[], strips=[], marks=[], full=None, file="", left_out="")
+    section["loss_unit"] = table.loss_unit
     if not table.lines:
         return section
     for title, columns, rows in pieces_of(cells_of(table, MOST_TABLE_LINES), table):

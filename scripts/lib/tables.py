@@ -11,7 +11,7 @@ from lib.comparisons import Comparison, Reach, compare, reach, sequentially, tim
 from lib.curves import Curves
 from lib.flags import facts_of, problems_of
 from lib.program import listing
-from lib.results import Row, csv_line
+from lib.results import Row, csv_line, loss_unit
 from lib.stages import Stage
 from lib.stats import NAN, holm, mean, sd
 
@@ -50,6 +50,10 @@ class Table:
     @property
     def keys(self) -> list[str]:
         return list(self.lines[0].cell.key) if self.lines else []
+
+    @property
+    def loss_unit(self) -> str:
+        return loss_unit(row for line in self.lines for row in line.cell.rows)
 
 
 def make_table(

@@ -65,3 +65,10 @@ def test_a_disk_that_fills_up_within_a_row_takes_the_row_back_and_fails_the_run(
     code, out = run_here(monkeypatch, tmp_path, run_id="a")
     assert code == 0 and "resumed step:12" in out
     assert [row["status"] for row in rows(tmp_path)] == ["finished"]
+
+
+def test_a_row_says_where_tokens_are_bytes(monkeypatch, tmp_path):
+    run_here(monkeypatch, tmp_path, vocab_size=320)
+    run_here(monkeypatch, tmp_path, vocab_size=256)
+    of_tokens, of_bytes = (row["notes"].split() for row in rows(tmp_path))
+    assert "unit=bytes" in of_bytes and "unit=bytes" not in of_tokens

@@ -97,7 +97,7 @@ def test_a_mean_curve_uses_only_steps_that_all_its_runs_have():
 
 def test_more_cells_than_colours_stay_distinguishable():
     curves = [make_curve(str(i), [Points([0, 10], [0, 1], [9, i])]) for i in range(20)]
-    lines = side_by_side_figure(curves, "many").axes[0].lines
+    lines = side_by_side_figure(curves, "many", "nats per byte").axes[0].lines
     assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 20
 
 
@@ -118,4 +118,4 @@ def test_metrics_skip_torn_rows_and_the_last_of_a_repeated_step_wins(tmp_path):
 def test_without_matplotlib_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UserError, match="needs matplotlib: pip install scipy matplotlib"):
-        side_by_side_figure([], "x")
+        side_by_side_figure([], "x", "nats per token")

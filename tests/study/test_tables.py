@@ -253,3 +253,9 @@ def test_a_knob_named_as_a_figure_of_the_table_keeps_its_value():
     )
     costs = shown.split("time and memory")[1].splitlines()
     assert "peak memory" in costs[1] and costs[3].startswith("zero")
+
+
+@pytest.mark.parametrize(("notes", "unit"), [("unit=bytes", "byte"), ("", "token")])
+def test_losses_are_per_byte_where_the_runs_trained_on_bytes(tmp_path, capsys, notes, unit):
+    split(tmp_path, arms([3.5, 3.6], [3.6, 3.7], notes=notes))
+    assert f"final_loss in nats per {unit}," in capsys.readouterr().out
