@@ -1,8 +1,7 @@
 """arithmetic.py -- the language of train_arith.py: expressions, their values and answers, drawing.
 
-Promises that a value is always the value of its text, that every answer can be read back as it was
-written, that no expression of a test or validation set is ever drawn for training, and that a file
-of records is checked line by line. Nothing here knows of models.
+Values are those of the texts, answers can be read back as written, no expression of a test or
+validation set is drawn for training in any bracketing, and records are checked line by line.
 
     problems = draw_split(Language(operators="+-"), np.random.default_rng(0), 1000, "train")
 
@@ -26,11 +25,12 @@ from plumbing.plain_text import read_text
 VOCABULARY = ["<PAD>", "<BOS>", "<EOS>", "<UNK>", *"0123456789+-*/()=ABCDEFabcdef ,"]
 PAD, BOS, EOS, UNK, ZERO = 0, 1, 2, 3, 4
 IDS = {character: i for i, character in enumerate(VOCABULARY)}
-# A hash of the expression without its brackets falls into one of so many buckets, which makes all
-# groupings of the same numbers share one. One bucket is kept for tests, and one for validation.
+HOLE = -1  # in place of an id: no token stands here; `pack` closes it
+# The hash of its operands and operators, without brackets, puts an expression into one of 32
+# buckets. One is kept for tests, one for validation; training draws from the other 30.
 BUCKETS = 32
 BUCKET_OF = {"test": 0, "val": 1}
-GRAMMARS = ("pilot", "redundant")  # the original's 18 templates, or all bracketings
+GRAMMARS = ("pilot", "redundant")  # the original's 18 templates; all bracketings, also ((1+2))
 FORMATS = ("plain", "reversed", "complement", "complement_bare")
 
 
@@ -80,9 +80,12 @@ class Language:
 
     @property
     def largest(self) -> int:
-        """No drawn value is larger."""
+        """No drawn value has a larger magnitude."""
         summed = self.operands_max * self.operand_max
-        return max(summed, self.operand_max**self.operands_max) if "*" in self.operators else summed
+        product = self.operand_max**self.operands_max
+        if self.operand_max == 1:  # as (1+1+1)*(1+1+1)
+            product = int(3 ** (self.operands_max / 3))
+        return max(summed, product) if "*" in self.operators else summed
 
     @property
     def separator(self) -> str:
@@ -117,12 +120,8 @@ EXPRESSION = re.compile(r"\(*N\)*([-+*]\(*N\)*)*".replace("N", "(0|[1-9][0-9]{0,
 
 
 def evaluate_expr(expr: str) -> int:
-    """The value of an expression of + - * and brackets over numbers of at most 18 digits.
-
-    Raises ValueError for any other text. Where the pattern matches, brackets open before a number
-    and close behind one, and one operator stands between two numbers: all that is left for Python
-    to refuse is a bracket without its partner.
-    """
+    """The value of an expression of + - * and brackets over numbers of at most 18 digits. Raises
+    ValueError for any other text. To Python the pattern leaves one fault: an unmatched bracket."""
     problem = f"not an arithmetic expression: {expr!r:.60}"
     if len(expr) > 200 or not EXPRESSION.fullmatch(expr):
         raise ValueError(f"{problem}; expected numbers, + - * and brackets, as in (12-7)*30")
@@ -142,23 +141,23 @@ def depth_labels(expr: str) -> list[int]:
 
 
 def digit_tokens(numbers: np.ndarray, width: int, strip: bool) -> np.ndarray:
-    """(..., W) ids, most significant digit first; `strip` makes leading zeros holes (-1)."""
+    """(..., W) ids, most significant digit first; `strip` makes leading zeros holes."""
     powers_W = 10 ** np.arange(width - 1, -1, -1)
     digits = numbers[..., None] // powers_W % 10 + ZERO
     if strip:
-        digits[(numbers[..., None] < powers_W) & (powers_W > 1)] = -1
+        digits[(numbers[..., None] < powers_W) & (powers_W > 1)] = HOLE
     return digits
 
 
 def answer_tokens(values_N: np.ndarray, language: Language) -> np.ndarray:
-    """Ids of the written values, with holes (-1). plain: the number. reversed: |value|, least
-    significant digit first, then the sign. complement: value mod 10^digits (ten's complement),
-    written alike, so that each digit depends on lower ones only. complement_bare: without the sign,
-    which the last digit tells: from 5 on the value is negative."""
+    """Ids of the written values, with holes. plain: the number. Others have ANSWER_DIGITS digits,
+    least significant first. reversed: |value|, then the sign. complement: value mod 10^digits
+    (ten's complement), then the sign, so that each digit depends on lower ones only.
+    complement_bare: without the sign, which the last digit tells: from 5 on it is negative."""
     sign_N = np.where(values_N < 0, IDS["-"], IDS["+"])
     if language.answer_format == "plain":
         width = len(str(max(language.largest, abs(values_N).max())))
-        minus_N = np.where(values_N < 0, sign_N, -1)
+        minus_N = np.where(values_N < 0, sign_N, HOLE)
         return np.column_stack([minus_N, digit_tokens(abs(values_N), width, strip=True)])
     bodies_N = values_N % 10**language.digits
     if language.answer_format == "reversed":
@@ -204,7 +203,7 @@ class Problems:
 
     @property
     def operand_counts(self) -> np.ndarray:
-        """(N,) operands of each expression: one more than its operators."""
+        """(N,) operands of each expression."""
         is_operator = np.isin(self.tokens_NT, [IDS[character] for character in "+-*"])
         before_answer = np.arange(self.tokens_NT.shape[1]) < self.starts_N[:, None]
         return (is_operator & before_answer).sum(axis=1) + 1
@@ -215,7 +214,7 @@ class Problems:
 
 
 def pack(heads: np.ndarray, values_N: np.ndarray, language: Language) -> Problems:
-    """Problems from the ids of what stands before the answer, with holes (-1)."""
+    """Problems from the ids of what stands before the answer, with holes."""
     ends = np.full((len(heads), 1), EOS)
     wide = np.concatenate([heads, answer_tokens(values_N, language), ends], 1)
     so_far = (wide >= 0).cumsum(1)  # how many tokens there are up to every column
@@ -228,7 +227,7 @@ def pack(heads: np.ndarray, values_N: np.ndarray, language: Language) -> Problem
 def problems_of(exprs: Sequence[str], values: Sequence[int], language: Language) -> Problems:
     """Written expressions and their values as token sequences."""
     texts = [[BOS, *encode(expr + language.separator, special=False)] for expr in exprs]
-    heads = np.full((len(texts), max(map(len, texts))), -1)
+    heads = np.full((len(texts), max(map(len, texts))), HOLE)
     for row, text in zip(heads, texts, strict=True):
         row[: len(text)] = text
     return pack(heads, np.array(values, np.int64), language)
@@ -245,8 +244,7 @@ PILOT = (  # the original's templates, in its order
 
 @cache
 def nestings(n: int, depth: int) -> list[str]:
-    """Templates of n operands nested at most `depth` deep; a bracket holds at least two
-    operands."""
+    """Templates of n operands, at most `depth` deep; a bracket holds at least two operands."""
 
     def items(m: int) -> list[str]:
         if m == 1:
@@ -278,7 +276,8 @@ def shares(language: Language, most: int) -> dict[str, float]:
             found |= dict.fromkeys(cell, weight / len(cells) / len(cell))
     total = sum(found.values())
     if total <= 0:
-        what = f"no template has {counts} operands and depth {depths}"
+        what = f"no template has {counts.start} to {most} operands"
+        what += f" and depth {depths.start} to {depths[-1]}"
         raise UserError(f"GRAMMAR={language.grammar}: {what}; change a range")
     found = {text: share / total for text, share in found.items()}
     if language.deeper_share:
@@ -293,10 +292,12 @@ def shares(language: Language, most: int) -> dict[str, float]:
 # ----------------------------------------------------------------------------
 # Drawing
 
+ROUND, ROUNDS = 65536, 40  # examples drawn together; how often at least, before giving up
+
 
 def hash_of(operands_NM: np.ndarray, operators_NM: np.ndarray, counts_N: np.ndarray) -> np.ndarray:
-    """uint64 of operands and operators in their order. Brackets do not enter, so that minimal pairs
-    and controls fall on the same side as what they are compared with."""
+    """uint64 of operands and operators in their order. Of expressions that differ in brackets
+    alone, all are held out or none is."""
     hashes_N = np.full(len(counts_N), 0x9E3779B97F4A7C15, np.uint64)
     for i, (operand_N, operator_N) in enumerate(zip(operands_NM.T, operators_NM.T, strict=True)):
         operator_N = np.where(i + 1 < counts_N, operator_N, 0)
@@ -317,7 +318,7 @@ def hash_expr(expr: str) -> int:
 def draw(
     language: Language, rng: np.random.Generator, count: int, most: int | None = None
 ) -> tuple[Problems, np.ndarray]:
-    """`count` problems of at most `most` operands, and their hashes; nothing is held out."""
+    """`count` problems of at most `most` operands, from all buckets, and their hashes."""
     chances = shares(language, most or language.operands_max)
     texts = list(chances)
     which_N = rng.choice(len(texts), count, p=list(chances.values()))
@@ -329,16 +330,17 @@ def draw(
     written = digit_tokens(operands_NM, len(str(language.operand_max)), strip=True)
     separator = encode(language.separator, special=False)
     longest = max(map(len, texts)) + shape[1] * (written.shape[2] - 1)
-    heads = np.full((count, 1 + longest + len(separator)), -1)
+    heads = np.full((count, 1 + longest + len(separator)), HOLE)
     heads[:, 0] = BOS
     heads[:, 1 + longest :] = separator
     values_N = np.empty(count, np.int64)
-    # Problems of the same template and operators are written and evaluated together.
+    # Problems of the same template and operators are evaluated together.
     patterns = np.column_stack([which_N, drawn_NM])
     patterns, pattern_N = np.unique(patterns, axis=0, return_inverse=True)
     for i, (which, *operators) in enumerate(patterns):
         rows = np.flatnonzero(pattern_N == i)
         code = texts[which]
+        # In a shorter template, operands and operators that are too many replace nothing.
         for m, operator in enumerate(operators):
             code = code.replace("N", f"x{m}", 1).replace("o", language.operators[operator], 1)
         operands = {f"x{m}": column for m, column in enumerate(operands_NM[rows].T)}
@@ -354,6 +356,16 @@ def draw(
     return pack(heads, values_N, language), hash_of(operands_NM, operators_NM, counts_N)
 
 
+def longest_problem(language: Language) -> int:
+    """No drawn problem has more tokens: the longest expression with the longest answer."""
+    chances = shares(language, language.operands_max).items()
+    operand = str(language.operand_max)
+    expr = max(len(text.replace("N", operand)) for text, chance in chances if chance)
+    value = -language.largest if "-" in language.operators else language.largest
+    answer = answer_tokens(np.array([value]), language) != HOLE
+    return len([BOS, EOS]) + expr + len(language.separator) + answer.sum()
+
+
 def draw_split(
     language: Language,
     rng: np.random.Generator,
@@ -362,15 +374,15 @@ def draw_split(
     excluded: np.ndarray | None = None,
     most: int | None = None,
 ) -> Problems:
-    """`count` problems of train, val or test, each from its own buckets. Training problems also
-    avoid the hashes `excluded`; validation and test problems are all different. Raises UserError
-    when the split has too few."""
+    """`count` problems of train, val or test, from its own buckets, without the hashes `excluded`;
+    those of val and test are all different. Raises UserError when the split has too few."""
     found: list[Problems] = []
     missing = count
     seen = np.empty(0, np.uint64) if excluded is None else excluded
-    for _ in range(40):
-        wanted = missing * 1.1 if split == "train" else missing * BUCKETS
-        problems, hashes_N = draw(language, rng, min(int(wanted) + 16, 65536), most)
+    tries = 1.1 if split == "train" else BUCKETS  # per problem
+    for _ in range(ROUNDS + int(2 * count * tries) // ROUND):
+        wanted = int(missing * tries) + 16
+        problems, hashes_N = draw(language, rng, min(wanted, ROUND), most)
         buckets_N = hashes_N % np.uint64(BUCKETS)
         good_N = ~np.isin(hashes_N, seen)
         if split == "train":
@@ -393,6 +405,8 @@ def draw_split(
 # Records and sets
 
 GENERATE = "generate"  # instead of a file's name: expressions are drawn
+VAL_SEEDS = [1]  # of the validation set
+ORDER_TAG, BATCH_TAG, SET_TAG, SAMPLE_TAG = 1, 2, 3, 4  # second seeds, by what is drawn
 
 
 @dataclass(frozen=True)
@@ -401,7 +415,9 @@ class DataKnobs(Language):
 
     train_path: str = knob("data/pilot_train.jsonl", "file of records, or 'generate'")
     val_path: str = knob("data/pilot_val.jsonl", "file of records, or 'generate'")
-    test_path: str = knob("data/pilot_test_flat.jsonl", "files scored at the end, or ''")
+    test_path: str = knob(
+        "data/pilot_test_flat.jsonl", "files of records, separated by spaces, scored at the end"
+    )
     train_examples: int = knob(0, "size of a generated set; 0: every batch is fresh", low=0)
     val_examples: int = knob(1000, "generated validation examples", low=1)
     sequence_length: int = knob(32, "most tokens of a problem; longer ones are refused", low=8)
@@ -409,7 +425,7 @@ class DataKnobs(Language):
 
 
 def how_to_make(path: str) -> str:
-    """The command that writes a file of records, by the file's name."""
+    """The command for a file: pilot_* as for configs/pilot.yaml, others as for honest.yaml."""
     prefix = Path(path).name.split("_")[0]
     sizes = "--num-train 0 --num-val 0 --num-test 1000 --minimal-pairs 1000"
     program = "generate_pilot_dataset.py"
@@ -428,10 +444,10 @@ def read_records(path: str) -> tuple[list[str], list[int]]:
     exprs: list[str] = []
     values: list[int] = []
     try:
-        lines = read_text(place).rstrip().split("\n")
+        text = read_text(place).rstrip()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {how_to_make(path)}") from None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.split("\n") if text else (), 1):
         try:
             record = json.loads(line)
             expr, value = record["expr"], record["result"]
@@ -452,25 +468,29 @@ class DataSets:
 
     def __init__(self, cfg: DataKnobs):
         self.cfg = cfg
+        if GENERATE in cfg.test_path.split():
+            raise UserError(f"TEST_PATH={cfg.test_path}: only files of records can be tested")
         sources = [cfg.train_path, cfg.val_path, *cfg.test_path.split()]
         records = {path: read_records(path) for path in sources if path != GENERATE}
         self.language = self.language_of(records.values(), GENERATE in sources)
         sets = {path: problems_of(*pair, self.language) for path, pair in records.items()}
         hashes = {hash_expr(expr) for exprs, _ in records.values() for expr in exprs}
         self.excluded = np.array(sorted(hashes), np.uint64)
-        if cfg.val_path == GENERATE:  # the same for every seed, and no deeper than DEPTH_MAX
+        self.val = sets.get(cfg.val_path)
+        if cfg.val_path == GENERATE:  # for every SEED the same, no deeper than DEPTH_MAX
             usual = replace(self.language, deeper_share=0.0)
-            rng = np.random.default_rng([1])
-            sets[GENERATE] = draw_split(usual, rng, cfg.val_examples, "val", self.excluded)
-        self.val = sets[cfg.val_path]
+            rng = np.random.default_rng(VAL_SEEDS)
+            self.val = draw_split(usual, rng, cfg.val_examples, "val", self.excluded)
+            sets["validation set"] = self.val
         self.tests = {path: sets[path] for path in cfg.test_path.split()}
         self.train: Problems | None = None  # no set: every batch is drawn
         if cfg.train_path != GENERATE:
             self.train = sets[cfg.train_path]
         elif cfg.train_examples:
-            self.train = self.draw([cfg.seed, 3], cfg.train_examples)
-        self.sample = self.train or self.draw([cfg.seed, 4], 4096)  # what training looks like
-        self.check_lengths(sets | {cfg.train_path: self.sample})
+            self.train = self.draw([cfg.seed, SET_TAG], cfg.train_examples)
+            sets["training set"] = self.train
+        self.check_lengths(sets)
+        self.sample = self.train or self.draw([cfg.seed, SAMPLE_TAG], 4096)  # as training is
 
     def language_of(self, records: Iterable[tuple], is_generated: bool) -> Language:
         """The language of the knobs, with as many answer digits as all values need."""
@@ -485,14 +505,13 @@ class DataSets:
         return replace(language, answer_digits=self.cfg.answer_digits or digits)
 
     def check_lengths(self, sets: dict[str, Problems]) -> None:
-        for name, problems in sets.items():
-            longest = problems.lengths_N.max()
+        lengths = {name: problems.lengths_N.max() for name, problems in sets.items()}
+        if self.train is None:
+            lengths[self.cfg.train_path] = longest_problem(self.language)
+        for name, longest in lengths.items():
             if longest > self.cfg.sequence_length:
-                over = (problems.lengths_N > self.cfg.sequence_length).sum()
-                raise UserError(
-                    f"{name}: {over} of {len(problems)} examples exceed SEQUENCE_LENGTH="
-                    f"{self.cfg.sequence_length} tokens, up to {longest}; none is cut: raise it"
-                )
+                limit = f"SEQUENCE_LENGTH={self.cfg.sequence_length} tokens; raise it"
+                raise UserError(f"{name}: examples of up to {longest} exceed {limit}")
 
     def draw(self, seeds: list[int], count: int, most: int | None = None) -> Problems:
         """Training problems of at most `most` operands, the same for the same seeds."""

@@ -2,6 +2,7 @@
 
     python train_arith.py --config configs/pilot.yaml --output-dir runs/pilot --seed 42
     python train_arith.py --config configs/honest.yaml --set training.optimizer.lr=1e-3
+    python train_arith.py --config configs/honest.yaml --answer_format reversed --test_path ""
     python train_arith.py --help                  every knob; --dry_run shows the plan and stops
 
 A flag beats the environment, the environment beats --set KEY=VALUE, --set beats the file of
@@ -9,12 +10,13 @@ A flag beats the environment, the environment beats --set KEY=VALUE, --set beats
 records of a .jsonl file, in shuffled epochs, or drawn on the fly (TRAIN_PATH=generate); then no
 expression of a test or validation set is ever drawn.
 
-Expect   configs/pilot.yaml: val_loss about 1.52 after 50 epochs, above an entropy floor of 1.076;
-         an exact match of about 0, because 2,000 examples do not teach arithmetic
+Expect   configs/pilot.yaml: val_loss about 1.52 after 50 epochs. No model can be below 1.076, the
+         entropy floor: the operands are random, and they are scored, too. An exact match of about
+         0, because 2,000 examples do not teach arithmetic
 Shapes   B sequences, T tokens, C model width, H heads, D head width, V vocabulary, N problems
 Units    losses in nats per scored token; BATCH_SIZE in examples over all ranks
 Raises   UserError (one line, exit code 2) for a bad knob, key, file or checkpoint; RuntimeError
-         (exit code 1) where --gpu-only or --fp16 cannot be kept
+         (exit code 1) where GPU_ONLY=1 or FP16=1 cannot be kept
 Sources  github.com/Nishal14/Step-free-arithmetic-transformers; rotary: Su et al., arXiv 2104.09864;
          Muon: kellerjordan.github.io/posts/muon, scaled as in Liu et al., arXiv 2502.16982
 Shared   plumbing/ keeps the run alive; arithmetic.py is the language, and draws the examples
@@ -48,7 +50,7 @@ from plumbing.world import World, flat_gradients, join_world, launch
 # ---------------- Knobs
 
 PRESETS = {"pilot": {}}
-# These move no loss, so a resumed run may have others. Of records, the contents are compared.
+# These move no loss, so a resumed run may have others. Of files, Data.content is compared.
 RESUME_MAY_DIFFER = [*RUN_KNOBS, "config", "output_dir", "gpu_only", "eval_interval", "model_name"]
 RESUME_MAY_DIFFER += ["save_interval", "cuda_graph", "log_interval", "tracker_project"]
 RESUME_MAY_DIFFER += ["train_path", "val_path", "test_path"]
@@ -60,7 +62,7 @@ class Knobs(DataKnobs, RunKnobs):
     config: str = knob("", "YAML file of knobs")
     output_dir: str = knob("", "folder of the run, whose last part is its id")
     device: str = knob(
-        "cpu", "where to train; cuda falls back", choices=("cpu", "cuda"), group="run"
+        "cpu", "where to train; cuda falls back to cpu", choices=("cpu", "cuda"), group="run"
     )
     fp16: bool = knob(False, "train in half precision with loss scaling; needs CUDA")
     bf16: bool = knob(False, "train in bfloat16")
@@ -81,7 +83,7 @@ class Knobs(DataKnobs, RunKnobs):
     num_iterations: int | None = knob(None, "steps; auto: from NUM_EPOCHS", low=0, none="auto")
     batch_size: int = knob(32, "examples per step, over all ranks", low=1)
     curriculum_exact: float = knob(
-        0.0, "draw one more operand at this exact match of batches; 0: off", low=0, high=1
+        0.0, "exact match of training batches that adds an operand; 0: off", low=0, high=1
     )
     answer_only_loss: bool = knob(False, "score the answer and its end only")
     schedule: str = knob("linear", "shape of the decay", choices=("linear", "trapezoid"))
@@ -94,8 +96,8 @@ class Knobs(DataKnobs, RunKnobs):
     save_interval: int = knob(10, "epochs between saved models", low=1)
     save_every: int | None = knob(None, "steps between checkpoints", low=0, none="auto")
     optimizer: str = knob(
-        "adamw", "muon: for the matrices of blocks", group="training.optimizer",
-        choices=("adamw", "muon"),
+        "adamw", "adamw for all; muon: for the blocks' matrices, adamw for the rest",
+        group="training.optimizer", choices=("adamw", "muon"),
     )  # fmt: skip
     warmup_iters: int = knob(100, "steps of linear warm-up from 0", low=0)
     lr: float = knob(0.0003, "highest learning rate of AdamW", low=0)
@@ -103,7 +105,9 @@ class Knobs(DataKnobs, RunKnobs):
     weight_decay: float = knob(0.01, "decoupled weight decay of every parameter", low=0)
     betas: str = knob("0.9,0.95", "AdamW's two decay rates")
     log_interval: int = knob(25, "steps between printed steps", low=1, group="logging")
-    tracker_project: str = knob("math-compact-pilot", "its project", alias=("wandb_project",))
+    tracker_project: str = knob(
+        "math-compact-pilot", "project at the tracker's service", alias=("wandb_project",)
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -128,13 +132,15 @@ class Knobs(DataKnobs, RunKnobs):
                 "set NUM_ITERATIONS"
             )
         if self.curriculum_exact and self.train_path != GENERATE:
-            raise ValueError("CURRICULUM_EXACT sorts generated examples: set TRAIN_PATH=generate")
+            what = "limits the operands of generated examples"
+            raise ValueError(f"CURRICULUM_EXACT {what}: set TRAIN_PATH=generate")
         if self.curriculum_exact and not self.answer_only_loss:
-            raise ValueError("CURRICULUM_EXACT needs the training answers: set ANSWER_ONLY_LOSS=1")
+            what = "reads the exact match of training answers"
+            raise ValueError(f"CURRICULUM_EXACT {what}: set ANSWER_ONLY_LOSS=1 to measure it")
 
 
-# The keys of a YAML file: the knobs under their headings of --help, and where the original's files
-# have a knob elsewhere or by another name.
+# The keys of a YAML file: the knobs, under their headings in --help, and what the original's files
+# have in other sections or by other names. Its max_seq_len, of model and data, is SEQUENCE_LENGTH.
 YAML = section_keys(Knobs, ("model", "data", "training", "training.optimizer", "logging"))
 YAML |= {"model.name": "model_name", "training.optimizer.name": "optimizer"}
 YAML |= {"model.max_seq_len": "max_seq_len", "data.curriculum_exact": "curriculum_exact"}
@@ -148,7 +154,7 @@ FIXED = {
 
 
 def read_settings(argv: Sequence[str], env: Mapping[str, str]) -> Knobs:
-    """Knobs from all sources; the device is settled before the file of --config is opened."""
+    """Knobs from all sources; as in the original, the device is settled before --config is read."""
     say = print if env.get("RANK", "0") == "0" else lambda line: None
 
     def settle(given: Mapping[str, object]) -> dict[str, str]:
@@ -195,7 +201,7 @@ def rotate(x_BHTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal attention without biases; query, key and value come from one matrix, head by head.
+    """Causal attention without biases. One matrix gives all heads' queries, then keys, then values.
     Padding stands to the right of all that is scored, so that the causal mask hides it."""
 
     def __init__(self, cfg: Knobs, drop: SharedDropout):
@@ -210,7 +216,7 @@ class Attention(nn.Module):
         q, k, v = parts.unbind(0)
         if self.cfg.use_rope:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if self.training and self.drop.p > 0:  # dropout of the pattern, which SDPA would not share
+        if self.training and self.drop.p > 0:  # SDPA's own dropout would differ between ranks
             scores = (q * q.size(-1) ** -0.5) @ k.mT
             future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
             pattern = scores.masked_fill(future, -torch.inf).softmax(dim=-1).type_as(v)
@@ -221,8 +227,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """With biases; exact GELU, or a second projection gated by an activated one (Shazeer, arXiv
-    2002.05202)."""
+    """Two layers with biases. gelu: an exact GELU between them. geglu, swiglu: a projection, times
+    the activation (GELU or SiLU) of another one (Shazeer, arXiv 2002.05202)."""
 
     def __init__(self, cfg: Knobs, drop: SharedDropout):
         super().__init__()
@@ -269,21 +275,22 @@ class CompactTransformer(nn.Module):
         self.ln_final = nn.LayerNorm(cfg.n_embd)
         if not cfg.tie_weights:
             self.head = nn.Linear(cfg.n_embd, len(VOCABULARY), bias=False)
-        cos, sin = rotary_tables(max(128, 4 * cfg.sequence_length), cfg.n_embd // cfg.n_head)
+        longest = max(128, 4 * cfg.sequence_length)  # programs score longer texts with the model
+        cos, sin = rotary_tables(longest, cfg.n_embd // cfg.n_head)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """N(0, 0.02) for every matrix, biases 0, norms 1 and 0. Each matrix has its own generator,
-        made of seed and name, so that another MLP or depth moves no other tensor."""
+        """Matrices: normal, standard deviation 0.02; biases: 0; norms' weights: 1. Each matrix has
+        its own generator, of seed and name, so that another MLP or depth moves no other tensor."""
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
                 generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
                 p.copy_(torch.empty(p.shape).normal_(0, 0.02, generator=generator))
-            else:
-                p.fill_(float(".ln" in f".{name}" and name.endswith("weight")))
+            else:  # a bias, or the weight of a norm
+                p.fill_(1.0 if name.endswith("weight") else 0.0)
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         """Logits, (B, T, V)."""
@@ -301,10 +308,10 @@ class CompactTransformer(nn.Module):
 # ---------------- Optimizers and schedule
 
 
-def orthogonalize(g_SMN: Tensor, dtype: torch.dtype) -> Tensor:
-    """Nearest semi-orthogonal matrices of a stack, roughly, by Jordan's Newton-Schulz iteration.
-    differs from train_gpt.py: small matrices, in fp32 on a CPU."""
-    x = g_SMN.to(dtype)
+def orthogonalize(g_SRK: Tensor, dtype: torch.dtype) -> Tensor:
+    """Roughly the nearest semi-orthogonal matrix of each of S matrices, of R rows and K columns, by
+    Jordan's Newton-Schulz iteration. Muon has it in bf16 on a GPU, and in fp32 on a CPU."""
+    x = g_SRK.to(dtype)
     is_tall = x.size(1) > x.size(2)
     if is_tall:
         x = x.mT
@@ -316,8 +323,8 @@ def orthogonalize(g_SMN: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Muon:
-    """Momentum, orthogonalized and scaled to the size of an AdamW update. Nothing moves where
-    all_finite is False. differs from train_gpt.py: weight decay, and every rank does all of it."""
+    """Momentum, orthogonalized and scaled to the size of an AdamW update, with weight decay; every
+    rank does all of it. Nothing moves where all_finite is False."""
 
     def __init__(self, params: Sequence[nn.Parameter], cfg: Knobs):
         self.peak_lr, self.weight_decay = cfg.muon_lr, cfg.weight_decay
@@ -350,8 +357,8 @@ class Muon:
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's fused AdamW, whose step is left out where the device flag `all_finite` is down.
-    differs from train_gpt.py: it knows its highest rate."""
+    """torch's fused AdamW, whose step is left out where the device flag `all_finite` is down. The
+    schedule scales `peak_lr`."""
 
     def __init__(self, params: Sequence[nn.Parameter], cfg: Knobs):
         self.peak_lr = cfg.lr
@@ -385,7 +392,7 @@ def clip_gradients(gradients: Tensor, norms_P: Tensor, limit: float) -> None:
 
 
 def lr_scale(update: int, cfg: Knobs, total: int) -> float:
-    """Factor of the rates for update number `update`, from 0. Warm-up starts at 0, so that the
+    """Factor of the rates for update number `update`, from 0. Warm-up starts at 0; therefore the
     first update of a warm-up moves nothing. linear: then straight to 0 at `total`. trapezoid: 1,
     and to 0 over the last WARMDOWN_FRAC."""
     if update < cfg.warmup_iters:
@@ -428,17 +435,25 @@ class Data(DataSets):
 
     @property
     def content(self) -> list[list]:
-        """What a resume compares."""
+        """What a resume compares; not the paths, so that a file may have another name. Validation
+        and test sets decide what is kept out of drawn examples, and how many digits an answer has:
+        with other ones, a resumed run could be scored on what it was trained on."""
         tokens = self.train.tokens_NT.tobytes() if self.train else b""
-        digest = hashlib.sha256(tokens).hexdigest()
-        return [[self.cfg.train_path, len(self.train or ()), digest]]
+        excluded = self.excluded if self.cfg.train_path == GENERATE else self.excluded[:0]
+        digits = 0 if self.cfg.answer_format == "plain" else self.language.digits  # 0: any number
+        return [
+            ["training set", len(self.train or ()), hashlib.sha256(tokens).hexdigest()],
+            ["answer digits", digits],
+            ["excluded expressions", len(excluded), hashlib.sha256(excluded.tobytes()).hexdigest()],
+        ]
 
     def _order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.cfg.seed, 1, epoch]).permutation(len(self.train))
+        rng = np.random.default_rng([self.cfg.seed, arithmetic.ORDER_TAG, epoch])
+        return rng.permutation(len(self.train))
 
     def _chunk(self, number: int, most: int) -> Problems:
         count = max(self.CHUNK, self.cfg.batch_size)
-        return self.draw([self.cfg.seed, 2, number, most], count, most)
+        return self.draw([self.cfg.seed, arithmetic.BATCH_TAG, number, most], count, most)
 
     def batch(self, step: int, switches: Sequence[int] = ()) -> Problems:
         """All examples of a step; the last batch of an epoch may be smaller. `switches` are the
@@ -452,7 +467,7 @@ class Data(DataSets):
             start = place * cfg.batch_size
             return self.chunk(chunk, most).rows(slice(start, start + cfg.batch_size))
         if cfg.curriculum_exact:
-            rng = np.random.default_rng([cfg.seed, 2, step])
+            rng = np.random.default_rng([cfg.seed, arithmetic.BATCH_TAG, step])
             short_enough = np.flatnonzero(self.counts_N <= most)
             return self.train.rows(rng.choice(short_enough, cfg.batch_size))
         epoch, i = divmod(step, self.epoch_steps)
@@ -498,7 +513,8 @@ SCORES = "loss tokens answer_loss answer_tokens digits_ok end_ok exact".split()
 
 
 def autocast(cfg: Knobs, device: torch.device) -> torch.autocast:
-    """FP16 or BF16 products; a CUDA graph keeps no weights that were converted in another pass."""
+    """FP16 or BF16 products. Converted weights are not cached under CUDA_GRAPH: a replay would use
+    those of the pass in which the graph was captured."""
     dtype = torch.float16 if cfg.fp16 else torch.bfloat16
     enabled = cfg.fp16 or cfg.bf16
     return torch.autocast(device.type, dtype, enabled, cache_enabled=not cfg.cuda_graph)
@@ -508,7 +524,8 @@ def autocast(cfg: Knobs, device: torch.device) -> torch.autocast:
 def teacher_forced(
     model: nn.Module, problems: Problems, cfg: Knobs, device: torch.device
 ) -> Tensor:
-    """(B, SCORES) float64: what the model says of the gold text, one token at a time.
+    """(B, SCORES) float64, from one pass over the gold text: how the model predicts each token from
+    the gold ones before it.
 
     `exact` is that of greedy decoding, which writes the gold answer if and only if each of its
     tokens, and the end, is the likeliest one after the gold tokens before it."""
@@ -546,7 +563,8 @@ def score(
 
 def summary(table: np.ndarray) -> dict[str, float]:
     """Means over a score table. eos_after_gold is the original's "accuracy": whether the end is
-    predicted after the whole gold answer was read. A model that always says "end" has 1."""
+    predicted after the whole gold answer was read. A model that always says "end" has 1.
+    digit_accuracy counts all tokens of the answer, the sign among them, given the gold ones."""
     s = dict(zip(SCORES, table.sum(0).tolist(), strict=True))
     n, loss = len(table), s["loss"] / s["tokens"]
     return {
@@ -658,7 +676,7 @@ def save_models(
 
 
 def score_test_sets(model: nn.Module, session: Session, data: Data, step: int) -> None:
-    """Score the validation and the test sets; scripts/arith/exact_match.py says what they need."""
+    """Score the validation set and the test sets, and write evaluation.json."""
     cfg = session.cfg
     report = {}
     for name, problems in {cfg.val_path: data.val, **data.tests}.items():
@@ -683,9 +701,11 @@ class TrainState:
     step: int = 0
     skipped: int = 0  # updates that fp16 left out: the schedule waits for them
     switches: list[int] = field(default_factory=list)  # steps from which one more operand is drawn
-    exact: float = 0.0  # running exact match of the training batches, since the last switch
+    # Running exact match of batches since the last switch was decided. The next SWITCH_DELAY ones
+    # are still of the old stage and count: with a low threshold they may decide another switch.
+    exact: float = 0.0
 
-    SWITCH_DELAY = 8  # steps; more than are in preparation when a step is heard of
+    SWITCH_DELAY = 8  # steps from a decision to its switch, whose batch is not made yet
 
     def hear(self, stats: StepStats, cfg: Knobs, say: Callable[[str], None]) -> None:
         """Take one finished step into account."""
@@ -715,7 +735,8 @@ def sum_loss(logits_BTV: Tensor, y_BT: Tensor) -> Tensor:
 
 
 def batch_metrics(logits_BTV: Tensor, y_BT: Tensor, cfg: Knobs) -> dict[str, Tensor]:
-    """This rank's number of labels, and its share of the fraction of answers that are right."""
+    """This rank's number of labels, and its right answers over BATCH_SIZE; the rows that the last
+    batch of an epoch may lack count as wrong."""
     is_label = y_BT != IGNORE
     metrics = {"scored_tokens": is_label.sum()}
     if cfg.answer_only_loss:
@@ -762,7 +783,7 @@ def train(cfg: Knobs, world: World, session: Session, data: Data) -> None:
         if session.should_validate:
             evaluate(model, session, data, state, record)
         if session.should_save:
-            # First the models: a run that is killed in between does the step again.
+            # Models first: a run killed in between resumes before this step and writes them again.
             names = record.model_names(state.step, session)
             save_models(names, model, optimizers, session, data, state)
             session.save(state.step, **saved)
@@ -787,7 +808,7 @@ def train(cfg: Knobs, world: World, session: Session, data: Data) -> None:
         metrics = batch_metrics(logits.detach(), y_BT, cfg)
         state.step += 1
         figures = (state.step, loss.detach(), cfg.lr * scale, norms, overflow)
-        all_finite = session.step(*figures, **metrics)
+        all_finite = session.step(*figures, **metrics)  # on the device; False: no update
         for optimizer in optimizers:
             optimizer.step(optimizer.peak_lr * scale, all_finite)
         scaler.update()

@@ -123,6 +123,47 @@ def test_a_finite_set_is_shuffled_anew_in_each_epoch_and_seen_whole(pilot):
     assert epochs[0] != epochs[1] and len(data.batch(6)) == 200
 
 
+def test_a_fresh_example_that_could_be_too_long_is_refused_however_rare(tmp_path):
+    rare = dict(operands_max=3, operands_weights="1,0.0000001", depth_max=0) | FRESH | HONEST
+    Data(Knobs(sequence_length=15, val_examples=2, **rare))  # 1 + 8 characters, =, -297, end
+    with pytest.raises(UserError, match="generate: examples of up to 15 exceed SEQUENCE_LENGTH=14"):
+        Data(Knobs(sequence_length=14, val_examples=2, **rare))
+
+
+def test_a_generated_validation_set_is_checked_beside_a_generated_training_set():
+    knobs = dict(train_examples=1, val_examples=300, **FRESH, **HONEST)
+    data = Data(Knobs(sequence_length=64, **knobs))
+    short, long = data.train.lengths_N.max(), data.val.lengths_N.max()
+    assert short < long
+    with pytest.raises(UserError, match=f"validation set: examples of up to {long} exceed"):
+        Data(Knobs(sequence_length=int(short), **knobs))
+
+
+def test_a_drawn_test_set_is_refused_in_one_line(tmp_path):
+    paths = write_records(tmp_path)
+    for test_path in ("generate", f"{paths['test_path']} generate"):
+        for others in (FRESH, paths):
+            knobs = HONEST | others | dict(test_path=test_path)
+            with pytest.raises(UserError, match="only files of records can be tested") as error:
+                Data(Knobs(**knobs))
+            assert "\n" not in str(error.value)
+
+
+def test_a_resume_compares_what_the_drawn_examples_depend_on(tmp_path):
+    paths = write_records(tmp_path)
+    drawn = HONEST | dict(val_examples=9, answer_format="complement") | FRESH
+    content = lambda **knobs: Data(Knobs(**(drawn | knobs))).content
+    usual = content(test_path=paths["test_path"])
+    renamed = Path(paths["test_path"]).rename(tmp_path / "renamed.jsonl")
+    assert content(test_path=str(renamed)) == usual
+    assert content(test_path=paths["val_path"]) != usual != content()
+    (tmp_path / "large.jsonl").write_text('{"expr": "999+999", "result": 1998}\n')
+    before, after = content(), content(test_path=str(tmp_path / "large.jsonl"))
+    assert (before[1], after[1]) == (["answer digits", 3], ["answer digits", 4])
+    files = dict(train_path=paths["train_path"], answer_format="plain", num_iterations=9)
+    assert content(**files) == content(**files, test_path=str(tmp_path / "large.jsonl"))
+
+
 def test_a_generated_finite_set_has_its_size():
     small, large = (Data(Knobs(train_examples=n, **FRESH, **HONEST)) for n in (100, 250))
     assert len(small.train) == 100 and len(large.train) == 250

@@ -3,12 +3,14 @@
 import ast
 import operator
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import arithmetic
 from arithmetic import (
     BUCKET_OF,
     BUCKETS,
@@ -23,6 +25,7 @@ from arithmetic import (
     encode,
     evaluate_expr,
     hash_expr,
+    longest_problem,
     problems_of,
     read_answer,
     templates,
@@ -131,6 +134,50 @@ def test_a_split_that_is_too_small_is_refused_with_what_was_found():
         draw_split(language, np.random.default_rng(1), 50, "test")
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_larger_split_may_take_more_rounds(monkeypatch, split):
+    language = Language(operators="+-", grammar="redundant")
+    monkeypatch.setattr(arithmetic, "ROUND", 64)
+    count = 64 * 60 if split == "train" else 200
+    problems = draw_split(language, np.random.default_rng(1), count, split)
+    assert len(problems) == count
+
+
+@settings(max_examples=40, deadline=None)
+@given(languages(), st.integers(0, 2**32))
+def test_no_drawn_problem_is_longer_than_the_longest_nor_its_value_larger(language, seed):
+    problems, _ = draw(language, np.random.default_rng(seed), 300)
+    assert problems.lengths_N.max() <= longest_problem(language)
+    assert abs(problems.values_N).max() <= language.largest
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_longest_problem_does_come_up(form):
+    language = Language(
+        operators="+*", operand_min=98, answer_format=form, operands_weights="1,1,0"
+    )
+    problems, _ = draw(language, np.random.default_rng(0), 3000)
+    assert problems.lengths_N.max() == longest_problem(language)
+
+
+@pytest.mark.parametrize("n", range(2, 10))
+def test_no_value_of_ones_is_beyond_the_largest(n):
+    best = {1: 1}
+    for m in range(2, n + 1):
+        best[m] = max(max(best[i] + best[m - i], best[i] * best[m - i]) for i in range(1, m))
+    language = Language(grammar="redundant", operators="+*", operand_max=1, operands_max=n)
+    assert language.largest == best[n]
+    shipped = Language(grammar="redundant", operators="+-*", operands_max=min(n, 8))
+    assert shipped.largest == max(99 ** min(n, 8), 99 * min(n, 8))
+
+
+def test_a_value_of_ones_is_read_back():
+    language = Language(grammar="redundant", operators="+*", operand_max=1, operands_max=7)
+    language = replace(language, answer_format="reversed")
+    value = evaluate_expr("(1+1+1)*(1+1+1+1)")
+    assert read_answer(write_answer(value, language), "reversed") == value == 12
+
+
 def test_groupings_of_the_same_numbers_share_a_hash_and_other_numbers_do_not():
     same = ["1-2-3", "1-(2-3)", "(1-2)-3", "((1-2-3))"]
     assert len({hash_expr(expr) for expr in same}) == 1
@@ -204,6 +251,12 @@ def test_answer_formats_are_the_documented_ones():
     assert read_answer("12", "complement") is None and read_answer("-", "plain") is None
     assert read_answer("", "reversed") is None and read_answer("1+2", "plain") is None
     assert read_answer("", "complement_bare") is None
+
+
+def test_ranges_without_a_template_are_named_with_both_their_ends():
+    language = Language(operands_min=4, depth_min=2, operands_weights="0")
+    with pytest.raises(UserError, match="no template has 4 to 4 operands and depth 2 to 2; change"):
+        draw(language, np.random.default_rng(0), 1)
 
 
 def test_tokens_have_the_originals_ids():

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -193,6 +194,20 @@ def test_a_run_is_not_resumed_with_other_records_or_knobs(monkeypatch, tmp_path)
         redirect_stdout(StringIO()),
     ):
         train_arith.main()
+
+
+def test_a_drawn_run_is_resumed_with_the_same_test_set_by_any_name_and_with_no_other(
+    monkeypatch, tmp_path
+):
+    knobs = dict(run_id="r", train_path="generate", val_path="generate", val_examples=9)
+    knobs |= dict(num_iterations=20, save_every=5, val_every=0)
+    assert run_here(monkeypatch, tmp_path, **knobs, stop_after=5)[0] == 0
+    other = str(tmp_path / "val.jsonl")
+    with pytest.raises(UserError, match=r"other training data .*excluded expressions was 9"):
+        run_here(monkeypatch, tmp_path, **knobs, test_path=other)
+    renamed = shutil.copy(tmp_path / "test.jsonl", tmp_path / "renamed.jsonl")
+    code, text = run_here(monkeypatch, tmp_path, **knobs, test_path=str(renamed))
+    assert code == 0 and "resumed step:5 " in text
 
 
 def test_the_pilot_configuration_starts_to_learn_within_seconds(tmp_path):

@@ -68,7 +68,7 @@ def test_a_yaml_key_is_honoured_or_refused_in_one_line(tmp_path, yaml, words):
             "train_path=generate train_examples=9 answer_only_loss=1 curriculum_exact=0.5",
             "set NUM_ITERATIONS",
         ),
-        ("curriculum_exact=0.5", "CURRICULUM_EXACT sorts generated examples"),
+        ("curriculum_exact=0.5", "CURRICULUM_EXACT limits the operands of generated examples"),
         ("train_path=generate num_iterations=9 curriculum_exact=0.5", "set ANSWER_ONLY_LOSS=1"),
         ("output_dir=runs/a run_id=b", "OUTPUT_DIR=runs/a names the run, RUN_ID=b differs"),
     ],
