@@ -1056,8 +1056,7 @@ def train(cfg: Knobs, session: Session, batches: ByteBatches, val: TokenShards) 
             loss, characters = evaluate(model, val, rows, cfg, world)
             record_validation(session, model, loss, characters, model.half_lives())
         if session.should_save:
-            # First: a run killed in between resumes one checkpoint earlier and exports again.
-            export_saved(session, model)
+            export_saved(session, model)  # first: a run killed in between exports again
             session.save(state.step, **saved)
         if session.stopping:
             break
@@ -1083,8 +1082,7 @@ def train(cfg: Knobs, session: Session, batches: ByteBatches, val: TokenShards) 
         lr = cfg.lr * lr_scale(state.step, cfg) * 0.5**state.rolled_back
         state.step += 1
         figures = (state.step, train_loss, lr, grad_norms, overflow)
-        # Ranks' shares are added up; plasticity is the same on all.
-        all_finite = session.step(*figures, plasticity=model.plasticity / world.size)
+        all_finite = session.step(*figures, plasticity=model.plasticity / world.size)  # a share
         gradients *= (cfg.grad_clip / grad_norms.norm()).clamp(max=1.0)
         adam.step(lr, all_finite)
         scaler.update()
