@@ -99,7 +99,7 @@ def test_the_commands_of_the_colab_page_are_accepted_and_have_the_sizes_they_nam
 ):
     argv = [*shlex.split(line)[2:], "--data_folder", str(tmp_path), "--dry_run"]
     k = plumbing.read_knobs(train_gpu.Knobs, train_gpu.PRESETS, argv, {})
-    assert plumbing.show_plan(k, train_gpu.plan) == 0
+    assert plumbing.show_plan(k, train_gpu.plan, train_gpu.RESULTS) == 0
     size = int(
         re.search(r"^parameters: +([\d,]+)$", capsys.readouterr().out, re.M)[1].replace(",", "")
     )
