@@ -14,7 +14,7 @@ the patches, and a small recurrent decoder writes the bytes of the next patch. T
 Hebbian; a second one, by bytes, remembers what followed the last few, wherever patches begin.
 
 Size     132,716,211 parameters, 3,211,264 of them n-grams'; PRESET=phase8: 129,302,416
-Expect   docs/scaled.md: recall, bits per byte and speed as measured, with the commands
+Expect   docs/scaled.md: measured recall, bits per byte and speed, with commands
 Shapes   B rows, T bytes, N = T / 4 patches, D model width, H heads, E = D / H head width, F width
          of a memory's values, C patches of a chunk, M chunks, G histories; x_BND is (B, N, D)
 Units    SLIDING_WINDOW and half-lives in patches; losses in nats per byte; bpc means bits per BYTE
@@ -815,7 +815,7 @@ class ByteLM(nn.Module):
         self, x_BT: Tensor, y_BT: Tensor, past: State | None = None
     ) -> tuple[Tensor, State]:
         """-log p of each target byte, (B, T), in nats, and the state after x. It is 0 where a
-        target is -1, which is not scored; the byte that stands there is taken from x.
+        target is -1, which is not scored; the byte there is taken from x.
         """
         mixed = nullcontext()
         if self.dtype != torch.float32:
@@ -1056,7 +1056,7 @@ def train(cfg: Knobs, session: Session, batches: ByteBatches, val: TokenShards) 
             loss, characters = evaluate(model, val, rows, cfg, world)
             record_validation(session, model, loss, characters, model.half_lives())
         if session.should_save:
-            export_saved(session, model)  # first: a run killed in between exports again
+            export_saved(session, model)  # first: if killed in between, a resume exports again
             session.save(state.step, **saved)
         if session.stopping:
             break
@@ -1065,7 +1065,7 @@ def train(cfg: Knobs, session: Session, batches: ByteBatches, val: TokenShards) 
         session.start_clock()
         x_BT, y_BT = prefetch.get(state.step)
         carried.start_step(batches.starts_over(state.step))
-        model.plasticity.fill_(plasticity(state.step, cfg))
+        model.plasticity.fill_(plasticity(state.step, cfg))  # equal on all ranks, logged as a sum
         train_loss = torch.zeros((), device=world.device)
         for first in range(0, len(x_BT), rows):
             part = slice(first, first + rows)
@@ -1082,7 +1082,7 @@ def train(cfg: Knobs, session: Session, batches: ByteBatches, val: TokenShards) 
         lr = cfg.lr * lr_scale(state.step, cfg) * 0.5**state.rolled_back
         state.step += 1
         figures = (state.step, train_loss, lr, grad_norms, overflow)
-        all_finite = session.step(*figures, plasticity=model.plasticity / world.size)  # a share
+        all_finite = session.step(*figures, plasticity=model.plasticity / world.size)
         gradients *= (cfg.grad_clip / grad_norms.norm()).clamp(max=1.0)
         adam.step(lr, all_finite)
         scaler.update()
