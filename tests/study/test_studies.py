@@ -107,4 +107,4 @@ def test_the_commands_of_the_colab_page_are_accepted_and_have_the_sizes_they_nam
 
 
 def test_there_are_commands_to_check():
-    assert len(COLAB) >= 5 and {p.stem for p in STUDIES} >= {"mini", "gating", "hamt", "scaled"}
+    assert len(COLAB) >= 3 and {p.stem for p in STUDIES} >= {"mini", "gating", "hamt", "scaled"}
