@@ -1,25 +1,31 @@
-"""train_gpu.py -- HAMT: a language model whose layers keep a holographic associative memory.
+r"""train_gpu.py -- HAMT: a language model whose layers keep a holographic associative memory.
 
-    python train_gpu.py --hidden_dim 512 --hcm_dim 2048 --num_layers 8 --num_slots 16 \\
+    python train_gpu.py --hidden_dim 512 --hcm_dim 2048 --num_layers 8 --num_slots 16 \
         --dataset wikitext-103 --batch_size 128 --mixed_precision bf16 --compile_model
     torchrun --standalone --nproc_per_node=8 train_gpu.py --preset 124m --dataset wikitext-103
     python train_gpu.py --preset 100m --mixer attention     the rotary transformer of the same size
     python train_gpu.py --preset demo                       a CPU, a minute, no download
+    DATA=FILE_OR_FOLDER TOKENIZER=bytes python train_gpu.py --preset 33m    your own text
+
+A knob is set as N_EMBD=512 or --n_embd 512; the original's names, as in line one, are aliases.
+Losses go to logs/RUN_ID.txt, logs/RUN_ID/metrics.csv and a row of experiments/results_hamt.csv.
 
 A layer writes an item v of each token, bound to a key k of unit modulus, into S slots, and reads
-with the conjugate of a query: M_t = decay_t * M_{t-1} + w_t (k_t v_t), r_t = conj(q_t) (a_t M_t).
-The output is W_o(norm(r_t) silu(g_t)). Addresses and slots are a gated linear attention; so a layer
-is bind, gated_linear_attention, unbind. The state M is all that it keeps of the past, however long.
+with the conjugate of a query q: M_t = decay_t * M_{t-1} + w_t (k_t v_t), r_t = conj(q_t) (a_t M_t).
+The output is W_o(norm(r_t) silu(g_t)). A layer is bind, gated_linear_attention, unbind. It keeps M,
+3 inputs of the convolution and the position, however long the past is.
 
-Expect   PRESET=demo: val_loss falls from 5.5 to 1.64 nats per byte (n=1); docs/hamt.md has more
+Expect   --preset demo: val_loss falls from 5.5 to 1.64 nats per byte (n=1); see docs/hamt.md
 Shapes   B sequences, T tokens, C model width, D memory width (D/2 complex bins), H heads, E = D / H
          values of a head, K = E / 2 bins of a head, S slots of a head, L tokens of a chunk,
-         N chunks (in the loss: tokens of a micro-batch), V vocabulary, X any width
+         J chunks, N tokens of a micro-batch, V vocabulary, P parameter tensors, X any width
 Units    losses in nats per token unless the name says otherwise; phases in radians
-Raises   UserError (one line, exit code 2) for a bad knob, text or checkpoint, before training
+Raises   UserError (one line, exit code 2) for bad input; read_knobs makes it of a ValueError
 Sources  holographic reduced representations: Plate 1995; keys of unit modulus: Ganesan et al.,
          arXiv 2109.02157; chunks and decay: GLA, arXiv 2312.06635; convolution: Mamba, 2312.00752
-Shared   plumbing/ keeps the run alive; what of it moves a loss is text_batches.py, the token order
+Shared   plumbing/ keeps the run alive; what of it moves a loss is text_batches.py (token order and
+         random bits) and row_states.py (CARRY_STATE)
+Marks    "same as train_gpt.py": a copy, which a test compares; "differs": what is unlike there
 """
 
 import hashlib
@@ -46,14 +52,14 @@ from plumbing.world import World, flat_gradients, join_world, launch
 # ---------------- Knobs
 
 # fmt: off
-PRESETS = {  # the name's size within 3%, with the GPT-2 vocabulary and for both mixers
-    "seed": {},
+PRESETS = {  # A size is the parameters of either mixer, within 3%, with GPT-2's vocabulary.
+    "original": {},
     "33m": dict(n_embd=384, hcm_dim=384, n_layer=8, num_slots=8, n_head=6),
     "50m": dict(n_embd=512, hcm_dim=512, n_layer=8, num_slots=8, n_head=4),
     "100m": dict(n_embd=640, hcm_dim=1536, n_layer=10, num_slots=16, n_head=4),
     "124m": dict(n_embd=768, hcm_dim=768, n_layer=12, num_slots=16, n_head=4),
     "200m": dict(n_embd=896, hcm_dim=2048, n_layer=12, num_slots=16, n_head=4),
-    # bytes of Python's own documentation, on a CPU
+    # The bytes of Python's own documentation, on a CPU
     "demo": dict(
         device="cpu", precision="fp32", data="embedded", tokenizer="bytes",
         n_embd=128, hcm_dim=128, n_layer=2, num_slots=16, n_head=4, dropout=0.0,
@@ -61,7 +67,7 @@ PRESETS = {  # the name's size within 3%, with the GPT-2 vocabulary and for both
         val_every=50, save_every=100, max_val_samples=256),
 }
 # fmt: on
-# These move no loss, so a resumed run may have others.
+# These move a loss by rounding at most, so a resumed run may have others.
 RESUME_MAY_DIFFER = [*TEXT_RUN_KNOBS, "preset", "device_batch_size", "gradient_checkpointing"]
 RESUME_MAY_DIFFER += ["chunk_length", "kernel"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -69,37 +75,39 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Knobs(TextRunKnobs):
-    preset: str = knob("seed", "named set of defaults", choices=tuple(PRESETS))
+    preset: str = knob("original", "named set of defaults", choices=tuple(PRESETS))
     mixer: str = knob("hamt", "what mixes tokens", choices=("hamt", "attention"), group="model")
     n_embd: int = knob(512, "model width, in channels", low=2)
     hcm_dim: int = knob(2048, "memory width in real numbers, two of them for a complex bin", low=2)
     n_layer: int = knob(8, "number of blocks", low=1)
     n_head: int = knob(8, "number of heads, each with addresses and phases of its own", low=1)
     num_slots: int = knob(16, "number of slots of a head's memory", low=1)
-    conv: bool | None = knob(None, "convolve 4 tokens before mixing; auto: hamt", none="auto")
+    conv: bool | None = knob(None, "convolve 4 tokens first; auto: on for hamt", none="auto")
     use_gating: bool = knob(True, "gate the memory's read with SiLU")
-    slowest_decay: float = knob(2**-7, "smallest forgetting of a token", above=0, high=0.25)
-    memory: str = knob("on", "off reads zero, local own writes", choices=("on", "local", "off"))
+    slowest_decay: float = knob(
+        2**-7, "fraction that the slowest slot forgets per token at the start", above=0, high=0.25
+    )
+    memory: str = knob("on", "what reads find; local: own write", choices=("on", "local", "off"))
     chunk_length: int = knob(64, "tokens of a chunk, for speed only", low=1, high=128)
     kernel: str = knob("plain", "fla: kernels of fla-core, on CUDA", choices=("plain", "fla"))
-    dropout: float = knob(0.1, "of embeddings, mixer and FFN outputs", low=0, high=0.95)
+    dropout: float = knob(0.1, "rate for embeddings and layer outputs", low=0, high=0.95)
     use_auxiliary_loss: bool = knob(False, "also train recall of earlier items")
-    aux_loss_weight: float = knob(0.1, "weight of that loss, of which no report tells", low=0)
+    aux_loss_weight: float = knob(0.1, "weight of that loss; train_loss omits it", low=0)
     batch_size: int = knob(16, "sequences per step, over all ranks", low=1, group="batch")
     device_batch_size: int | None = knob(None, "sequences per micro-batch", low=1, none="auto")
     sequence_length: int = knob(1024, "tokens per sequence", low=1)
-    carry_state: bool = knob(False, "each row goes on in its text from its last state")
+    carry_state: bool = knob(False, "each row goes on from its state after the last step")
     num_epochs: int = knob(10, "passes over the data", low=1, group="schedule")
-    num_iterations: int | None = knob(None, "optimizer steps instead", low=0, none="auto")
+    num_iterations: int | None = knob(None, "steps; auto: by NUM_EPOCHS", low=0, none="auto")
     time_budget_s: float | None = knob(None, "run the schedule on this time", above=0, none="off")
     use_scheduler: bool = knob(True, "cosine from the peak rate to a tenth of it")
-    warmup_iters: int | None = knob(None, "steps of warm-up; auto: 2%", low=0, none="auto")
+    warmup_iters: int | None = knob(None, "auto: 2% of the steps, at most 1000", low=0, none="auto")
     lr: float = knob(3e-4, "peak learning rate of AdamW", low=0)
-    weight_decay: float = knob(0.01, "of matrices only", low=0)
+    weight_decay: float = knob(0.01, "decay of matrices; others have none", low=0)
     grad_clip: float = knob(1.0, "largest norm of the gradient; 0: no clipping", low=0)
     seed: int = knob(1337, "seed of initial weights, order of the data and dropout", low=0)
     precision: str = knob("fp16", "of matrix products", choices=tuple(DTYPES), group="machine")
-    gradient_checkpointing: bool = knob(False, "keep a block's input, and compute it again")
+    gradient_checkpointing: bool = knob(False, "save memory: compute a block twice")
     results_file: str = knob(str(ROOT / "experiments/results_hamt.csv"), "file with a row per run")
 
     def __post_init__(self):
@@ -112,6 +120,8 @@ class Knobs(TextRunKnobs):
             raise ValueError("KERNEL=fla needs a GPU; with DEVICE=cpu use plain")
         if self.mixer == "attention" and self.n_embd % (2 * self.n_head):
             raise ValueError(f"N_EMBD={self.n_embd} must be {wants}")
+        if self.use_auxiliary_loss and self.sequence_length == 1:
+            raise ValueError("USE_AUXILIARY_LOSS=1 needs SEQUENCE_LENGTH=2 or more")
         uses_memory = self.use_auxiliary_loss or self.memory != "on" or self.carry_state
         if self.mixer == "attention" and uses_memory:
             raise ValueError(
@@ -125,8 +135,8 @@ class Knobs(TextRunKnobs):
 
     @property
     def ffn_width(self) -> int:
-        """4 times the model width; with attention so much more that both mixers' models are equal
-        in parameters.
+        """4 times the model width; with attention wider or narrower, so that both mixers have the
+        same number of parameters up to rounding.
         """
         width = 4 * self.n_embd
         if self.mixer == "attention":
@@ -141,7 +151,7 @@ class Knobs(TextRunKnobs):
 
 CONV_LENGTH = 4  # tokens
 INIT_STD = 0.02
-MAX_DECAY = 1.0  # nats per token: keeps the exponents of a chunk of 128 tokens within +-64
+MAX_DECAY = 1.0  # limit of -log(decay): exponents of 128 tokens stay within +-64
 
 
 # same as train_gpt.py
@@ -150,7 +160,7 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 def autocast(x: Tensor, dtype: torch.dtype) -> torch.autocast:
-    """Products in this dtype; fp32 switches it off. A tensor without data counts as a CPU's."""
+    """Makes products in this dtype; fp32 leaves them alone. A meta tensor counts as a CPU's."""
     device_type = "cuda" if x.is_cuda else "cpu"
     return torch.autocast(device_type, dtype, enabled=dtype != torch.float32)
 
@@ -163,18 +173,18 @@ def key_of(phase: Tensor) -> tuple[Tensor, Tensor]:
 
 def bind(item: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Multiply by a key of unit modulus, made by key_of(). Real parts come first, then imaginary
-    parts. Of spectra, it is the circular convolution of what they are the spectra of.
+    parts. A product of two spectra is the circular convolution of the two vectors.
     """
     return item * cos + item.roll(item.size(-1) // 2, -1) * sin
 
 
 def unbind(bound: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Multiply by the conjugate key: what this key had bound comes back as it was."""
+    """Multiply by the conjugate key, which undoes bind. (Tensor.unbind is torch's.)"""
     return bound * cos - bound.roll(bound.size(-1) // 2, -1) * sin
 
 
 def phases_of_positions(position: Tensor, T: int, bins: int, turning: int) -> Tensor:
-    """(T, bins) of tokens from `position` on: `turning` bins turn at rotary's frequencies. The
+    """(T, bins) for tokens from `position` on; the first `turning` bins turn as rotary's do. The
     products are fp64 and reduced to one turn: position 10^6 is as precise as position 1.
     """
     index = torch.arange(bins, dtype=torch.float64, device=position.device)
@@ -184,14 +194,14 @@ def phases_of_positions(position: Tensor, T: int, bins: int, turning: int) -> Te
 
 
 def causal_conv(x_BTX: Tensor, kernel_4X: Tensor, past_B3X: Tensor) -> tuple[Tensor, Tensor]:
-    """Depthwise causal convolution behind the last inputs so far, and the last inputs after it."""
+    """Depthwise convolution of the past inputs and x, and the last inputs, for what follows."""
     x_BTX = torch.cat([past_B3X, x_BTX], dim=1)
     y_BXT = F.conv1d(x_BTX.mT, kernel_4X.mT[:, None], groups=x_BTX.size(2))
     return y_BXT.mT, x_BTX[:, 1 - CONV_LENGTH :]
 
 
 def dropout_mask(seed_B: Tensor, shape: tuple[int, ...], p: float) -> Tensor:
-    """(B, *shape) bool: what is kept, each element with probability 1 - p."""
+    """(B, *shape) bool: True where kept, each with probability 1 - p."""
     bits = random_bits(seed_B, math.prod(shape))
     return (bits >= int(p * 2**63)).view(-1, *shape)
 
@@ -206,18 +216,19 @@ def dropout(x: Tensor, kept: Tensor | None, p: float) -> Tensor:
 def gated_linear_attention(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, L: int
 ) -> tuple[Tensor, Tensor]:
-    """Reads (B, T, H, E) and the state (B, H, S, E) behind the last token.
+    """Reads (B, T, H, E) and the state (B, H, S, E) after the last token.
 
     state_t = exp(log_decay_t) * state_{t-1} + k_t v_t^T and read_t = q_t state_t, per head, for
-    q, k and log_decay (B, T, H, S). Exact for every chunk length L. Products of values have the
-    type of v; the state and what stands in an exponent have that of the state.
+    q, k and log_decay (B, T, H, S). In the header, q and k are the addresses a and w, and v is the
+    bound item k v. Every chunk length L gives the same up to rounding. Products with v have its
+    type; the rest, and all for a single token, has the type of the state.
     """
     T = v.size(1)
     if T == 1:
         return recurrent_step(q, k, v, log_decay, state)
     L = min(L, T)
     num_chunks = -(-T // L)
-    group = 1  # chunks that form one of the second level
+    group = 1  # chunks in one of the second level
     if num_chunks > 256:
         group = 2 ** (num_chunks.bit_length() // 2)
     missing = -T % (L * group)
@@ -229,7 +240,7 @@ def gated_linear_attention(
     centred = since_start - middle
     falling = centred.exp()
     q_falling = q * falling
-    k_rising = k * (-centred).exp()  # whose gradient overflows later than a reciprocal's
+    k_rising = k * (-centred).exp()  # the gradient of 1 / falling overflows sooner
     k_at_end = k_rising * falling[:, :, :, -1:]
     scores = (q_falling @ k_rising.mT).tril()
     added = (k_at_end.type_as(v).mT @ v).type_as(state)
@@ -243,14 +254,14 @@ def gated_linear_attention(
 def recurrent_step(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """gated_linear_attention of one token, as it is defined."""
+    """gated_linear_attention of one token, by its definition."""
     q, k, v, log_decay = (x.transpose(1, 2).type_as(state) for x in (q, k, v, log_decay))
     state = state * log_decay.exp().mT + k.mT @ v
     return (q @ state).transpose(1, 2), state
 
 
 def in_chunks(x_BTHX: Tensor, L: int, missing: int) -> Tensor:
-    """(B, H, N, L, X), filled up behind with tokens that write and forget nothing."""
+    """(B, H, J, L, X). Zeros fill up the last chunk: tokens that write and forget nothing."""
     if missing > 0:
         x_BTHX = F.pad(x_BTHX, (0, 0, 0, 0, 0, missing))
     return x_BTHX.unflatten(1, (-1, L)).permute(0, 3, 1, 2, 4)
@@ -259,14 +270,13 @@ def in_chunks(x_BTHX: Tensor, L: int, missing: int) -> Tensor:
 def states_between(
     added: Tensor, log_decay: Tensor, state: Tensor, group: int
 ) -> tuple[Tensor, Tensor]:
-    """(B, H, N, S, E) states before each of N chunks, and the one after the last.
+    """(B, H, J, S, E) states before each of J chunks, and the one after the last.
 
-    A state after a chunk is exp(log_decay) * the one before it + added. The work of decayed_sums
-    grows with the square of N, so that many chunks are put into groups: it is used within the
-    groups, and for what is between them.
+    A state after a chunk is exp(log_decay) * the state before it + added. decayed_sums does work
+    that grows with J squared. So it sums many chunks in groups, and then between the groups.
     """
     if group == 1:
-        added = torch.cat([state[:, :, None], added], dim=2)  # the first state is added to nothing
+        added = torch.cat([state[:, :, None], added], dim=2)  # added to an empty state
         after = decayed_sums(added, F.pad(log_decay, (0, 0, 1, 0)))
         return after[:, :, :-1], after[:, :, -1]
     added, log_decay = added.unflatten(2, (-1, group)), log_decay.unflatten(2, (-1, group))
@@ -277,14 +287,14 @@ def states_between(
 
 
 def decayed_sums(added: Tensor, log_decay: Tensor) -> Tensor:
-    """(..., n, S, E): after each of n chunks, what is left of all that was added so far.
+    """(..., J, S, E): after each of J chunks, what is left of all that was added so far.
 
-    log_decay is (..., n, S). Each pair of chunks has a sum of what lies between them: a difference
-    of two long sums would lose what is small in them.
+    log_decay is (..., J, S). It is summed anew for each pair of chunks: a difference of two long
+    sums would lose the small terms.
     """
     steps = log_decay.mT[..., None].expand(*log_decay.mT.shape, log_decay.size(-2))
-    weight_SNN = steps.tril(-1).cumsum(-2).exp().tril()
-    return torch.einsum("...snj,...jse->...nse", weight_SNN, added)
+    weight_SJJ = steps.tril(-1).cumsum(-2).exp().tril()
+    return torch.einsum("...sij,...jse->...ise", weight_SJJ, added)
 
 
 def fla_attention(
@@ -307,22 +317,22 @@ def parameter(*shape: int) -> nn.Parameter:
 class Memory(nn.Module):
     """The holographic layer: bind, gated linear attention over slots, unbind.
 
-    One key and one address of a token serve writing and reading: recall is learned far sooner than
-    with projections of their own (docs/hamt.md).
+    One projection makes the keys of writing and of reading, and one makes both addresses; only the
+    convolution tells the two apart. Recall is learned far sooner so (docs/hamt.md).
     """
 
     def __init__(self, cfg: Knobs):
         super().__init__()
         self.cfg = cfg
-        C, D, K, slots = cfg.n_embd, cfg.hcm_dim, cfg.hcm_dim // 2, cfg.n_head * cfg.num_slots
-        # Rows of in_proj: item, key, address, decay, gate
-        self.widths = [D, K, slots, slots, D if cfg.use_gating else 0]
-        # Of the convolution: item, write key, read key, write address, read address
-        self.conv_widths, self.conv_lags = [D, K, K, slots, slots], (0, 1, 0, 1, 0)
+        C, D, bins, slots = cfg.n_embd, cfg.hcm_dim, cfg.hcm_dim // 2, cfg.n_head * cfg.num_slots
+        # Rows of in_proj make item, key, address, forget logit, gate.
+        self.widths = [D, bins, slots, slots, D if cfg.use_gating else 0]
+        # Its channels are item, write key, read key, write address, read address.
+        self.conv_widths, self.conv_lags = [D, bins, bins, slots, slots], (0, 1, 0, 1, 0)
         self.in_proj = parameter(sum(self.widths), C)
         self.out_proj = parameter(C, D)
         self.norm = parameter(D)
-        if cfg.conv is not False:
+        if cfg.conv is not False:  # not has_conv: ffn_width builds a memory for attention's size
             self.conv_kernel = parameter(CONV_LENGTH, sum(self.conv_widths))
         self.decay_bias = parameter(cfg.n_head, cfg.num_slots)
 
@@ -335,24 +345,24 @@ class Memory(nn.Module):
     def forward(
         self, x_BTC: Tensor, state: tuple[Tensor, ...], phase_TK: Tensor, seed_B: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
-        """The output (B, T, C), the state behind the last token, and the auxiliary loss."""
+        """The output (B, T, C), the state after the last token, and the auxiliary loss."""
         cfg, (memory, past), D = self.cfg, state, self.cfg.hcm_dim
         made = F.linear(x_BTC, self.in_proj)
-        with autocast(x_BTC, torch.float32):  # phases, decays and the state stay fp32
-            item, key, address, decay, gate = made.type_as(memory).split(self.widths, dim=-1)
+        with autocast(x_BTC, torch.float32):  # for phases, decays and the state
+            item, key, address, forget_logit, gate = made.type_as(memory).split(self.widths, -1)
             mixed = torch.cat([item, key, key, address, address], dim=-1)
             if cfg.has_conv:
                 mixed, past = causal_conv(mixed, self.conv_kernel, past)
-            item, keys, addresses = mixed.split([D, D, 2 * decay.size(-1)], dim=-1)
+            item, keys, addresses = mixed.split([D, D, 2 * address.size(-1)], dim=-1)
             item = item.unflatten(-1, (cfg.n_head, -1))
             keys = key_of(keys.unflatten(-1, (2, cfg.n_head, -1)) + phase_TK[:, None, None])
             write, read = addresses.unflatten(-1, (2, cfg.n_head, -1)).softmax(-1).unbind(2)
             (cos, cos_read), (sin, sin_read) = keys[0].unbind(2), keys[1].unbind(2)
-            decay = decay.unflatten(-1, (cfg.n_head, -1)) + self.decay_bias
-            log_decay = -MAX_DECAY * decay.sigmoid()
+            forget_logit = forget_logit.unflatten(-1, (cfg.n_head, -1)) + self.decay_bias
+            log_decay = -MAX_DECAY * forget_logit.sigmoid()
             bound = bind(item, cos, sin).type_as(made)
-            written = (write, bound, log_decay, memory, cfg.chunk_length)
-            found, memory = self.recall(read, *written)
+            written = dict(write=write, bound=bound, log_decay=log_decay, memory=memory)
+            found, memory = self.recall(read, **written)
             aux = None
             if self.training and cfg.use_auxiliary_loss:
                 aux = self.delayed_recall(item, cos, sin, written, seed_B)
@@ -361,31 +371,33 @@ class Memory(nn.Module):
                 y = y * F.silu(gate)
         return F.linear(y.type_as(made), self.out_proj), (memory, past), aux
 
-    def recall(self, read: Tensor, write: Tensor, bound: Tensor, *rest) -> tuple[Tensor, Tensor]:
-        """What the read addresses find, still bound, and the state behind the last token."""
+    def recall(
+        self, read: Tensor, write: Tensor, bound: Tensor, log_decay: Tensor, memory: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What the read addresses find, still bound, and the memory after the last token."""
         if self.cfg.memory == "on":
             attend = fla_attention if self.cfg.kernel == "fla" else gated_linear_attention
-            return attend(read, write, bound, *rest)
-        state = rest[1]
+            return attend(read, write, bound, log_decay, memory, self.cfg.chunk_length)
         if self.cfg.memory == "local":  # a control: what each token finds of its own write
-            return (read * write).sum(-1, keepdim=True) * bound, state
-        return torch.zeros_like(bound), state
+            return (read * write).sum(-1, keepdim=True) * bound, memory
+        return torch.zeros_like(bound), memory
 
     def delayed_recall(
-        self, item: Tensor, cos: Tensor, sin: Tensor, written: tuple, seed_B: Tensor
+        self, item: Tensor, cos: Tensor, sin: Tensor, written: dict[str, Tensor], seed_B: Tensor
     ) -> Tensor:
         """1 - cosine between an earlier item and what its own key and address still find of it.
 
-        One item is drawn for each token but the first, from those before it. Blind to scale, so
-        that nothing is gained by making items small.
+        One item is drawn for each token but the first, from those before it. The loss is blind to
+        scale, so that nothing is gained by making items small.
         """
         T = item.size(1)
         earlier = torch.arange(T, device=item.device).clamp(min=1)  # how many there are to draw
         drawn = random_bits(seed_B, T).remainder(earlier)[..., None, None]
         address, cos, sin, item = (
-            x.gather(1, drawn.expand(-1, -1, *x.shape[2:])) for x in (written[0], cos, sin, item)
+            x.gather(1, drawn.expand(-1, -1, *x.shape[2:]))
+            for x in (written["write"], cos, sin, item)
         )
-        found = unbind(self.recall(address, *written)[0], cos, sin)
+        found = unbind(self.recall(address, **written)[0], cos, sin)
         return 1 - F.cosine_similarity(found, item.detach(), dim=-1)[:, 1:].mean()
 
 
@@ -480,7 +492,7 @@ class Model(nn.Module):
         return State(position, [block.mixer.empty_state(B) for block in self.blocks])
 
     def kept(self, seed_B: Tensor, x_BTC: Tensor) -> Tensor | None:
-        """What dropout keeps. Drawn outside of the compiled block, which then has fewer parts."""
+        """What dropout keeps; drawn outside of the compiled block, to keep that small."""
         if not self.training or self.cfg.dropout == 0:
             return None
         return self.dropout_mask(seed_B, x_BTC.shape[1:], self.cfg.dropout)
@@ -493,7 +505,7 @@ class Model(nn.Module):
     def hidden(
         self, x_BT: Tensor, state: State, seed_B: Tensor | None = None
     ) -> tuple[Tensor, State, Tensor]:
-        """What the head reads (B, T, C), the state behind the last token, the auxiliary loss.
+        """What the head reads (B, T, C), the state after the last token, the auxiliary loss.
 
         seed_B, int64, decides what is drawn at random in training.
         """
@@ -521,7 +533,7 @@ class Model(nn.Module):
         self, x_BT: Tensor, y_BT: Tensor, state: State | None = None, seed_B: Tensor | None = None
     ) -> tuple[Tensor, Tensor, State]:
         """Summed cross-entropy in nats over the targets that are not -1, the auxiliary loss, and
-        the state behind the last token.
+        the state after the last token.
         """
         state = self.empty_state(len(x_BT)) if state is None else state
         h_BTC, state, aux = self.hidden(x_BT, state, seed_B)
@@ -531,7 +543,7 @@ class Model(nn.Module):
         return LinearCrossEntropy.apply(*arguments), aux, state
 
     def stream(self, x_BT: Tensor, state: State) -> tuple[Tensor, State]:
-        """Logits (B, T, V) of tokens that follow those of `state`, and the state behind them."""
+        """Logits (B, T, V) of tokens that follow those of `state`, and the state after them."""
         h_BTC, state, _ = self.hidden(x_BT, state)
         logits = F.linear(h_BTC, self.wte)
         return logits if logits.dtype == torch.float64 else logits.float(), state
@@ -544,19 +556,19 @@ class Model(nn.Module):
 @torch.no_grad()
 def init_weights(model: Model, cfg: Knobs) -> None:
     """N(0, INIT_STD), divided by sqrt(2 layers) for what adds to the residual stream. Each tensor
-    has its own generator, made of seed and name, so that one that is off moves no other.
+    has its own generator, made of seed and name, so that leaving one out changes no other.
     """
     for name, p in model.named_parameters():
         if p.dim() == 1:
             p.fill_(1.0)
-        elif name.endswith("decay_bias"):  # slot by slot, evenly on a logarithmic scale
+        elif name.endswith("decay_bias"):  # from 1/4 to SLOWEST_DECAY, evenly on a log scale
             spread = torch.linspace(2, -math.log2(cfg.slowest_decay), p.size(1))
             rate = -torch.log1p(-(2.0**-spread)) / MAX_DECAY
             p.copy_((rate / (1 - rate)).log().expand_as(p))
         else:
             is_output = name.endswith(("out_proj", "down_proj"))
             std = INIT_STD / math.sqrt(2 * cfg.n_layer) if is_output else INIT_STD
-            seed_name = name  # the names that published numbers were drawn by
+            seed_name = name  # by names of published runs
             for now, then in (("in_proj", "inp"), ("conv_kernel", "taps"), ("_proj", "")):
                 seed_name = seed_name.replace(now, then)
             digest = hashlib.sha256(f"{cfg.seed} {seed_name}".encode()).digest()
@@ -567,9 +579,9 @@ def init_weights(model: Model, cfg: Knobs) -> None:
 
 
 def prepare_recall(mixer: nn.Module, cfg: Knobs) -> None:
-    """What recall needs at the start (measured: docs/hamt.md). Where there is a convolution, what
-    is written is found by the token before it, and a read is made by its own token, in both
-    mixers. A memory's phases spread over the circle, and its addresses differ.
+    """Gives the weights what recall needs at the start (measured: docs/hamt.md). A memory's phases
+    spread over the circle, and its addresses differ. A convolution starts so that an item has the
+    key of the token before it: what followed a token is found by that token.
     """
     if cfg.mixer == "hamt":
         for part in mixer.in_proj.split(mixer.widths)[1:3]:  # key and address
@@ -599,8 +611,7 @@ def chunk_loss_and_gradient(logits_NV: Tensor, target_N: Tensor) -> tuple[Tensor
 
 # same as train_gpt.py
 class LinearCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of a linear head, a chunk of rows at a time: of the (N, V) logits, 13 GB
-    in fp32 at full size, only a chunk exists.
+    """Summed cross-entropy of a linear head, a chunk of rows at a time: never all (N, V) logits.
 
     Gradients are formed in the forward pass, while a chunk's logits are there, and scaled in the
     backward pass. Products have the dtype of `hidden`; sums are fp32.
@@ -615,7 +626,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         if with_gradient:
             grad_hidden = torch.empty_like(hidden_NC)
             grad_weight = torch.zeros_like(weight_VC)
-            ctx.save_for_backward(grad_hidden, grad_weight)
+            ctx.save_for_backward(grad_hidden, grad_weight)  # torch reads them at the end
         chunk_rows = LinearCrossEntropy.CHUNK_ROWS
         if not hidden_NC.is_cuda:  # where more rows are no faster
             chunk_rows = min(chunk_rows, 2**26 // len(weight))
@@ -663,7 +674,7 @@ class AdamW(torch.optim.AdamW):
         super().step()
 
 
-# differs: an epoch's length decides where NUM_ITERATIONS is auto
+# differs: total_steps is given, as epochs can decide it
 def schedule_position(step: int, spent_s: float, total_steps: int, cfg: Knobs) -> float:
     """Where the schedule stands, in steps; with TIME_BUDGET_S, by the time that is spent."""
     if cfg.time_budget_s is None:
@@ -723,7 +734,7 @@ def flops_per_token(model: Model, cfg: Knobs) -> int:
     return flops + 6 * cfg.n_layer * (L * cfg.n_head * S + L * D + 2 * S * D)
 
 
-# differs: the forward pass returns a state and an auxiliary loss, too
+# differs: the forward pass also returns an auxiliary loss and a state
 def probe_backward(model: Model, rows: int) -> None:
     """Forward and backward pass of a micro-batch of zeros, to measure its memory."""
     x = torch.zeros(rows, model.cfg.sequence_length, dtype=torch.long, device=model.wte.device)
@@ -753,17 +764,17 @@ def plan(cfg: Knobs, world: World) -> dict[str, object]:
 # same as train_gpt.py
 @dataclass
 class TrainState:
-    """With model, optimizers, scaler and session.spent_s all that the next step depends on."""
+    """With model, optimizer, scaler, row states and session.spent_s all that a step depends on."""
 
     step: int = 0
 
 
 # differs: what dropout keeps is drawn by a function of its own
 def compile_model(model: Model) -> None:
-    """One compiled block serves all of them; the loop over chunks of the loss stays outside."""
+    """Compiles blocks, which are alike: one compilation serves all from a cold start."""
     for block in model.blocks:
         block.compile(dynamic=False)
-    model.chunk_loss = torch.compile(chunk_loss_and_gradient, dynamic=False)
+    model.chunk_loss = torch.compile(chunk_loss_and_gradient, dynamic=False)  # without its loop
     model.dropout_mask = torch.compile(dropout_mask, dynamic=False)
 
 
@@ -779,10 +790,11 @@ def train(cfg: Knobs, session: Session, batches: TextBatches, splits: dict[str, 
     if cfg.compile:
         compile_model(model)
     rows = choose_rows(cfg, world, model, probe_backward)  # sequences of a micro-batch
-    gradients.zero_()  # of the probe
-    carried = model.empty_state if cfg.carry_state else None
-    states, state = RowStates(carried, cfg.batch_size, world), TrainState()
-    saved = dict(model=model, adam=adam, scaler=scaler, states=states, state=state)
+    gradients.zero_()  # of choose_rows's trial
+    empty_state = model.empty_state if cfg.carry_state else None
+    row_states = RowStates(empty_state, cfg.batch_size, world)
+    state = TrainState()
+    saved = dict(model=model, adam=adam, scaler=scaler, states=row_states, state=state)
     session.row["device_batch_size"] = rows
     facts = {"mixer": mixer_words(cfg), "rows": rows, "data": batches.summary}
     facts["state"] = f"{model.empty_state(1).num_bytes:,} bytes per sequence, before any token"
@@ -803,11 +815,11 @@ def train(cfg: Knobs, session: Session, batches: TextBatches, splits: dict[str, 
 
         # -------- clock running: one optimizer step --------
         session.start_clock()
-        states.start_step(is_new_epoch=state.step % batches.epoch_steps == 0)
-        train_loss, aux_loss = torch.zeros(2, device=world.device).unbind()
+        row_states.start_step(is_new_epoch=state.step % batches.epoch_steps == 0)
+        train_loss, aux_loss = torch.zeros(2, device=world.device)
         for part, (x_BT, y_BT, seed_B) in micro_batches(prefetch.get(state.step), rows):
-            loss, aux, row_states = model(x_BT, y_BT, states.take(part), seed_B)
-            states.put(part, row_states)
+            loss, aux, new_states = model(x_BT, y_BT, row_states.take(part), seed_B)
+            row_states.put(part, new_states)
             loss = loss / batches.batch_tokens
             aux = aux * len(x_BT) / cfg.batch_size
             scaler.scale(loss + cfg.aux_loss_weight * aux).backward()
@@ -816,7 +828,7 @@ def train(cfg: Knobs, session: Session, batches: TextBatches, splits: dict[str, 
         world.all_reduce(gradients)  # each rank has added its share of the batch's mean
         scaler.unscale_(adam)
         grad_norms = torch.stack(torch._foreach_norm([p.grad for p in model.parameters()]))
-        overflow = ~grad_norms.isfinite().all() & scaler.is_enabled()  # fp16: skipped, no fault
+        overflow = ~grad_norms.isfinite().all() & scaler.is_enabled()  # fp16 skips such a step
         lr = cfg.lr * lr_scale(position, total_steps, cfg)
         state.step += 1
         metrics = {"aux_loss": aux_loss} if cfg.use_auxiliary_loss else {}

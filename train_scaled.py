@@ -1,21 +1,28 @@
-"""train_scaled.py -- a 129M byte-level language model: attention windows and decaying memories.
+"""train_scaled.py -- a 133M byte-level language model: attention windows and decaying memories.
 
     PRESET=demo python train_scaled.py                       a laptop, a minute, no download
     nohup python3 -u train_scaled.py > training_scaled_50k.log 2>&1 &      one GPU, 50,000 steps
+    DATA=my.txt python train_scaled.py                       your own text
     DATA=wikipedia:tr torchrun --standalone --nproc_per_node=2 train_scaled.py
     DATA=texts/ PRESET=phase8 python train_scaled.py         the original, in exact mathematics
 
-Text is cut into patches of 4 bytes. Blocks of window attention beside a decaying memory pass over
-the patches, and a small recurrent decoder writes the bytes of the next patch. A second memory, by
-bytes, remembers what followed the last few bytes, wherever patches begin.
+After a crash start the same command with RUN_ID=NAME, the run's folder in logs/, and with >> for >:
+it goes on from the last checkpoint.
 
-Expect   docs/scaled.md has what was measured: recall, bits per byte, speed, with the commands
+Text is cut into patches of 4 bytes. Blocks of window attention beside a decaying memory pass over
+the patches, and a small recurrent decoder writes the bytes of the next patch. The memory is
+Hebbian; a second one, by bytes, remembers what followed the last few, wherever patches begin.
+
+Size     132,716,211 parameters, 3,211,264 of them n-grams'; PRESET=phase8: 129,302,416
+Expect   docs/scaled.md: recall, bits per byte and speed as measured, with the commands
 Shapes   B rows, T bytes, N = T / 4 patches, D model width, H heads, E = D / H head width, F width
          of a memory's values, C patches of a chunk, M chunks, G histories; x_BND is (B, N, D)
-Units    SLIDING_WINDOW and half-lives in patches; losses in nats per byte, bpc in bits per byte
+Units    SLIDING_WINDOW and half-lives in patches; losses in nats per byte; bpc means bits per BYTE
 Raises   UserError (one line, exit code 2) where a user can help
 Sources  AGIFORMER phase 8 (inkbytefo/agi-former, a393cb5), rewritten from its description
-Shared   plumbing/ keeps the run alive; what of it moves a loss is byte_batches.py, the text order
+Shared   plumbing/ keeps the run alive. What of it moves a loss: byte_batches.py (text order),
+         splits.py (held-out text), row_states.py (carried states), device.py (PRECISION=auto)
+Marks    "differs": how a block departs from train_gpt.py's; "same as": a tested copy
 """
 
 import hashlib
@@ -31,7 +38,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import histories
-from histories import BYTES
+from histories import BYTES, Tables
 from plumbing import ROOT, RUN_KNOBS, RunKnobs, Session, knob, read_knobs, show_plan
 from plumbing.byte_batches import ByteBatches, validation_windows
 from plumbing.byte_records import BYTE_METRICS, export_saved, record_validation
@@ -50,13 +57,15 @@ from plumbing.world import World, flat_gradients, join_world, launch
 PATCH = 4  # bytes
 CHUNK = 64  # patches that the blocks' memory treats at once
 PAST = 8  # bytes before a predicted one that the decoder may look at
-READS = 4  # of these, the ones that its recurrent part reads before a patch
+READS = 4  # the last of these, which its GRU reads before it predicts a patch
 NGRAMS = (3, 4, 5, 6)  # bytes; lengths of the decoder's n-grams
 NGRAM_WIDTH = 64  # channels of a row of their tables
 HISTORIES = (3, 5, 8, 12, 24)  # bytes; lengths of what the memory by bytes looks up
 LONGEST = max(HISTORIES)
 HALF_LIVES = (32.0, 65536.0)  # patches; of the first and the last head with MEM_INIT=log
-STAGES = ((0.0, 0.10), (0.15, 0.50), (0.40, 0.99))  # CURRICULUM: from this share of the steps on
+# CURRICULUM: from this share of the steps on, this plasticity: a factor on the retentions of the
+# blocks' memory. It caps half-lives: 0.10 at 0.3 patches, 0.50 at 1, 0.99 at 69.
+STAGES = ((0.0, 0.10), (0.15, 0.50), (0.40, 0.99))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KINDS = ("scaled", "original")
 
@@ -79,54 +88,59 @@ PRESETS = {
         save_every=100),
 }
 # fmt: on
-# What decides a model's shape and mathematics: weights fit where these are the same.
-MODEL_KNOBS = (
-    "blocks decoder n_embd n_layer n_head sliding_window memory mem_range mem_init".split()
-)
-MODEL_KNOBS += "mem_rows ngram_rows delta_rule thinking_steps".split()
-# These move no loss, so a resumed run may have others.
+# Knobs of a model's shape and mathematics: weights fit only where all are the same.
+MODEL_KNOBS = "blocks decoder n_embd n_layer n_head sliding_window memory mem_range".split()
+MODEL_KNOBS += "mem_init mem_rows ngram_rows delta_rule thinking_steps".split()
+# These may differ on resuming: they move no loss, but with DROPOUT > 0 another DEVICE_BATCH_SIZE
+# draws other masks, and ON_NAN=rollback may halve the lr.
 RESUME_MAY_DIFFER = [*RUN_KNOBS, "preset", "device_batch_size", "log_every", "on_nan", "recompute"]
 
 
 @dataclass(frozen=True)
 class Knobs(RunKnobs):
     preset: str = knob("scaled", "named set of defaults", choices=tuple(PRESETS))
-    blocks: str = knob("scaled", "class of the blocks", choices=KINDS, group="model")
-    decoder: str = knob("scaled", "class of the byte decoder", choices=KINDS)
+    blocks: str = knob("scaled", "ours, or AGIFORMER phase 8's", choices=KINDS, group="model")
+    decoder: str = knob("scaled", "ours, or phase 8's", choices=KINDS)
     n_layer: int = knob(12, "number of blocks", low=1)
     n_head: int = knob(12, "number of heads, of attention and of the memory", low=1)
     n_embd: int = knob(768, "model width, in channels", low=8)
-    sliding_window: int | None = knob(64, "patches that a query sees", low=1, none="off")
-    memory: str = knob("on", "zero: both memories are silent", choices=("on", "zero", "off"))
+    sliding_window: int | None = knob(64, "patches a query sees; off: a row's", low=1, none="off")
+    memory: str = knob(
+        "on", "zero: memories are computed, not used; off: not built", choices=("on", "zero", "off")
+    )
     mem_range: float = knob(0.0, "lowest retention of the blocks' memory", low=0, high=0.9999)
-    mem_init: float | None = knob(None, "logit of the retention at first", none="log")
+    mem_init: float | None = knob(
+        None, "initial logit of all retentions; log: half-lives 32 to 65536", none="log"
+    )
     delta_rule: bool = knob(False, "a write replaces what its key held, by a learned share")
     mem_rows: int = knob(65536, "rows of each table of the memory by bytes; 0: none", low=0)
     ngram_rows: int = knob(12288, "rows of each n-gram table of DECODER=scaled; 0: none", low=0)
-    thinking_steps: int = knob(3, "passes of the weight-tied MLP behind the blocks", low=0)
+    thinking_steps: int = knob(3, "passes of the weight-tied MLP after the blocks", low=0)
     dropout: float = knob(0.0, "dropout of input, memory and MLPs", low=0, high=0.9)
     batch_size: int = knob(2, "rows of a step, over all ranks", low=1, group="batch")
     device_batch_size: int | None = knob(2, "rows of a micro-batch", low=1, none="auto")
     sequence_length: int = knob(4096, "bytes of a row", low=8)
-    carry_state: bool = knob(True, "a row goes on where it ended; 0: windows at random places")
+    carry_state: bool = knob(True, "a row goes on where it ended; 0: rows come from random places")
     num_iterations: int = knob(50000, "number of optimizer steps", low=0, group="schedule")
     warmup_iters: int = knob(500, "steps of linear warm-up", low=0)
-    schedule: str = knob("linear", "behind it", choices=("constant", "linear", "cosine"))
-    curriculum: bool = knob(False, "plasticity 0.10, from 15% of the steps 0.50, from 40% 0.99")
+    schedule: str = knob("linear", "lr after the warm-up", choices=("constant", "linear", "cosine"))
+    curriculum: bool = knob(False, "retention times 0.10, from 15% of steps 0.50, from 40% 0.99")
     lr: float = knob(6e-4, "peak learning rate of AdamW", low=0)
     beta2: float = knob(0.95, "second beta of AdamW", low=0, high=0.99999)
     weight_decay: float = knob(0.1, "weight decay of AdamW", low=0)
-    decay_on: str = knob("matrices", "what decays", choices=("matrices", "all"))
+    decay_on: str = knob("matrices", "what weight decay acts on", choices=("matrices", "all"))
     grad_clip: float = knob(0.5, "largest norm of the gradient", above=0)
     seed: int = knob(1337, "seed of initial weights, random windows and dropout", low=0)
-    data: str = knob("embedded", "or text file, folder, pattern, wikipedia:tr", group="data")
+    data: str = knob("embedded", "text file, folder, pattern, wikipedia:tr, embedded", group="data")
     init_from: str = knob("", "weights file (.pth) to start from; empty: new weights")
     val_every: int = knob(2000, "steps between validations; 0: only the last", low=0)
     val_bytes: int | None = knob(None, "bytes of a validation", low=8, none="all")
     save_every: int = knob(2000, "steps between checkpoints; 0: only at the end", low=0)
     log_every: int = knob(10, "steps between log lines", low=1)
-    on_nan: str = knob("stop", "or go back once, at half the lr", choices=("stop", "rollback"))
-    precision: str = knob("auto", "of products", choices=("auto", *DTYPES), group="machine")
+    on_nan: str = knob(
+        "stop", "loss is nan: stop, or go back once, at half the lr", choices=("stop", "rollback")
+    )
+    precision: str = knob("auto", "dtype of products", choices=("auto", *DTYPES), group="machine")
     recompute: bool = knob(False, "keep only the blocks' inputs for the backward pass")
     results_file: str = knob(str(ROOT / "experiments/results_scaled.csv"), "gets one row per run")
 
@@ -166,6 +180,7 @@ class Knobs(RunKnobs):
 # ---------------- Model: windows
 
 Past = tuple[Tensor, ...]  # what one block keeps of the patches so far, rows first
+Rotary = tuple[Tensor, Tensor]  # cos and sin of positions
 
 
 def split_heads(qkv_BNX: Tensor, n_head: int) -> tuple[Tensor, ...]:
@@ -177,10 +192,11 @@ def merge_heads(x_BHNE: Tensor) -> Tensor:
     return x_BHNE.transpose(1, 2).flatten(2)
 
 
-def rotary_tables(first: Tensor, N: int, width: int) -> tuple[Tensor, Tensor]:
+def rotary_tables(first: Tensor, N: int, width: int) -> Rotary:
     """cos and sin (N, width / 2) of positions first, first + 1, ... (Su et al., arXiv 2104.09864).
 
-    In fp64: a week of carried state reaches positions whose fp32 angle would be off by whole turns.
+    In fp64: BLOCKS=original counts on over a carried text, and at 50 million patches an fp32 angle
+    is off by up to 2 radians.
     """
     channel = torch.arange(0, width, 2, device=first.device, dtype=torch.float64)
     position = first + torch.arange(N, device=first.device)
@@ -189,7 +205,7 @@ def rotary_tables(first: Tensor, N: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Half-split layout with the original's sign: (a, b) -> (a cos - b sin, b cos + a sin)."""
+    """Turn each channel a of the first half with its b of the second, by phase 8's sign."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
 
@@ -229,10 +245,10 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, w: int, mask: Tensor | Non
     return y.view(q.shape).flatten(2, 3)[:, :, :N]
 
 
-def join_past(k: Tensor, v: Tensor, past: Past, fresh: bool) -> tuple[Tensor, Tensor, Past]:
-    """Keys and values behind those of the w - 1 patches before, and the last w - 1 of them all."""
+def join_past(k: Tensor, v: Tensor, past: Past, no_past: bool) -> tuple[Tensor, Tensor, Past]:
+    """Keys and values after those of the w - 1 patches before, and the last w - 1 of them all."""
     old_keys, old_values = past[:2]
-    if not fresh:
+    if not no_past:
         k = torch.cat([old_keys.type_as(k), k], 2)
         v = torch.cat([old_values.type_as(v), v], 2)
     cut = (0, 0, old_keys.size(2) - k.size(2), 0)  # zeros stand in front where there are fewer
@@ -251,7 +267,7 @@ def exp_lower(exponent: Tensor) -> Tensor:
 def chunk_states(keep: Tensor, added: Tensor, first: Tensor) -> Tensor:
     """S_{n+1} = keep_n S_n + added_n: the M + 1 states (B, H, M + 1, E, F) from S_0 = first on.
 
-    A round joins runs of twice the length: log2(M) of them, and no loop over chunks.
+    Each round doubles the chunks that a state covers: log2(M) rounds, no loop over chunks.
     """
     states = torch.cat([first[:, :, None], added], 2)
     keep = F.pad(keep, (0, 0, 0, 0, 1, 0))
@@ -266,42 +282,46 @@ def decaying_memory(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, delta_rule: bool = False
 ) -> tuple[Tensor, Tensor]:
     """S_t = e^log_decay_t S_{t-1} + k_t u_t^T and o_t = S_t^T q_t: o (B, H, N, F) and the last S.
-    u_t is v_t, or with the delta rule v_t less what k_t reads of the decayed S_{t-1}.
+    u_t is v_t, or with the delta rule v_t less what k_t reads of the decayed S_{t-1}. It is
+    Hebbian: outer products of key and value are written as they occur, and decay.
 
-    q and k (B, H, N, E), v (B, H, N, F), log_decay <= 0 (B or 1, H, N), S (B, H, E, F), in fp32.
-    All chunks at once, and exact for any decay and length: no exponent is positive. Yang et al.,
+    q and k (B, H, N, E), v (B, H, N, F), log_decay <= 0 (B or 1, H, N), S (B, H, E, F), all fp32
+    tensors without autocast; products use TF32 on CUDA (build_model). All chunks at once, with no
+    approximation but rounding for any decay and length: no exponent is positive. Yang et al.,
     Gated Linear Attention, arXiv 2312.06635; Gated DeltaNet, arXiv 2412.06464.
     """
     N = q.size(2)
     C = min(CHUNK, N)
+    # Zeros fill the last chunk; they change nothing.
     q, k, v = (F.pad(t, (0, 0, 0, -N % C)).unflatten(2, (-1, C)) for t in (q, k, v))
-    decay = F.pad(log_decay, (0, -N % C)).unflatten(2, (-1, C)).cumsum(3)[..., None]
-    whole = decay[..., -1:, :]
-    within = exp_lower(decay - decay.mT)  # (B, H, M, C, C): from patch j to patch i of a chunk
-    k_to_end = (k * (whole - decay).exp()).mT
+    log_since_start = F.pad(log_decay, (0, -N % C)).unflatten(2, (-1, C)).cumsum(3)[..., None]
+    whole = log_since_start[..., -1:, :]
+    within = exp_lower(log_since_start - log_since_start.mT)  # (B, H, M, C, C), of patch j at i
+    k_to_end = (k * (whole - log_since_start).exp()).mT
     if delta_rule:
-        # The WY form: the writes u = fresh - read S of a chunk, solved for at once. The solver
-        # takes what lies below the diagonal, and the diagonal to be 1.
-        right = torch.cat([v, k * decay.exp()], -1)
+        # A write u depends on those before it in the chunk, and linearly on the state S before it:
+        # u = solved_v - solved_k S, for all patches at once (the papers' WY form). The solver reads
+        # only what lies below the diagonal, and takes the diagonal to be 1.
+        right = torch.cat([v, k * log_since_start.exp()], -1)
         lower = within * (k @ k.mT)
         solved = torch.linalg.solve_triangular(lower, right, upper=False, unitriangular=True)
-        fresh, read = solved.split([v.size(-1), k.size(-1)], -1)
-        keep = whole.exp() * torch.eye(k.size(-1), device=k.device) - k_to_end @ read
-        states = chunk_states(keep, k_to_end @ fresh, state)
-        v = fresh - read @ states[:, :, :-1]
+        solved_v, solved_k = solved.split([v.size(-1), k.size(-1)], -1)
+        keep = whole.exp() * torch.eye(k.size(-1), device=k.device) - k_to_end @ solved_k
+        states = chunk_states(keep, k_to_end @ solved_v, state)
+        v = solved_v - solved_k @ states[:, :, :-1]
     else:
-        # Row n of `across` makes the state before chunk n of the first state and what the chunks
-        # before have added. Its exponents are differences of long sums, hence the fp64.
+        # The state before chunk n sums what is left of the first state and of what each chunk
+        # before n has added: row n of `across`, in fp64 as its exponents subtract long sums.
         edges = F.pad(whole[..., 0, 0].double().cumsum(2), (1, 0))[..., None]
         across = exp_lower(edges - edges.mT).float()  # (B, H, M + 1, M + 1)
         states = torch.cat([state[:, :, None], k_to_end @ v], 2)
         states = (across @ states.flatten(3)).view_as(states)
-    output = (q @ k.mT * within) @ v + (q * decay.exp()) @ states[:, :, :-1]
+    output = (q @ k.mT * within) @ v + (q * log_since_start.exp()) @ states[:, :, :-1]
     return output.flatten(2, 3)[:, :, :N], states[:, :, -1].contiguous()
 
 
 def log_retention(logit: Tensor, low: float) -> Tensor:
-    """log(low + (1 - low) sigmoid(logit)), exact where it is nearly 0."""
+    """log(low + (1 - low) sigmoid(logit)), accurate where nearly all is kept."""
     if low == 0:
         return F.logsigmoid(logit)
     return torch.log1p(-(1 - low) * torch.sigmoid(-logit))
@@ -309,7 +329,7 @@ def log_retention(logit: Tensor, low: float) -> Tensor:
 
 @torch.no_grad()
 def init_retention(retention_H: Tensor, cfg: Knobs) -> None:
-    """Logits as MEM_INIT says: all the same, or for half-lives spaced by their logarithm."""
+    """Logits as MEM_INIT says: all the same, or for half-lives evenly spaced on a log scale."""
     if cfg.mem_init is not None:
         retention_H.fill_(cfg.mem_init)
         return
@@ -319,7 +339,7 @@ def init_retention(retention_H: Tensor, cfg: Knobs) -> None:
 
 
 def full_precision(device: torch.device) -> AbstractContextManager:
-    """Products in fp32 whatever the rest is in. The meta device of a plan has no autocast."""
+    """No autocast (meta has none): fp32 tensors, whose products use TF32 on CUDA."""
     if device.type == "meta":
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
@@ -346,7 +366,7 @@ class OriginalMemory(nn.Module):
         return (self.retention.new_zeros(B, self.cfg.n_head, E, E + 1),)
 
     def forward(self, h_BND: Tensor, past: Past, plasticity: Tensor) -> tuple[Tensor, Past]:
-        """What is read, (B, N, D), and the state behind the N patches."""
+        """What is read, (B, N, D), and the state after the N patches."""
         cfg = self.cfg
         qkv = self.qkv(h_BND)
         with full_precision(h_BND.device):
@@ -374,8 +394,8 @@ class ScaledMemory(nn.Module):
         self.qkv, self.gate = nn.Linear(D, 3 * D), nn.Linear(D, D)
         self.conv_kernel = nn.Parameter(torch.empty(4, 3 * D))  # three patches before, and this one
         self.conv_bias = nn.Parameter(torch.empty(3 * D))
-        self.retention = nn.Parameter(torch.empty(H))  # logits, where `decay` adds nothing
-        self.decay = nn.Linear(D, H, bias=False)
+        self.retention = nn.Parameter(torch.empty(H))  # logits
+        self.retention_shift = nn.Linear(D, H, bias=False)  # what the input adds to them
         self.head_norm = nn.RMSNorm(D // H, eps=1e-6)
         self.beta = nn.Linear(D, H) if cfg.delta_rule else None  # share that a write replaces
         self.reset_parameters()
@@ -387,7 +407,7 @@ class ScaledMemory(nn.Module):
         """
         D = self.cfg.n_embd
         init_retention(self.retention, self.cfg)
-        self.decay.weight.zero_()
+        self.retention_shift.weight.zero_()
         self.qkv.weight[D : 2 * D] = self.qkv.weight[:D]
         self.qkv.bias[D : 2 * D] = self.qkv.bias[:D]
         self.conv_bias.zero_()
@@ -410,16 +430,16 @@ class ScaledMemory(nn.Module):
         return F.silu(mixed + self.conv_bias.type_as(qkv)), whole[:, N:].contiguous()
 
     def forward(self, h_BND: Tensor, past: Past, plasticity: Tensor) -> tuple[Tensor, Past]:
-        """What is read, (B, N, D), and the state behind the N patches."""
+        """What is read, (B, N, D), and the state after the N patches."""
         cfg = self.cfg
         matrix, conv = past
         qkv, conv = self.convolve(self.qkv(h_BND), conv)
-        logit = self.retention[:, None] + self.decay(h_BND).mT
+        logit = self.retention[:, None] + self.retention_shift(h_BND).mT
         with full_precision(h_BND.device):
             log_decay = log_retention(logit.float(), cfg.mem_range) + plasticity.log()
             q, k, v = split_heads(qkv.float(), cfg.n_head)
             q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-            if self.beta is not None:  # a write is k v^T: the root of its share on each of the two
+            if self.beta is not None:  # roots on k and v make a write beta k u^T
                 root = (0.5 * F.logsigmoid(self.beta(h_BND).float())).exp().mT[..., None]
                 k, v = k * root, v * root
             read, matrix = decaying_memory(q, k, v, log_decay, matrix, cfg.delta_rule)
@@ -436,7 +456,7 @@ def make_mlp(D: int) -> nn.Sequential:
 
 
 class OriginalBlock(nn.Module):
-    """Phase 8's block: attention without positions and memory, each projected, then summed."""
+    """Phase 8's block: attention (without positions) and a memory, each projected, then summed."""
 
     def __init__(self, cfg: Knobs):
         super().__init__()
@@ -447,9 +467,9 @@ class OriginalBlock(nn.Module):
         self.memory = None if cfg.memory == "off" else OriginalMemory(cfg)
 
     def forward(
-        self, x_BND: Tensor, past: Past, rotary: Past, mask: Tensor | None, plasticity: Tensor
+        self, x_BND: Tensor, past: Past, rotary: Rotary, mask: Tensor | None, plasticity: Tensor
     ) -> tuple[Tensor, Past]:
-        """The N patches behind this block, and the state for the patches after them."""
+        """The N patches after this block, and the state for the patches that follow."""
         cfg = self.cfg
         h = self.norm1(x_BND)
         q, k, v = split_heads(self.qkv(h), cfg.n_head)
@@ -477,12 +497,12 @@ class ScaledBlock(nn.Module):
         self.out = nn.Linear(D if self.memory is None else 2 * D, D)
 
     def forward(
-        self, x_BND: Tensor, past: Past, rotary: Past, mask: Tensor | None, plasticity: Tensor
+        self, x_BND: Tensor, past: Past, rotary: Rotary, mask: Tensor | None, plasticity: Tensor
     ) -> tuple[Tensor, Past]:
         cfg, N = self.cfg, x_BND.size(1)
         h = self.norm1(x_BND)
         q, k, v = split_heads(self.qkv(h), cfg.n_head)
-        # Keys are kept without their rotation, so that positions start at 0 in every call.
+        # Keys are kept unrotated: each call rotates them by positions that start at 0.
         k, v, new = join_past(k, v, past, mask is None)
         cos, sin = (table[-k.size(2) :] for table in rotary)
         q, k = rotate(q, cos[-N:], sin[-N:]), rotate(k, cos, sin)
@@ -517,12 +537,12 @@ class PatchRefiner(nn.Module):
 
 
 class NGramTables(nn.Module):
-    """What the last 3, 4, 5 and 6 bytes say about the next one, learned by heart.
+    """Learned vectors for the last 3, 4, 5 and 6 bytes, which help to predict the next one.
 
     For each length there is a table of vectors, and a hash of the bytes names the row. The four
-    rows, side by side, are projected onto the decoder's state: common short histories are looked
-    up, where the recurrent decoder would learn them slowly. Tables are small, so that different
-    histories may share a row. Rows begin at zero, and one that training has not met says nothing.
+    rows, side by side, are projected and added to the decoder's hidden state: common histories are
+    looked up, which the GRU would learn slowly. Tables are small, so histories may share a row.
+    Rows begin at zero: untrained ones add nothing.
     Hashed n-gram embeddings: Pagnoni et al., Byte Latent Transformer, arXiv 2412.09871.
     """
 
@@ -545,8 +565,8 @@ class NGramTables(nn.Module):
 
 
 class OriginalDecoder(nn.Module):
-    """The bytes of the next patch, one after another: a GRU that reads the byte before beside the
-    latent of the patches before. It starts at zero in each patch, with a byte 0 for none.
+    """The bytes of the next patch, one after another, by a GRU that reads the byte before and the
+    latent of the patches before. In each patch it starts from a zero state and a byte 0.
     """
 
     def __init__(self, cfg: Knobs):
@@ -578,13 +598,13 @@ class OriginalDecoder(nn.Module):
         return self.step(None, of_latent + of_byte[0])
 
     def logits(self, hidden: Tensor, x: Tensor) -> Tensor:
-        """(.., 256), fp32, of the next byte, behind the hidden state and the 8 bytes before."""
+        """(.., 256), fp32, of the next byte, given the hidden state and the 8 bytes before."""
         return self.out(hidden).float()
 
     def forward(self, z_BND: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of the bytes y (B, N, 4) of patches, and the hidden states behind them, both
-        (B, N, 4, 256), given the latent before each patch, the 8 bytes x (B, N, 8) before it, and
-        the bytes before them in their own patch.
+        """Logits of the bytes y (B, N, 4) of patches, and the hidden states that they come from,
+        both (B, N, 4, 256), given the latent before each patch, the 8 bytes x (B, N, 8) before it,
+        and the bytes before them in their own patch.
         """
         of_byte, of_latent = self.inputs(z_BND)
         states = [self.begin(x, of_byte, of_latent)]
@@ -614,26 +634,26 @@ class ScaledDecoder(OriginalDecoder):
 
 
 class ByteMemory(nn.Module):
-    """Says which bytes followed the last 3, 5, 8, 12 and 24 bytes when these came before, wherever
-    patches begin. Where it finds that stands in histories.py.
+    """Predicts the bytes that followed the last 3, 5, 8, 12 and 24 bytes earlier in the text,
+    wherever patches begin. histories.py has its tables.
 
-    What is found is weighed by a learned factor and fades with its age, by a learned half-life for
-    each length. It is mixed into the model's distribution as PPM mixes its contexts (Cleary and
-    Witten, 1984), from the shortest history to the longest:
+    A byte found has a learned weight, which fades with its age by a half-life learned for each
+    length. They are mixed into the model's distribution p as PPM mixes contexts (Cleary and Witten,
+    1984), from the shortest history to the longest:
 
-        p <- (found + doubt * p) / (sum of found + doubt)
+        p <- (weights found + doubt * p) / (sum of weights found + doubt)
 
-    where the doubt is learned for a history met once, for two equal and for two different bytes,
-    and moved by the decoder's hidden state. Caches beside a model: Grave et al., arXiv 1612.04426.
-    What followed the same history: n-gram heads, Akyurek et al., arXiv 2401.12973.
+    A large doubt leaves p as it is. It is learned for one byte found, two equal ones and two
+    different ones, and the decoder's hidden state moves it. Caches beside a model: Grave et al.,
+    arXiv 1612.04426. What followed the same history: Akyurek et al., arXiv 2401.12973.
     """
 
     def __init__(self, rows: int):
         super().__init__()
         self.tables = histories.HistoryTables(HISTORIES, rows)
         self.doubt = nn.Linear(BYTES, len(HISTORIES))
-        # Logarithms for each length: weight of the last byte and of the one before; doubt of one
-        # byte, two equal and two different ones; decay per byte. Flat: a vector has no decay.
+        # Logarithms for each length: weights of the last byte found and of the one before; doubts
+        # of one, two equal, two different bytes; decay per byte. DECAY_ON=matrices spares a vector.
         self.how = nn.Parameter(torch.empty(6 * len(HISTORIES)))
         self.reset_parameters()
 
@@ -648,8 +668,8 @@ class ByteMemory(nn.Module):
         self.doubt.bias.zero_()
 
     def mix(self, logits: Tensor, hidden: Tensor, entries: Tensor, now: Tensor) -> Tensor:
-        """log p (.., 256), fp32, from the decoder's logits and hidden states (.., 256) and the
-        entries (.., G, 2) that were found at the times `now` (..).
+        """log p (.., 256), fp32, from the decoder's logits and hidden states (.., 256) and the two
+        entries (.., G, 2) found for each length. The byte to predict comes at the time `now` (..).
         """
         one, two, alone, equal, different, decay = self.how.view(-1, 6).unbind(-1)
         found, byte = entries >= BYTES, entries % BYTES
@@ -659,16 +679,16 @@ class ByteMemory(nn.Module):
         doubt = torch.where(found[..., 1], pair, alone)
         doubt = (doubt + self.doubt(hidden).float()).exp()
         whole = weight.sum(-1) + doubt
-        # What the longer histories leave to each length, and in front to the model.
+        # What the longer histories leave to each length; first, the model's share.
         left = F.pad((doubt / whole).flip(-1).cumprod(-1).flip(-1), (0, 1), value=1.0)
         p = left[..., :1] * logits.softmax(-1)
         weight = weight / whole[..., None] * left[..., 1:, None]
         return p.scatter_add(-1, byte.flatten(-2), weight.flatten(-2)).clamp(min=1e-30).log()
 
     def forward(
-        self, logits: Tensor, hidden: Tensor, text: Tensor, first: Tensor, tables: Past
-    ) -> tuple[Tensor, Past]:
-        """log p (B, T, 256) of the bytes of `text`, and new tables behind them."""
+        self, logits: Tensor, hidden: Tensor, text: Tensor, first: Tensor, tables: Tables
+    ) -> tuple[Tensor, Tables]:
+        """log p (B, T, 256) of the bytes of `text`, and the tables after them."""
         entries, writes = self.tables.read(text, first, tables)
         now = first + torch.arange(logits.size(1), device=text.device)
         tables = tuple(table.clone() for table in tables)
@@ -690,7 +710,7 @@ class State(StateOfRows):
         return self.layers[-2][0]
 
     @property
-    def tables(self) -> Past:
+    def tables(self) -> Tables:
         return self.layers[-1]
 
     @property
@@ -704,7 +724,7 @@ class ByteLM(nn.Module):
 
     Patch n has seen bytes 0 .. 4n + 3 and its latent predicts bytes 4n + 4 .. 4n + 7: with
     x = s[i : i + T] the targets are y = s[i + 4 : i + 4 + T]. Products have `dtype`; parameters,
-    the residual stream and the memories are fp32.
+    the residual stream and the memories are fp32 tensors (full_precision).
     """
 
     def __init__(self, cfg: Knobs, dtype: torch.dtype = torch.float32):
@@ -726,8 +746,8 @@ class ByteLM(nn.Module):
         self.register_buffer("plasticity", torch.ones(()))
 
     def init_weights(self, seed: int) -> None:
-        """PyTorch's default initialisation. Each module draws from a generator of its own, made of
-        seed and name, so that another part moves no other part's weights.
+        """PyTorch's default initialisation. Each module draws from a seed of its own, made of SEED
+        and its name: a part more or less changes no other part's weights.
         """
         with torch.random.fork_rng(devices=[]):
             for name, module in reversed(list(self.named_modules())):  # parts before their whole
@@ -749,19 +769,18 @@ class ByteLM(nn.Module):
         layers.append(() if self.byte_memory is None else self.byte_memory.tables.empty(B))
         return State(new((), dtype=torch.long), layers)
 
-    def trunk(self, x_BT: Tensor, state: State, fresh: bool = False) -> tuple[Tensor, State]:
-        """Latents (B, N, D) of the patches of x, which continue `state`, and the state behind
-        them. fresh: no row has seen a patch.
+    def trunk(self, x_BT: Tensor, state: State, at_start: bool = False) -> tuple[Tensor, State]:
+        """Latents (B, N, D) of the patches of x, which continue `state`, and the state after
+        them. at_start: no row has seen a patch.
         """
         cfg, w, N = self.cfg, self.cfg.window_patches, x_BT.size(1) // PATCH
         mask = None
-        if not fresh or N > w:
+        if not at_start or N > w:
             mask = window_mask(N, w, state.position.clamp(max=w - 1))
         z = self.embed(x_BT).unflatten(1, (N, PATCH)).flatten(2)
         z = F.linear(z, self.patch.weight.mT.flatten(1), self.patch.bias)  # faster than conv1d
-        rotary = rotary_tables(
-            torch.zeros_like(state.position), w - 1 + N, cfg.n_embd // cfg.n_head
-        )
+        zero = torch.zeros_like(state.position)
+        rotary = rotary_tables(zero, w - 1 + N, cfg.n_embd // cfg.n_head)
         if cfg.blocks == "original":
             z = rotate(z, *rotary_tables(state.position, N, cfg.n_embd))
         z = F.dropout(self.norm_in(z), cfg.dropout, self.training)
@@ -778,10 +797,10 @@ class ByteLM(nn.Module):
 
     def logits(self, x_BT: Tensor, y_BT: Tensor, past: State | None = None) -> tuple[Tensor, State]:
         """Logits (B, T, 256), fp32, of the targets y, each given all bytes before it; and the
-        state behind x. past: the state in front of it, None at the beginning of a text.
+        state after x. past: the state before x, None at the beginning of a text.
         """
         old = self.empty_state(len(x_BT)) if past is None else past
-        z_BND, state = self.trunk(x_BT, old, fresh=past is None)
+        z_BND, state = self.trunk(x_BT, old, at_start=past is None)
         before = torch.cat([old.seen[:, -PATCH:], x_BT], 1).unfold(1, PAST, PATCH)
         logits, hidden = self.decoder(z_BND, before, y_BT.unflatten(1, (-1, PATCH)))
         logits, hidden = logits.flatten(1, 2), hidden.flatten(1, 2)
@@ -795,8 +814,8 @@ class ByteLM(nn.Module):
     def forward(
         self, x_BT: Tensor, y_BT: Tensor, past: State | None = None
     ) -> tuple[Tensor, State]:
-        """-log p of each target byte, (B, T), in nats, and the state behind x. 0 where a target is
-        -1; what such a byte is, x says.
+        """-log p of each target byte, (B, T), in nats, and the state after x. It is 0 where a
+        target is -1, which is not scored; the byte that stands there is taken from x.
         """
         mixed = nullcontext()
         if self.dtype != torch.float32:
@@ -847,7 +866,7 @@ class AdamW(torch.optim.AdamW):
 # ---------------- Schedule
 
 
-# differs from train_gpt.py: constant or down to zero behind the warm-up
+# differs from train_gpt.py: constant or down to zero after the warm-up
 def lr_scale(step: int, cfg: Knobs) -> float:
     """Up to 1 over the first WARMUP_ITERS updates, then 1, or down to 0 at NUM_ITERATIONS."""
     if step < cfg.warmup_iters:
@@ -867,7 +886,7 @@ def plasticity(step: int, cfg: Knobs) -> float:
 
 
 def seed_dropout(cfg: Knobs, step: int, rank: int, micro_batch: int) -> None:
-    """Dropout of the step, the rank and the micro-batch alone, so that resuming is exact."""
+    """Masks of these numbers alone: with ranks and DEVICE_BATCH_SIZE kept, resuming is exact."""
     if cfg.dropout:
         seeds = np.random.SeedSequence([cfg.seed, step, rank, micro_batch])
         torch.manual_seed(int(seeds.generate_state(1, np.uint32)[0]))
@@ -903,7 +922,7 @@ def evaluate(
 # ---------------- Records and plan
 
 HINT = "set DEVICE=cpu; PRESET=demo is a size that makes that sensible"
-RESULTS = (
+RESULTS = (  # bpc: bits per byte
     "run_id date git_commit seed preset blocks decoder n_embd n_layer n_head sliding_window memory "
     "delta_rule carry_state data learning_rate batch_size device_batch_size sequence_length "
     "num_iterations final_val_loss best_val_loss final_val_bpc val_bits_per_char train_time_ms "
@@ -972,10 +991,10 @@ def plan(cfg: Knobs, world: World) -> dict[str, object]:
 # ---------------- Training
 
 
-# differs from train_gpt.py: whether it has gone back
+# differs from train_gpt.py: it counts rollbacks
 @dataclass
 class TrainState:
-    """With model, optimizer, scaler and carried states all that the next step depends on."""
+    """What a step depends on besides model, optimizer, scaler and carried states."""
 
     step: int = 0
     rolled_back: int = 0
@@ -999,17 +1018,17 @@ def build_model(cfg: Knobs, world: World) -> ByteLM:
         found = read_model_weights(cfg.init_from, "train_scaled.py", MODEL_KNOBS, cfg)
         model.load_state_dict(found["model"])
     if world.device.type == "cuda" and dtype != torch.float32:
-        torch.set_float32_matmul_precision("high")  # the memory's fp32 products on TF32 cores
+        torch.set_float32_matmul_precision("high")  # the memories' fp32 products in TF32
     return model.to(world.device)
 
 
-# differs from train_gpt.py: states are carried, gradients clipped, and there is one optimizer
 def describe_run(session: Session, model: ByteLM) -> None:
     facts = plan(session.cfg, session.world)
-    facts["precision"] = f"{model.dtype}; the memories in fp32"
+    facts["precision"] = f"{model.dtype}; the memories without autocast"
     session.describe(model, flops_per_byte(model, session.cfg), facts)
 
 
+# differs from train_gpt.py: states are carried, gradients clipped, and there is one optimizer
 def train(cfg: Knobs, session: Session, batches: ByteBatches, val: TokenShards) -> None:
     world = session.world
     model = build_model(cfg, world)
@@ -1037,7 +1056,7 @@ def train(cfg: Knobs, session: Session, batches: ByteBatches, val: TokenShards) 
             loss, characters = evaluate(model, val, rows, cfg, world)
             record_validation(session, model, loss, characters, model.half_lives())
         if session.should_save:
-            export_saved(session, model)  # first: a run killed in between does the step again
+            export_saved(session, model)  # first: a run killed in between exports again
             session.save(state.step, **saved)
         if session.stopping:
             break
@@ -1063,7 +1082,7 @@ def train(cfg: Knobs, session: Session, batches: ByteBatches, val: TokenShards) 
         lr = cfg.lr * lr_scale(state.step, cfg) * 0.5**state.rolled_back
         state.step += 1
         figures = (state.step, train_loss, lr, grad_norms, overflow)
-        all_finite = session.step(*figures, plasticity=model.plasticity / world.size)
+        all_finite = session.step(*figures, plasticity=model.plasticity / world.size)  # a share
         gradients *= (cfg.grad_clip / grad_norms.norm()).clamp(max=1.0)
         adam.step(lr, all_finite)
         scaler.update()

@@ -107,7 +107,7 @@ def save_checkpoint(folder: Path, step: int, state: dict | None, world: World, k
             _write_checkpoint(target, step, state)
             for _, old in list_checkpoints(folder)[:-keep]:
                 old.rename(old.with_name(f"{old.name}.old.part"))
-            _remove_parts(folder)
+            remove_parts(folder)
         except OSError as error:
             shutil.rmtree(target.with_name(f"{target.name}.part"), ignore_errors=True)
             problem = (
@@ -118,7 +118,7 @@ def save_checkpoint(folder: Path, step: int, state: dict | None, world: World, k
 
 
 def _write_checkpoint(target: Path, step: int, state: dict) -> None:
-    _remove_parts(target.parent)
+    remove_parts(target.parent)
     part = target.with_name(f"{target.name}.part")
     part.mkdir(parents=True)
     _torch_save(state, part / "state.pt")
@@ -131,7 +131,8 @@ def _write_checkpoint(target: Path, step: int, state: dict) -> None:
     fsync_folder(target.parent)
 
 
-def _remove_parts(folder: Path) -> None:
+def remove_parts(folder: Path) -> None:
+    """Remove what a start that was killed left of checkpoints, old ones included."""
     for stale in folder.glob("step_*.part"):
         shutil.rmtree(stale)
 

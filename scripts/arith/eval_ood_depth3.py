@@ -201,16 +201,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--layer", type=int, default=2, metavar="N", help="of the head; default 2, the original's"
     )
     p.add_argument("--head", type=int, default=2, metavar="N", help="default 2, the original's")
-    p.add_argument(
-        "--limit",
-        type=int,
-        default=0,
-        metavar="N",
-        help="the first N units of each set; default: all",
-    )
-    p.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the items to resample from; default 0"
-    )
+    ablation.add_sample_options(p)
     return p.parse_args(argv)
 
 

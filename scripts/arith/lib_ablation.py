@@ -7,6 +7,7 @@ Shapes   N items, B items of a batch, T tokens, D head width, C model width, R p
 Source   Zhang & Nanda, arXiv 2309.16042
 """
 
+import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,6 +23,20 @@ from arithmetic import Problems
 from plumbing import UserError
 
 KINDS = ("zero", "mean", "resample")
+
+
+def add_sample_options(p: argparse.ArgumentParser) -> None:
+    """How much of each set is looked at, and what a resampled activation is drawn with."""
+    p.add_argument(
+        "--limit",
+        type=int,
+        default=0,
+        metavar="N",
+        help="the first N units of each set; default: all",
+    )
+    p.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the items to resample from; default 0"
+    )
 
 
 @dataclass(frozen=True)

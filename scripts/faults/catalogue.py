@@ -124,6 +124,7 @@ FAULTS = [
     Fault("killed before it has its name", "kill", 6, (4,), "before_rename"),
     Fault("killed when it has its name", "kill", 6, (6,), "after_rename"),
     Fault("killed while old ones are removed", "kill", 6, (6,), "pruning"),
+    Fault("killed while the last old ones are removed", "kill", STEPS, (8,), "pruning"),
     Fault(
         "killed within a weights file", "kill", 0, (0, 2, 4, 6, 8), "weights", only=WRITES_WEIGHTS
     ),

@@ -209,8 +209,17 @@ def after_rename(strike: Strike, step: int) -> None:
 
 
 def in_pruning(strike: Strike, step: int) -> None:
-    """An old checkpoint is about to be removed."""
-    _at_rename(strike, lambda source, target: target.endswith(".old.part"), before=False)
+    """The step's checkpoint is there, and an old one is about to be removed."""
+    rename = Path.rename
+
+    def faulty_rename(self: Path, target: str | Path) -> Path:
+        renamed = rename(self, target)
+        is_there = (self.parent / f"step_{step:06d}").exists()
+        if is_there and Path(target).name.endswith(".old.part"):
+            strike()
+        return renamed
+
+    Path.rename = faulty_rename
 
 
 def in_row(strike: Strike, step: int) -> None:

@@ -65,12 +65,12 @@ def watched(
     def wrap(layer: int, mixer: train_gpu.Memory) -> None:
         recall = mixer.recall
 
-        def recorded(read, write, bound, log_decay, M, *rest) -> tuple[Tensor, Tensor]:
+        def recorded(read, write, bound, log_decay, memory) -> tuple[Tensor, Tensor]:
             if layer in keep:
-                write, M = write * keep[layer], M * keep[layer][..., None]
-            found, M = recall(read, write, bound, log_decay, M, *rest)
-            seen.append((layer, write, M))
-            return found, M
+                write, memory = write * keep[layer], memory * keep[layer][..., None]
+            found, memory = recall(read, write, bound, log_decay, memory)
+            seen.append((layer, write, memory))
+            return found, memory
 
         mixer.recall = recorded
 

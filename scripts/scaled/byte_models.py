@@ -151,7 +151,7 @@ def answer_logits(model: ByteLM, x_BT: Tensor, at_BA: Tensor, y_BAP: Tensor) -> 
     y_BT = F.pad(x_BT[:, PATCH:], (0, PATCH))
     y_BAP = torch.where(y_BAP < 0, y_BT.gather(1, places).view_as(y_BAP), y_BAP)
     state = model.empty_state(len(x_BT))
-    z_BND, _ = model.trunk(x_BT, state, fresh=True)
+    z_BND, _ = model.trunk(x_BT, state, at_start=True)
     # A patch and the one before it: (B, N, 8).
     before = F.pad(x_BT, (PAST - PATCH, 0)).unfold(1, PAST, PATCH)
     z_BAD, x_BAP = (t.gather(1, at.expand(-1, -1, t.size(-1))) for t in (z_BND, before))

@@ -42,7 +42,7 @@ def fresh(variant: str = "scaled", **values) -> ByteLM:
     model = ByteLM(small(**(VARIANTS[variant] | values)))
     model.init_weights(1)
     for name, parameter in model.named_parameters():
-        if name.endswith(("grams.table", "decay.weight")):
+        if name.endswith(("grams.table", "retention_shift.weight")):
             torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(4))
     return model.eval()
 

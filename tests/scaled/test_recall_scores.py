@@ -25,7 +25,7 @@ class Fixed(torch.nn.Module):
         return None
 
     def trunk(
-        self, x_BT: torch.Tensor, state: None, fresh: bool = False
+        self, x_BT: torch.Tensor, state: None, at_start: bool = False
     ) -> tuple[torch.Tensor, None]:
         return torch.zeros(len(x_BT), x_BT.size(1) // PATCH, 1), state
 

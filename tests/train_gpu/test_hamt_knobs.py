@@ -73,6 +73,7 @@ def test_plan_of_a_run_with_data_names_steps_and_epochs(monkeypatch, tmp_path):
         (dict(mixer="attention", n_head=8, n_embd=40), "N_EMBD=40 must be N_HEAD=8"),
         (dict(mixer="attention", memory="off"), "MIXER=attention has no memory"),
         (dict(mixer="attention", carry_state=1), "CARRY_STATE"),
+        (dict(use_auxiliary_loss=1, sequence_length=1), "needs SEQUENCE_LENGTH=2 or more"),
         (dict(precision="fp16"), "fp16 needs a GPU"),
         (dict(memory="some"), "expected one of on, local, off"),
         (dict(batch_size=100000, device_batch_size=1), "lower one of the two"),

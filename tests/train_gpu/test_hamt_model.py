@@ -146,7 +146,8 @@ def test_the_auxiliary_loss_is_blind_to_scale_and_trains_only():
     found = []
     for scale in (1.0, 1e-3):
         empty = mixer.empty_state(2)[0]
-        written = (write, bind(item * scale, cos, sin), decay, empty, 8)
+        bound = bind(item * scale, cos, sin)
+        written = dict(write=write, bound=bound, log_decay=decay, memory=empty)
         found.append(float(mixer.delayed_recall(item * scale, cos, sin, written, NOWHERE + 5)))
     assert abs(found[0] - found[1]) < 1e-6
     model.eval()
@@ -161,10 +162,11 @@ def test_an_item_alone_in_its_slot_is_recalled_without_loss():
     cos, sin = key_of(torch.randn(2, T, 2, 6).double())
     write = torch.eye(T).double()[None, :, None].expand(2, T, 2, T)
     no_decay = torch.zeros_like(write)
-    written = (write, bind(item, cos, sin), no_decay, mixer.empty_state(2)[0], 8)
+    rest = dict(bound=bind(item, cos, sin), log_decay=no_decay, memory=mixer.empty_state(2)[0])
+    written = dict(write=write, **rest)
     assert abs(float(mixer.delayed_recall(item, cos, sin, written, NOWHERE))) < 1e-12
     all_same = torch.ones_like(write) / T
-    written = (all_same, bind(item, cos, sin), no_decay, mixer.empty_state(2)[0], 8)
+    written = dict(write=all_same, **rest)
     assert float(mixer.delayed_recall(item, cos, sin, written, NOWHERE)) > 0.05
 
 
