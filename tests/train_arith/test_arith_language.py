@@ -153,9 +153,7 @@ def test_no_drawn_problem_is_longer_than_the_longest_nor_its_value_larger(langua
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_the_longest_problem_does_come_up(form):
-    language = Language(
-        operators="+*", operand_min=98, answer_format=form, operands_weights="1,1,0"
-    )
+    language = Language(operators="+*", operand_min=98, answer_format=form, operands_max=3)
     problems, _ = draw(language, np.random.default_rng(0), 3000)
     assert problems.lengths_N.max() == longest_problem(language)
 
