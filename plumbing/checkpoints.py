@@ -67,7 +67,7 @@ def fsync_folder(folder: Path) -> None:
 
 def _torch_save(content: dict, path: Path) -> None:
     """torch.save, forced to disk. Raises OSError when the disk is full, where torch itself raises a
-    RuntimeError.
+    RuntimeError that speaks of positions in its file.
     """
     try:
         with open(path, "wb") as file:
@@ -75,7 +75,8 @@ def _torch_save(content: dict, path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
     except RuntimeError as error:
-        raise OSError(str(error)) from None
+        free = shutil.disk_usage(path.parent).free
+        raise OSError(f"{free:,} bytes are free; torch.save: {error}") from None
 
 
 # ----------------------------------------------------------------------------
