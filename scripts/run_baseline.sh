@@ -61,10 +61,11 @@ number COUNT "$count" 1
 number BASE_SEED "$base_seed" 0
 [[ -z ${NPROC+set} ]] || number NPROC "$NPROC" 1
 
-# The trainer itself says what the knobs come to, and refuses wrong ones.
+# The trainer itself says what the knobs come to, and refuses wrong ones. It is asked without a run
+# id, because a dry run refuses the id of a run that is complete.
 plan=$(mktemp)
 trap 'rm -f "$plan"' EXIT
-own=(--attngate none --seed "$base_seed" --run_id "$prefix-$base_seed")
+own=(--attngate none --seed "$base_seed" --run_id "")
 "$python" "$script" "$@" "${own[@]}" --dry_run 1 > "$plan" || exit 2
 
 if [[ $(value device "$plan") == cpu ]]; then

@@ -8,6 +8,7 @@ import time
 import pytest
 import run_study
 from lib.board import Board
+from lib.planning import Pace
 from lib.program import UserError
 from lib.progress import Progress
 from lib.study import read_study
@@ -79,10 +80,11 @@ def test_the_studies_that_come_along_hold_the_runs_they_should(capsys, tmp_path)
         == 0
     )
     out = capsys.readouterr().out
-    assert "4 runs, 0 done, 4 to do" in out and "622,592" in out and not list(tmp_path.iterdir())
+    assert "12 runs, 0 done, 12 to do" in out and "1,843,200" in out
+    assert not list(tmp_path.iterdir())
 
 
-def test_the_table_fits_on_the_screen_and_shows_what_is_going_on():
+def test_the_table_fits_on_the_screen_and_shows_what_is_going_on(tmp_path):
     study = read_study(ROOT / "experiments/studies/gating.toml", {})
     cells = [Progress(c, c.default_id) for c in study.runs]
     for p in cells[:40]:
@@ -95,7 +97,10 @@ def test_the_table_fits_on_the_screen_and_shows_what_is_going_on():
         1_310_000.0,
     )
     running.began, running.wall_s = time.monotonic() - 100, 110.0
-    board = Board(study, cells)
+    (tmp_path / ".locks").mkdir()
+    pace = Pace(tmp_path)
+    pace.add(cells[0].run_id, 600.0, cells[0].run.steps)
+    board = Board(study, cells, pace)
     for width, height in ((79, 24), (119, 50), (60, 10)):
         table = board.table(width, height, colour=False)
         assert len(table) < height and max(map(len, table)) <= width
