@@ -47,6 +47,7 @@ def by_torchrun(
             return HANGS if kill_after_s == TIMEOUT_S else -signal.SIGKILL
 
 
+# same arguments as by_torchrun
 def by_fork(
     trainer: str,
     ranks: int,

@@ -186,26 +186,16 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument(
-        "--knobs", nargs="*", default=[], metavar="name=value", help="of train_scaled.py"
-    )
-    p.add_argument("--pairs", type=int, default=8, metavar="R", help="of training (8)")
-    p.add_argument("--layout", choices=("full", "half"), default="full")
-    p.add_argument(
-        "--letters", type=int, default=8, metavar="N", help="of keys and values: N^2 of each (8)"
-    )
-    p.add_argument("--test_pairs", metavar="R,..", help="default: PAIRS / 2, PAIRS, 2 PAIRS")
-    p.add_argument(
-        "--distances",
-        metavar="G,..",
-        help="patches; default: 1, 2, 4, 16 times the least beyond reach",
-    )
-    p.add_argument(
-        "--n", type=int, default=256, metavar="N", help="texts per line of the table (256)"
-    )
-    p.add_argument(
-        "--seeds", default="0", metavar="N,..", help="one model of each kind per seed (0)"
-    )
+    add = p.add_argument
+    add("--knobs", nargs="*", default=[], metavar="name=value", help="of train_scaled.py")
+    add("--pairs", type=int, default=8, metavar="R", help="pairs of training texts (8)")
+    add("--layout", choices=("full", "half"), default="full")
+    add("--letters", type=int, default=8, metavar="N", help="N^2 keys and N^2 values (8)")
+    add("--test_pairs", metavar="R,..", help="default: PAIRS / 2, PAIRS, 2 PAIRS")
+    reach = "patches; default: 1, 2, 4, 16 times the least beyond reach"
+    add("--distances", metavar="G,..", help=reach)
+    add("--n", type=int, default=256, metavar="N", help="texts per line of the table (256)")
+    add("--seeds", default="0", metavar="N,..", help="one model of each kind per seed (0)")
     a = lib.finish_options(p, argv, "mqar")
     if not 2 <= a.letters <= len(LETTERS):
         raise UserError(f"--letters {a.letters}: expected 2 to {len(LETTERS)}")
