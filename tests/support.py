@@ -3,6 +3,8 @@ for plain_gpt.
 """
 
 import csv
+import dataclasses
+import importlib
 import os
 import subprocess
 import sys
@@ -165,3 +167,27 @@ def copy_to_plain(model: train_gpt.GPT, plain: torch.nn.Module) -> None:
             block.down.copy_(ours.down_proj)
             if model.cfg.attngate != "none":
                 block.gate.copy_(ours.attn.gate)
+
+
+def random_sibling(trainer: str, sequence_length: int = 64) -> torch.nn.Module:
+    """A small model of train_gpu.py or train_scaled.py, all its weights random."""
+    module = importlib.import_module(trainer)
+    values = dict(n_layer=1, n_embd=32, n_head=2, device="cpu", precision="fp32", compile=False)
+    values |= dict(hcm_dim=64, num_slots=4, tokenizer="bytes", sliding_window=8)
+    values["sequence_length"] = sequence_length
+    fields = {field.name for field in dataclasses.fields(module.Knobs)}
+    cfg = module.Knobs(**{name: value for name, value in values.items() if name in fields})
+    torch.manual_seed(0)
+    model = getattr(module, {"train_gpu": "Model", "train_scaled": "ByteLM"}[trainer])(cfg).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape) / 4)
+    return model
+
+
+def save_sibling(model: torch.nn.Module, folder: Path) -> None:
+    """The checkpoint of a run `made` in the folder of logs, as its trainer would write it."""
+    trainer = type(model).__module__
+    state = dict(model=model.state_dict(), knobs=dataclasses.asdict(model.cfg), trainer=trainer)
+    state |= dict(step=3, progress=dict(val_loss=1.0), code_sha256="0" * 64)
+    plumbing.save_checkpoint(folder / "logs/made", 3, state, ONE, keep=2)

@@ -1,7 +1,5 @@
 """export.py: an export is bitwise the checkpoint's model, or has no name."""
 
-import dataclasses
-import importlib
 import json
 from pathlib import Path
 
@@ -12,10 +10,9 @@ import torch
 from lib import runs
 from run_support import ID, make_run, spoil
 from safetensors.torch import load_file, save_file
-from support import ONE, knobs, rows, same_tensors
+from support import knobs, random_sibling, rows, same_tensors, save_sibling
 
 from plumbing import UserError
-from plumbing.checkpoints import save_checkpoint
 
 
 def exported(folder: Path, out: Path, *flags: str, run: str = "made") -> Path:
@@ -111,20 +108,8 @@ def test_an_export_that_computes_other_logits_is_caught(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("trainer", ["train_gpu", "train_scaled"])
 def test_models_of_the_sibling_trainers_are_exported_and_sampled_too(tmp_path, capfd, trainer):
-    module = importlib.import_module(trainer)
-    values = dict(n_layer=1, n_embd=32, n_head=2, device="cpu", precision="fp32", compile=False)
-    if trainer == "train_gpu":
-        values |= dict(hcm_dim=64, num_slots=4, tokenizer="bytes")
-    fields = {field.name for field in dataclasses.fields(module.Knobs)}
-    cfg = module.Knobs(**{name: value for name, value in values.items() if name in fields})
-    torch.manual_seed(0)
-    model = getattr(module, runs.MODELS[trainer])(cfg).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn(p.shape) / 4)
-    state = dict(model=model.state_dict(), knobs=dataclasses.asdict(cfg), trainer=trainer)
-    state |= dict(step=3, progress=dict(val_loss=1.0), code_sha256="0" * 64)
-    save_checkpoint(tmp_path / "logs/made", 3, state, ONE, keep=2)
+    model = random_sibling(trainer)
+    save_sibling(model, tmp_path)
     found, _ = export.read_export(exported(tmp_path, tmp_path / "out"))
     assert same_tensors(dict(found.state_dict()), dict(model.state_dict()))
     sample.main(["--run=made", f"--logs_folder={tmp_path / 'logs'}", "--prompt=abcd", "--tokens=5"])

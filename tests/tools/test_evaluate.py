@@ -1,7 +1,6 @@
 """evaluate.py: the figures are those that one computes by hand, with every trainer's model."""
 
 import dataclasses
-import importlib
 import json
 import math
 import sys
@@ -14,7 +13,7 @@ import torch
 from lib import harness, runs
 from lib.scoring import Scorer
 from run_support import ID, make_run
-from support import ONE
+from support import ONE, random_sibling
 
 from plumbing import UserError
 from plumbing.checkpoints import save_checkpoint
@@ -24,23 +23,8 @@ TEXT = "The gate opens, and the horse goes through the gate again. "
 WIDE = dict(vocab_size=256, sequence_length=64, val_tokens=512)
 
 
-def sibling(trainer: str) -> torch.nn.Module:
-    """A small model of another trainer, all its weights random."""
-    module = importlib.import_module(trainer)
-    values = dict(n_layer=1, n_embd=32, n_head=2, device="cpu", precision="fp32", compile=False)
-    values |= dict(hcm_dim=64, num_slots=4, tokenizer="bytes", sequence_length=64, sliding_window=8)
-    fields = {field.name for field in dataclasses.fields(module.Knobs)}
-    cfg = module.Knobs(**{name: value for name, value in values.items() if name in fields})
-    torch.manual_seed(0)
-    model = getattr(module, runs.MODELS[trainer])(cfg).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn(p.shape) / 4)
-    return model
-
-
 def model_of(trainer: str, folder: Path) -> torch.nn.Module:
-    return make_run(folder, **WIDE) if trainer == "train_gpt" else sibling(trainer)
+    return make_run(folder, **WIDE) if trainer == "train_gpt" else random_sibling(trainer)
 
 
 def byte_log_probs(model: torch.nn.Module, text: bytes) -> list[float]:
@@ -257,7 +241,7 @@ def test_the_harness_gets_the_same_numbers_and_not_our_program_as_a_package(tmp_
 
 
 def test_a_checkpoint_of_train_scaled_is_evaluated_from_its_folder(tmp_path, capsys):
-    model = sibling("train_scaled")
+    model = random_sibling("train_scaled")
     state = dict(model=model.state_dict(), knobs=dataclasses.asdict(model.cfg))
     state |= dict(trainer="train_scaled", step=3, progress=dict(val_loss=1.0), code_sha256="0")
     save_checkpoint(tmp_path / "logs/made", 3, state, ONE, keep=2)

@@ -2,8 +2,6 @@
 numbers.
 """
 
-import dataclasses
-import importlib
 import json
 import os
 import subprocess
@@ -15,10 +13,9 @@ import pytest
 import torch
 from lib import runs
 from run_support import make_run
-from support import ONE
+from support import random_sibling, save_sibling
 
 from plumbing import UserError
-from plumbing.checkpoints import save_checkpoint
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install it")
 
@@ -37,19 +34,8 @@ torch.save(dict(logits=out.logits, loss=out.loss, made=made, beyond=beyond), sys
 
 
 def sibling(trainer: str, folder: Path) -> torch.nn.Module:
-    module = importlib.import_module(trainer)
-    values = dict(n_layer=1, n_embd=32, n_head=2, device="cpu", precision="fp32", compile=False)
-    values |= dict(hcm_dim=64, num_slots=4, tokenizer="bytes", sequence_length=32, sliding_window=8)
-    fields = {field.name: field for field in dataclasses.fields(module.Knobs)}
-    cfg = module.Knobs(**{name: value for name, value in values.items() if name in fields})
-    torch.manual_seed(0)
-    model = getattr(module, runs.MODELS[trainer])(cfg).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn(p.shape) / 4)
-    state = dict(model=model.state_dict(), knobs=dataclasses.asdict(cfg), trainer=trainer)
-    state |= dict(step=3, progress=dict(val_loss=1.0), code_sha256="0" * 64)
-    save_checkpoint(folder / "logs/made", 3, state, ONE, keep=2)
+    model = random_sibling(trainer, sequence_length=32)
+    save_sibling(model, folder)
     return model
 
 
