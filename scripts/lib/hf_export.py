@@ -8,6 +8,7 @@ tokenizer.
 """
 
 import dataclasses
+import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,11 +37,10 @@ PREFIX = "model."
 def settings_of(cfg: object) -> dict[str, object]:
     """All knobs of a model and what its class derives from them, which the model's code reads."""
     found = dict(dataclasses.asdict(cfg))
-    for name, value in vars(type(cfg)).items():
-        if isinstance(value, property):
-            derived = getattr(cfg, name)
-            if isinstance(derived, bool | int | float | str):
-                found[name] = derived
+    for name, _ in inspect.getmembers(type(cfg), lambda member: isinstance(member, property)):
+        derived = getattr(cfg, name)
+        if isinstance(derived, bool | int | float | str):
+            found[name] = derived
     return found
 
 

@@ -5,7 +5,8 @@
 Follows the names from the model's class: the functions, classes and constants of the trainer that
 it uses, in the trainer's order, with the imports that they need. Annotations are not followed,
 since they name what a model in use does not have (Knobs, World).
-Raises   UserError where the model needs a module of plumbing/, which an export does not carry
+A function or class of plumbing/ that stands by itself is carried along.
+Raises   UserError where the model needs more of plumbing/ than that
 """
 
 import ast
@@ -75,18 +76,42 @@ def model_source(trainer: str, model_class: str) -> str:
     nodes = [n for n in body if any(name in needed for name in _defines(n))]
     used = {name for node in nodes for name in names_in(node)} & imports.keys()
     from_plumbing = sorted(name for name in used if _module_of(imports[name]) == "plumbing")
-    if from_plumbing:
-        raise UserError(
-            f"{trainer}.py: its model uses {', '.join(from_plumbing)} of plumbing/, which an "
-            f"export does not carry; export it without --format hf"
-        )
-    parts = [HEAD.format(trainer=trainer)]
-    used_imports = sorted({imports[name] for name in used}, key=lambda node: node.lineno)
+    carried = [_carried(trainer, name, imports[name]) for name in from_plumbing]
+    parts = [HEAD.format(trainer=trainer), *carried]
+    others = used - set(from_plumbing)
+    used_imports = sorted({imports[name] for name in others}, key=lambda node: node.lineno)
     parts += [ast.unparse(node) for node in used_imports]
     for node in nodes:
         first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
         parts.append("\n\n" + "\n".join(lines[first - 1 : node.end_lineno]))
     return "\n".join([*parts, f"\n\nMODEL = {model_class}\n"])
+
+
+def _carried(trainer: str, name: str, imported: ast.ImportFrom) -> str:
+    """The source of a function or class of plumbing/ that needs nothing else of plumbing/."""
+    body = ast.parse(inspect.getsource(importlib.import_module(imported.module))).body
+    (original,) = [alias.name for alias in imported.names if name in (alias.asname, alias.name)]
+    (node,) = [n for n in body if original in _defines(n)] or [None]
+    used = names_in(node) if node else set()
+    lines = []
+    needs_plumbing = node is None
+    for n in body:
+        if isinstance(n, ast.Import | ast.ImportFrom):
+            names = {alias.asname or alias.name.split(".")[0] for alias in n.names}
+            if used & names:
+                lines.append(ast.unparse(n))
+                needs_plumbing |= _module_of(n) == "plumbing"
+        elif n is not node and used & set(_defines(n)):
+            needs_plumbing = True
+    if needs_plumbing:
+        raise UserError(
+            f"{trainer}.py: its model uses {name} of plumbing/, which an export does not carry; "
+            f"export it without --format hf"
+        )
+    source = [*lines, "\n", ast.unparse(node), ""]
+    if name != original:
+        source.append(f"{name} = {original}")
+    return "\n".join(source)
 
 
 def _module_of(node: ast.stmt) -> str:
