@@ -30,6 +30,7 @@ Marks    "same as train_gpt.py": a copy, which a test compares; "differs": what 
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -165,22 +166,17 @@ def autocast(x: Tensor, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device_type, dtype, enabled=dtype != torch.float32)
 
 
-def key_of(phase: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines (c, c) and sines (-s, s) of phases, for real and imaginary parts."""
-    phase = torch.cat([-phase, phase], dim=-1)
-    return phase.cos(), phase.sin()
-
-
 def bind(item: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Multiply by a key of unit modulus, made by key_of(). Real parts come first, then imaginary
-    parts. A product of two spectra is the circular convolution of the two vectors.
+    """Multiply by a key of unit modulus, cos + i sin. Real parts come first, then imaginary parts.
+    A product of two spectra is the circular convolution of the two vectors.
     """
-    return item * cos + item.roll(item.size(-1) // 2, -1) * sin
+    real, imaginary = item.chunk(2, dim=-1)
+    return torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], dim=-1)
 
 
 def unbind(bound: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Multiply by the conjugate key, which undoes bind. (Tensor.unbind is torch's.)"""
-    return bound * cos - bound.roll(bound.size(-1) // 2, -1) * sin
+    return bind(bound, cos, -sin)
 
 
 def phases_of_positions(position: Tensor, T: int, bins: int, turning: int) -> Tensor:
@@ -194,10 +190,13 @@ def phases_of_positions(position: Tensor, T: int, bins: int, turning: int) -> Te
 
 
 def causal_conv(x_BTX: Tensor, kernel_4X: Tensor, past_B3X: Tensor) -> tuple[Tensor, Tensor]:
-    """Depthwise convolution of the past inputs and x, and the last inputs, for what follows."""
-    x_BTX = torch.cat([past_B3X, x_BTX], dim=1)
-    y_BXT = F.conv1d(x_BTX.mT, kernel_4X.mT[:, None], groups=x_BTX.size(2))
-    return y_BXT.mT, x_BTX[:, 1 - CONV_LENGTH :]
+    """Depthwise convolution of the past inputs and x, and the last inputs, for what follows. As
+    shifted products, which the compiler joins with what surrounds them.
+    """
+    T = x_BTX.size(1)
+    x_BTX = torch.cat([past_B3X.type_as(x_BTX), x_BTX], dim=1)
+    y_BTX = sum(x_BTX[:, i : i + T] * kernel_4X[i] for i in range(CONV_LENGTH))
+    return y_BTX, x_BTX[:, 1 - CONV_LENGTH :]
 
 
 def dropout_mask(seed_B: Tensor, shape: tuple[int, ...], p: float) -> Tensor:
@@ -346,30 +345,41 @@ class Memory(nn.Module):
         self, x_BTC: Tensor, state: tuple[Tensor, ...], phase_TK: Tensor, seed_B: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
         """The output (B, T, C), the state after the last token, and the auxiliary loss."""
-        cfg, (memory, past), D = self.cfg, state, self.cfg.hcm_dim
-        made = F.linear(x_BTC, self.in_proj)
+        cfg, (memory, past) = self.cfg, state
+        item, key, address, forget_logit, gate = self.project(x_BTC)
+        dtype = item.dtype
         with autocast(x_BTC, torch.float32):  # for phases, decays and the state
-            item, key, address, forget_logit, gate = made.type_as(memory).split(self.widths, -1)
-            mixed = torch.cat([item, key, key, address, address], dim=-1)
-            if cfg.has_conv:
-                mixed, past = causal_conv(mixed, self.conv_kernel, past)
-            item, keys, addresses = mixed.split([D, D, 2 * address.size(-1)], dim=-1)
-            item = item.unflatten(-1, (cfg.n_head, -1))
-            keys = key_of(keys.unflatten(-1, (2, cfg.n_head, -1)) + phase_TK[:, None, None])
-            write, read = addresses.unflatten(-1, (2, cfg.n_head, -1)).softmax(-1).unbind(2)
-            (cos, cos_read), (sin, sin_read) = keys[0].unbind(2), keys[1].unbind(2)
+            parts, past = self.convolve([item, key, key, address, address], past)
+            heads = [part.unflatten(-1, (cfg.n_head, -1)).type_as(memory) for part in parts]
+            item, write_key, read_key, write, read = heads
+            phase = write_key + phase_TK[:, None]
+            cos, sin = phase.cos(), phase.sin()
+            write, read = write.softmax(-1), read.softmax(-1)
             forget_logit = forget_logit.unflatten(-1, (cfg.n_head, -1)) + self.decay_bias
             log_decay = -MAX_DECAY * forget_logit.sigmoid()
-            bound = bind(item, cos, sin).type_as(made)
+            bound = bind(item, cos, sin).to(dtype)
             written = dict(write=write, bound=bound, log_decay=log_decay, memory=memory)
             found, memory = self.recall(read, **written)
             aux = None
             if self.training and cfg.use_auxiliary_loss:
                 aux = self.delayed_recall(item, cos, sin, written, seed_B)
-            y = rms_norm(unbind(found, cos_read, sin_read)).flatten(2) * self.norm
+            phase = read_key + phase_TK[:, None]
+            y = rms_norm(unbind(found, phase.cos(), phase.sin())).flatten(2) * self.norm
             if cfg.use_gating:
                 y = y * F.silu(gate)
-        return F.linear(y.type_as(made), self.out_proj), (memory, past), aux
+        return F.linear(y.to(dtype), self.out_proj), (memory, past), aux
+
+    def project(self, x_BTC: Tensor) -> Sequence[Tensor]:
+        return F.linear(x_BTC, self.in_proj).split(self.widths, -1)
+
+    def convolve(self, parts: list[Tensor], past: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Each part by its own channels of the kernel, and the last inputs of all of them."""
+        if not self.cfg.has_conv:
+            return parts, past
+        kernels = self.conv_kernel.split(self.conv_widths, dim=1)
+        pasts = past.split(self.conv_widths, dim=-1)
+        pairs = [causal_conv(*args) for args in zip(parts, kernels, pasts, strict=True)]
+        return [mixed for mixed, _ in pairs], torch.cat([last for _, last in pairs], dim=-1)
 
     def recall(
         self, read: Tensor, write: Tensor, bound: Tensor, log_decay: Tensor, memory: Tensor
@@ -421,9 +431,13 @@ class Attention(nn.Module):
         return none, none, new_zeros(B, CONV_LENGTH - 1, channels)
 
     def forward(
-        self, x_BTC: Tensor, state: tuple[Tensor, ...], phase_TK: Tensor, seed_B: Tensor
+        self,
+        x_BTC: Tensor,
+        state: tuple[Tensor, ...],
+        rotary: tuple[Tensor, Tensor],
+        seed_B: Tensor,
     ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
-        """As Memory.forward, without an auxiliary loss."""
+        """As Memory.forward, with cos and sin (T, 1, K) of the phases, without an auxiliary loss."""
         B, T, C = x_BTC.shape
         old_k, old_v, past = state
         made = F.linear(x_BTC, self.in_proj)
@@ -432,7 +446,6 @@ class Attention(nn.Module):
                 mixed, past = causal_conv(made.type_as(past), self.conv_kernel, past)
             made = mixed.type_as(made)
         q, k, v = (part.view(B, T, self.cfg.n_head, -1) for part in made.split(C, dim=-1))
-        rotary = key_of(phase_TK[:, None])  # a key that knows the position only
         q, k = unbind(q, *rotary).type_as(v), unbind(k, *rotary).type_as(v)
         mask = None
         if old_k.size(1) > 0:
@@ -460,11 +473,11 @@ class Block(nn.Module):
         self,
         x_BTC: Tensor,
         state: tuple[Tensor, ...],
-        phase_TK: Tensor,
+        position: Tensor | tuple[Tensor, Tensor],
         seed_B: Tensor,
         kept: tuple[Tensor | None, Tensor | None],
     ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
-        y, state, aux = self.mixer(self.norm1(x_BTC), state, phase_TK, seed_B)
+        y, state, aux = self.mixer(self.norm1(x_BTC), state, position, seed_B)
         x_BTC = x_BTC + dropout(y, kept[0], self.p)
         hidden = F.gelu(F.linear(self.norm2(x_BTC), self.up_proj))
         y = F.linear(hidden, self.down_proj)
@@ -512,7 +525,9 @@ class Model(nn.Module):
         cfg, (B, T) = self.cfg, x_BT.shape
         seed_B = x_BT.new_zeros(B) if seed_B is None else seed_B
         phases = phases_of_positions(state.position, T, self.bins, self.turning_bins)
-        phase_TK = phases.type_as(self.wte)
+        position = phases.type_as(self.wte)
+        if cfg.mixer == "attention":
+            position = position[:, None].cos(), position[:, None].sin()
         run_block = self.run_block
         if cfg.gradient_checkpointing and torch.is_grad_enabled():
             options = dict(use_reentrant=False, preserve_rng_state=False)
@@ -522,7 +537,7 @@ class Model(nn.Module):
             x_BTC = F.embedding(x_BT, self.wte)
             x_BTC = dropout(x_BTC, self.kept(seed_B, x_BTC), cfg.dropout)
             for i, (block, layer) in enumerate(zip(self.blocks, state.layers, strict=True)):
-                x_BTC, layer, aux = run_block(block, x_BTC, layer, phase_TK, seed_B + 3 * i)
+                x_BTC, layer, aux = run_block(block, x_BTC, layer, position, seed_B + 3 * i)
                 layers.append(layer)
                 if aux is not None:
                     aux_sum = aux_sum + aux / cfg.n_layer

@@ -43,7 +43,7 @@ from plumbing import ROOT, RUN_KNOBS, RunKnobs, Session, knob, read_knobs, show_
 from plumbing.byte_batches import ByteBatches, validation_windows
 from plumbing.byte_records import BYTE_METRICS, export_saved, record_validation
 from plumbing.data import Prefetch, TokenShards
-from plumbing.device import check_compiler, choose_precision, choose_rows, compile_parts
+from plumbing.device import CudaGraph, check_compiler, choose_precision, choose_rows, compile_parts
 from plumbing.exports import check_run_fits, read_model_weights, run_bytes
 from plumbing.plan import plan_facts
 from plumbing.rollback import roll_back
@@ -94,6 +94,7 @@ MODEL_KNOBS += "mem_init mem_rows ngram_rows delta_rule thinking_steps".split()
 # These may differ on resuming: they move no loss, but with DROPOUT > 0 another DEVICE_BATCH_SIZE
 # draws other masks, and ON_NAN=rollback may halve the lr.
 RESUME_MAY_DIFFER = [*RUN_KNOBS, "preset", "device_batch_size", "log_every", "on_nan", "recompute"]
+RESUME_MAY_DIFFER += ["cuda_graph"]
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,9 @@ class Knobs(RunKnobs):
     )
     precision: str = knob("auto", "dtype of products", choices=("auto", *DTYPES), group="machine")
     recompute: bool = knob(False, "keep only the blocks' inputs for the backward pass")
+    cuda_graph: bool | None = knob(
+        None, "launch a step's passes as one; auto: on a GPU, unless RECOMPUTE=1", none="auto"
+    )
     results_file: str = knob(str(ROOT / "experiments/results_scaled.csv"), "gets one row per run")
 
     def __post_init__(self):
@@ -163,6 +167,8 @@ class Knobs(RunKnobs):
             raise ValueError(
                 f"WARMUP_ITERS={self.warmup_iters} exceeds NUM_ITERATIONS={self.num_iterations}"
             )
+        if self.cuda_graph and (self.device == "cpu" or self.recompute):
+            raise ValueError("CUDA_GRAPH=1 needs DEVICE=cuda and RECOMPUTE=0")
         if self.blocks == "original" and self.delta_rule:
             raise ValueError("BLOCKS=original divides by a sum of keys: set DELTA_RULE=0")
         shortest = math.log(0.5) / math.log(self.mem_range or 1e-9)
@@ -171,6 +177,12 @@ class Knobs(RunKnobs):
                 f"MEM_INIT=log starts at a half-life of {HALF_LIVES[0]:.0f} patches, MEM_RANGE="
                 f"{self.mem_range} allows none below {shortest:.0f}; set MEM_RANGE=0 or MEM_INIT"
             )
+
+    @property
+    def uses_cuda_graph(self) -> bool:
+        if self.cuda_graph is None:
+            return self.device == "cuda" and not self.recompute
+        return self.cuda_graph
 
     @property
     def window_patches(self) -> int:
@@ -677,10 +689,12 @@ class ByteMemory(nn.Module):
         weight = found * (torch.stack([one, two], -1) - decay.exp()[:, None] * age).exp()
         pair = torch.where(byte[..., 0] == byte[..., 1], equal, different)
         doubt = torch.where(found[..., 1], pair, alone)
-        doubt = (doubt + self.doubt(hidden).float()).exp()
-        whole = weight.sum(-1) + doubt
-        # What the longer histories leave to each length; first, the model's share.
-        left = F.pad((doubt / whole).flip(-1).cumprod(-1).flip(-1), (0, 1), value=1.0)
+        log_doubt = doubt + self.doubt(hidden).float()
+        whole = weight.sum(-1) + log_doubt.exp()
+        # What the longer histories leave to each length; first, the model's share. A product of
+        # shares, as a sum of logarithms: the gradient of cumprod would wait for the device.
+        log_share = log_doubt - whole.log()
+        left = F.pad(log_share.flip(-1).cumsum(-1).flip(-1), (0, 1)).exp()
         p = left[..., :1] * logits.softmax(-1)
         weight = weight / whole[..., None] * left[..., 1:, None]
         return p.scatter_add(-1, byte.flatten(-2), weight.flatten(-2)).clamp(min=1e-30).log()
@@ -885,10 +899,10 @@ def plasticity(step: int, cfg: Knobs) -> float:
     return [alpha for share, alpha in STAGES if step >= share * cfg.num_iterations][-1]
 
 
-def seed_dropout(cfg: Knobs, step: int, rank: int, micro_batch: int) -> None:
+def seed_dropout(cfg: Knobs, step: int, rank: int) -> None:
     """Masks of these numbers alone: with ranks and DEVICE_BATCH_SIZE kept, resuming is exact."""
     if cfg.dropout:
-        seeds = np.random.SeedSequence([cfg.seed, step, rank, micro_batch])
+        seeds = np.random.SeedSequence([cfg.seed, step, rank, 0])
         torch.manual_seed(int(seeds.generate_state(1, np.uint32)[0]))
 
 
@@ -1028,6 +1042,29 @@ def describe_run(session: Session, model: ByteLM) -> None:
     session.describe(model, flops_per_byte(model, session.cfg), facts)
 
 
+def run_backward_pass(
+    model: ByteLM,
+    carried: RowStates,
+    scaler: torch.amp.GradScaler,
+    rows: int,
+    x_BT: Tensor,
+    y_BT: Tensor,
+) -> Tensor:
+    """Adds up the gradients of this rank's part of a step, some rows at a time, and moves their
+    states on. Returns its part of the step's mean loss per byte, in nats.
+    """
+    cfg = model.cfg
+    train_loss = torch.zeros((), device=x_BT.device)
+    for first in range(0, len(x_BT), rows):
+        part = slice(first, first + rows)
+        nll_BT, past = model(x_BT[part].long(), y_BT[part].long(), carried.take(part))
+        loss = nll_BT.sum() / (cfg.batch_size * cfg.sequence_length)
+        scaler.scale(loss).backward()
+        train_loss += loss.detach()
+        carried.put(part, past)
+    return train_loss
+
+
 # differs from train_gpt.py: states are carried, gradients clipped, and there is one optimizer
 def train(cfg: Knobs, session: Session, batches: ByteBatches, val: TokenShards) -> None:
     world = session.world
@@ -1044,6 +1081,9 @@ def train(cfg: Knobs, session: Session, batches: ByteBatches, val: TokenShards) 
     if cfg.compile:
         compile_model(model, rows, session)
     gradients.zero_()  # of the probes
+    backward_pass = partial(run_backward_pass, model, carried, scaler, rows)
+    if cfg.uses_cuda_graph:
+        backward_pass = CudaGraph(backward_pass, world.device)
     prefetch = Prefetch(batches.make, state.step, world.device)
 
     while True:
@@ -1066,15 +1106,8 @@ def train(cfg: Knobs, session: Session, batches: ByteBatches, val: TokenShards) 
         x_BT, y_BT = prefetch.get(state.step)
         carried.start_step(batches.starts_over(state.step))
         model.plasticity.fill_(plasticity(state.step, cfg))  # equal on all ranks, logged as a sum
-        train_loss = torch.zeros((), device=world.device)
-        for first in range(0, len(x_BT), rows):
-            part = slice(first, first + rows)
-            seed_dropout(cfg, state.step, world.rank, first // rows)
-            nll_BT, past = model(x_BT[part].long(), y_BT[part].long(), carried.take(part))
-            loss = nll_BT.sum() / session.tokens_per_step
-            scaler.scale(loss).backward()
-            train_loss += loss.detach()
-            carried.put(part, past)
+        seed_dropout(cfg, state.step, world.rank)
+        train_loss = backward_pass(x_BT, y_BT)
         world.all_reduce(gradients)  # a sum: each rank divided its loss by the whole batch
         scaler.unscale_(adam)
         grad_norms = torch.stack(torch._foreach_norm([p.grad for p in model.parameters()]))

@@ -249,3 +249,48 @@ def compile_parts(parts: Sequence[nn.Module], run_step: Callable[[], None], worl
     for part in parts:
         vars(part).pop("forward", None)  # the class's own again
     return problems[0]
+
+
+class CudaGraph:
+    """`work` on CUDA as one launch, for work that is made of many small ones.
+
+    Its arguments are tensors and numbers, each of one shape and type in all calls; it may write to
+    other tensors in place, and may not wait for the device. The first WARMUP calls run as they are;
+    then the work is recorded once, and from there on replayed. Arguments are copied to where the
+    recorded work reads them. What is returned is overwritten by the next call.
+    """
+
+    WARMUP = 3  # lets libraries, compiler and allocator settle
+
+    def __init__(self, work: Callable[..., object], device: torch.device):
+        self.work, self.device = work, device
+        self.calls = 0
+        self.stream = torch.cuda.Stream(device)
+
+    def __call__(self, *arguments: torch.Tensor | float) -> object:
+        if self.calls == 0:
+            self.own = [torch.as_tensor(x, device=self.device).clone() for x in arguments]
+        for own, new in zip(self.own, arguments, strict=True):
+            own.copy_(new) if isinstance(new, torch.Tensor) else own.fill_(new)
+        self.calls += 1
+        if self.calls <= self.WARMUP:
+            return self.run_apart()
+        if self.calls == self.WARMUP + 1:
+            self.record()
+        self.graph.replay()
+        return self.returned
+
+    def run_apart(self) -> object:
+        """The work on a stream of its own, as recording wants it."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            returned = self.work(*self.own)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return returned
+
+    def record(self) -> None:
+        self.graph = torch.cuda.CUDAGraph()
+        # Other threads, as those that make batches, may use the device meanwhile.
+        options = dict(stream=self.stream, capture_error_mode="thread_local")
+        with torch.cuda.graph(self.graph, **options):
+            self.returned = self.work(*self.own)

@@ -35,6 +35,7 @@ class RowStates:
         if empty_state is not None:
             share = world.share(batch_size)
             self.state = empty_state(share.stop - share.start)
+            self.position = self.state.position.clone()  # where this step begins
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -55,7 +56,8 @@ class RowStates:
             self.state.position.zero_()
             for tensor in self.tensors:
                 tensor.zero_()
-        self.position = self.state.position.clone()  # put() moves it on before all rows are taken
+        # put() moves the other one on before all rows are taken. In place, for a recorded step.
+        self.position.copy_(self.state.position)
 
     def take(self, rows: slice) -> State | None:
         if self.state is None:

@@ -5,7 +5,7 @@ import torch
 from hamt_support import MEMORIES, MODELS, knobs, lively, loop, plain_attention, tokens
 
 import train_gpu
-from train_gpu import PRESETS, Knobs, Memory, Model, bind, key_of, unbind
+from train_gpu import PRESETS, Knobs, Memory, Model, bind, unbind
 
 NOWHERE = torch.zeros(2, dtype=torch.long)  # seeds of two rows, where nothing is drawn
 
@@ -112,14 +112,15 @@ def test_binding_is_circular_convolution():
     b = torch.fft.ifft(torch.complex(item[:n], item[n:]))
     direct = torch.stack([sum(a[i] * b[(t - i) % n] for i in range(n)) for t in range(n)])
     expected = torch.fft.fft(direct)
-    found = bind(item, *key_of(key))
+    found = bind(item, key.cos(), key.sin())
     assert torch.allclose(found, torch.cat([expected.real, expected.imag]), atol=1e-12)
 
 
 def test_the_conjugate_key_undoes_a_key_exactly():
-    key, item = key_of(torch.randn(7, 6).double()), torch.randn(7, 12).double()
-    assert torch.allclose(unbind(bind(item, *key), *key), item, atol=1e-12)
-    assert (bind(item, *key) - item).abs().max() > 0.5
+    phase, item = torch.randn(7, 6).double(), torch.randn(7, 12).double()
+    cos, sin = phase.cos(), phase.sin()
+    assert torch.allclose(unbind(bind(item, cos, sin), cos, sin), item, atol=1e-12)
+    assert (bind(item, cos, sin) - item).abs().max() > 0.5
 
 
 def test_without_its_memory_the_model_sees_one_token():
@@ -140,7 +141,8 @@ def test_the_auxiliary_loss_is_blind_to_scale_and_trains_only():
     assert 0.2 < before < 2
     mixer = memory(use_auxiliary_loss=True)
     item = torch.randn(2, 40, 2, 12).double()
-    cos, sin = key_of(torch.randn(2, 40, 2, 6).double())
+    phase = torch.randn(2, 40, 2, 6).double()
+    cos, sin = phase.cos(), phase.sin()
     write = torch.rand(2, 40, 2, 5).double().softmax(-1)
     decay = -torch.rand(2, 40, 2, 5).double() * 0.01
     found = []
@@ -159,7 +161,8 @@ def test_an_item_alone_in_its_slot_is_recalled_without_loss():
     T = 5
     mixer = memory(use_auxiliary_loss=True)
     item = torch.randn(2, T, 2, 12).double()
-    cos, sin = key_of(torch.randn(2, T, 2, 6).double())
+    phase = torch.randn(2, T, 2, 6).double()
+    cos, sin = phase.cos(), phase.sin()
     write = torch.eye(T).double()[None, :, None].expand(2, T, 2, T)
     no_decay = torch.zeros_like(write)
     rest = dict(bound=bind(item, cos, sin), log_decay=no_decay, memory=mixer.empty_state(2)[0])
