@@ -29,7 +29,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +43,7 @@ from plumbing import ROOT, RUN_KNOBS, RunKnobs, Session, StepStats, UserError, k
 from plumbing.checkpoints import save_json, save_weights
 from plumbing.config import read_configured, section_keys
 from plumbing.data import Prefetch
-from plumbing.device import check_compiler, settle_device
+from plumbing.device import CudaGraph, check_compiler, settle_device
 from plumbing.epochs import EpochRecord, epoch_of, perplexity
 from plumbing.world import World, flat_gradients, join_world, launch
 
@@ -68,7 +68,9 @@ class Knobs(DataKnobs, RunKnobs):
     bf16: bool = knob(False, "train in bfloat16")
     gpu_only: bool = knob(False, "abort where training would not run on a GPU")
     compile: bool = knob(False, "compile the model's blocks with torch.compile")
-    cuda_graph: bool = knob(False, "launch the model's passes as CUDA graphs")
+    cuda_graph: bool | None = knob(
+        None, "launch a step's passes as one; auto: on a GPU", none="auto"
+    )
     results_file: str = knob(str(ROOT / "experiments/results_arith.csv"), "gets one row per run")
     model_name: str = knob("pilot-arithmetic", "name that checkpoints carry", group="model")
     n_layer: int = knob(4, "number of transformer blocks", low=1)
@@ -109,8 +111,14 @@ class Knobs(DataKnobs, RunKnobs):
         "math-compact-pilot", "project at the tracker's service", alias=("wandb_project",)
     )
 
+    @property
+    def uses_cuda_graph(self) -> bool:
+        return self.device == "cuda" if self.cuda_graph is None else self.cuda_graph
+
     def __post_init__(self):
         super().__post_init__()
+        if self.cuda_graph and self.device == "cpu":
+            raise ValueError("CUDA_GRAPH=1 needs a GPU; with DEVICE=cpu leave it out")
         if self.n_embd % (2 * self.n_head):
             raise ValueError(
                 f"N_EMBD={self.n_embd} must be N_HEAD={self.n_head} times an even head width"
@@ -335,12 +343,12 @@ class Muon:
         self.momenta = {name: torch.zeros_like(torch.stack(s)) for name, s in self.stacks.items()}
 
     @torch.no_grad()
-    def step(self, lr: float, all_finite: Tensor) -> None:
+    def step(self, lr: float | Tensor, all_finite: Tensor) -> None:
         for name, params in self.stacks.items():
             gradient = torch.stack([p.grad for p in params])
             gradient = torch.where(all_finite, gradient, 0.0)
             moved = self.momenta[name].lerp(gradient, 0.05)
-            self.momenta[name] = torch.where(all_finite, moved, self.momenta[name])
+            self.momenta[name].copy_(torch.where(all_finite, moved, self.momenta[name]))
             nesterov = gradient.lerp(moved, 0.95)
             dtype = torch.bfloat16 if nesterov.is_cuda else torch.float32
             updates = orthogonalize(nesterov, dtype).float()
@@ -381,7 +389,10 @@ def make_optimizers(model: CompactTransformer, cfg: Knobs) -> list[AdamW | Muon]
     for_adam = [p for p in model.parameters() if id(p) not in ids]
     optimizers: list[AdamW | Muon] = [AdamW(for_adam, cfg)]
     if for_muon:
-        optimizers.append(Muon(for_muon, cfg))
+        muon = Muon(for_muon, cfg)
+        if cfg.uses_cuda_graph:
+            muon.step = CudaGraph(muon.step, for_muon[0].device)
+        optimizers.append(muon)
     return optimizers
 
 
@@ -500,7 +511,7 @@ def make_batch(
     rank makes the whole batch, BATCH_SIZE rows as long as its longest example, so that all ranks
     see one shape. A CUDA graph needs the same shape at every step."""
     problems = data.batch(step, switches)
-    length = cfg.sequence_length if cfg.cuda_graph else 0
+    length = cfg.sequence_length if cfg.uses_cuda_graph else 0
     x, y = inputs_and_labels(problems, cfg.answer_only_loss, cfg.batch_size, length)
     num_labels = torch.tensor(float((y != IGNORE).sum()))
     rows = world.share(cfg.batch_size)
@@ -513,11 +524,9 @@ SCORES = "loss tokens answer_loss answer_tokens digits_ok end_ok exact".split()
 
 
 def autocast(cfg: Knobs, device: torch.device) -> torch.autocast:
-    """FP16 or BF16 products. Converted weights are not cached under CUDA_GRAPH: a replay would use
-    those of the pass in which the graph was captured."""
+    """FP16 or BF16 products."""
     dtype = torch.float16 if cfg.fp16 else torch.bfloat16
-    enabled = cfg.fp16 or cfg.bf16
-    return torch.autocast(device.type, dtype, enabled, cache_enabled=not cfg.cuda_graph)
+    return torch.autocast(device.type, dtype, enabled=cfg.fp16 or cfg.bf16)
 
 
 @torch.no_grad()
@@ -745,17 +754,19 @@ def batch_metrics(logits_BTV: Tensor, y_BT: Tensor, cfg: Knobs) -> dict[str, Ten
     return metrics
 
 
-def compile_model(model: CompactTransformer, cfg: Knobs, rows: int) -> None:
-    """COMPILE: one block is compiled and serves all of them. CUDA_GRAPH: forward and backward pass
-    of the model are one launch each, because small steps are bound by their launches."""
-    check_compiler(cfg.compile, cfg.device)
-    if cfg.compile:
-        for block in model.blocks:
-            block.compile(dynamic=True)
-    if cfg.cuda_graph:
-        ids = torch.zeros(rows, cfg.sequence_length - 1, dtype=torch.long, device=cfg.device)
-        with autocast(cfg, ids.device):
-            torch.cuda.make_graphed_callables(model, (ids,), allow_unused_input=True)
+def run_backward_pass(
+    model: CompactTransformer,
+    scaler: torch.amp.GradScaler,
+    x_BT: Tensor,
+    y_BT: Tensor,
+    num_labels: Tensor,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Adds the gradients of this rank's rows; their share of the mean loss, and their metrics."""
+    with autocast(model.cfg, x_BT.device):
+        logits = model(x_BT).float()
+    loss = sum_loss(logits, y_BT) / num_labels
+    scaler.scale(loss).backward()
+    return loss.detach(), batch_metrics(logits.detach(), y_BT, model.cfg)
 
 
 def train(cfg: Knobs, world: World, session: Session, data: Data) -> None:
@@ -763,10 +774,16 @@ def train(cfg: Knobs, world: World, session: Session, data: Data) -> None:
     model = CompactTransformer(cfg, first_row=rows.start)
     model.init_weights(cfg.seed)
     model.to(world.device).train()
-    compile_model(model, cfg, rows.stop - rows.start)
+    check_compiler(cfg.compile, cfg.device)
+    if cfg.compile:
+        for block in model.blocks:  # which are alike: one compilation serves all
+            block.compile(dynamic=True)
     gradients = flat_gradients(model)
     optimizers = make_optimizers(model, cfg)
     scaler = torch.amp.GradScaler(world.device.type, enabled=cfg.fp16)
+    backward_pass = partial(run_backward_pass, model, scaler)
+    if cfg.uses_cuda_graph:
+        backward_pass = CudaGraph(backward_pass, world.device)
     state = TrainState()
     record = EpochRecord()
     session.describe(model, flops_per_token(cfg), facts_of(cfg, world, data))
@@ -794,10 +811,7 @@ def train(cfg: Knobs, world: World, session: Session, data: Data) -> None:
         session.start_clock()
         x_BT, y_BT, num_labels = prefetch.get(state.step)
         seed_dropout(cfg, state.step)
-        with autocast(cfg, world.device):
-            logits = model(x_BT).float()
-        loss = sum_loss(logits, y_BT) / num_labels
-        scaler.scale(loss).backward()
+        loss, metrics = backward_pass(x_BT, y_BT, num_labels)
         world.all_reduce(gradients)  # each rank has added its share of the mean over all labels
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
@@ -805,9 +819,8 @@ def train(cfg: Knobs, world: World, session: Session, data: Data) -> None:
         clip_gradients(gradients, norms, cfg.grad_clip)
         overflow = ~norms.isfinite().all() & cfg.fp16
         scale = lr_scale(state.step - state.skipped, cfg, data.total_steps)
-        metrics = batch_metrics(logits.detach(), y_BT, cfg)
         state.step += 1
-        figures = (state.step, loss.detach(), cfg.lr * scale, norms, overflow)
+        figures = (state.step, loss, cfg.lr * scale, norms, overflow)
         all_finite = session.step(*figures, **metrics)  # on the device; False: no update
         for optimizer in optimizers:
             optimizer.step(optimizer.peak_lr * scale, all_finite)

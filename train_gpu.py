@@ -30,7 +30,6 @@ Marks    "same as train_gpt.py": a copy, which a test compares; "differs": what 
 
 import hashlib
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -189,14 +188,16 @@ def phases_of_positions(position: Tensor, T: int, bins: int, turning: int) -> Te
     return torch.outer(positions.double(), frequency) % (2 * math.pi)
 
 
-def causal_conv(x_BTX: Tensor, kernel_4X: Tensor, past_B3X: Tensor) -> tuple[Tensor, Tensor]:
-    """Depthwise convolution of the past inputs and x, and the last inputs, for what follows. As
+def causal_conv(x: Tensor, kernel: Tensor) -> Tensor:
+    """Depthwise convolution over dimension 1 of x, which begins with CONV_LENGTH - 1 past inputs. As
     shifted products, which the compiler joins with what surrounds them.
     """
-    T = x_BTX.size(1)
-    x_BTX = torch.cat([past_B3X.type_as(x_BTX), x_BTX], dim=1)
-    y_BTX = sum(x_BTX[:, i : i + T] * kernel_4X[i] for i in range(CONV_LENGTH))
-    return y_BTX, x_BTX[:, 1 - CONV_LENGTH :]
+    T = x.size(1) - CONV_LENGTH + 1
+    taps = kernel.unbind()
+    y = x[:, :T] * taps[0]
+    for i in range(1, CONV_LENGTH):
+        y = torch.addcmul(y, x[:, i : i + T], taps[i])
+    return y
 
 
 def dropout_mask(seed_B: Tensor, shape: tuple[int, ...], p: float) -> Tensor:
@@ -337,49 +338,61 @@ class Memory(nn.Module):
 
     def empty_state(self, B: int) -> tuple[Tensor, ...]:
         cfg, new_zeros = self.cfg, self.in_proj.new_zeros
-        channels = sum(self.conv_widths) if cfg.has_conv else 0
+        channels = sum(self.widths[:3]) if cfg.has_conv else 0
         memory = new_zeros(B, cfg.n_head, cfg.num_slots, cfg.hcm_dim // cfg.n_head)
         return memory, new_zeros(B, CONV_LENGTH - 1, channels)
 
+    def positions(self, phase_TK: Tensor) -> Tensor:
+        """What forward adds to keys."""
+        return phase_TK[:, None]
+
     def forward(
-        self, x_BTC: Tensor, state: tuple[Tensor, ...], phase_TK: Tensor, seed_B: Tensor
+        self, x_BTC: Tensor, state: tuple[Tensor, ...], phase_T1K: Tensor, seed_B: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
         """The output (B, T, C), the state after the last token, and the auxiliary loss."""
         cfg, (memory, past) = self.cfg, state
-        item, key, address, forget_logit, gate = self.project(x_BTC)
-        dtype = item.dtype
+        D, bins, slots, _, gated = self.widths
+        made = F.linear(x_BTC, self.in_proj)
         with autocast(x_BTC, torch.float32):  # for phases, decays and the state
-            parts, past = self.convolve([item, key, key, address, address], past)
+            convolved, forget_logit, gate = made.split([D + bins + slots, slots, gated], dim=-1)
+            parts, past = self.convolve(convolved, past)
             heads = [part.unflatten(-1, (cfg.n_head, -1)).type_as(memory) for part in parts]
-            item, write_key, read_key, write, read = heads
-            phase = write_key + phase_TK[:, None]
+            item, keys, addresses = heads
+            (write_key, read_key), (write, read) = keys.unbind(2), addresses.softmax(-1).unbind(2)
+            phase = write_key + phase_T1K
             cos, sin = phase.cos(), phase.sin()
-            write, read = write.softmax(-1), read.softmax(-1)
             forget_logit = forget_logit.unflatten(-1, (cfg.n_head, -1)) + self.decay_bias
             log_decay = -MAX_DECAY * forget_logit.sigmoid()
-            bound = bind(item, cos, sin).to(dtype)
+            bound = bind(item, cos, sin).type_as(made)
             written = dict(write=write, bound=bound, log_decay=log_decay, memory=memory)
             found, memory = self.recall(read, **written)
             aux = None
             if self.training and cfg.use_auxiliary_loss:
                 aux = self.delayed_recall(item, cos, sin, written, seed_B)
-            phase = read_key + phase_TK[:, None]
+            phase = read_key + phase_T1K
             y = rms_norm(unbind(found, phase.cos(), phase.sin())).flatten(2) * self.norm
             if cfg.use_gating:
                 y = y * F.silu(gate)
-        return F.linear(y.to(dtype), self.out_proj), (memory, past), aux
+        return F.linear(y.type_as(made), self.out_proj), (memory, past), aux
 
-    def project(self, x_BTC: Tensor) -> Sequence[Tensor]:
-        return F.linear(x_BTC, self.in_proj).split(self.widths, -1)
-
-    def convolve(self, parts: list[Tensor], past: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Each part by its own channels of the kernel, and the last inputs of all of them."""
+    def convolve(self, x_BTX: Tensor, past: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """From item, key and address of each token, side by side: the item, the keys of writing and
+        of reading (B, T, 2, H K), both addresses (B, T, 2, H S), and the last inputs.
+        """
+        D, bins, slots = self.widths[:3]
         if not self.cfg.has_conv:
-            return parts, past
-        kernels = self.conv_kernel.split(self.conv_widths, dim=1)
-        pasts = past.split(self.conv_widths, dim=-1)
-        pairs = [causal_conv(*args) for args in zip(parts, kernels, pasts, strict=True)]
-        return [mixed for mixed, _ in pairs], torch.cat([last for _, last in pairs], dim=-1)
+            item, key, address = x_BTX.split(self.widths[:3], dim=-1)
+            both = (-1, -1, 2, -1)
+            return (item, key[:, :, None].expand(both), address[:, :, None].expand(both)), past
+        x_BTX = torch.cat([past.type_as(x_BTX), x_BTX], dim=1)
+        item, key, address = x_BTX.split(self.widths[:3], dim=-1)
+        of_item, of_keys, of_addresses = self.conv_kernel.split([D, 2 * bins, 2 * slots], dim=-1)
+        made = (
+            causal_conv(item, of_item),
+            causal_conv(key[:, :, None], of_keys.unflatten(-1, (2, bins))),
+            causal_conv(address[:, :, None], of_addresses.unflatten(-1, (2, slots))),
+        )
+        return made, x_BTX[:, 1 - CONV_LENGTH :]
 
     def recall(
         self, read: Tensor, write: Tensor, bound: Tensor, log_decay: Tensor, memory: Tensor
@@ -430,6 +443,10 @@ class Attention(nn.Module):
         channels = 3 * cfg.n_embd if cfg.has_conv else 0
         return none, none, new_zeros(B, CONV_LENGTH - 1, channels)
 
+    def positions(self, phase_TK: Tensor) -> tuple[Tensor, Tensor]:
+        """What forward turns queries and keys by: the same in all layers."""
+        return phase_TK[:, None].cos(), phase_TK[:, None].sin()
+
     def forward(
         self,
         x_BTC: Tensor,
@@ -437,14 +454,15 @@ class Attention(nn.Module):
         rotary: tuple[Tensor, Tensor],
         seed_B: Tensor,
     ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
-        """As Memory.forward, with cos and sin (T, 1, K) of the phases, without an auxiliary loss."""
+        """As Memory.forward, without an auxiliary loss."""
         B, T, C = x_BTC.shape
         old_k, old_v, past = state
         made = F.linear(x_BTC, self.in_proj)
         if self.cfg.has_conv:
             with autocast(x_BTC, torch.float32):
-                mixed, past = causal_conv(made.type_as(past), self.conv_kernel, past)
-            made = mixed.type_as(made)
+                inputs = torch.cat([past.type_as(made), made], dim=1)
+                made = causal_conv(inputs, self.conv_kernel).type_as(made)
+                past = inputs[:, 1 - CONV_LENGTH :]
         q, k, v = (part.view(B, T, self.cfg.n_head, -1) for part in made.split(C, dim=-1))
         q, k = unbind(q, *rotary).type_as(v), unbind(k, *rotary).type_as(v)
         mask = None
@@ -525,9 +543,7 @@ class Model(nn.Module):
         cfg, (B, T) = self.cfg, x_BT.shape
         seed_B = x_BT.new_zeros(B) if seed_B is None else seed_B
         phases = phases_of_positions(state.position, T, self.bins, self.turning_bins)
-        position = phases.type_as(self.wte)
-        if cfg.mixer == "attention":
-            position = position[:, None].cos(), position[:, None].sin()
+        position = self.blocks[0].mixer.positions(phases.type_as(self.wte))
         run_block = self.run_block
         if cfg.gradient_checkpointing and torch.is_grad_enabled():
             options = dict(use_reentrant=False, preserve_rng_state=False)

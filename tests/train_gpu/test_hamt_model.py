@@ -24,7 +24,8 @@ def output(mixer: torch.nn.Module, x_BTC: torch.Tensor) -> torch.Tensor:
     bins = width // mixer.cfg.n_head // 2
     turning = round(bins / 2) if isinstance(mixer, Memory) else bins
     phases = train_gpu.phases_of_positions(torch.tensor(0), x_BTC.size(1), bins, turning)
-    return mixer(x_BTC, mixer.empty_state(len(x_BTC)), phases, NOWHERE)[0]
+    position = mixer.positions(phases)
+    return mixer(x_BTC, mixer.empty_state(len(x_BTC)), position, NOWHERE)[0]
 
 
 @pytest.mark.parametrize("name", MEMORIES)
@@ -98,7 +99,7 @@ def test_a_states_size_does_not_grow_with_the_text():
     for part in tokens(1, 300).split(60, dim=1):
         _, state = model.stream(part, state)
         sizes.add(state.num_bytes)
-    per_layer = 2 * 5 * (24 // 2) + 3 * (2 * 24 + 2 * 2 * 5)  # H * S * E, 3 inputs of convolution
+    per_layer = 2 * 5 * (24 // 2) + 3 * (24 + 12 + 2 * 5)  # H * S * E, 3 inputs of convolution
     assert sizes == {2 * 8 * per_layer}
 
 
