@@ -19,7 +19,8 @@ Raises   UserError (one line, exit code 2) for a bad knob, key, file or checkpoi
          (exit code 1) where GPU_ONLY=1 or FP16=1 cannot be kept
 Sources  github.com/Nishal14/Step-free-arithmetic-transformers; rotary: Su et al., arXiv 2104.09864;
          Muon: kellerjordan.github.io/posts/muon, scaled as in Liu et al., arXiv 2502.16982
-Shared   plumbing/ keeps the run alive; arithmetic.py is the language, and draws the examples
+Shared   arithmetic.py is the language, and draws the examples. plumbing/ keeps the run alive; what
+         of it moves a loss is problem_batches.py: the order of the examples and the curriculum
 """
 
 import hashlib
@@ -108,6 +109,7 @@ class Knobs(DataKnobs, RunKnobs):
 
 
 def read_settings(argv: Sequence[str], env: Mapping[str, str]) -> Knobs:
+    """Knobs from all sources; as in the original, the device is settled before a file is read."""
     return read_problem_knobs(Knobs, PRESETS, argv, env, __doc__)
 
 

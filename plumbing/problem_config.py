@@ -1,8 +1,8 @@
 """problem_config.py -- the YAML files that describe a run on problems, and where it writes.
 
 Promises: the keys are those of the files of github.com/Nishal14/Step-free-arithmetic-transformers,
-which have the knobs' headings in --help as sections; a key of theirs that has but one value here is
-refused with any other. The device is settled before a file is opened, with the original's words.
+whose sections are the knobs' headings in --help; a key of theirs that can have only one value here
+is refused with any other. The device is settled before a file is opened, with the original's words.
 """
 
 from collections.abc import Mapping, Sequence

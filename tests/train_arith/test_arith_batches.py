@@ -6,9 +6,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from arith_support import ONE, ROOT, make, records, write_records
 from lib_arith import entropy_floor
 
@@ -27,9 +29,9 @@ from arithmetic import (
     read_records,
     shares,
 )
-from plumbing import UserError
-from plumbing.problem_batches import ProblemBatches
-from plumbing.problems import inputs_and_labels
+from plumbing import UserError, World
+from plumbing.problem_batches import Curriculum, ProblemBatches
+from plumbing.problems import IGNORE, inputs_and_labels
 from train_arith import Knobs, open_data
 
 VAL = BUCKET_OF["val"]
@@ -190,6 +192,26 @@ def test_the_curriculum_draws_one_more_operand_from_every_switch_on():
     found = [operands(texts(data, step, [5, 9])) for step in (0, 4, 5, 8, 9)]
     assert found == [{2}, {2}, {2, 3}, {2, 3}, {2, 3, 4}]
     assert operands(texts(data, 50)) == {2}
+
+
+def test_a_further_operand_comes_eight_steps_behind_its_decision_and_none_beyond_the_most():
+    cfg, curriculum, said = Knobs(**STAGED), Curriculum(), []
+    for step in range(1, 61):
+        stats = SimpleNamespace(step=step, metrics={"train_exact": 1.0 if step > 20 else 0.4})
+        curriculum.hear(stats, cfg, said.append)
+    # 0.4 for 20 steps is below the threshold of 0.5; then the running mean passes it.
+    assert curriculum.switches == [23 + 8, 30 + 8], "from 2 operands to 4, the most"
+    assert said[0] == "step:23 curriculum: 3 operands from step 31 on" and len(said) == 2
+
+
+def test_the_ranks_shares_of_a_step_are_its_batch(pilot):
+    cfg = of(pilot, batch_size=7, answer_only_loss=True)
+    x, y, num_labels = open_data(cfg, ONE).make(5, [])
+    assert len(x) == 7 and num_labels == (y != IGNORE).sum()
+    parts = [open_data(cfg, World(rank, 3, ONE.device)).make(5, []) for rank in range(3)]
+    assert torch.equal(torch.cat([part[0] for part in parts]), x)
+    assert torch.equal(torch.cat([part[1] for part in parts]), y)
+    assert all(part[2] == num_labels for part in parts)
 
 
 def test_under_a_curriculum_a_finite_set_gives_its_short_examples_first_and_then_all():
