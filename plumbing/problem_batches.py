@@ -34,7 +34,6 @@ class BatchKnobs(Protocol):
     num_iterations: int | None
     num_epochs: int
     train_path: str
-    train_examples: int  # size of a set that is drawn once; 0: there is none
     operands_min: int
     operands_max: int
     curriculum_exact: float  # exact match that adds an operand; 0: no curriculum
@@ -54,6 +53,7 @@ class ProblemSets(Protocol):
     language: ProblemLanguage
     train: Problems | None  # None: every batch is drawn
     val: Problems
+    tests: dict[str, Problems]  # by their files' names
     sample: Problems  # as training is
     excluded: np.ndarray  # hashes of what is never drawn
 
