@@ -10,7 +10,6 @@ Sources  tokenizer, templates: github.com/Nishal14/Step-free-arithmetic-transfor
          et al., arXiv 2307.03381. Constants of the hash: SplitMix64 (Steele et al. 2014)
 """
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -19,13 +18,25 @@ from pathlib import Path
 
 import numpy as np
 
-from plumbing.knobs import ROOT, UserError, knob
-from plumbing.plain_text import read_text
+from plumbing.knobs import UserError, knob
+from plumbing.plain_text import read_json_lines
+from plumbing.problem_knobs import ProblemKnobs
+from plumbing.problems import (
+    BOS,
+    EOS,
+    GENERATE,
+    HOLE,
+    PAD,
+    SAMPLE_TAG,
+    SET_TAG,
+    Problems,
+    joined,
+    packed,
+)
 
 VOCABULARY = ["<PAD>", "<BOS>", "<EOS>", "<UNK>", *"0123456789+-*/()=ABCDEFabcdef ,"]
-PAD, BOS, EOS, UNK, ZERO = 0, 1, 2, 3, 4
+UNK, ZERO = 3, 4  # beside the ids PAD, BOS and EOS
 IDS = {character: i for i, character in enumerate(VOCABULARY)}
-HOLE = -1  # in place of an id: no token stands here; `pack` closes it
 # The hash of its operands and operators, without brackets, puts an expression into one of 32
 # buckets. One is kept for tests, one for validation; training draws from the other 30.
 BUCKETS = 32
@@ -182,55 +193,20 @@ def read_answer(text: str, answer_format: str) -> int | None:
     return -body if answer_format == "reversed" else body - 10 ** (len(text) - 1)
 
 
-@dataclass(frozen=True)
-class Problems:
-    """N sequences: BOS, expression, separator, answer, EOS, then PAD."""
-
-    tokens_NT: np.ndarray  # uint8
-    lengths_N: np.ndarray  # tokens from BOS to EOS
-    starts_N: np.ndarray  # position of the answer's first token
-    values_N: np.ndarray  # int64
-
-    def __len__(self) -> int:
-        return len(self.lengths_N)
-
-    @property
-    def columns(self) -> tuple[np.ndarray, ...]:
-        return self.tokens_NT, self.lengths_N, self.starts_N, self.values_N
-
-    def rows(self, index: np.ndarray | slice) -> "Problems":
-        return Problems(*(column[index] for column in self.columns))
-
-    @property
-    def operand_counts(self) -> np.ndarray:
-        """(N,) operands of each expression."""
-        is_operator = np.isin(self.tokens_NT, [IDS[character] for character in "+-*"])
-        before_answer = np.arange(self.tokens_NT.shape[1]) < self.starts_N[:, None]
-        return (is_operator & before_answer).sum(axis=1) + 1
-
-    def exprs(self, language: Language) -> list[str]:
-        ends = self.starts_N - len(language.separator)
-        return [decode(row[1:end]) for row, end in zip(self.tokens_NT, ends, strict=True)]
-
-
-def pack(heads: np.ndarray, values_N: np.ndarray, language: Language) -> Problems:
-    """Problems from the ids of what stands before the answer, with holes."""
-    ends = np.full((len(heads), 1), EOS)
-    wide = np.concatenate([heads, answer_tokens(values_N, language), ends], 1)
-    so_far = (wide >= 0).cumsum(1)  # how many tokens there are up to every column
-    rows, columns = np.nonzero(wide >= 0)
-    tokens_NT = np.zeros(wide.shape, np.uint8)
-    tokens_NT[rows, so_far[rows, columns] - 1] = wide[rows, columns]
-    return Problems(tokens_NT, so_far[:, -1], so_far[:, heads.shape[1] - 1], values_N)
-
-
 def problems_of(exprs: Sequence[str], values: Sequence[int], language: Language) -> Problems:
     """Written expressions and their values as token sequences."""
     texts = [[BOS, *encode(expr + language.separator, special=False)] for expr in exprs]
     heads = np.full((len(texts), max(map(len, texts))), HOLE)
     for row, text in zip(heads, texts, strict=True):
         row[: len(text)] = text
-    return pack(heads, np.array(values, np.int64), language)
+    values_N = np.array(values, np.int64)
+    return packed(heads, answer_tokens(values_N, language), values_N)
+
+
+def exprs_of(problems: Problems, language: Language) -> list[str]:
+    """The expressions of problems that are written in this language."""
+    ends = problems.starts_N - len(language.separator)
+    return [decode(row[1:end]) for row, end in zip(problems.tokens_NT, ends, strict=True)]
 
 
 # ----------------------------------------------------------------------------
@@ -353,7 +329,8 @@ def draw(
         block = np.concatenate(columns, 1)
         heads[rows, 1 : 1 + block.shape[1]] = block
     operators_NM = np.array(encode(language.operators, special=False))[drawn_NM]
-    return pack(heads, values_N, language), hash_of(operands_NM, operators_NM, counts_N)
+    problems = packed(heads, answer_tokens(values_N, language), values_N)
+    return problems, hash_of(operands_NM, operators_NM, counts_N)
 
 
 def longest_problem(language: Language) -> int:
@@ -395,8 +372,7 @@ def draw_split(
         found.append(problems.rows(np.flatnonzero(good_N)[:missing]))
         missing -= len(found[-1])
         if missing == 0:
-            columns = zip(*(part.columns for part in found), strict=True)
-            return Problems(*map(np.concatenate, columns))
+            return joined(found)
     different = f"{count - missing} of {count} different {split} expressions"
     raise UserError(f"only {different} were found; widen the ranges")
 
@@ -404,24 +380,12 @@ def draw_split(
 # ----------------------------------------------------------------------------
 # Records and sets
 
-GENERATE = "generate"  # instead of a file's name: expressions are drawn
 VAL_SEEDS = [1]  # of the validation set
-ORDER_TAG, BATCH_TAG, SET_TAG, SAMPLE_TAG = 1, 2, 3, 4  # second seeds, by what is drawn
 
 
 @dataclass(frozen=True)
-class DataKnobs(Language):
+class DataKnobs(ProblemKnobs, Language):
     """The language, and where training, validation and test problems come from."""
-
-    train_path: str = knob("data/pilot_train.jsonl", "file of records, or 'generate'")
-    val_path: str = knob("data/pilot_val.jsonl", "file of records, or 'generate'")
-    test_path: str = knob(
-        "data/pilot_test_flat.jsonl", "files of records, separated by spaces, scored at the end"
-    )
-    train_examples: int = knob(0, "size of a generated set; 0: every batch is fresh", low=0)
-    val_examples: int = knob(1000, "generated validation examples", low=1)
-    sequence_length: int = knob(32, "most tokens of a problem; longer ones are refused", low=8)
-    seed: int = knob(42, "seed of weights, order, dropout and generated data", low=0)
 
 
 def how_to_make(path: str) -> str:
@@ -438,29 +402,19 @@ def how_to_make(path: str) -> str:
     return f"{command} --prefix {prefix} --operators=+- --held-out --dedup {sizes}"
 
 
+def read_record(record: dict) -> tuple[str, int]:
+    """Expression and value. Raises ValueError, KeyError or TypeError for what is no record."""
+    expr, value = record["expr"], record["result"]
+    if type(expr) is not str or type(value) is not int or evaluate_expr(expr) != value:
+        raise ValueError(f"{value!r:.60} is not the value of {expr!r:.60}")
+    return expr, value
+
+
 def read_records(path: str) -> tuple[list[str], list[int]]:
     """Expressions and values of a .jsonl file, looked for here, then in the repository."""
-    place = Path(path) if Path(path).exists() else ROOT / path
-    exprs: list[str] = []
-    values: list[int] = []
-    try:
-        text = read_text(place).rstrip()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {how_to_make(path)}") from None
-    for number, line in enumerate(text.split("\n") if text else (), 1):
-        try:
-            record = json.loads(line)
-            expr, value = record["expr"], record["result"]
-            if type(expr) is not str or type(value) is not int or evaluate_expr(expr) != value:
-                raise ValueError(f"{value!r:.60} is not the value of {expr!r:.60}")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            wanted = 'expected a record such as {"expr": "1+2", "result": 3}'
-            raise UserError(f"{path}:{number}: {wanted} ({error!s:.160})") from None
-        exprs.append(expr)
-        values.append(value)
-    if not exprs:
-        raise UserError(f"{path}: no records; {how_to_make(path)}")
-    return exprs, values
+    wanted = 'a record such as {"expr": "1+2", "result": 3}'
+    pairs = read_json_lines(path, read_record, wanted, how_to_make(path))
+    return [expr for expr, _ in pairs], [value for _, value in pairs]
 
 
 class DataSets:
@@ -512,6 +466,13 @@ class DataSets:
             if longest > self.cfg.sequence_length:
                 limit = f"SEQUENCE_LENGTH={self.cfg.sequence_length} tokens; raise it"
                 raise UserError(f"{name}: examples of up to {longest} exceed {limit}")
+
+    def operand_counts(self) -> np.ndarray:
+        """(N,) operands of each training expression."""
+        is_operator = np.isin(self.train.tokens_NT, [IDS[character] for character in "+-*"])
+        columns = np.arange(is_operator.shape[1])
+        before_answer = columns < self.train.starts_N[:, None]
+        return (is_operator & before_answer).sum(axis=1) + 1
 
     def draw(self, seeds: list[int], count: int, most: int | None = None) -> Problems:
         """Training problems of at most `most` operands, the same for the same seeds."""

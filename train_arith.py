@@ -19,18 +19,17 @@ Raises   UserError (one line, exit code 2) for a bad knob, key, file or checkpoi
          (exit code 1) where GPU_ONLY=1 or FP16=1 cannot be kept
 Sources  github.com/Nishal14/Step-free-arithmetic-transformers; rotary: Su et al., arXiv 2104.09864;
          Muon: kellerjordan.github.io/posts/muon, scaled as in Liu et al., arXiv 2502.16982
-Shared   plumbing/ keeps the run alive; arithmetic.py is the language, and draws the examples
+Shared   arithmetic.py is the language, and draws the examples. plumbing/ keeps the run alive; what
+         of it moves a loss is problem_batches.py: the order of the examples and the curriculum
 """
 
 import hashlib
-import math
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache, partial
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -38,40 +37,40 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import arithmetic
-from arithmetic import BOS, GENERATE, VOCABULARY, DataKnobs, DataSets, Problems
-from plumbing import ROOT, RUN_KNOBS, RunKnobs, Session, StepStats, UserError, knob, show_plan
-from plumbing.checkpoints import save_json, save_weights
-from plumbing.config import read_configured, section_keys
+from arithmetic import VOCABULARY, DataKnobs, DataSets
+from plumbing import RunKnobs, Session, knob, show_plan
 from plumbing.data import Prefetch
-from plumbing.device import CudaGraph, check_compiler, settle_device
-from plumbing.epochs import EpochRecord, epoch_of, perplexity
+from plumbing.device import CudaGraph, check_compiler
+from plumbing.epochs import EpochRecord, intervals, perplexity
+from plumbing.problem_batches import Curriculum, ProblemBatches
+from plumbing.problem_config import read_problem_knobs
+from plumbing.problem_knobs import PROBLEM_RUN_KNOBS
+from plumbing.problem_records import (
+    PROBLEM_METRICS,
+    gpu_facts,
+    record_evaluation,
+    record_validation,
+    save_models,
+)
+from plumbing.problems import IGNORE, Problems, inputs_and_labels
 from plumbing.world import World, flat_gradients, join_world, launch
 
 # ---------------- Knobs
 
 PRESETS = {"pilot": {}}
-# These move no loss, so a resumed run may have others. Of files, Data.content is compared.
-RESUME_MAY_DIFFER = [*RUN_KNOBS, "config", "output_dir", "gpu_only", "eval_interval", "model_name"]
-RESUME_MAY_DIFFER += ["save_interval", "cuda_graph", "log_interval", "tracker_project"]
-RESUME_MAY_DIFFER += ["train_path", "val_path", "test_path"]
+# These move no loss, so a resumed run may have others.
+RESUME_MAY_DIFFER = [*PROBLEM_RUN_KNOBS, "eval_interval", "save_interval", "model_name"]
+RESUME_MAY_DIFFER += ["cuda_graph"]
 
 
 @dataclass(frozen=True)
 class Knobs(DataKnobs, RunKnobs):
     preset: str = knob("pilot", "named set of defaults", group="machine", choices=tuple(PRESETS))
-    config: str = knob("", "YAML file of knobs")
-    output_dir: str = knob("", "folder of the run, whose last part is its id")
-    device: str = knob(
-        "cpu", "where to train; cuda falls back to cpu", choices=("cpu", "cuda"), group="run"
-    )
     fp16: bool = knob(False, "train in half precision with loss scaling; needs CUDA")
     bf16: bool = knob(False, "train in bfloat16")
-    gpu_only: bool = knob(False, "abort where training would not run on a GPU")
-    compile: bool = knob(False, "compile the model's blocks with torch.compile")
     cuda_graph: bool | None = knob(
         None, "launch a step's passes as one; auto: on a GPU", none="auto"
     )
-    results_file: str = knob(str(ROOT / "experiments/results_arith.csv"), "gets one row per run")
     model_name: str = knob("pilot-arithmetic", "name that checkpoints carry", group="model")
     n_layer: int = knob(4, "number of transformer blocks", low=1)
     n_head: int = knob(4, "attention heads per block", low=1)
@@ -81,22 +80,13 @@ class Knobs(DataKnobs, RunKnobs):
     dropout: float = knob(0.1, "probability of dropout", low=0, high=0.99)
     use_rope: bool = knob(True, "rotary positions; 0: a learned table of positions")
     tie_weights: bool = knob(True, "use the embedding as the head, too")
-    num_epochs: int = knob(50, "passes over the training set", low=1, group="training")
-    num_iterations: int | None = knob(None, "steps; auto: from NUM_EPOCHS", low=0, none="auto")
-    batch_size: int = knob(32, "examples per step, over all ranks", low=1)
-    curriculum_exact: float = knob(
-        0.0, "exact match of training batches that adds an operand; 0: off", low=0, high=1
+    schedule: str = knob(
+        "linear", "shape of the decay", choices=("linear", "trapezoid"), group="training"
     )
-    answer_only_loss: bool = knob(False, "score the answer and its end only")
-    schedule: str = knob("linear", "shape of the decay", choices=("linear", "trapezoid"))
     warmdown_frac: float = knob(0.4, "last part of a trapezoid, falling to 0", above=0, high=1)
     grad_clip: float = knob(1.0, "largest norm of the whole gradient; 0: off", low=0)
     eval_interval: int = knob(5, "epochs between validations", low=1)
-    val_every: int | None = knob(
-        None, "steps between validations", low=0, none="auto", group="evaluation and saving"
-    )
     save_interval: int = knob(10, "epochs between saved models", low=1)
-    save_every: int | None = knob(None, "steps between checkpoints", low=0, none="auto")
     optimizer: str = knob(
         "adamw", "adamw for all; muon: for the blocks' matrices, adamw for the rest",
         group="training.optimizer", choices=("adamw", "muon"),
@@ -106,10 +96,6 @@ class Knobs(DataKnobs, RunKnobs):
     muon_lr: float = knob(0.004, "highest learning rate of Muon, on AdamW's scale", low=0)
     weight_decay: float = knob(0.01, "decoupled weight decay of every parameter", low=0)
     betas: str = knob("0.9,0.95", "AdamW's two decay rates")
-    log_interval: int = knob(25, "steps between printed steps", low=1, group="logging")
-    tracker_project: str = knob(
-        "math-compact-pilot", "project at the tracker's service", alias=("wandb_project",)
-    )
 
     @property
     def uses_cuda_graph(self) -> bool:
@@ -128,52 +114,12 @@ class Knobs(DataKnobs, RunKnobs):
             raise ValueError(f"BETAS={self.betas!r}: {what}")
         if self.fp16 and self.bf16:
             raise ValueError("FP16=1 and BF16=1 exclude each other; set one of them")
-        if self.output_dir and self.run_id not in ("", Path(self.output_dir).resolve().name):
-            names = f"OUTPUT_DIR={self.output_dir} names the run, RUN_ID={self.run_id} differs"
-            raise ValueError(f"{names}; leave one out")
-        has_epochs = self.train_path != GENERATE
-        if self.train_examples and not self.curriculum_exact:
-            has_epochs = True
-        if self.num_iterations is None and not has_epochs:
-            raise ValueError(
-                "TRAIN_PATH=generate has epochs only with TRAIN_EXAMPLES and without a curriculum; "
-                "set NUM_ITERATIONS"
-            )
-        if self.curriculum_exact and self.train_path != GENERATE:
-            what = "limits the operands of generated examples"
-            raise ValueError(f"CURRICULUM_EXACT {what}: set TRAIN_PATH=generate")
-        if self.curriculum_exact and not self.answer_only_loss:
-            what = "reads the exact match of training answers"
-            raise ValueError(f"CURRICULUM_EXACT {what}: set ANSWER_ONLY_LOSS=1 to measure it")
-
-
-# The keys of a YAML file: the knobs, under their headings in --help, and what the original's files
-# have in other sections or by other names. Its max_seq_len, of model and data, is SEQUENCE_LENGTH.
-YAML = section_keys(Knobs, ("model", "data", "training", "training.optimizer", "logging"))
-YAML |= {"model.name": "model_name", "training.optimizer.name": "optimizer"}
-YAML |= {"model.max_seq_len": "max_seq_len", "data.curriculum_exact": "curriculum_exact"}
-YAML |= {f"logging.{key}": key for key in ("tracker", "use_wandb")}
-YAML |= {f"training.{key}": key for key in ("val_every", "save_every")}
-FIXED = {
-    "model.vocab_size": (35, "the tokenizer has 35 ids"),
-    "data.use_steps": (False, "there are no steps in the text"),
-    "data.step_masking_mode": ("none", "there are no steps in the text; see ANSWER_ONLY_LOSS"),
-}
+        self.check_run()
 
 
 def read_settings(argv: Sequence[str], env: Mapping[str, str]) -> Knobs:
-    """Knobs from all sources; as in the original, the device is settled before --config is read."""
-    say = print if env.get("RANK", "0") == "0" else lambda line: None
-
-    def settle(given: Mapping[str, object]) -> dict[str, str]:
-        fp16, gpu_only = given.get("fp16", False), given.get("gpu_only", False)
-        return {"device": settle_device(given.get("device", "cpu"), fp16, gpu_only, say)}
-
-    cfg = read_configured(Knobs, PRESETS, argv, env, __doc__, YAML, FIXED, settle)
-    if not cfg.output_dir:
-        return cfg
-    folder = Path(cfg.output_dir).resolve()
-    return replace(cfg, logs_folder=str(folder.parent), run_id=folder.name)
+    """Knobs from all sources; as in the original, the device is settled before a file is read."""
+    return read_problem_knobs(Knobs, PRESETS, argv, env, __doc__)
 
 
 # ---------------- Model
@@ -416,106 +362,10 @@ def lr_scale(update: int, cfg: Knobs, total: int) -> float:
 
 # ---------------- Batches
 
-IGNORE = -100  # label of a token that is not scored
 
-
-class Data(DataSets):
-    """All problems, and which of them a step trains on: a function of seed, step and curriculum,
-    whatever the number of ranks. Only a finite set without a curriculum has epochs."""
-
-    CHUNK = 16384  # fresh examples that are drawn together
-
-    def __init__(self, cfg: Knobs):
-        super().__init__(cfg)
-        self.epoch_steps = 0
-        if self.train and not cfg.curriculum_exact:
-            self.epoch_steps = math.ceil(len(self.train) / cfg.batch_size)
-        self.total_steps = cfg.num_iterations
-        if self.total_steps is None:
-            self.total_steps = cfg.num_epochs * self.epoch_steps
-        mean_tokens = float((self.sample.lengths_N - 1).mean())
-        self.step_tokens = round(mean_tokens * cfg.batch_size)
-        # Successive steps share an order or a chunk.
-        self.order = lru_cache(maxsize=2)(self._order)
-        self.chunk = lru_cache(maxsize=2)(self._chunk)
-        if self.train and cfg.curriculum_exact:
-            self.counts_N = self.train.operand_counts
-            if cfg.operands_min not in self.counts_N:
-                what = f"none has {cfg.operands_min} operands, where the curriculum starts"
-                raise UserError(f"TRAIN_EXAMPLES={len(self.train)}: {what}; raise it")
-
-    @property
-    def content(self) -> list[list]:
-        """What a resume compares; not the paths, so that a file may have another name. Validation
-        and test sets decide what is kept out of drawn examples, and how many digits an answer has:
-        with other ones, a resumed run could be scored on what it was trained on."""
-        tokens = self.train.tokens_NT.tobytes() if self.train else b""
-        excluded = self.excluded if self.cfg.train_path == GENERATE else self.excluded[:0]
-        digits = 0 if self.cfg.answer_format == "plain" else self.language.digits  # 0: any number
-        return [
-            ["training set", len(self.train or ()), hashlib.sha256(tokens).hexdigest()],
-            ["answer digits", digits],
-            ["excluded expressions", len(excluded), hashlib.sha256(excluded.tobytes()).hexdigest()],
-        ]
-
-    def _order(self, epoch: int) -> np.ndarray:
-        rng = np.random.default_rng([self.cfg.seed, arithmetic.ORDER_TAG, epoch])
-        return rng.permutation(len(self.train))
-
-    def _chunk(self, number: int, most: int) -> Problems:
-        count = max(self.CHUNK, self.cfg.batch_size)
-        return self.draw([self.cfg.seed, arithmetic.BATCH_TAG, number, most], count, most)
-
-    def batch(self, step: int, switches: Sequence[int] = ()) -> Problems:
-        """All examples of a step; the last batch of an epoch may be smaller. `switches` are the
-        steps from which one more operand is drawn. Under a curriculum, batches of a finite set are
-        drawn from the examples that are short enough, with replacement."""
-        cfg, most = self.cfg, self.cfg.operands_max
-        if cfg.curriculum_exact:
-            most = cfg.operands_min + sum(step >= switch for switch in switches)
-        if self.train is None:
-            chunk, place = divmod(step, max(1, self.CHUNK // cfg.batch_size))
-            start = place * cfg.batch_size
-            return self.chunk(chunk, most).rows(slice(start, start + cfg.batch_size))
-        if cfg.curriculum_exact:
-            rng = np.random.default_rng([cfg.seed, arithmetic.BATCH_TAG, step])
-            short_enough = np.flatnonzero(self.counts_N <= most)
-            return self.train.rows(rng.choice(short_enough, cfg.batch_size))
-        epoch, i = divmod(step, self.epoch_steps)
-        return self.train.rows(self.order(epoch)[i * cfg.batch_size : (i + 1) * cfg.batch_size])
-
-
-def inputs_and_labels(
-    problems: Problems, answer_only: bool, rows: int, length: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-    """(rows, T) ids and labels, T the longest or `length`; IGNORE is the label of what is not
-    scored, and of rows beyond the problems."""
-    T = length or int(problems.lengths_N.max())
-    tokens = problems.tokens_NT[:, :T]
-    ids = np.zeros((rows, T), np.int64)
-    ids[:, 0] = BOS
-    ids[: len(problems), : tokens.shape[1]] = tokens
-    at = np.arange(1, T)
-    is_scored = at < problems.lengths_N[:, None]
-    if answer_only:
-        is_scored &= at >= problems.starts_N[:, None]
-    labels = np.full((rows, T - 1), IGNORE)
-    labels[: len(problems)] = np.where(is_scored, ids[: len(problems), 1:], IGNORE)
-    return ids[:, :-1], labels
-
-
-def make_batch(
-    step: int, data: Data, cfg: Knobs, world: World, switches: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """This rank's inputs and labels of the step, and the number of labels over all ranks. Every
-    rank makes the whole batch, BATCH_SIZE rows as long as its longest example, so that all ranks
-    see one shape. A CUDA graph needs the same shape at every step."""
-    problems = data.batch(step, switches)
-    length = cfg.sequence_length if cfg.uses_cuda_graph else 0
-    x, y = inputs_and_labels(problems, cfg.answer_only_loss, cfg.batch_size, length)
-    num_labels = torch.tensor(float((y != IGNORE).sum()))
-    rows = world.share(cfg.batch_size)
-    return torch.from_numpy(x[rows]), torch.from_numpy(y[rows]), num_labels
+def open_data(cfg: Knobs, world: World) -> ProblemBatches:
+    """Training batches, and the sets beside them. Raises UserError for what is wrong with them."""
+    return ProblemBatches(DataSets(cfg), cfg, world)
 
 
 # ---------------- Evaluation
@@ -586,6 +436,29 @@ def summary(table: np.ndarray) -> dict[str, float]:
     }
 
 
+def evaluate(
+    model: nn.Module,
+    session: Session,
+    data: ProblemBatches,
+    state: "TrainState",
+    record: EpochRecord,
+) -> None:
+    """Score the validation set, and save the model where its loss is the best so far."""
+    figures = summary(score(model, data.sets.val, session.cfg, session.world))
+    record_validation(session, figures)
+    if record.validated(state.step, session, figures):
+        save_models(["checkpoint_best.pt"], model, [], session, state, data)
+
+
+def score_test_sets(model: nn.Module, session: Session, data: ProblemBatches) -> None:
+    """Score the validation set and the test sets, for evaluation.json."""
+    figures = {}
+    for name, problems in {session.cfg.val_path: data.sets.val, **data.sets.tests}.items():
+        table = score(model, problems, session.cfg, session.world)
+        figures[name] = {**summary(table), "n": len(table)}
+    record_evaluation(session, figures)
+
+
 # ---------------- Records and plan
 
 RESULTS = (
@@ -596,9 +469,7 @@ RESULTS = (
     "steps_done n_params tokens_seen epochs peak_memory_mib torch world_size code_sha256 dirty"
 ).split()
 COLUMN_KNOBS = {"d_model": "n_embd", "num_layers": "n_layer", "num_heads": "n_head"}
-COLUMN_KNOBS |= {"learning_rate": "lr", "max_seq_len": "sequence_length"}
-METRICS = ("exact_match", "eos_after_gold", "digit_accuracy", "train_exact", "scored_tokens")
-MODEL_KEYS = "d_model num_layers num_heads d_ff max_seq_len dropout use_rope tie_weights ffn_type"
+COLUMN_KNOBS |= {"learning_rate": "lr"}
 
 
 def count_parameters(cfg: Knobs) -> int:
@@ -611,28 +482,20 @@ def flops_per_token(cfg: Knobs) -> int:
     return 6 * count_parameters(cfg) + 6 * cfg.n_layer * cfg.sequence_length * cfg.n_embd
 
 
-def facts_of(cfg: Knobs, world: World, data: Data) -> dict[str, object]:
+def facts_of(cfg: Knobs, world: World, data: ProblemBatches) -> dict[str, object]:
     """What the head of the log says beside the knobs."""
-    facts: dict[str, object] = {"Configuration": cfg.config or "none"}
-    if world.device.type == "cuda":
-        memory = torch.cuda.get_device_properties(world.device).total_memory
-        facts["GPU INFORMATION"] = "=" * 40
-        facts["GPU Name"] = world.device_name()
-        facts["GPU Memory"] = f"{memory / 1e9:.2f} GB"
-        facts["FP16 Mixed Precision"] = "ENABLED" if cfg.fp16 else "DISABLED"
-    return facts | {
+    return {
+        "Configuration": cfg.config or "none",
+        **gpu_facts(world, cfg.fp16),
         "Vocabulary size": len(VOCABULARY),
         "Model parameters": f"{count_parameters(cfg) / 1e6:.2f}M",
-        "Train dataset size": len(data.train) if data.train else "fresh at every step",
-        "Validation dataset size": len(data.val),
-        "answer": f"{cfg.answer_format}, up to {data.language.digits} digits",
-        "tokens_per_step": f"{data.step_tokens:,}, mean of {cfg.batch_size} examples",
+        **data.facts,
     }
 
 
 def plan(cfg: Knobs, world: World) -> dict[str, object]:
     """What --dry_run shows. Raises UserError for what the run would refuse."""
-    data = Data(cfg)
+    data = open_data(cfg, world)
     tokens = data.step_tokens * data.total_steps
     return {
         "parameters": f"{count_parameters(cfg):,}",
@@ -642,92 +505,15 @@ def plan(cfg: Knobs, world: World) -> dict[str, object]:
     }
 
 
-def evaluate(
-    model: nn.Module, session: Session, data: Data, state: "TrainState", record: EpochRecord
-) -> None:
-    """Score the validation set, and save the model where its loss is the best so far."""
-    found = summary(score(model, data.val, session.cfg, session.world))
-    own = {name: found[name] for name in METRICS[:3]}
-    note = "".join(f" {name}:{value:.4f}" for name, value in own.items())
-    session.log_validation(state.step, found["loss"], note, **own)
-    session.row |= {name: found[name] for name in METRICS[:2]}
-    if record.validated(state.step, session, found):
-        save_models(["checkpoint_best.pt"], model, [], session, data, state)
-
-
-def save_models(
-    names: Sequence[str],
-    model: nn.Module,
-    optimizers: list,
-    session: Session,
-    data: Data,
-    state: "TrainState",
-) -> None:
-    """Files with the original's keys, for programs that read a model."""
-    config = asdict(session.cfg)
-    model_config = {key: config[COLUMN_KNOBS.get(key, key)] for key in MODEL_KEYS.split()}
-    content = {
-        "epoch": epoch_of(state.step, session),
-        "step": state.step,
-        "model_state_dict": model.state_dict(),
-        "optimizer_state_dict": [optimizer.state_dict() for optimizer in optimizers],
-        "scheduler_state_dict": {"updates": state.step - state.skipped, "total": data.total_steps},
-        "model_config": model_config | {"vocab_size": len(VOCABULARY)},
-        "train_config": config,
-        "answer_digits": data.language.digits,
-        "val_loss": session.progress.val_loss,
-        "git_commit": session.log.git_commit,
-        "code_sha256": session.log.code_sha256,
-    }
-    for name in names:
-        save_weights(session.folder / name, content, session.world)
-        session.say(f"Saved checkpoint to {session.folder / name}")
-
-
-def score_test_sets(model: nn.Module, session: Session, data: Data, step: int) -> None:
-    """Score the validation set and the test sets, and write evaluation.json."""
-    cfg = session.cfg
-    report = {}
-    for name, problems in {cfg.val_path: data.val, **data.tests}.items():
-        found = summary(score(model, problems, cfg, session.world))
-        report[name] = {**found, "n": len(problems)}
-        session.say(
-            f"{name}: n:{len(problems)} exact_match:{found['exact_match']:.4f} "
-            f"digits:{found['digit_accuracy']:.4f} "
-            f"eos_after_gold(legacy):{found['eos_after_gold']:.4f}"
-        )
-    content = {"step": step, "sets": report}
-    save_json(session.folder / "evaluation.json", content, session.world)
-
-
 # ---------------- Training
 
 
 @dataclass
-class TrainState:
+class TrainState(Curriculum):
     """With the model, the optimizers and the loss scale, all that the next step depends on."""
 
     step: int = 0
     skipped: int = 0  # updates that fp16 left out: the schedule waits for them
-    switches: list[int] = field(default_factory=list)  # steps from which one more operand is drawn
-    # Running exact match of batches since the last switch was decided. The next SWITCH_DELAY ones
-    # are still of the old stage and count: with a low threshold they may decide another switch.
-    exact: float = 0.0
-
-    SWITCH_DELAY = 8  # steps from a decision to its switch, whose batch is not made yet
-
-    def hear(self, stats: StepStats, cfg: Knobs, say: Callable[[str], None]) -> None:
-        """Take one finished step into account."""
-        self.skipped += stats.skipped
-        if not cfg.curriculum_exact:
-            return
-        self.exact = 0.9 * self.exact + 0.1 * stats.metrics["train_exact"]
-        operands = cfg.operands_min + len(self.switches) + 1
-        if self.exact > cfg.curriculum_exact and operands <= cfg.operands_max:
-            self.switches.append(stats.step + self.SWITCH_DELAY)
-            self.exact = 0.0
-            what = f"{operands} operands from step {self.switches[-1]} on"
-            say(f"step:{stats.step} curriculum: {what}")
 
 
 def seed_dropout(cfg: Knobs, step: int) -> None:
@@ -769,7 +555,7 @@ def run_backward_pass(
     return loss.detach(), batch_metrics(logits.detach(), y_BT, model.cfg)
 
 
-def train(cfg: Knobs, world: World, session: Session, data: Data) -> None:
+def train(cfg: Knobs, world: World, session: Session, data: ProblemBatches) -> None:
     rows = world.share(cfg.batch_size)
     model = CompactTransformer(cfg, first_row=rows.start)
     model.init_weights(cfg.seed)
@@ -789,12 +575,13 @@ def train(cfg: Knobs, world: World, session: Session, data: Data) -> None:
     session.describe(model, flops_per_token(cfg), facts_of(cfg, world, data))
     saved = dict(model=model, optimizers=optimizers, scaler=scaler, state=state, record=record)
     session.restore(**saved)
-    make = lambda step: make_batch(step, data, cfg, world, state.switches)
+    make = lambda step: data.make(step, state.switches)
     prefetch = Prefetch(make, state.step, world.device)
 
     while True:
         # -------- clock stopped: evaluate, save, leave --------
         for stats in session.between_steps(state.step, finished=state.step >= data.total_steps):
+            state.skipped += stats.skipped
             state.hear(stats, cfg, session.say)
             record.hear(stats, session, stats.metrics["scored_tokens"])
         if session.should_validate:
@@ -802,7 +589,7 @@ def train(cfg: Knobs, world: World, session: Session, data: Data) -> None:
         if session.should_save:
             # Models first: a run killed in between resumes before this step and writes them again.
             names = record.model_names(state.step, session)
-            save_models(names, model, optimizers, session, data, state)
+            save_models(names, model, optimizers, session, state, data)
             session.save(state.step, **saved)
         if session.stopping:
             break
@@ -828,7 +615,7 @@ def train(cfg: Knobs, world: World, session: Session, data: Data) -> None:
         gradients.zero_()
     prefetch.close()
     if session.status == "finished":
-        score_test_sets(model, session, data, state.step)
+        score_test_sets(model, session, data)
         record.summarize(session)
 
 
@@ -837,13 +624,8 @@ def main() -> int:
     if cfg.dry_run:
         return show_plan(cfg, plan, RESULTS)
     with join_world(cfg.device) as world:
-        data = Data(cfg)
-        tenth = max(1, data.total_steps // 10)
-        val_every, save_every = cfg.val_every, cfg.save_every
-        if val_every is None:
-            val_every = cfg.eval_interval * data.epoch_steps or tenth
-        if save_every is None:
-            save_every = cfg.save_interval * data.epoch_steps or tenth
+        data = open_data(cfg, world)
+        val_every, save_every = intervals(cfg, data.epoch_steps, data.total_steps)
         session = Session(
             cfg,
             world,
@@ -857,10 +639,10 @@ def main() -> int:
             sources=[__file__, arithmetic.__file__],
             steps_per_epoch=data.epoch_steps or None,
             val_every=val_every,
-            save_every=[save_every, cfg.save_interval * data.epoch_steps],
+            save_every=save_every,
             validate_at_start=False,
             log_every=cfg.log_interval,
-            metrics=METRICS,
+            metrics=PROBLEM_METRICS,
             named_by="OUTPUT_DIR" if cfg.output_dir else "RUN_ID",
             out_of_memory="lower BATCH_SIZE",
         )

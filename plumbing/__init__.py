@@ -4,6 +4,8 @@
     world, device, plan                   process group, signals, collectives; the device; --dry_run
     data, batches, text_batches           token shards, the tokens of a step, prefetching
     byte_batches, byte_records            the same of bytes; what a byte model records
+    problems, problem_batches             problems with answers, and which of them a step trains on
+    problem_knobs, problem_config, problem_records    knobs, YAML keys and records of such a run
     row_states, exports, rollback         carried states; weights files; back after a bad loss
     texts, splits, leaks, hub             text files, tokenizers, the embedded corpus, downloads
     text_scores                           the loss of a text, in windows and as one stream
@@ -11,7 +13,8 @@
     session, epochs                       one run from start to end: what a loop talks to
     exchange, clock, records, run_ids, results, trackers, checkpoints, forks    parts of a session
 
-Of all this, only the batches decide something that a loss depends on: the order of the tokens.
+Of all this, only the batches decide something that a loss depends on: the order of the tokens, and
+of problems the curriculum.
 Importing the package does nothing. `from plumbing import Session` imports the module of that name
 when it is asked for, so that programs which need knobs only do not wait for torch.
 """

@@ -9,6 +9,7 @@ those of github.com/Nishal14/Step-free-arithmetic-transformers.
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -98,6 +99,27 @@ class EpochRecord:
         if session.world.device.type == "cuda":
             say(f"Peak VRAM:                   {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
         say("Training complete!")
+
+
+class IntervalKnobs(Protocol):
+    """The knobs that `intervals` reads."""
+
+    val_every: int | None  # in steps; None: by epochs
+    save_every: int | None
+    eval_interval: int  # in epochs
+    save_interval: int
+
+
+def intervals(cfg: IntervalKnobs, epoch_steps: int, total_steps: int) -> tuple[int, list[int]]:
+    """Steps between validations, and between checkpoints, of which one is due where any is: as the
+    knobs say, in steps or in epochs. Without epochs (0 steps) it is a tenth of the run."""
+    tenth = max(1, total_steps // 10)
+    val_every, save_every = cfg.val_every, cfg.save_every
+    if val_every is None:
+        val_every = cfg.eval_interval * epoch_steps or tenth
+    if save_every is None:
+        save_every = cfg.save_interval * epoch_steps or tenth
+    return val_every, [save_every, cfg.save_interval * epoch_steps]
 
 
 def epoch_of(step: int, session: Session) -> int:

@@ -6,10 +6,12 @@ looks like. This module needs nothing but Python, and pyarrow where a file is pa
 """
 
 import codecs
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
-from plumbing.knobs import UserError
+from plumbing.knobs import ROOT, UserError
 
 
 def _looks_like(data: bytes) -> tuple[str, str]:
@@ -91,6 +93,31 @@ def read_text(path: str | Path) -> str:
     check_text(path)
     text = Path(path).read_bytes().decode("utf-8-sig")
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_json_lines(
+    path: str, parse: Callable[[dict], object], wanted: str, how_to_make: str
+) -> list:
+    """What `parse` makes of each line of a .jsonl file, looked for here, then in the repository.
+
+    Raises UserError for a file that cannot be read or is empty, with how to make it, and for a line
+    that is not `wanted`, such as one for which `parse` has a ValueError.
+    """
+    place = Path(path) if Path(path).exists() else ROOT / path
+    try:
+        text = read_text(place).rstrip()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {how_to_make}") from None
+    if not text:
+        raise UserError(f"{path}: no records; {how_to_make}")
+    found = []
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            found.append(parse(json.loads(line)))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            what = f"expected {wanted} ({error!s:.160})"
+            raise UserError(f"{path}:{number}: {what}") from None
+    return found
 
 
 def _read_parquet(path: str | Path) -> str:

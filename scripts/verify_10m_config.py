@@ -16,7 +16,8 @@ import torch
 
 from plumbing import ROOT, launch
 from plumbing.config import read_yaml
-from train_arith import FIXED, YAML, Knobs, count_parameters, read_settings
+from plumbing.problem_config import FIXED, yaml_keys
+from train_arith import Knobs, count_parameters, read_settings
 
 TARGET, TOLERANCE = 10_000_000, 0.10
 RULE = "=" * 60
@@ -60,10 +61,11 @@ def main() -> int:
     p.add_argument("--no-gpu", action="store_true", help="do not look for a GPU")
     a = p.parse_args()
     cfg = read_settings([f"--config={a.config}"], {})
-    texts = read_yaml(a.config, YAML, FIXED)
+    names = yaml_keys(Knobs)
+    texts = read_yaml(a.config, names, FIXED)
     print(f"{RULE}\n10M Scaling Config Verification\n{RULE}\n{a.config}")
     for title, section in (("Model", "model."), ("Training", "training.")):
-        keys = {key: texts[name] for key, name in YAML.items() if name in texts}
+        keys = {key: texts[name] for key, name in names.items() if name in texts}
         items = {key: text for key, text in keys.items() if key.startswith(section)}
         show(f"{title} Configuration:", items)
     n = count_parameters(cfg)

@@ -38,6 +38,7 @@ from lib_hooks import hooked
 import arithmetic
 import train_arith
 from plumbing import ROOT, UserError, World, join_world, write_whole
+from plumbing.problems import inputs_and_labels
 
 CONFIGS = {"0.66M": "configs/honest.yaml", "10.65M": "configs/honest_10m.yaml"}
 MODES = {"eager": ["--no_cuda_graph"], "CUDA graph": [], "compiled CUDA graph": ["--compile"]}
@@ -87,13 +88,13 @@ def read_knobs(config: str) -> train_arith.Knobs:
 def data_row(a: argparse.Namespace) -> dict[str, float]:
     """All operand counts are drawn, as at the end of the curriculum."""
     cfg = read_knobs(CONFIGS["0.66M"])
-    data = train_arith.Data(cfg)
+    data = train_arith.open_data(cfg, World(0, 1, torch.device("cpu")))
     switches = range(cfg.operands_max - cfg.operands_min)
     steps = max(1, a.examples // cfg.batch_size)
     started = time.process_time()
     for step in range(steps):
-        problems = data.batch(step + len(switches), switches)
-        train_arith.inputs_and_labels(problems, cfg.answer_only_loss, cfg.batch_size)
+        problems = data.problems(step + len(switches), switches)
+        inputs_and_labels(problems, cfg.answer_only_loss, cfg.batch_size)
     spent_s = time.process_time() - started
     return {"examples_per_s": steps * cfg.batch_size / spent_s, "examples": steps * cfg.batch_size}
 
@@ -105,7 +106,7 @@ def part_data(a: argparse.Namespace, world: World) -> Iterator[tuple[str, Row]]:
 def eval_row(config: str, a: argparse.Namespace, world: World) -> dict[str, float]:
     """Both ways of one evaluation: they agree about what is right."""
     cfg = read_knobs(config)
-    language = heads.language_of(cfg, train_arith.Data(cfg).language.digits)
+    language = heads.language_of(cfg, arithmetic.DataSets(cfg).language.digits)
     problems = arithmetic.draw_split(language, np.random.default_rng(0), a.items, "test")
     model = hooked(heads.untrained(cfg, 1, world.device))
     subject = Subject("untrained", Path(), model.eval(), cfg, language, world)

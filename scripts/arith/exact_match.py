@@ -32,8 +32,9 @@ from lib_heads import Subject
 
 import arithmetic
 import train_arith
-from arithmetic import EOS, Problems
+from arithmetic import EOS
 from plumbing import UserError
+from plumbing.problems import Problems
 
 SETS = "flat paren depth3 depth3_control depth4 depth4_control depth5 depth5_control".split()
 
@@ -80,7 +81,8 @@ def row_of(
     mean, n = train_arith.summary(table), len(problems)
     low, high = tables.wilson(table[:, train_arith.SCORES.index("exact")].sum(), n)
     without = [
-        arithmetic.evaluate_expr(re.sub(r"[()]", "", e)) for e in problems.exprs(s.language)
+        arithmetic.evaluate_expr(re.sub(r"[()]", "", e))
+        for e in arithmetic.exprs_of(problems, s.language)
     ] == problems.values_N
     row = dict(model=s.name, seed=s.cfg.seed, sweep=sweep, cell=cell, items=n, left_out=left_out)
     row |= dict(

@@ -19,8 +19,8 @@ from lib_hooks import Point
 from torch import Tensor
 
 import train_arith
-from arithmetic import Problems
 from plumbing import UserError
+from plumbing.problems import Problems, inputs_and_labels
 
 KINDS = ("zero", "mean", "resample")
 
@@ -88,9 +88,7 @@ class Bank:
     def _layer(self, layer: int) -> dict[str, Tensor]:
         """(N, T, ...) by hook name; rows are meaningless behind an item's last input token."""
         names = [Place(layer, 0).hook, Place(layer, None).hook]
-        ids = torch.from_numpy(
-            train_arith.inputs_and_labels(self.problems, False, len(self.problems))[0]
-        )
+        ids = torch.from_numpy(inputs_and_labels(self.problems, False, len(self.problems))[0])
         parts = []
         for rows in ids.split(self.batch):
             with train_arith.autocast(self.s.cfg, self.s.world.device):

@@ -13,14 +13,15 @@ from arithmetic import (
     BUCKET_OF,
     BUCKETS,
     Language,
-    Problems,
     depth_labels,
     evaluate_expr,
+    exprs_of,
     hash_expr,
     shares,
     templates,
 )
 from plumbing import ROOT, UserError, write_whole
+from plumbing.problems import Problems
 
 OPERATORS = "+-*"
 # The original's depth-3 templates. Two of three operands have a bracket too few; they are drawn,
@@ -146,7 +147,7 @@ def entropy_floor(problems: Problems, language: Language) -> float:
     chances = shares(language, language.operands_max)
     operand_nats = math.log(language.operand_max - language.operand_min + 1)
     total = 0.0
-    for expr in problems.exprs(language):
+    for expr in exprs_of(problems, language):
         numbers = [int(text) for text in re.findall(r"[0-9]+", expr)]
         template = re.sub(r"[-+*]", "o", re.sub(r"[0-9]+", "N", expr))
         in_range = language.operand_min <= min(numbers) <= max(numbers) <= language.operand_max

@@ -30,8 +30,9 @@ from lib_hooks import HookedTransformer, hooked
 import arithmetic
 import plumbing
 import train_arith
-from arithmetic import EOS, PAD, Problems
+from arithmetic import EOS, PAD
 from plumbing import ROOT, UserError, World
+from plumbing.problems import GENERATE, SAMPLE_TAG, Problems
 from train_arith import CompactTransformer, Knobs
 
 GATE = 0.5  # exact match below which no head is named: what fails the task has no part that does it
@@ -280,7 +281,7 @@ def as_read(s: Subject, exprs: Sequence[str], values: Sequence[int], where: str)
 
 def could_have_trained_on(s: Subject, exprs: Sequence[str]) -> int:
     """How many of these a model whose training data are generated may have met."""
-    if s.cfg.train_path != arithmetic.GENERATE:
+    if s.cfg.train_path != GENERATE:
         seen = set(arithmetic.read_records(s.cfg.train_path)[0])
         return sum(expr in seen for expr in exprs)
     kept = arithmetic.BUCKET_OF["test"]
@@ -289,8 +290,8 @@ def could_have_trained_on(s: Subject, exprs: Sequence[str]) -> int:
 
 def most_frequent(s: Subject) -> int:
     """The training data's most frequent value: what to answer when one knows nothing."""
-    if s.cfg.train_path == arithmetic.GENERATE:
-        rng = np.random.default_rng([s.cfg.seed, 4])
+    if s.cfg.train_path == GENERATE:
+        rng = np.random.default_rng([s.cfg.seed, SAMPLE_TAG])
         values = arithmetic.draw_split(s.language, rng, 4096, "train").values_N
     else:
         values = arithmetic.read_records(s.cfg.train_path)[1]

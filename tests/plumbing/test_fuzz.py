@@ -34,11 +34,12 @@ from support import ONE, ROOT
 
 import plumbing
 import train_arith
-from arithmetic import Language, problems_of, read_records
+from arithmetic import Language, exprs_of, problems_of, read_records
 from plumbing import UserError, append_result, read_knobs
 from plumbing.checkpoints import checkpoint_problem, load_checkpoint
 from plumbing.config import read_yaml
 from plumbing.data import TokenShards, read_shard
+from plumbing.problem_config import FIXED, yaml_keys
 from plumbing.records import RunLog
 from plumbing.results import check_results
 from plumbing.run_ids import read_status
@@ -216,7 +217,7 @@ def test_a_yaml_file_is_read_or_refused_and_so_are_its_knobs(place, data):
     path = place / "config.yaml"
     path.write_bytes(data)
     with one_line_or_fine():
-        texts = read_yaml(str(path), train_arith.YAML, train_arith.FIXED)
+        texts = read_yaml(str(path), yaml_keys(train_arith.Knobs), FIXED)
         read_knobs(train_arith.Knobs, train_arith.PRESETS, [], {}, config=texts)
 
 
@@ -235,7 +236,7 @@ def test_records_are_read_or_refused_and_can_be_written_as_tokens(place, data):
     with one_line_or_fine():
         exprs, values = read_records(str(path))
         problems = problems_of(exprs, values, Language())
-        assert problems.exprs(Language()) == exprs
+        assert exprs_of(problems, Language()) == exprs
         assert problems.values_N.tolist() == values
 
 

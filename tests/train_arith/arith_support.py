@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 import train_arith
-from arithmetic import Language, draw, encode
+from arithmetic import Language, draw, encode, exprs_of
 from plumbing import World, list_checkpoints, read_checkpoint
 from train_arith import CompactTransformer, Knobs
 
@@ -60,7 +60,7 @@ def write_records(folder: Path) -> dict[str, str]:
     rng, paths = np.random.default_rng(1), {}
     for name, count in (("train", 70), ("val", 12), ("test", 9)):
         problems, _ = draw(Language(operators="+-"), rng, count)
-        rows = zip(problems.exprs(Language()), problems.values_N.tolist(), strict=True)
+        rows = zip(exprs_of(problems, Language()), problems.values_N.tolist(), strict=True)
         lines = [json.dumps(dict(expr=e, result=v)) + "\n" for e, v in rows]
         (folder / f"{name}.jsonl").write_text("".join(lines))
         paths[f"{name}_path"] = str(folder / f"{name}.jsonl")

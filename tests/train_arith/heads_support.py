@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 import arithmetic
 import train_arith
+from plumbing.problems import Problems, inputs_and_labels
 
 SMALL = dict(n_embd=32, n_layer=2, n_head=2, d_ff=32, dropout=0.0, num_iterations=1)
 SMALL |= dict(train_path="generate", operators="+-", answer_format="complement", spaces=False)
@@ -28,7 +29,7 @@ PAIRS = [(f"{a}-({b}-{c})", f"({a}-{b})-{c}") for a, b, c in zip(FIRST, SECOND, 
 TEXTS = [text for pair in PAIRS for text in pair]
 
 
-def problems(language: arithmetic.Language, exprs: list[str]) -> arithmetic.Problems:
+def problems(language: arithmetic.Language, exprs: list[str]) -> Problems:
     values = [arithmetic.evaluate_expr(e) for e in exprs]
     return arithmetic.problems_of(exprs, values, language)
 
@@ -54,7 +55,7 @@ def overfitted() -> Subject:
     """Knows the answers to TEXTS by heart."""
     s = subject()
     s.model.init_weights(3)
-    x, y = train_arith.inputs_and_labels(problems(s.language, TEXTS), True, len(TEXTS))
+    x, y = inputs_and_labels(problems(s.language, TEXTS), True, len(TEXTS))
     x, y = torch.from_numpy(x), torch.from_numpy(y)
     adam = torch.optim.AdamW(s.model.parameters(), lr=0.01, betas=(0.9, 0.98), weight_decay=0.0)
     for _ in range(400):

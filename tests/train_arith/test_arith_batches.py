@@ -3,29 +3,36 @@
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from arith_support import ROOT, make, records, write_records
+import torch
+from arith_support import ONE, ROOT, make, records, write_records
 from lib_arith import entropy_floor
 
 from arithmetic import (
     BUCKET_OF,
     BUCKETS,
     EOS,
+    DataSets,
     Language,
     depth_labels,
     draw_split,
     encode,
+    exprs_of,
     hash_expr,
     problems_of,
     read_records,
     shares,
 )
-from plumbing import UserError
-from train_arith import Data, Knobs, inputs_and_labels
+from plumbing import UserError, World
+from plumbing.problem_batches import Curriculum, ProblemBatches
+from plumbing.problems import IGNORE, inputs_and_labels
+from train_arith import Knobs, open_data
 
 VAL = BUCKET_OF["val"]
 HONEST = dict(grammar="redundant", operators="+-", spaces=False, answer_only_loss=True)
@@ -40,6 +47,15 @@ def of(folder: Path, **knobs) -> Knobs:
     return Knobs(**(paths | knobs))
 
 
+def batches_of(cfg: Knobs) -> ProblemBatches:
+    return open_data(cfg, ONE)
+
+
+def texts(data: ProblemBatches, step: int, switches: Sequence[int] = ()) -> list[str]:
+    """The expressions of a step's batch."""
+    return exprs_of(data.problems(step, switches), data.sets.language)
+
+
 @pytest.fixture(scope="module")
 def pilot(tmp_path_factory) -> Path:
     """The original's five files."""
@@ -50,7 +66,7 @@ def pilot(tmp_path_factory) -> Path:
 
 
 def test_the_entropy_floor_of_the_pilots_validation_set_is_the_documented_one(pilot, tmp_path):
-    data = Data(of(pilot))
+    data = DataSets(of(pilot))
     assert round(entropy_floor(data.val, data.language), 4) == 1.0760
     assert round(entropy_floor(data.train, data.language), 4) == 1.0753
     narrow = of(pilot, operand_max=50)
@@ -62,81 +78,78 @@ def test_the_entropy_floor_of_the_pilots_validation_set_is_the_documented_one(pi
 def test_a_share_of_the_training_examples_is_nested_one_deeper_and_no_other_example_changes():
     language = Language(operators="+-", grammar="redundant", operands_weights="1,3,6")
     deeper = replace(language, deeper_share=0.1)
-    exprs = draw_split(deeper, np.random.default_rng(0), 20000, "train").exprs(deeper)
+    exprs = exprs_of(draw_split(deeper, np.random.default_rng(0), 20000, "train"), deeper)
     depths = np.array([max(depth_labels(expr)) for expr in exprs])
     assert depths.max() == 3 and np.mean(depths == 3) == pytest.approx(0.1, abs=0.01)
     usual, more = shares(language, 3), shares(deeper, 3)
     assert all(more[text] == pytest.approx(0.9 * share) for text, share in usual.items())
     assert sum(more.values()) == pytest.approx(1)
-    data = Data(Knobs(val_examples=300, deeper_share=0.5, **FRESH, **HONEST))
-    same = Data(Knobs(val_examples=300, **FRESH, **HONEST))
-    assert data.val.exprs(data.language) == same.val.exprs(same.language)
+    data = DataSets(Knobs(val_examples=300, deeper_share=0.5, **FRESH, **HONEST))
+    same = DataSets(Knobs(val_examples=300, **FRESH, **HONEST))
+    assert exprs_of(data.val, data.language) == exprs_of(same.val, same.language)
 
 
 def test_no_drawn_training_expression_is_in_any_test_set(tmp_path, pilot):
     flags = "--size 50 --controls --operators +- --held-out".split()
     make("generate_depth3_dataset.py", tmp_path, *flags)
     cfg = of(pilot, train_path="generate", **HONEST)
-    data = Data(cfg)
+    data = batches_of(cfg)
     paths = [Path(cfg.val_path), Path(cfg.test_path), *tmp_path.glob("*.jsonl")]
     kept_out = {hash_expr(r["expr"]) for path in paths for r in records(path)}
-    drawn = [data.batch(step).exprs(data.language) for step in range(400)]
+    drawn = [texts(data, step) for step in range(400)]
     hashes = {hash_expr(e) for exprs in drawn for e in exprs}
     assert len(hashes) > 10_000 and not hashes & kept_out
     assert not {h % BUCKETS for h in hashes} & set(BUCKET_OF.values())
-    free = draw_split(data.language, np.random.default_rng(9), 12000, "train")
-    assert {hash_expr(e) for e in free.exprs(data.language)} & kept_out, (
+    free = draw_split(data.sets.language, np.random.default_rng(9), 12000, "train")
+    assert {hash_expr(e) for e in exprs_of(free, data.sets.language)} & kept_out, (
         "the files' expressions do come up when they are not excluded"
     )
 
 
 def test_validation_problems_are_different_ones_from_their_own_bucket_for_every_seed():
-    data = Data(Knobs(val_examples=300, **FRESH, **HONEST))
-    exprs = data.val.exprs(data.language)
+    data = DataSets(Knobs(val_examples=300, **FRESH, **HONEST))
+    exprs = exprs_of(data.val, data.language)
     hashes = {hash_expr(e) for e in exprs}
     assert len(hashes) == 300 and {h % BUCKETS for h in hashes} == {VAL}
-    other = Data(Knobs(val_examples=300, seed=7, **FRESH, **HONEST))
-    assert other.val.exprs(other.language) == exprs
+    other = DataSets(Knobs(val_examples=300, seed=7, **FRESH, **HONEST))
+    assert exprs_of(other.val, other.language) == exprs
 
 
 def test_a_batch_is_a_function_of_seed_and_step():
-    def texts(seed: int, step: int) -> list[str]:
-        data = Data(Knobs(seed=seed, **FRESH, **HONEST))
-        return data.batch(step).exprs(data.language)
+    def drawn(seed: int, step: int) -> list[str]:
+        return texts(batches_of(Knobs(seed=seed, **FRESH, **HONEST)), step)
 
-    assert texts(1, 5) == texts(1, 5) != texts(1, 6)
-    assert texts(2, 5) != texts(1, 5)
-    data = Data(Knobs(batch_size=100, seed=1, **FRESH, **HONEST))
-    late = [data.batch(step).exprs(data.language) for step in (162, 163, 164, 0, 163)]
+    assert drawn(1, 5) == drawn(1, 5) != drawn(1, 6)
+    assert drawn(2, 5) != drawn(1, 5)
+    data = batches_of(Knobs(batch_size=100, seed=1, **FRESH, **HONEST))
+    late = [texts(data, step) for step in (162, 163, 164, 0, 163)]
     assert late[1] == late[4] and late[0] != late[1] != late[2], "across two chunks, in any order"
     assert all(len(batch) == 100 for batch in late)
 
 
 def test_a_finite_set_is_shuffled_anew_in_each_epoch_and_seen_whole(pilot):
-    data = Data(of(pilot, batch_size=300))
+    data = batches_of(of(pilot, batch_size=300))
     assert data.epoch_steps == 7 and data.total_steps == 350
-    epochs = [
-        [e for step in range(7) for e in data.batch(7 * i + step).exprs(data.language)]
-        for i in range(2)
-    ]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(data.train.exprs(data.language))
-    assert epochs[0] != epochs[1] and len(data.batch(6)) == 200
+    epochs = [[e for step in range(7) for e in texts(data, 7 * i + step)] for i in range(2)]
+    whole = sorted(exprs_of(data.sets.train, data.sets.language))
+    assert sorted(epochs[0]) == sorted(epochs[1]) == whole
+    assert epochs[0] != epochs[1] and len(data.problems(6)) == 200
 
 
 def test_a_fresh_example_that_could_be_too_long_is_refused_however_rare(tmp_path):
     rare = dict(operands_max=3, operands_weights="1,0.0000001", depth_max=0) | FRESH | HONEST
-    Data(Knobs(sequence_length=15, val_examples=2, **rare))  # 1 + 8 characters, =, -297, end
+    DataSets(Knobs(sequence_length=15, val_examples=2, **rare))  # 1 + 8 characters, =, -297, end
     with pytest.raises(UserError, match="generate: examples of up to 15 exceed SEQUENCE_LENGTH=14"):
-        Data(Knobs(sequence_length=14, val_examples=2, **rare))
+        DataSets(Knobs(sequence_length=14, val_examples=2, **rare))
 
 
 def test_a_generated_validation_set_is_checked_beside_a_generated_training_set():
     knobs = dict(train_examples=1, val_examples=300, **FRESH, **HONEST)
-    data = Data(Knobs(sequence_length=64, **knobs))
+    data = DataSets(Knobs(sequence_length=64, **knobs))
     short, long = data.train.lengths_N.max(), data.val.lengths_N.max()
     assert short < long
     with pytest.raises(UserError, match=f"validation set: examples of up to {long} exceed"):
-        Data(Knobs(sequence_length=int(short), **knobs))
+        DataSets(Knobs(sequence_length=int(short), **knobs))
 
 
 def test_a_drawn_test_set_is_refused_in_one_line(tmp_path):
@@ -145,14 +158,14 @@ def test_a_drawn_test_set_is_refused_in_one_line(tmp_path):
         for others in (FRESH, paths):
             knobs = HONEST | others | dict(test_path=test_path)
             with pytest.raises(UserError, match="only files of records can be tested") as error:
-                Data(Knobs(**knobs))
+                DataSets(Knobs(**knobs))
             assert "\n" not in str(error.value)
 
 
 def test_a_resume_compares_what_the_drawn_examples_depend_on(tmp_path):
     paths = write_records(tmp_path)
     drawn = HONEST | dict(val_examples=9, answer_format="complement") | FRESH
-    content = lambda **knobs: Data(Knobs(**(drawn | knobs))).content
+    content = lambda **knobs: batches_of(Knobs(**(drawn | knobs))).content
     usual = content(test_path=paths["test_path"])
     renamed = Path(paths["test_path"]).rename(tmp_path / "renamed.jsonl")
     assert content(test_path=str(renamed)) == usual
@@ -165,7 +178,7 @@ def test_a_resume_compares_what_the_drawn_examples_depend_on(tmp_path):
 
 
 def test_a_generated_finite_set_has_its_size():
-    small, large = (Data(Knobs(train_examples=n, **FRESH, **HONEST)) for n in (100, 250))
+    small, large = (batches_of(Knobs(train_examples=n, **FRESH, **HONEST)) for n in (100, 250))
     assert len(small.train) == 100 and len(large.train) == 250
     assert small.epoch_steps == 4
 
@@ -175,30 +188,50 @@ def operands(exprs: list[str]) -> set[int]:
 
 
 def test_the_curriculum_draws_one_more_operand_from_every_switch_on():
-    data = Data(Knobs(batch_size=200, **STAGED))
-    found = [operands(data.batch(step, [5, 9]).exprs(data.language)) for step in (0, 4, 5, 8, 9)]
+    data = batches_of(Knobs(batch_size=200, **STAGED))
+    found = [operands(texts(data, step, [5, 9])) for step in (0, 4, 5, 8, 9)]
     assert found == [{2}, {2}, {2, 3}, {2, 3}, {2, 3, 4}]
-    assert operands(data.batch(50).exprs(data.language)) == {2}
+    assert operands(texts(data, 50)) == {2}
+
+
+def test_a_further_operand_comes_eight_steps_behind_its_decision_and_none_beyond_the_most():
+    cfg, curriculum, said = Knobs(**STAGED), Curriculum(), []
+    for step in range(1, 61):
+        stats = SimpleNamespace(step=step, metrics={"train_exact": 1.0 if step > 20 else 0.4})
+        curriculum.hear(stats, cfg, said.append)
+    # 0.4 for 20 steps is below the threshold of 0.5; then the running mean passes it.
+    assert curriculum.switches == [23 + 8, 30 + 8], "from 2 operands to 4, the most"
+    assert said[0] == "step:23 curriculum: 3 operands from step 31 on" and len(said) == 2
+
+
+def test_the_ranks_shares_of_a_step_are_its_batch(pilot):
+    cfg = of(pilot, batch_size=7, answer_only_loss=True)
+    x, y, num_labels = open_data(cfg, ONE).make(5, [])
+    assert len(x) == 7 and num_labels == (y != IGNORE).sum()
+    parts = [open_data(cfg, World(rank, 3, ONE.device)).make(5, []) for rank in range(3)]
+    assert torch.equal(torch.cat([part[0] for part in parts]), x)
+    assert torch.equal(torch.cat([part[1] for part in parts]), y)
+    assert all(part[2] == num_labels for part in parts)
 
 
 def test_under_a_curriculum_a_finite_set_gives_its_short_examples_first_and_then_all():
-    data = Data(Knobs(train_examples=400, **STAGED))
-    batches = [data.batch(step, [10, 20]).exprs(data.language) for step in range(100)]
+    data = batches_of(Knobs(train_examples=400, **STAGED))
+    batches = [texts(data, step, [10, 20]) for step in range(100)]
     assert operands(batches[0]) == operands(batches[9]) == {2} and operands(batches[15]) == {2, 3}
     assert operands([e for batch in batches[20:] for e in batch]) == {2, 3, 4}
-    whole = set(data.train.exprs(data.language))
+    whole = set(exprs_of(data.sets.train, data.sets.language))
     assert {e for batch in batches for e in batch} == whole, "of these examples, and each comes up"
-    assert data.batch(30, [10, 20]).exprs(data.language) == batches[30]
+    assert texts(data, 30, [10, 20]) == batches[30]
     assert data.total_steps == 100 and data.epoch_steps == 0
 
 
 def test_a_finite_set_without_the_curriculums_first_operand_count_is_refused_before_training():
     with pytest.raises(UserError, match="TRAIN_EXAMPLES=1: none has 2 operands"):
-        Data(Knobs(train_examples=1, operands_weights="0.0001,1,1", **STAGED))
+        batches_of(Knobs(train_examples=1, operands_weights="0.0001,1,1", **STAGED))
 
 
 def test_tokens_of_a_record_are_its_text_with_the_originals_spaces(pilot):
-    data = Data(of(pilot))
+    data = DataSets(of(pilot))
     row, n = data.train.tokens_NT[0], data.train.lengths_N[0]
     assert row[:n].tolist() == encode("4*36+29+95 = 268") and data.train.starts_N[0] == 14
     assert (data.train.lengths_N.min(), data.train.lengths_N.max()) == (9, 30)
@@ -253,13 +286,13 @@ def test_records_that_cannot_be_used_are_refused_by_name(tmp_path):
     paths = write_records(tmp_path)
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(UserError, match=r"empty\.jsonl: no records"):
-        Data(Knobs(**(paths | dict(train_path=str(tmp_path / "empty.jsonl")))))
+        DataSets(Knobs(**(paths | dict(train_path=str(tmp_path / "empty.jsonl")))))
     with pytest.raises(UserError, match=r"nowhere\.jsonl: cannot be read"):
-        Data(Knobs(**(paths | dict(train_path="nowhere.jsonl"))))
+        DataSets(Knobs(**(paths | dict(train_path="nowhere.jsonl"))))
     with pytest.raises(UserError, match="exceed SEQUENCE_LENGTH=12 tokens"):
-        Data(Knobs(**(paths | dict(sequence_length=12))))
+        DataSets(Knobs(**(paths | dict(sequence_length=12))))
     with pytest.raises(UserError, match="ANSWER_DIGITS=1"):
-        Data(Knobs(**(paths | dict(answer_digits=1, answer_format="reversed"))))
+        DataSets(Knobs(**(paths | dict(answer_digits=1, answer_format="reversed"))))
 
 
 @pytest.mark.parametrize("name", ["pilot_train", "study_test_pairs", "study_test_depth4_control"])

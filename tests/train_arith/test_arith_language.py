@@ -24,6 +24,7 @@ from arithmetic import (
     draw_split,
     encode,
     evaluate_expr,
+    exprs_of,
     hash_expr,
     longest_problem,
     problems_of,
@@ -71,7 +72,7 @@ def languages(draw_from) -> Language:
 @given(languages(), st.integers(0, 2**32))
 def test_every_drawn_problem_is_its_text_with_its_value_in_its_language(language, seed):
     problems, hashes = draw(language, np.random.default_rng(seed), 60)
-    exprs = problems.exprs(language)
+    exprs = exprs_of(problems, language)
     trees = [value_of_tree(ast.parse(expr, mode="eval").body) for expr in exprs]
     assert problems.values_N.tolist() == trees == [evaluate_expr(expr) for expr in exprs]
     assert hashes.tolist() == [hash_expr(expr) for expr in exprs]
@@ -108,7 +109,7 @@ def test_no_test_or_validation_expression_is_ever_drawn_for_training(language, s
         drawn = draw_split(language, rng, 300, "train", hashes)
     except UserError:
         return  # a language so small that all of it is kept out
-    trained = {hash_expr(expr) for expr in drawn.exprs(language)}
+    trained = {hash_expr(expr) for expr in exprs_of(drawn, language)}
     assert not trained & set(hashes.tolist())
     assert not {h % BUCKETS for h in trained} & set(BUCKET_OF.values())
 
@@ -117,13 +118,13 @@ def test_expressions_that_are_not_kept_out_do_come_up():
     language, rng = Language(operands_max=2, operand_max=9), np.random.default_rng(0)
     _, hashes = draw(language, rng, 20)
     drawn = draw_split(language, rng, 3000, "train")
-    assert {hash_expr(expr) for expr in drawn.exprs(language)} & set(hashes.tolist())
+    assert {hash_expr(expr) for expr in exprs_of(drawn, language)} & set(hashes.tolist())
 
 
 @pytest.mark.parametrize("split", ["test", "val"])
 def test_held_out_problems_are_different_ones_from_their_own_bucket(split):
     language = Language(operators="+-", grammar="redundant")
-    exprs = draw_split(language, np.random.default_rng(1), 300, split).exprs(language)
+    exprs = exprs_of(draw_split(language, np.random.default_rng(1), 300, split), language)
     hashes = {hash_expr(expr) for expr in exprs}
     assert len(hashes) == 300 and {h % BUCKETS for h in hashes} == {BUCKET_OF[split]}
 
@@ -233,7 +234,7 @@ def is_doubled(template: str) -> bool:
 def test_operand_counts_are_drawn_by_their_weights(weights):
     language = Language(operands_weights=weights)
     problems, _ = draw(language, np.random.default_rng(0), 3000)
-    counts = [len(re.findall(r"\d+", expr)) for expr in problems.exprs(language)]
+    counts = [len(re.findall(r"\d+", expr)) for expr in exprs_of(problems, language)]
     total = sum(float(text) for text in weights.split(","))
     for n, text in zip((2, 3, 4), weights.split(","), strict=True):
         assert counts.count(n) / 3000 == pytest.approx(float(text) / total, abs=0.03)

@@ -33,8 +33,8 @@ from arith_support import (
 from lib_heads import load_model
 
 import train_arith
+from arithmetic import DataSets
 from plumbing import UserError, checkpoints
-from train_arith import Data
 
 
 def test_models_are_saved_every_interval_and_best_whenever_it_is_best(monkeypatch, tmp_path):
@@ -59,7 +59,7 @@ def test_models_are_saved_every_interval_and_best_whenever_it_is_best(monkeypatc
         and cfg.n_embd == 16
         and state["model_config"]["d_ff"] == 24
     )
-    s = train_arith.summary(train_arith.score(model, Data(cfg).val, cfg, ONE))
+    s = train_arith.summary(train_arith.score(model, DataSets(cfg).val, cfg, ONE))
     assert s["loss"] == pytest.approx(rows["best_val_loss"], rel=1e-6)
     for line in (
         "Vocabulary size: 35",

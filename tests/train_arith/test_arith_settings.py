@@ -14,6 +14,7 @@ from arith_support import ROOT
 import train_arith
 from plumbing import UserError
 from plumbing.knobs import spellings
+from plumbing.problem_config import yaml_keys
 from train_arith import Knobs
 
 
@@ -110,7 +111,7 @@ def test_every_key_of_the_originals_files_reaches_its_knob():
     )
     pilot = read("--config", ROOT / "configs/pilot.yaml")
     assert dataclasses.replace(pilot, config="") == Knobs()
-    assert {name.upper() for name in train_arith.YAML.values()} <= set(spellings(Knobs))
+    assert {name.upper() for name in yaml_keys(Knobs).values()} <= set(spellings(Knobs))
     more = ["logging.use_wandb=true", "logging.wandb_project=x", "training.optimizer.betas=0.8,0.9"]
     k = read(*assignments(more))
     assert (k.tracker, k.tracker_project, k.betas) == ("wandb", "x", "0.8,0.9")
