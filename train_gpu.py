@@ -7,9 +7,6 @@ r"""train_gpu.py -- HAMT: a language model whose layers keep a holographic assoc
     python train_gpu.py --preset demo                       a CPU, a minute, no download
     DATA=FILE_OR_FOLDER TOKENIZER=bytes python train_gpu.py --preset 33m    your own text
 
-A knob is set as N_EMBD=512 or --n_embd 512; the original's names, as in line one, are aliases.
-Losses go to logs/RUN_ID.txt, logs/RUN_ID/metrics.csv and a row of experiments/results_hamt.csv.
-
 A layer writes an item v of each token, bound to a key k of unit modulus, into S slots, and reads
 with the conjugate of a query q: M_t = decay_t * M_{t-1} + w_t (k_t v_t), r_t = conj(q_t) (a_t M_t).
 The output is W_o(norm(r_t) silu(g_t)). A layer is bind, gated_linear_attention, unbind. It keeps M,
@@ -20,7 +17,7 @@ Shapes   B sequences, T tokens, C model width, D memory width (D/2 complex bins)
          values of a head, K = E / 2 bins of a head, S slots of a head, L tokens of a chunk,
          J chunks, N tokens of a micro-batch, V vocabulary, P parameter tensors, X any width
 Units    losses in nats per token unless the name says otherwise; phases in radians
-Raises   UserError (one line, exit code 2) for bad input; read_knobs makes it of a ValueError
+Raises   UserError (one line, exit code 2) where a user can help
 Sources  holographic reduced representations: Plate 1995; keys of unit modulus: Ganesan et al.,
          arXiv 2109.02157; chunks and decay: GLA, arXiv 2312.06635; convolution: Mamba, 2312.00752
 Shared   plumbing/ keeps the run alive; what of it moves a loss is text_batches.py (token order and
@@ -30,7 +27,7 @@ Marks    "same as train_gpt.py": a copy, which a test compares; "differs": what 
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -38,15 +35,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from plumbing import ROOT, Session, knob, read_knobs, show_plan
+from plumbing import Session, knob, read_knobs, show_plan
 from plumbing.data import Prefetch
 from plumbing.device import check_compiler, choose_precision, choose_rows
 from plumbing.plan import plan_facts
 from plumbing.row_states import RowStates, State
-from plumbing.splits import NotFetched, Split
-from plumbing.text_batches import TextBatches, micro_batches, open_text, random_bits
+from plumbing.splits import Split
+from plumbing.text_batches import TextBatches, micro_batches, random_bits
 from plumbing.text_knobs import TEXT_RUN_KNOBS, TextRunKnobs
-from plumbing.text_scores import evaluate, log_final, log_validation
+from plumbing.text_runs import open_text, plan_text, results_columns, session_options
+from plumbing.text_scores import evaluate, log_final, log_validation, probe_backward
 from plumbing.world import World, flat_gradients, join_world, launch
 
 # ---------------- Knobs
@@ -95,7 +93,7 @@ class Knobs(TextRunKnobs):
     aux_loss_weight: float = knob(0.1, "weight of that loss; train_loss omits it", low=0)
     batch_size: int = knob(16, "sequences per step, over all ranks", low=1, group="batch")
     device_batch_size: int | None = knob(None, "sequences per micro-batch", low=1, none="auto")
-    sequence_length: int = knob(1024, "tokens per sequence", low=1)
+    sequence_length: int = knob(1024, "tokens per sequence", low=2)
     carry_state: bool = knob(False, "each row goes on from its state after the last step")
     num_epochs: int = knob(10, "passes over the data", low=1, group="schedule")
     num_iterations: int | None = knob(None, "steps; auto: by NUM_EPOCHS", low=0, none="auto")
@@ -108,26 +106,20 @@ class Knobs(TextRunKnobs):
     seed: int = knob(1337, "seed of initial weights, order of the data and dropout", low=0)
     precision: str = knob("fp16", "of matrix products", choices=tuple(DTYPES), group="machine")
     gradient_checkpointing: bool = knob(False, "save memory: compute a block twice")
-    results_file: str = knob(str(ROOT / "experiments/results_hamt.csv"), "file with a row per run")
 
     def __post_init__(self):
         wants = f"N_HEAD={self.n_head} times an even number"
         if self.hcm_dim % (2 * self.n_head):
             raise ValueError(f"HCM_DIM={self.hcm_dim} must be {wants}")
+        if self.mixer == "attention" and self.n_embd % (2 * self.n_head):
+            raise ValueError(f"N_EMBD={self.n_embd} must be {wants}")
         if self.device == "cpu" and self.precision == "fp16":
             raise ValueError("PRECISION=fp16 needs a GPU; with DEVICE=cpu use bf16 or fp32")
         if self.device == "cpu" and self.kernel == "fla":
             raise ValueError("KERNEL=fla needs a GPU; with DEVICE=cpu use plain")
-        if self.mixer == "attention" and self.n_embd % (2 * self.n_head):
-            raise ValueError(f"N_EMBD={self.n_embd} must be {wants}")
-        if self.use_auxiliary_loss and self.sequence_length == 1:
-            raise ValueError("USE_AUXILIARY_LOSS=1 needs SEQUENCE_LENGTH=2 or more")
         uses_memory = self.use_auxiliary_loss or self.memory != "on" or self.carry_state
         if self.mixer == "attention" and uses_memory:
-            raise ValueError(
-                "MIXER=attention has no memory: USE_AUXILIARY_LOSS, MEMORY and CARRY_STATE are "
-                "for MIXER=hamt"
-            )
+            raise ValueError("USE_AUXILIARY_LOSS, MEMORY and CARRY_STATE are for MIXER=hamt only")
 
     @property
     def has_conv(self) -> bool:
@@ -141,7 +133,7 @@ class Knobs(TextRunKnobs):
         width = 4 * self.n_embd
         if self.mixer == "attention":
             with torch.device("meta"):
-                mixers = Memory(self), Attention(self)
+                mixers = Memory(replace(self, mixer="hamt")), Attention(self)
             memory, attention = (sum(p.numel() for p in m.parameters()) for m in mixers)
             width += round((memory - attention) / (2 * self.n_embd))
         return max(width, 1)
@@ -151,6 +143,7 @@ class Knobs(TextRunKnobs):
 
 CONV_LENGTH = 4  # tokens
 INIT_STD = 0.02
+MATRICES = ("wte", "_proj")  # ends of the names of weights of matrix products
 MAX_DECAY = 1.0  # limit of -log(decay): exponents of 128 tokens stay within +-64
 
 
@@ -332,7 +325,7 @@ class Memory(nn.Module):
         self.in_proj = parameter(sum(self.widths), C)
         self.out_proj = parameter(C, D)
         self.norm = parameter(D)
-        if cfg.conv is not False:  # not has_conv: ffn_width builds a memory for attention's size
+        if cfg.has_conv:
             self.conv_kernel = parameter(CONV_LENGTH, sum(self.conv_widths))
         self.decay_bias = parameter(cfg.n_head, cfg.num_slots)
 
@@ -413,15 +406,13 @@ class Memory(nn.Module):
         One item is drawn for each token but the first, from those before it. The loss is blind to
         scale, so that nothing is gained by making items small.
         """
-        T = item.size(1)
-        earlier = torch.arange(T, device=item.device).clamp(min=1)  # how many there are to draw
-        drawn = random_bits(seed_B, T).remainder(earlier)[..., None, None]
-        address, cos, sin, item = (
-            x.gather(1, drawn.expand(-1, -1, *x.shape[2:]))
-            for x in (written["write"], cos, sin, item)
-        )
-        found = unbind(self.recall(address, **written)[0], cos, sin)
-        return 1 - F.cosine_similarity(found, item.detach(), dim=-1)[:, 1:].mean()
+        B, T = item.shape[:2]
+        row_B1 = torch.arange(B, device=item.device)[:, None]
+        num_earlier_T = torch.arange(T, device=item.device).clamp(min=1)
+        drawn = row_B1, random_bits(seed_B, T) % num_earlier_T
+        found, _ = self.recall(written["write"][drawn], **written)
+        found = unbind(found, cos[drawn], sin[drawn])
+        return 1 - F.cosine_similarity(found, item[drawn].detach(), dim=-1)[:, 1:].mean()
 
 
 class Attention(nn.Module):
@@ -514,8 +505,7 @@ class Model(nn.Module):
         self.norm = nn.RMSNorm(cfg.n_embd)
         # Half of a memory's phases turn with position, so that it reads by content and distance.
         is_memory = cfg.mixer == "hamt"
-        width = cfg.hcm_dim if is_memory else cfg.n_embd
-        self.bins = width // cfg.n_head // 2
+        self.bins = (cfg.hcm_dim if is_memory else cfg.n_embd) // cfg.n_head // 2
         self.turning_bins = round(self.bins / 2) if is_memory else self.bins
 
     def empty_state(self, B: int) -> State:
@@ -547,7 +537,7 @@ class Model(nn.Module):
         run_block = self.run_block
         if cfg.gradient_checkpointing and torch.is_grad_enabled():
             options = dict(use_reentrant=False, preserve_rng_state=False)
-            run_block = partial(checkpoint, self.run_block, **options)
+            run_block = partial(checkpoint, run_block, **options)
         layers, aux_sum = [], torch.zeros((), device=x_BT.device)
         with autocast(x_BT, self.dtype):
             x_BTC = F.embedding(x_BT, self.wte)
@@ -576,8 +566,7 @@ class Model(nn.Module):
     def stream(self, x_BT: Tensor, state: State) -> tuple[Tensor, State]:
         """Logits (B, T, V) of tokens that follow those of `state`, and the state after them."""
         h_BTC, state, _ = self.hidden(x_BT, state)
-        logits = F.linear(h_BTC, self.wte)
-        return logits if logits.dtype == torch.float64 else logits.float(), state
+        return F.linear(h_BTC, self.wte).type_as(self.wte), state
 
     def logits(self, x_BT: Tensor) -> Tensor:
         """(B, T, V), for generation and tests; training never forms all of them."""
@@ -595,13 +584,13 @@ def init_weights(model: Model, cfg: Knobs) -> None:
         elif name.endswith("decay_bias"):  # from 1/4 to SLOWEST_DECAY, evenly on a log scale
             spread = torch.linspace(2, -math.log2(cfg.slowest_decay), p.size(1))
             rate = -torch.log1p(-(2.0**-spread)) / MAX_DECAY
-            p.copy_((rate / (1 - rate)).log().expand_as(p))
+            p.copy_(rate.logit().expand_as(p))
         else:
             is_output = name.endswith(("out_proj", "down_proj"))
             std = INIT_STD / math.sqrt(2 * cfg.n_layer) if is_output else INIT_STD
-            seed_name = name  # by names of published runs
-            for now, then in (("in_proj", "inp"), ("conv_kernel", "taps"), ("_proj", "")):
-                seed_name = seed_name.replace(now, then)
+            # published numbers were drawn by these names
+            seed_name = name.replace("in_proj", "inp").replace("conv_kernel", "taps")
+            seed_name = seed_name.replace("_proj", "")
             digest = hashlib.sha256(f"{cfg.seed} {seed_name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
             p.copy_(torch.empty(p.shape).normal_(std=std, generator=generator))
@@ -657,7 +646,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         if with_gradient:
             grad_hidden = torch.empty_like(hidden_NC)
             grad_weight = torch.zeros_like(weight_VC)
-            ctx.save_for_backward(grad_hidden, grad_weight)  # torch reads them at the end
+            ctx.save_for_backward(grad_hidden, grad_weight)
         chunk_rows = LinearCrossEntropy.CHUNK_ROWS
         if not hidden_NC.is_cuda:  # where more rows are no faster
             chunk_rows = min(chunk_rows, 2**26 // len(weight))
@@ -685,15 +674,11 @@ class AdamW(torch.optim.AdamW):
 
     def __init__(self, model: Model, cfg: Knobs):
         self.grad_clip = cfg.grad_clip
-        matrices, rest = [], []
-        for name, p in model.named_parameters():
-            is_matrix = name.endswith(("wte", "_proj"))
-            (matrices if is_matrix else rest).append(p)
-        groups = [
-            dict(params=matrices, weight_decay=cfg.weight_decay),
-            dict(params=rest, weight_decay=0.0),
-        ]
-        super().__init__(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
+        named = dict(model.named_parameters())
+        matrices = [p for name, p in named.items() if name.endswith(MATRICES)]
+        others = [p for name, p in named.items() if not name.endswith(MATRICES)]
+        groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=others)]
+        super().__init__(groups, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
     def step(self, lr: float, grad_norms_P: Tensor, all_finite: Tensor) -> None:
         for group in self.param_groups:
@@ -732,15 +717,10 @@ def lr_scale(position: float, total_steps: int, cfg: Knobs) -> float:
 # ---------------- Records and plan
 
 HINT = "set DEVICE=cpu; PRESET=demo is a size for that"
-RESULTS = (
-    "run_id date git_commit seed mixer hidden_dim hcm_dim num_layers num_slots num_attention_heads "
-    "conv memory use_auxiliary_loss dataset tokenizer learning_rate batch_size "
-    "device_batch_size sequence_length num_iterations final_val_loss best_val_loss val_ppl "
-    "val_bits_per_byte test_loss test_ppl test_word_ppl test_bits_per_byte val_stream_loss "
-    "test_stream_loss train_time_ms ms_per_step gpu_name n_gpus notes stage status steps_done "
-    "warmup_iters n_params tokens_seen epochs tokens_per_s peak_memory_mib torch world_size "
-    "code_sha256 dirty"
-).split()
+RESULTS = results_columns(
+    "mixer hidden_dim hcm_dim num_layers num_slots num_attention_heads conv memory "
+    "use_auxiliary_loss"
+)
 COLUMN_KNOBS = {"hidden_dim": "n_embd", "num_layers": "n_layer", "num_attention_heads": "n_head"}
 COLUMN_KNOBS |= {"dataset": "data", "learning_rate": "lr"}
 
@@ -755,8 +735,8 @@ def flops_per_token(model: Model, cfg: Knobs) -> int:
     products within its chunks.
     """
     T, D, S = cfg.sequence_length, cfg.hcm_dim, cfg.num_slots
-    names = model.named_parameters()
-    flops = 6 * sum(p.numel() for name, p in names if name.endswith(("wte", "_proj")))
+    named = model.named_parameters()
+    flops = 6 * sum(p.numel() for name, p in named if name.endswith(MATRICES))
     if cfg.mixer == "attention":
         return flops + 6 * cfg.n_layer * T * cfg.n_embd
     if cfg.memory != "on":
@@ -765,28 +745,14 @@ def flops_per_token(model: Model, cfg: Knobs) -> int:
     return flops + 6 * cfg.n_layer * (L * cfg.n_head * S + L * D + 2 * S * D)
 
 
-# differs: the forward pass also returns an auxiliary loss and a state
-def probe_backward(model: Model, rows: int) -> None:
-    """Forward and backward pass of a micro-batch of zeros, to measure its memory."""
-    x = torch.zeros(rows, model.cfg.sequence_length, dtype=torch.long, device=model.wte.device)
-    model(x, x)[0].backward()
-
-
-# differs: a text that a run would download is no reason not to start it
+# differs: it is a text, which may have to be fetched
 def plan(cfg: Knobs, world: World) -> dict[str, object]:
     """What --dry_run shows; raises UserError where the run would."""
     check_compiler(cfg.compile, cfg.device)
     with torch.device("meta"):
         model = Model(cfg)
         facts = {"mixer": mixer_words(cfg), **plan_facts(cfg, world, model, probe_backward)}
-    step_flops = flops_per_token(model, cfg) * cfg.batch_size * cfg.sequence_length
-    try:
-        batches, _ = open_text(cfg, world, download=False)
-    except NotFetched as error:
-        return {**facts, "compute": f"{step_flops:.3g} FLOPs a step", "data": error}
-    flops = step_flops * batches.total_steps
-    facts["compute"] = f"{flops:.3g} FLOPs in {batches.total_steps} steps"
-    return {**facts, "data": batches.summary}
+    return facts | plan_text(cfg, world, flops_per_token(model, cfg))
 
 
 # ---------------- Training
@@ -826,9 +792,9 @@ def train(cfg: Knobs, session: Session, batches: TextBatches, splits: dict[str, 
     row_states = RowStates(empty_state, cfg.batch_size, world)
     state = TrainState()
     saved = dict(model=model, adam=adam, scaler=scaler, states=row_states, state=state)
-    session.row["device_batch_size"] = rows
+    session.row.update(device_batch_size=rows, tokenizer=cfg.encoding, conv=int(cfg.has_conv))
+    session.row["warmup_iters"] = warmup_steps(total_steps, cfg)
     facts = {"mixer": mixer_words(cfg), "rows": rows, "data": batches.summary}
-    facts["state"] = f"{model.empty_state(1).num_bytes:,} bytes per sequence, before any token"
     session.describe(model, flops_per_token(model, cfg), facts)
     session.restore(**saved)
     prefetch = Prefetch(batches.make, state.step, world.device, cfg.num_workers)
@@ -872,7 +838,7 @@ def train(cfg: Knobs, session: Session, batches: TextBatches, splits: dict[str, 
         log_final(session, model, splits, T, rows, has_constant_state=cfg.mixer == "hamt")
 
 
-# differs: epochs decide when to validate and save
+# differs: a text says how long it is and where its epochs end
 def main() -> int:
     cfg = read_knobs(Knobs, PRESETS, doc=__doc__)
     if cfg.dry_run:
@@ -881,27 +847,19 @@ def main() -> int:
         check_compiler(cfg.compile, cfg.device)
         choose_precision(cfg.precision, world.device)
         batches, splits = open_text(cfg, world)
-        epoch = batches.epoch_steps
         session = Session(
             cfg,
             world,
-            total_steps=batches.total_steps,
-            tokens_per_step=batches.batch_tokens,
-            data={part: split.shards.content for part, split in splits.items()},
+            **session_options(cfg, batches, splits),
             columns=RESULTS,
             column_knobs=COLUMN_KNOBS,
             presets=PRESETS,
             resume_may_differ=RESUME_MAY_DIFFER,
             sources=[__file__],
-            steps_per_epoch=epoch,
-            val_every=epoch if cfg.val_every is None else cfg.val_every,
-            save_every=[cfg.save_every, epoch if cfg.save_epochs else 0],
             metrics=["aux_loss", "val_bits_per_byte"],
             out_of_memory="lower DEVICE_BATCH_SIZE or set GRADIENT_CHECKPOINTING=1",
         )
         with session:
-            session.row.update(tokenizer=cfg.encoding, conv=int(cfg.has_conv))
-            session.row["warmup_iters"] = warmup_steps(batches.total_steps, cfg)
             train(cfg, session, batches, splits)
     return session.exit_code
 

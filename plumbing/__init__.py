@@ -8,7 +8,7 @@
     problem_knobs, problem_config, problem_records    knobs, YAML keys and records of such a run
     row_states, exports, rollback         carried states; weights files; back after a bad loss
     texts, splits, leaks, hub             text files, tokenizers, the embedded corpus, downloads
-    text_scores                           the loss of a text, in windows and as one stream
+    text_runs, text_scores                a run on one text; its loss in windows and as one stream
     plain_text, csv_files                 text is UTF-8; the CSV files of runs, for tables too
     session, epochs                       one run from start to end: what a loop talks to
     exchange, clock, records, run_ids, results, trackers, checkpoints, forks    parts of a session

@@ -6,7 +6,6 @@ ranks or of the micro-batch, and so are the seeds of what is drawn at random for
 
 from collections.abc import Iterator
 from functools import lru_cache
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -16,8 +15,6 @@ from torch import Tensor
 from plumbing.batches import read_rows
 from plumbing.data import TokenShards
 from plumbing.knobs import UserError
-from plumbing.splits import Split, open_splits
-from plumbing.text_knobs import TextRunKnobs
 from plumbing.world import World
 
 
@@ -89,16 +86,6 @@ class TextBatches:
         epochs = self.total_steps / self.epoch_steps
         words = f"{self.shards.total:,} tokens, {epochs:.2f} epochs"
         return f"{words} of {self.epoch_steps} steps"
-
-
-def open_text(
-    cfg: TextRunKnobs, world: World, download: bool = True
-) -> tuple[TextBatches, dict[str, Split]]:
-    """Training batches and the splits. Raises UserError for all that is wrong with them."""
-    splits = open_splits(cfg.data, cfg.encoding, Path(cfg.data_folder), download)
-    for split in splits.values():
-        split.shards.check_ids(cfg.vocabulary, world)
-    return TextBatches(splits["train"].shards, cfg, world), splits
 
 
 def micro_batches(batch: tuple[Tensor, ...], num_rows: int) -> Iterator[tuple[slice, tuple]]:

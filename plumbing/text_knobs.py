@@ -36,6 +36,7 @@ class TextRunKnobs(RunKnobs):
     logs_folder: str = knob(
         str(ROOT / "logs"), "folder of logs, metrics and checkpoints", alias=("output_dir",)
     )
+    results_file: str = knob(str(ROOT / "experiments/results_hamt.csv"), "file with a row per run")
 
     @property
     def encoding(self) -> str:

@@ -87,6 +87,14 @@ class Score:
 # auxiliary loss, and the state behind the last token
 
 
+def probe_backward(model: nn.Module, rows: int) -> None:
+    """Forward and backward pass of a micro-batch of zeros, to measure its memory."""
+    device = next(model.parameters()).device
+    x_BT = torch.zeros(rows, model.cfg.sequence_length, dtype=torch.long, device=device)
+    loss, _, _ = model(x_BT, x_BT)
+    loss.backward()
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module, split: Split, T: int, rows: int, world: World, limit: int | None = None

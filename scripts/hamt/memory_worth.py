@@ -32,7 +32,7 @@ from slots import paired_change
 from subjects import Ours
 
 from plumbing import UserError, World
-from plumbing.text_batches import open_text
+from plumbing.text_runs import open_text
 from plumbing.text_scores import window_batches, window_starts
 from plumbing.world import launch
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import train_gpu
 from plumbing import UserError, World
-from plumbing.text_batches import open_text
+from plumbing.text_runs import open_text
 
 
 def effective_rank(address_NS: Tensor) -> tuple[float, float]:

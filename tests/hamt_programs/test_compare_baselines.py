@@ -26,7 +26,7 @@ from hamt_support import ONE, ROOT
 import plumbing
 import train_gpu
 from plumbing import UserError
-from plumbing.text_batches import open_text
+from plumbing.text_runs import open_text
 from plumbing.text_scores import Score, evaluate, evaluate_stream
 
 CPU = torch.device("cpu")
