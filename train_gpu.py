@@ -524,13 +524,14 @@ class Model(nn.Module):
         return block(x_BTC, *args, kept)
 
     def hidden(
-        self, x_BT: Tensor, state: State, seed_B: Tensor | None = None
+        self, x_BT: Tensor, state: State | None = None, seed_B: Tensor | None = None
     ) -> tuple[Tensor, State, Tensor]:
         """What the head reads (B, T, C), the state after the last token, the auxiliary loss.
 
         seed_B, int64, decides what is drawn at random in training.
         """
         cfg, (B, T) = self.cfg, x_BT.shape
+        state = self.empty_state(B) if state is None else state
         seed_B = x_BT.new_zeros(B) if seed_B is None else seed_B
         phases = phases_of_positions(state.position, T, self.bins, self.turning_bins)
         position = self.blocks[0].mixer.positions(phases.type_as(self.wte))
@@ -556,21 +557,20 @@ class Model(nn.Module):
         """Summed cross-entropy in nats over the targets that are not -1, the auxiliary loss, and
         the state after the last token.
         """
-        state = self.empty_state(len(x_BT)) if state is None else state
         h_BTC, state, aux = self.hidden(x_BT, state, seed_B)
         h_NC = h_BTC.flatten(0, 1).to(self.dtype)
         with_gradient = torch.is_grad_enabled()  # evaluation needs none
         arguments = (h_NC, self.wte, y_BT.flatten(), self.chunk_loss, with_gradient)
         return LinearCrossEntropy.apply(*arguments), aux, state
 
-    def stream(self, x_BT: Tensor, state: State) -> tuple[Tensor, State]:
+    def stream(self, x_BT: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Logits (B, T, V) of tokens that follow those of `state`, and the state after them."""
         h_BTC, state, _ = self.hidden(x_BT, state)
         return F.linear(h_BTC, self.wte).type_as(self.wte), state
 
     def logits(self, x_BT: Tensor) -> Tensor:
         """(B, T, V), for generation and tests; training never forms all of them."""
-        return self.stream(x_BT, self.empty_state(len(x_BT)))[0]
+        return self.stream(x_BT)[0]
 
 
 @torch.no_grad()
