@@ -21,7 +21,7 @@ Raises   UserError (one line, exit code 2) where a user can help
 Sources  holographic reduced representations: Plate 1995; keys of unit modulus: Ganesan et al.,
          arXiv 2109.02157; chunks and decay: GLA, arXiv 2312.06635; convolution: Mamba, 2312.00752
 Shared   plumbing/ keeps the run alive; what of it moves a loss is text_batches.py (token order and
-         random bits) and row_states.py (CARRY_STATE)
+         random bits, by the knobs of text_knobs.py) and row_states.py (CARRY_STATE)
 Marks    "same as train_gpt.py": a copy, which a test compares; "differs": what is unlike there
 """
 
@@ -66,8 +66,7 @@ PRESETS = {  # A size is the parameters of either mixer, within 3%, with GPT-2's
 }
 # fmt: on
 # These move a loss by rounding at most, so a resumed run may have others.
-RESUME_MAY_DIFFER = [*TEXT_RUN_KNOBS, "preset", "device_batch_size", "gradient_checkpointing"]
-RESUME_MAY_DIFFER += ["chunk_length", "kernel"]
+RESUME_MAY_DIFFER = [*TEXT_RUN_KNOBS, "preset", "gradient_checkpointing", "chunk_length", "kernel"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -91,19 +90,14 @@ class Knobs(TextRunKnobs):
     dropout: float = knob(0.1, "rate for embeddings and layer outputs", low=0, high=0.95)
     use_auxiliary_loss: bool = knob(False, "also train recall of earlier items")
     aux_loss_weight: float = knob(0.1, "weight of that loss; train_loss omits it", low=0)
-    batch_size: int = knob(16, "sequences per step, over all ranks", low=1, group="batch")
-    device_batch_size: int | None = knob(None, "sequences per micro-batch", low=1, none="auto")
-    sequence_length: int = knob(1024, "tokens per sequence", low=2)
-    carry_state: bool = knob(False, "each row goes on from its state after the last step")
-    num_epochs: int = knob(10, "passes over the data", low=1, group="schedule")
-    num_iterations: int | None = knob(None, "steps; auto: by NUM_EPOCHS", low=0, none="auto")
+    use_scheduler: bool = knob(
+        True, "cosine from the peak rate to a tenth of it", group="optimizer and schedule"
+    )
     time_budget_s: float | None = knob(None, "run the schedule on this time", above=0, none="off")
-    use_scheduler: bool = knob(True, "cosine from the peak rate to a tenth of it")
     warmup_iters: int | None = knob(None, "auto: 2% of the steps, at most 1000", low=0, none="auto")
     lr: float = knob(3e-4, "peak learning rate of AdamW", low=0)
     weight_decay: float = knob(0.01, "decay of matrices; others have none", low=0)
     grad_clip: float = knob(1.0, "largest norm of the gradient; 0: no clipping", low=0)
-    seed: int = knob(1337, "seed of initial weights, order of the data and dropout", low=0)
     precision: str = knob("fp16", "of matrix products", choices=tuple(DTYPES), group="machine")
     gradient_checkpointing: bool = knob(False, "save memory: compute a block twice")
 

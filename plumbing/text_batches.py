@@ -6,7 +6,6 @@ ranks or of the micro-batch, and so are the seeds of what is drawn at random for
 
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,19 +14,8 @@ from torch import Tensor
 from plumbing.batches import read_rows
 from plumbing.data import TokenShards
 from plumbing.knobs import UserError
+from plumbing.text_knobs import TextRunKnobs
 from plumbing.world import World
-
-
-class TextKnobs(Protocol):
-    """The knobs that TextBatches reads."""
-
-    batch_size: int  # sequences, over all ranks
-    sequence_length: int
-    num_iterations: int | None
-    num_epochs: int
-    max_train_samples: int | None
-    carry_state: bool
-    seed: int
 
 
 class TextBatches:
@@ -38,7 +26,7 @@ class TextBatches:
     to back instead. Raises UserError when the text is too short.
     """
 
-    def __init__(self, shards: TokenShards, cfg: TextKnobs, world: World):
+    def __init__(self, shards: TokenShards, cfg: TextRunKnobs, world: World):
         self.shards, self.cfg, self.world = shards, cfg, world
         self.sequences = (shards.total - 1) // cfg.sequence_length
         if cfg.max_train_samples is not None:

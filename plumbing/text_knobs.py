@@ -1,8 +1,8 @@
 """text_knobs.py -- the knobs of a run that trains on one text, in epochs.
 
-Promises: the text, its tokenizer and how much of it is used are the only ones that move a loss; the
-others, TEXT_RUN_KNOBS, may differ when a run is resumed. The further spellings are those of the
-program that train_gpu.py follows.
+Promises: the text, its tokenizer, how much of it is used and how it is cut into batches are the
+only ones that move a loss; the others, TEXT_RUN_KNOBS, may differ when a run is resumed. Defaults
+and further spellings are those of the program that train_gpu.py follows.
 """
 
 from dataclasses import dataclass
@@ -22,15 +22,29 @@ class TextRunKnobs(RunKnobs):
     max_val_samples: int | None = knob(None, "sequences validated at most", low=1, none="all")
     num_workers: int = knob(4, "batches made ahead of use", low=1)
     data_folder: str = knob(str(ROOT / "data"), "folder of downloaded texts and token shards")
+    batch_size: int = knob(16, "sequences per step, over all ranks", low=1, group="batch")
+    device_batch_size: int | None = knob(None, "sequences per micro-batch", low=1, none="auto")
+    sequence_length: int = knob(1024, "tokens per sequence", low=2)
+    carry_state: bool = knob(False, "each row goes on from its state after the last step")
+    num_epochs: int = knob(10, "passes over the data", low=1)
+    num_iterations: int | None = knob(None, "steps; auto: by NUM_EPOCHS", low=0, none="auto")
+    seed: int = knob(1337, "seed of initial weights, order of the data and dropout", low=0)
     val_every: int | None = knob(
         None, "steps between validations", low=0, none="epoch", group="evaluation and saving"
     )
-    final_test: bool = knob(True, "at the end, score the test split, and splits as one stream")
+    final_test: bool = knob(
+        True,
+        "at the end, score the test split, and splits as one stream",
+        group="evaluation and saving",
+    )
     save_every: int = knob(1000, "steps between checkpoints", low=0, alias=("save_steps",))
     save_epochs: bool = knob(True, "a checkpoint also at the end of each epoch")
     compile: bool = knob(False, "compile the model's block", alias=("compile_model",), group="run")
     tracker_project: str = knob(
-        "hamt-competitive-llm", "project at the tracker's service", alias=("wandb_project",)
+        "hamt-competitive-llm",
+        "project at the tracker's service",
+        alias=("wandb_project",),
+        group="run",
     )
     run_id: str = knob("", "name of the run, to resume it", alias=("run_name",))
     logs_folder: str = knob(
@@ -50,5 +64,6 @@ class TextRunKnobs(RunKnobs):
         return self.vocab_size or VOCABULARY[self.encoding]
 
 
+# A micro-batch moves a loss by rounding only.
 TEXT_RUN_KNOBS = [*RUN_KNOBS, "max_val_samples", "num_workers", "data_folder", "final_test"]
-TEXT_RUN_KNOBS += ["save_epochs", "tracker_project"]
+TEXT_RUN_KNOBS += ["save_epochs", "tracker_project", "device_batch_size"]
