@@ -72,8 +72,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Knobs(TextRunKnobs):
-    preset: str = knob("original", "named set of defaults", choices=tuple(PRESETS))
-    mixer: str = knob("hamt", "what mixes tokens", choices=("hamt", "attention"), group="model")
+    preset: str = knob("original", "named set of defaults", choices=tuple(PRESETS), group="model")
+    mixer: str = knob("hamt", "what mixes tokens", choices=("hamt", "attention"))
     n_embd: int = knob(512, "model width, in channels", low=2)
     hcm_dim: int = knob(2048, "memory width in real numbers, two of them for a complex bin", low=2)
     n_layer: int = knob(8, "number of blocks", low=1)

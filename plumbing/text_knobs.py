@@ -41,10 +41,7 @@ class TextRunKnobs(RunKnobs):
     save_epochs: bool = knob(True, "a checkpoint also at the end of each epoch")
     compile: bool = knob(False, "compile the model's block", alias=("compile_model",), group="run")
     tracker_project: str = knob(
-        "hamt-competitive-llm",
-        "project at the tracker's service",
-        alias=("wandb_project",),
-        group="run",
+        "hamt-competitive-llm", "project at the tracker's service", alias=("wandb_project",)
     )
     run_id: str = knob("", "name of the run, to resume it", alias=("run_name",))
     logs_folder: str = knob(
