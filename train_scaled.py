@@ -37,8 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import histories
-from histories import BYTES, Tables
+from histories import BYTES, HistoryTables, SuffixHash, Tables
 from plumbing import ROOT, RUN_KNOBS, RunKnobs, Session, knob, read_knobs, show_plan
 from plumbing.byte_batches import ByteBatches, validation_windows
 from plumbing.byte_records import BYTE_METRICS, export_saved, record_validation
@@ -562,7 +561,7 @@ class NGramTables(nn.Module):
         super().__init__()
         self.rows = rows
         self.table = nn.Parameter(torch.empty(len(NGRAMS) * rows, NGRAM_WIDTH))
-        self.hash = histories.SuffixHash(NGRAMS, PAST)
+        self.hash = SuffixHash(NGRAMS, PAST)
         self.out = nn.Linear(len(NGRAMS) * NGRAM_WIDTH, BYTES, bias=False)
         self.register_buffer("first", torch.arange(len(NGRAMS)) * rows, persistent=False)
         self.reset_parameters()
@@ -662,7 +661,7 @@ class ByteMemory(nn.Module):
 
     def __init__(self, rows: int):
         super().__init__()
-        self.tables = histories.HistoryTables(HISTORIES, rows)
+        self.tables = HistoryTables(HISTORIES, rows)
         self.doubt = nn.Linear(BYTES, len(HISTORIES))
         # Logarithms for each length: weights of the last byte found and of the one before; doubts
         # of one, two equal, two different bytes; decay per byte. DECAY_ON=matrices spares a vector.
@@ -1144,7 +1143,7 @@ def main() -> int:
             column_knobs={"learning_rate": "lr"},
             presets=PRESETS,
             resume_may_differ=RESUME_MAY_DIFFER,
-            sources=[__file__, histories.__file__],
+            sources=[__file__, ROOT / "histories.py"],
             steps_per_epoch=text.total / tokens_per_step,
             validate_at_start=False,
             log_every=cfg.log_every,
