@@ -46,7 +46,7 @@ from plumbing.device import CudaGraph, check_compiler, choose_precision, choose_
 from plumbing.exports import check_run_fits, read_model_weights, run_bytes
 from plumbing.plan import count_flops, plan_facts
 from plumbing.rollback import roll_back
-from plumbing.row_states import RowStates
+from plumbing.row_states import RowStates, row_states
 from plumbing.row_states import State as StateOfRows
 from plumbing.splits import open_byte_files
 from plumbing.world import World, flat_gradients, join_world, launch
@@ -923,12 +923,6 @@ def flops_per_byte(cfg: Knobs) -> float:
     with torch.device("meta"):
         model = ByteLM(replace(cfg, recompute=False))
         return count_flops(partial(probe_backward, model, 1)) / cfg.sequence_length
-
-
-def row_states(model: ByteLM, world: World) -> RowStates:
-    """What this rank's rows carry from step to step: nothing with CARRY_STATE=0."""
-    empty_state = model.empty_state if model.cfg.carry_state else None
-    return RowStates(empty_state, model.cfg.batch_size, world)
 
 
 # differs from train_gpt.py: other facts, and text that may have to be fetched

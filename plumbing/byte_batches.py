@@ -1,4 +1,4 @@
-"""byte_batches.py -- which bytes each step trains on, and the windows of a validation.
+"""byte_batches.py -- which bytes each step trains on, and what a validation scores.
 
 Promises: the bytes of a step are a function of the step, so that any number of ranks trains on the
 same text and a resumed run needs no state of a reader; and a validation counts every byte of its

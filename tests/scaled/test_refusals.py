@@ -13,6 +13,7 @@ from support import losses, rows
 import train_scaled
 from plumbing import UserError
 from plumbing.exports import run_bytes
+from plumbing.row_states import row_states
 from plumbing.world import World
 from train_scaled import ByteLM, ByteMemory
 
@@ -29,6 +30,7 @@ CPU = torch.device("cpu")
         ),
         (dict(warmup_iters=13), "WARMUP_ITERS=13 exceeds NUM_ITERATIONS=12"),
         (dict(delta_rule=True, blocks="original"), "divides by a sum of keys.*DELTA_RULE=0"),
+        (dict(cuda_graph=True), "CUDA_GRAPH=1 needs DEVICE=cuda and RECOMPUTE=0"),
         (dict(mem_range=0.99), "starts with a retention of 0.979, below MEM_RANGE=0.99"),
     ],
 )
@@ -61,7 +63,7 @@ def test_the_rows_histories_are_on_the_bill_of_the_disk():
     tables = ByteMemory(4096).tables.empty(1)
     size = sum(table.nbytes for table in tables)
     model, other = ByteLM(cfg), ByteLM(none)
-    need = lambda m, rows_of: run_bytes(m, train_scaled.row_states(rows_of, World(1, 2, CPU)), 3)
+    need = lambda m, rows_of: run_bytes(m, row_states(rows_of, World(1, 2, CPU)), 3)
     more = need(other, model) - need(other, other)
     assert more == 4 * cfg.batch_size * size, (
         "of all ranks' rows, in three checkpoints and a new one"
