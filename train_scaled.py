@@ -919,7 +919,7 @@ def probe_backward(model: ByteLM, rows: int) -> None:
 # differs from train_gpt.py: per byte, and counted
 @cache
 def flops_per_byte(cfg: Knobs) -> float:
-    """Model FLOPs of forward and backward, for MFU: all products of a row, without recomputation."""
+    """FLOPs of forward and backward, for MFU: all products of a row, without recomputation."""
     with torch.device("meta"):
         model = ByteLM(replace(cfg, recompute=False))
         return count_flops(partial(probe_backward, model, 1)) / cfg.sequence_length

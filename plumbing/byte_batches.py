@@ -50,7 +50,7 @@ class ByteBatches:
         needed = num_strips * cfg.sequence_length + ahead
         if cfg.sequence_length % ahead:
             raise UserError(
-                f"SEQUENCE_LENGTH={cfg.sequence_length} must be a multiple of {ahead} bytes, a patch"
+                f"SEQUENCE_LENGTH={cfg.sequence_length} must be a multiple of {ahead} bytes"
             )
         if cfg.batch_size < world.size:
             raise UserError(
