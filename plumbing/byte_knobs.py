@@ -1,7 +1,8 @@
 """byte_knobs.py -- the knobs of a run that trains on the bytes of one text.
 
-Promises: the text is the only one that moves a loss; the others, BYTE_RUN_KNOBS, may differ when a
-run is resumed. (ON_NAN=rollback may halve the learning rate.)
+Promises: the text, how much of it is validated and the rows of a step are the only ones that move a
+figure; the others, BYTE_RUN_KNOBS, may differ when a run is resumed. (ON_NAN=rollback may halve the
+learning rate.)
 """
 
 from dataclasses import dataclass
@@ -13,10 +14,16 @@ from plumbing.run_knobs import RUN_KNOBS, RunKnobs
 @dataclass(frozen=True)
 class ByteRunKnobs(RunKnobs):
     data: str = knob("embedded", "text file, folder, pattern, wikipedia:tr, embedded", group="data")
+    batch_size: int = knob(2, "rows of a step, over all ranks", low=1, group="batch")
+    device_batch_size: int | None = knob(2, "rows of a micro-batch", low=1, none="auto")
+    sequence_length: int = knob(4096, "bytes of a row", low=8)
+    carry_state: bool = knob(True, "a row goes on where it ended; 0: rows come from random places")
     val_every: int = knob(
         2000, "steps between validations; 0: only the last", low=0, group="evaluation and saving"
     )
-    val_bytes: int | None = knob(None, "bytes of a validation", low=8, none="all")
+    val_bytes: int | None = knob(
+        None, "bytes of a validation", low=8, none="all", group="evaluation and saving"
+    )
     save_every: int = knob(2000, "steps between checkpoints; 0: only at the end", low=0)
     log_every: int = knob(10, "steps between log lines", low=1)
     on_nan: str = knob(
