@@ -540,6 +540,14 @@ def batch_metrics(logits_BTV: Tensor, y_BT: Tensor, cfg: Knobs) -> dict[str, Ten
     return metrics
 
 
+def compile_model(model: CompactTransformer, cfg: Knobs) -> None:
+    """With COMPILE=1; the blocks are alike, and one compilation serves all of them."""
+    check_compiler(cfg.compile, cfg.device)
+    if cfg.compile:
+        for block in model.blocks:
+            block.compile(dynamic=True)
+
+
 def run_backward_pass(
     model: CompactTransformer,
     scaler: torch.amp.GradScaler,
@@ -560,10 +568,7 @@ def train(cfg: Knobs, world: World, session: Session, data: ProblemBatches) -> N
     model = CompactTransformer(cfg, first_row=rows.start)
     model.init_weights(cfg.seed)
     model.to(world.device).train()
-    check_compiler(cfg.compile, cfg.device)
-    if cfg.compile:
-        for block in model.blocks:  # which are alike: one compilation serves all
-            block.compile(dynamic=True)
+    compile_model(model, cfg)
     gradients = flat_gradients(model)
     optimizers = make_optimizers(model, cfg)
     scaler = torch.amp.GradScaler(world.device.type, enabled=cfg.fp16)

@@ -27,9 +27,8 @@ Marks    "differs": how a block departs from train_gpt.py's; "same as": a tested
 
 import hashlib
 import math
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -37,19 +36,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import histories
-from histories import BYTES, Tables
-from plumbing import ROOT, RUN_KNOBS, RunKnobs, Session, knob, read_knobs, show_plan
-from plumbing.byte_batches import ByteBatches, validation_windows
+from histories import BYTES, HistoryTables, SuffixHash, Tables
+from plumbing import ROOT, Session, knob, read_knobs, show_plan
+from plumbing.byte_batches import ByteBatches, ScoredBytes, text_facts
+from plumbing.byte_knobs import BYTE_RUN_KNOBS, ByteRunKnobs
 from plumbing.byte_records import BYTE_METRICS, export_saved, record_validation
-from plumbing.data import Prefetch, TokenShards
+from plumbing.data import Prefetch
 from plumbing.device import CudaGraph, check_compiler, choose_precision, choose_rows, compile_parts
 from plumbing.exports import check_run_fits, read_model_weights, run_bytes
-from plumbing.plan import plan_facts
+from plumbing.plan import count_flops, plan_facts
 from plumbing.rollback import roll_back
-from plumbing.row_states import RowStates
+from plumbing.row_states import RowStates, row_states
 from plumbing.row_states import State as StateOfRows
-from plumbing.splits import NotFetched, open_byte_files
+from plumbing.splits import open_byte_files
 from plumbing.world import World, flat_gradients, join_world, launch
 
 # ---------------- Knobs
@@ -92,14 +91,13 @@ PRESETS = {
 MODEL_KNOBS = "blocks decoder n_embd n_layer n_head sliding_window memory mem_range".split()
 MODEL_KNOBS += "mem_init mem_rows ngram_rows delta_rule thinking_steps".split()
 # These may differ on resuming: they move no loss, but with DROPOUT > 0 another DEVICE_BATCH_SIZE
-# draws other masks, and ON_NAN=rollback may halve the lr.
-RESUME_MAY_DIFFER = [*RUN_KNOBS, "preset", "device_batch_size", "log_every", "on_nan", "recompute"]
-RESUME_MAY_DIFFER += ["cuda_graph"]
+# draws other masks.
+RESUME_MAY_DIFFER = [*BYTE_RUN_KNOBS, "preset", "device_batch_size"]
 
 
 @dataclass(frozen=True)
-class Knobs(RunKnobs):
-    preset: str = knob("scaled", "named set of defaults", choices=tuple(PRESETS))
+class Knobs(ByteRunKnobs):
+    preset: str = knob("scaled", "named set of defaults", choices=tuple(PRESETS), group="knobs")
     blocks: str = knob("scaled", "ours, or AGIFORMER phase 8's", choices=KINDS, group="model")
     decoder: str = knob("scaled", "ours, or phase 8's", choices=KINDS)
     n_layer: int = knob(12, "number of blocks", low=1)
@@ -118,13 +116,9 @@ class Knobs(RunKnobs):
     ngram_rows: int = knob(12288, "rows of each n-gram table of DECODER=scaled; 0: none", low=0)
     thinking_steps: int = knob(3, "passes of the weight-tied MLP after the blocks", low=0)
     dropout: float = knob(0.0, "dropout of input, memory and MLPs", low=0, high=0.9)
-    batch_size: int = knob(2, "rows of a step, over all ranks", low=1, group="batch")
-    device_batch_size: int | None = knob(2, "rows of a micro-batch", low=1, none="auto")
-    sequence_length: int = knob(4096, "bytes of a row", low=8)
-    carry_state: bool = knob(True, "a row goes on where it ended; 0: rows come from random places")
     num_iterations: int = knob(50000, "number of optimizer steps", low=0, group="schedule")
     warmup_iters: int = knob(500, "steps of linear warm-up", low=0)
-    schedule: str = knob("linear", "lr after the warm-up", choices=("constant", "linear", "cosine"))
+    schedule: str = knob("linear", "lr after the warm-up", choices=("constant", "linear"))
     curriculum: bool = knob(False, "retention times 0.10, from 15% of steps 0.50, from 40% 0.99")
     lr: float = knob(6e-4, "peak learning rate of AdamW", low=0)
     beta2: float = knob(0.95, "second beta of AdamW", low=0, high=0.99999)
@@ -132,32 +126,16 @@ class Knobs(RunKnobs):
     decay_on: str = knob("matrices", "what weight decay acts on", choices=("matrices", "all"))
     grad_clip: float = knob(0.5, "largest norm of the gradient", above=0)
     seed: int = knob(1337, "seed of initial weights, random windows and dropout", low=0)
-    data: str = knob("embedded", "text file, folder, pattern, wikipedia:tr, embedded", group="data")
     init_from: str = knob("", "weights file (.pth) to start from; empty: new weights")
-    val_every: int = knob(2000, "steps between validations; 0: only the last", low=0)
-    val_bytes: int | None = knob(None, "bytes of a validation", low=8, none="all")
-    save_every: int = knob(2000, "steps between checkpoints; 0: only at the end", low=0)
-    log_every: int = knob(10, "steps between log lines", low=1)
-    on_nan: str = knob(
-        "stop", "loss is nan: stop, or go back once, at half the lr", choices=("stop", "rollback")
-    )
     precision: str = knob("auto", "dtype of products", choices=("auto", *DTYPES), group="machine")
-    recompute: bool = knob(False, "keep only the blocks' inputs for the backward pass")
-    cuda_graph: bool | None = knob(
-        None, "launch a step's passes as one; auto: on a GPU, unless RECOMPUTE=1", none="auto"
-    )
-    results_file: str = knob(str(ROOT / "experiments/results_scaled.csv"), "gets one row per run")
 
     def __post_init__(self):
+        super().__post_init__()
         if self.n_embd % (2 * self.n_head):
             raise ValueError(
                 f"N_EMBD={self.n_embd} must be N_HEAD={self.n_head} times an even width"
             )
         row_patches = self.sequence_length // PATCH
-        if self.sequence_length % PATCH:
-            raise ValueError(
-                f"SEQUENCE_LENGTH={self.sequence_length} must be a multiple of {PATCH} bytes"
-            )
         if self.window_patches > row_patches:
             raise ValueError(
                 f"SLIDING_WINDOW={self.sliding_window} patches do not fit SEQUENCE_LENGTH="
@@ -167,22 +145,14 @@ class Knobs(RunKnobs):
             raise ValueError(
                 f"WARMUP_ITERS={self.warmup_iters} exceeds NUM_ITERATIONS={self.num_iterations}"
             )
-        if self.cuda_graph and (self.device == "cpu" or self.recompute):
-            raise ValueError("CUDA_GRAPH=1 needs DEVICE=cuda and RECOMPUTE=0")
         if self.blocks == "original" and self.delta_rule:
             raise ValueError("BLOCKS=original divides by a sum of keys: set DELTA_RULE=0")
-        shortest = math.log(0.5) / math.log(self.mem_range or 1e-9)
-        if self.mem_init is None and shortest >= HALF_LIVES[0]:
+        lowest = 0.5 ** (1 / HALF_LIVES[0])
+        if self.mem_init is None and self.mem_range >= lowest:
             raise ValueError(
-                f"MEM_INIT=log starts at a half-life of {HALF_LIVES[0]:.0f} patches, MEM_RANGE="
-                f"{self.mem_range} allows none below {shortest:.0f}; set MEM_RANGE=0 or MEM_INIT"
+                f"MEM_INIT=log starts with a retention of {lowest:.3f}, below MEM_RANGE="
+                f"{self.mem_range}; set MEM_RANGE=0, or a number as MEM_INIT"
             )
-
-    @property
-    def uses_cuda_graph(self) -> bool:
-        if self.cuda_graph is None:
-            return self.device == "cuda" and not self.recompute
-        return self.cuda_graph
 
     @property
     def window_patches(self) -> int:
@@ -350,11 +320,10 @@ def init_retention(retention_H: Tensor, cfg: Knobs) -> None:
     retention_H.copy_(((log_kept.exp() - cfg.mem_range) / -torch.expm1(log_kept)).log())
 
 
-def full_precision(device: torch.device) -> AbstractContextManager:
-    """No autocast (meta has none): fp32 tensors, whose products use TF32 on CUDA."""
-    if device.type == "meta":
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
+def products_in(dtype: torch.dtype, x: Tensor) -> torch.autocast:
+    """A context for computing with x. fp32 means no autocast: on CUDA, fp32 products use TF32."""
+    kind = "cuda" if x.is_cuda else "cpu"
+    return torch.autocast(kind, dtype, enabled=dtype != torch.float32)
 
 
 class OriginalMemory(nn.Module):
@@ -381,7 +350,7 @@ class OriginalMemory(nn.Module):
         """What is read, (B, N, D), and the state after the N patches."""
         cfg = self.cfg
         qkv = self.qkv(h_BND)
-        with full_precision(h_BND.device):
+        with products_in(torch.float32, h_BND):
             q, k, v = split_heads(qkv.float(), cfg.n_head)
             q = (F.elu(q) + 1) * q.size(-1) ** -0.5
             k = F.elu(k) + 1
@@ -447,7 +416,7 @@ class ScaledMemory(nn.Module):
         matrix, conv = past
         qkv, conv = self.convolve(self.qkv(h_BND), conv)
         logit = self.retention[:, None] + self.retention_shift(h_BND).mT
-        with full_precision(h_BND.device):
+        with products_in(torch.float32, h_BND):
             log_decay = log_retention(logit.float(), cfg.mem_range) + plasticity.log()
             q, k, v = split_heads(qkv.float(), cfg.n_head)
             q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
@@ -562,7 +531,7 @@ class NGramTables(nn.Module):
         super().__init__()
         self.rows = rows
         self.table = nn.Parameter(torch.empty(len(NGRAMS) * rows, NGRAM_WIDTH))
-        self.hash = histories.SuffixHash(NGRAMS, PAST)
+        self.hash = SuffixHash(NGRAMS, PAST)
         self.out = nn.Linear(len(NGRAMS) * NGRAM_WIDTH, BYTES, bias=False)
         self.register_buffer("first", torch.arange(len(NGRAMS)) * rows, persistent=False)
         self.reset_parameters()
@@ -662,7 +631,7 @@ class ByteMemory(nn.Module):
 
     def __init__(self, rows: int):
         super().__init__()
-        self.tables = histories.HistoryTables(HISTORIES, rows)
+        self.tables = HistoryTables(HISTORIES, rows)
         self.doubt = nn.Linear(BYTES, len(HISTORIES))
         # Logarithms for each length: weights of the last byte found and of the one before; doubts
         # of one, two equal, two different bytes; decay per byte. DECAY_ON=matrices spares a vector.
@@ -738,7 +707,7 @@ class ByteLM(nn.Module):
 
     Patch n has seen bytes 0 .. 4n + 3 and its latent predicts bytes 4n + 4 .. 4n + 7: with
     x = s[i : i + T] the targets are y = s[i + 4 : i + 4 + T]. Products have `dtype`; parameters,
-    the residual stream and the memories are fp32 tensors (full_precision).
+    the residual stream and the memories are fp32 tensors (products_in).
     """
 
     def __init__(self, cfg: Knobs, dtype: torch.dtype = torch.float32):
@@ -831,11 +800,8 @@ class ByteLM(nn.Module):
         """-log p of each target byte, (B, T), in nats, and the state after x. It is 0 where a
         target is -1, which is not scored; the byte there is taken from x.
         """
-        mixed = nullcontext()
-        if self.dtype != torch.float32:
-            mixed = torch.autocast(x_BT.device.type, self.dtype)
         known = torch.where(y_BT < 0, F.pad(x_BT[:, PATCH:], (0, PATCH)), y_BT)
-        with mixed:
+        with products_in(self.dtype, x_BT):
             logits, state = self.logits(x_BT, known, past)
         return F.cross_entropy(logits.mT, y_BT, ignore_index=-1, reduction="none"), state
 
@@ -888,8 +854,7 @@ def lr_scale(step: int, cfg: Knobs) -> float:
     if cfg.schedule == "constant":
         return 1.0
     left = 1 - (step - cfg.warmup_iters) / max(cfg.num_iterations - cfg.warmup_iters, 1)
-    left = max(left, 0.0)
-    return left if cfg.schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
+    return max(left, 0.0)
 
 
 def plasticity(step: int, cfg: Knobs) -> float:
@@ -909,28 +874,21 @@ def seed_dropout(cfg: Knobs, step: int, rank: int) -> None:
 # ---------------- Evaluation
 
 
-# differs from train_gpt.py: states are carried, and characters are counted
+# differs from train_gpt.py: states are carried
 @torch.no_grad()
-def evaluate(
-    model: ByteLM, val: TokenShards, rows: int, cfg: Knobs, world: World
-) -> tuple[float, float]:
-    """Mean loss per byte of the validation text, in nats, and its characters per byte; the same for
-    any number of ranks and rows.
+def evaluate(model: ByteLM, val: ScoredBytes, rows: int, cfg: Knobs, world: World) -> float:
+    """Mean loss per byte of the validation text, in nats; the same for any number of ranks and
+    rows.
     """
-    T = cfg.sequence_length
-    sums = torch.zeros(3, device=world.device, dtype=torch.float64)
+    loss_sum = torch.zeros((), device=world.device, dtype=torch.float64)
     model.eval()
-    for x_BT, y_BT, begins in validation_windows(val, world, rows, T, PATCH, cfg.val_bytes):
-        x_BT, y_BT = x_BT.to(world.device), y_BT.to(world.device)
+    for x_BT, y_BT, begins in val.windows(world, rows, cfg.sequence_length):
         if begins or not cfg.carry_state:
             state = None
-        nll_BT, state = model(x_BT, y_BT, state)
-        is_target = y_BT >= 0
-        begins_character = is_target & (y_BT & 0xC0 != 0x80)
-        sums += torch.stack([nll_BT.double().sum(), begins_character.sum(), is_target.sum()])
+        nll_BT, state = model(x_BT.to(world.device), y_BT.to(world.device), state)
+        loss_sum += nll_BT.double().sum()
     model.train()
-    nats, characters, num_bytes = world.all_reduce(sums).tolist()
-    return nats / num_bytes, characters / num_bytes
+    return world.all_reduce(loss_sum).item() / val.num_bytes
 
 
 # ---------------- Records and plan
@@ -945,28 +903,6 @@ RESULTS = (  # bpc: bits per byte
 ).split()
 
 
-# differs from train_gpt.py: per byte, from the model's own parameters
-def flops_per_byte(model: ByteLM, cfg: Knobs) -> float:
-    """Model FLOPs of forward and backward, for MFU: 6 for each use of a matrix's weight, attention
-    counted causal within its window, and the chunks of the blocks' memory.
-    """
-    decoder_steps = PATCH - 2 + (READS if cfg.decoder == "scaled" else 1)  # the first has no state
-    uses = {"decoder.gru.weight_hh": decoder_steps, "decoder.out.weight": PATCH}
-    uses |= {"decoder.grams.out.weight": PATCH, "byte_memory.doubt.weight": PATCH}
-    uses |= {"decoder.grams.table": 0, "embed.weight": 0, "decoder.embed.weight": 0}
-    products = 0
-    for name, p in model.named_parameters():
-        usual = cfg.thinking_steps if name.startswith("thinking") else 1
-        if p.dim() > 1:
-            products += p.numel() * uses.get(name, usual)
-    N = cfg.sequence_length // PATCH
-    keys = cfg.window_patches if cfg.carry_state else min(cfg.window_patches, N / 2)
-    per_block = 12 * keys * cfg.n_embd
-    if cfg.memory != "off":
-        per_block += 3 * (2 * CHUNK + 4 * cfg.n_embd // cfg.n_head) * cfg.n_embd
-    return (6 * products + cfg.n_layer * per_block) / PATCH
-
-
 # differs from train_gpt.py: states and losses per byte
 def probe_backward(model: ByteLM, rows: int) -> None:
     """Forward and backward pass of a micro-batch of zeros, to measure its memory."""
@@ -976,10 +912,13 @@ def probe_backward(model: ByteLM, rows: int) -> None:
     model(x, x, past)[0].mean().backward()
 
 
-def row_states(model: ByteLM, world: World) -> RowStates:
-    """What this rank's rows carry from step to step: nothing with CARRY_STATE=0."""
-    empty_state = model.empty_state if model.cfg.carry_state else None
-    return RowStates(empty_state, model.cfg.batch_size, world)
+# differs from train_gpt.py: per byte, and counted
+@cache
+def flops_per_byte(cfg: Knobs) -> float:
+    """FLOPs of forward and backward, for MFU: all products of a row, without recomputation."""
+    with torch.device("meta"):
+        model = ByteLM(replace(cfg, recompute=False))
+        return count_flops(partial(probe_backward, model, 1)) / cfg.sequence_length
 
 
 # differs from train_gpt.py: other facts, and text that may have to be fetched
@@ -990,16 +929,10 @@ def plan(cfg: Knobs, world: World) -> dict[str, object]:
         model = ByteLM(cfg)
         facts = plan_facts(cfg, world, model, probe_backward)
         needed_mib = run_bytes(model, row_states(model, world), cfg.keep) / 2**20
-    flops = flops_per_byte(model, cfg) * cfg.batch_size * cfg.sequence_length * cfg.num_iterations
+    flops = flops_per_byte(cfg) * cfg.batch_size * cfg.sequence_length * cfg.num_iterations
     facts["compute"] = f"{flops:.3g} FLOPs"
     facts["disk"] = f"up to {needed_mib:,.0f} MiB at KEEP={cfg.keep}"
-    try:
-        text, val, sha = open_byte_files(cfg.data, ROOT / "data", PATCH, download=False)
-    except NotFetched as error:
-        return facts | {"data": error}
-    if sha:
-        facts["embedded corpus"] = f"sha256 {sha}"
-    return facts | ByteBatches(text, cfg, world, PATCH).facts(val)
+    return facts | text_facts(cfg, world, PATCH)
 
 
 # ---------------- Training
@@ -1039,7 +972,7 @@ def build_model(cfg: Knobs, world: World) -> ByteLM:
 def describe_run(session: Session, model: ByteLM) -> None:
     facts = plan(session.cfg, session.world)
     facts["precision"] = f"{model.dtype}; the memories without autocast"
-    session.describe(model, flops_per_byte(model, session.cfg), facts)
+    session.describe(model, flops_per_byte(session.cfg), facts)
 
 
 def run_backward_pass(
@@ -1066,7 +999,7 @@ def run_backward_pass(
 
 
 # differs from train_gpt.py: states are carried, gradients clipped, and there is one optimizer
-def train(cfg: Knobs, session: Session, batches: ByteBatches, val: TokenShards) -> None:
+def train(cfg: Knobs, session: Session, batches: ByteBatches, val: ScoredBytes) -> None:
     world = session.world
     model = build_model(cfg, world)
     gradients = flat_gradients(model)
@@ -1093,8 +1026,8 @@ def train(cfg: Knobs, session: Session, batches: ByteBatches, val: TokenShards) 
             prefetch.close()
             prefetch = Prefetch(batches.make, state.step, world.device)
         if session.should_validate:
-            loss, characters = evaluate(model, val, rows, cfg, world)
-            record_validation(session, model, loss, characters, model.half_lives())
+            loss = evaluate(model, val, rows, cfg, world)
+            record_validation(session, model, loss, val, model.half_lives())
         if session.should_save:
             export_saved(session, model)  # first: if killed in between, a resume exports again
             session.save(state.step, **saved)
@@ -1144,7 +1077,7 @@ def main() -> int:
             column_knobs={"learning_rate": "lr"},
             presets=PRESETS,
             resume_may_differ=RESUME_MAY_DIFFER,
-            sources=[__file__, histories.__file__],
+            sources=[__file__, ROOT / "histories.py"],
             steps_per_epoch=text.total / tokens_per_step,
             validate_at_start=False,
             log_every=cfg.log_every,
@@ -1153,7 +1086,7 @@ def main() -> int:
             out_of_memory="lower DEVICE_BATCH_SIZE, or set RECOMPUTE=1",
         )
         with session:
-            train(cfg, session, batches, val)
+            train(cfg, session, batches, ScoredBytes(val, PATCH, cfg.val_bytes))
     return session.exit_code
 
 

@@ -3,7 +3,7 @@
     knobs, run_knobs, text_knobs, config, family    a dataclass -> environment, flags, YAML, --help
     world, device, plan                   process group, signals, collectives; the device; --dry_run
     data, batches, text_batches           token shards, the tokens of a step, prefetching
-    byte_batches, byte_records            the same of bytes; what a byte model records
+    byte_knobs, byte_batches, byte_records    the same of bytes; what a byte model records
     problems, problem_batches             problems with answers, and which of them a step trains on
     problem_knobs, problem_config, problem_records    knobs, YAML keys and records of such a run
     row_states, exports, rollback         carried states; weights files; back after a bad loss

@@ -1,4 +1,4 @@
-"""byte_batches.py -- which bytes each step trains on, and the windows of a validation.
+"""byte_batches.py -- which bytes each step trains on, and what a validation scores.
 
 Promises: the bytes of a step are a function of the step, so that any number of ranks trains on the
 same text and a resumed run needs no state of a reader; and a validation counts every byte of its
@@ -9,6 +9,7 @@ Targets stand `ahead` bytes behind their inputs: a model that reads patches of 4
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 
 from plumbing.data import TokenShards
-from plumbing.knobs import UserError
+from plumbing.knobs import ROOT, UserError
+from plumbing.splits import NotFetched, open_byte_files
 from plumbing.world import World
 
 VALIDATION_STRIPS = 8  # parts of a validation text that are read side by side
@@ -26,6 +28,7 @@ MANY_EPOCHS = 20  # a run that reads its text more often than that is warned
 class ByteKnobs(Protocol):
     """The knobs that the batches read."""
 
+    data: str  # what open_byte_files takes
     batch_size: int  # rows of a step, over all ranks
     sequence_length: int  # bytes of a row
     num_iterations: int
@@ -45,6 +48,10 @@ class ByteBatches:
         self.rows = world.share(cfg.batch_size)
         num_strips = cfg.batch_size if cfg.carry_state else 1
         needed = num_strips * cfg.sequence_length + ahead
+        if cfg.sequence_length % ahead:
+            raise UserError(
+                f"SEQUENCE_LENGTH={cfg.sequence_length} must be a multiple of {ahead} bytes"
+            )
         if cfg.batch_size < world.size:
             raise UserError(
                 f"BATCH_SIZE={cfg.batch_size} leaves some of {world.size} ranks without a row; "
@@ -99,31 +106,59 @@ class ByteBatches:
         return found
 
 
-def validation_windows(
-    val: TokenShards, world: World, rows: int, T: int, ahead: int, limit: int | None
-) -> Iterator[tuple[Tensor, Tensor, bool]]:
-    """This rank's windows of the first `limit` targets (None: all): inputs and targets (rows, T)
-    int64, -1 where there is no target, and whether other strips begin here.
-
-    The text is cut into 8 strips of whole patches, read side by side in windows that do not
-    overlap; each byte behind the first `ahead` is a target once.
+def text_facts(cfg: ByteKnobs, world: World, ahead: int) -> dict[str, object]:
+    """Of a run's text, for the log and --dry_run. One that would have to be downloaded stays where
+    it is, and is a fact as well.
     """
-    total = val.total - ahead
-    if limit is not None:
-        total = min(total, limit)
-    strip_bytes = -(-total // (VALIDATION_STRIPS * ahead)) * ahead
-    strips = range(VALIDATION_STRIPS)[world.share(VALIDATION_STRIPS)]
-    for first in range(0, len(strips), rows):
-        for at in range(0, strip_bytes, T):
-            x_BT = np.zeros((rows, T), np.int64)
-            y_BT = np.full((rows, T), -1)
-            for i, strip in enumerate(strips[first : first + rows]):
-                start = strip * strip_bytes + at
-                num_targets = min(T, strip_bytes - at, total - start)
-                if num_targets <= 0:
-                    continue
-                text = val.read(start, num_targets + ahead)
-                num_inputs = -(-num_targets // ahead) * ahead  # whole patches
-                x_BT[i, :num_inputs] = text[:num_inputs]
-                y_BT[i, :num_targets] = text[ahead:]
-            yield torch.from_numpy(x_BT), torch.from_numpy(y_BT), at == 0
+    try:
+        text, val, sha = open_byte_files(cfg.data, ROOT / "data", ahead, download=False)
+    except NotFetched as error:
+        return {"data": error}
+    found = {"embedded corpus": f"sha256 {sha}"} if sha else {}
+    return found | ByteBatches(text, cfg, world, ahead).facts(val)
+
+
+@dataclass
+class ScoredBytes:
+    """What a validation scores of its text: the first `limit` bytes (None: all) of those behind the
+    first `ahead`.
+    """
+
+    text: TokenShards
+    ahead: int
+    limit: int | None
+
+    @property
+    def num_bytes(self) -> int:
+        total = self.text.total - self.ahead
+        return total if self.limit is None else min(total, self.limit)
+
+    @property
+    def characters_per_byte(self) -> float:
+        scored = self.text.read(self.ahead, self.num_bytes)
+        return float(np.mean(scored & 0xC0 != 0x80))  # other bytes go on with a character
+
+    def windows(self, world: World, rows: int, T: int) -> Iterator[tuple[Tensor, Tensor, bool]]:
+        """This rank's inputs and targets (rows, T), int64, -1 where there is no target, and whether
+        other strips begin here.
+
+        The text is cut into 8 strips of whole patches, read side by side in windows that do not
+        overlap; each scored byte is a target once.
+        """
+        ahead = self.ahead
+        strip_bytes = -(-self.num_bytes // (VALIDATION_STRIPS * ahead)) * ahead
+        strips = range(VALIDATION_STRIPS)[world.share(VALIDATION_STRIPS)]
+        for first in range(0, len(strips), rows):
+            for at in range(0, strip_bytes, T):
+                x_BT = np.zeros((rows, T), np.int64)
+                y_BT = np.full((rows, T), -1)
+                for i, strip in enumerate(strips[first : first + rows]):
+                    start = strip * strip_bytes + at
+                    num_targets = min(T, strip_bytes - at, self.num_bytes - start)
+                    if num_targets <= 0:
+                        continue
+                    text = self.text.read(start, num_targets + ahead)
+                    num_inputs = -(-num_targets // ahead) * ahead  # whole patches
+                    x_BT[i, :num_inputs] = text[:num_inputs]
+                    y_BT[i, :num_targets] = text[ahead:]
+                yield torch.from_numpy(x_BT), torch.from_numpy(y_BT), at == 0

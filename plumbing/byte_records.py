@@ -13,6 +13,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from plumbing.byte_batches import ScoredBytes
 from plumbing.checkpoints import write_whole
 from plumbing.exports import export_weights
 from plumbing.session import Session
@@ -26,13 +27,14 @@ def record_validation(
     session: Session,
     model: nn.Module,
     loss: float,
-    characters: float,
+    val: ScoredBytes,
     half_lives: Mapping[str, Tensor],
 ) -> None:
-    """A validation: `loss` in nats per byte and `characters` per byte. `half_lives` are those of
-    the memories that the model has: of the blocks' one in "patches", of the other one in "bytes".
+    """A validation: `loss` in nats per byte of `val`. `half_lives` are those of the memories that
+    the model has: of the blocks' one in "patches", of the other one in "bytes".
     """
     bits = loss / math.log(2)
+    characters = val.characters_per_byte
     bits_per_char = bits / characters if characters else math.nan
     metrics = {"val_bpc": bits, "val_bits_per_char": bits_per_char}
     note = f" val_bpc:{bits:.4f} val_bits_per_char:{bits_per_char:.4f}"

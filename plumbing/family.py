@@ -71,7 +71,7 @@ FAMILY = {
         "n_layer n_head sliding_window memory mem_range mem_init mem_rows delta_rule "
         "thinking_steps ngram_rows dropout device_batch_size sequence_length carry_state "
         "warmup_iters schedule curriculum lr beta2 weight_decay decay_on data init_from "
-        "val_bytes log_every on_nan precision recompute tracker blocks decoder "
+        "val_bytes log_every on_nan precision recompute cuda_graph tracker blocks decoder "
         "early_stop_min_delta early_stop_patience grad_clip n_embd target_loss"
     ),
     "train_arith.py": (

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from plumbing.device import estimate_mib
 from plumbing.knobs import UserError, knobs_json
@@ -38,6 +39,15 @@ def plan_facts(
         "batch": f"{cfg.batch_size} sequences on {world.size} rank(s)",
         "memory": f"at most about {memory:,} MiB per rank with {rows} of them at a time",
     }
+
+
+def count_flops(run_step: Callable[[], None]) -> int:
+    """FLOPs of the matrix products of run_step(), as torch counts them: of attention all that is
+    computed, the masked part included.
+    """
+    with FlopCounterMode(display=False) as counter:
+        run_step()
+    return counter.get_total_flops()
 
 
 def check_records(cfg: object, columns: Sequence[str]) -> None:

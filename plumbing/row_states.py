@@ -6,6 +6,7 @@ number of ranks can go on with them; and no gradient flows from one step into th
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
@@ -22,6 +23,17 @@ class State:
     @property
     def num_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for layer in self.layers for t in layer)
+
+
+class CarryKnobs(Protocol):
+    batch_size: int  # rows of a step, over all ranks
+    carry_state: bool
+
+
+class CarryingModel(Protocol):
+    cfg: CarryKnobs
+
+    def empty_state(self, rows: int) -> State: ...
 
 
 class RowStates:
@@ -90,3 +102,9 @@ class RowStates:
         self.state.position.copy_(saved["position"])
         for tensor, rows in zip(self.tensors, saved["rows"], strict=True):
             tensor.copy_(rows[self.world.share(self.batch_size)])
+
+
+def row_states(model: CarryingModel, world: World) -> RowStates:
+    """What this rank's rows carry from step to step: nothing with CARRY_STATE=0."""
+    cfg = model.cfg
+    return RowStates(model.empty_state if cfg.carry_state else None, cfg.batch_size, world)

@@ -15,7 +15,7 @@ from support import ROOT
 BUDGETS = {
     "train_gpt.py": (630, 29),
     "train_gpu.py": (865, 41),
-    "train_scaled.py": (1135, 55),
+    "train_scaled.py": (1095, 52),
     "train_arith.py": (660, 29),
     "arithmetic.py": (480, 23),
 }
@@ -64,7 +64,8 @@ def test_the_two_halves_of_the_loop_stand_in_train(name):
     assert [half.split(":")[0] for half in halves] == ["clock stopped", "clock running"]
     first, second = text.split("# -------- clock running")
     assert "save(" in first and "evaluate(" in first and "session.stopping" in first
-    assert ".backward()" in second and ".step(" in second and ".item()" not in second
+    assert re.search(r"\.backward\(\)|= backward_pass\(", second)  # one is recorded as a CUDA graph
+    assert ".step(" in second and ".item()" not in second
 
 
 @pytest.mark.parametrize("name", TRAINERS)

@@ -24,6 +24,7 @@ from byte_models import PATCH, UserError
 
 import train_scaled
 from plumbing import ROOT, TokenShards, World, launch
+from plumbing.byte_batches import ScoredBytes
 from plumbing.splits import open_byte_files
 
 ORDERS = (3, 4, 5, 8, 12, 16)  # bytes of PPMd's longest context
@@ -41,7 +42,8 @@ def model_bits(path: Path, val: TokenShards, device: torch.device) -> float:
     """Bits per byte of the whole held-out text, as the run itself validates."""
     model = lib.load(path, device)
     rows = model.cfg.device_batch_size or 1
-    loss, _ = train_scaled.evaluate(model, val, rows, model.cfg, World(0, 1, device))
+    scored = ScoredBytes(val, PATCH, model.cfg.val_bytes)
+    loss = train_scaled.evaluate(model, scored, rows, model.cfg, World(0, 1, device))
     return loss / math.log(2)
 
 

@@ -7,12 +7,13 @@ import sys
 import byte_models
 import pytest
 import torch
-from scaled_support import fresh, interrupt, run_here, small, write_text
+from scaled_support import interrupt, run_here, small, write_text
 from support import losses, rows
 
 import train_scaled
 from plumbing import UserError
 from plumbing.exports import run_bytes
+from plumbing.row_states import row_states
 from plumbing.world import World
 from train_scaled import ByteLM, ByteMemory
 
@@ -27,10 +28,10 @@ CPU = torch.device("cpu")
             dict(sliding_window=17),
             "SLIDING_WINDOW=17 patches do not fit SEQUENCE_LENGTH=64 bytes = 16 patches",
         ),
-        (dict(sequence_length=66), "SEQUENCE_LENGTH=66 must be a multiple of 4"),
         (dict(warmup_iters=13), "WARMUP_ITERS=13 exceeds NUM_ITERATIONS=12"),
         (dict(delta_rule=True, blocks="original"), "divides by a sum of keys.*DELTA_RULE=0"),
-        (dict(mem_range=0.99), "half-life of 32 patches, MEM_RANGE=0.99 allows none below 69"),
+        (dict(cuda_graph=True), "CUDA_GRAPH=1 needs DEVICE=cuda and RECOMPUTE=0"),
+        (dict(mem_range=0.99), "starts with a retention of 0.979, below MEM_RANGE=0.99"),
     ],
 )
 def test_knobs_that_do_not_fit_together_are_refused(values, words):
@@ -48,6 +49,7 @@ def test_bad_text_and_bad_sizes_are_one_clear_error_before_training(monkeypatch,
         (dict(data=tmp_path / "nothing.txt"), "no text there"),
         (dict(data=tmp_path / "short.txt"), "200 bytes|bytes of training text|validation part has"),
         (dict(sequence_length=4096, batch_size=4), "bytes of training text.*need 16,388"),
+        (dict(sequence_length=66), "SEQUENCE_LENGTH=66 must be a multiple of 4 bytes"),
         (dict(init_from=tmp_path / "train.txt"), "train.txt: not a file of tensors"),
         (dict(init_from=tmp_path / "gone.pth"), "gone.pth: there is no such file"),
     ):
@@ -61,7 +63,7 @@ def test_the_rows_histories_are_on_the_bill_of_the_disk():
     tables = ByteMemory(4096).tables.empty(1)
     size = sum(table.nbytes for table in tables)
     model, other = ByteLM(cfg), ByteLM(none)
-    need = lambda m, rows_of: run_bytes(m, train_scaled.row_states(rows_of, World(1, 2, CPU)), 3)
+    need = lambda m, rows_of: run_bytes(m, row_states(rows_of, World(1, 2, CPU)), 3)
     more = need(other, model) - need(other, other)
     assert more == 4 * cfg.batch_size * size, (
         "of all ranks' rows, in three checkpoints and a new one"
@@ -137,7 +139,8 @@ def test_a_run_that_reads_its_text_too_often_is_warned_and_told_what_to_give(
 
 
 def test_rows_that_are_looked_up_cost_no_flops_and_bytes_that_are_read_do():
-    flops = lambda **values: train_scaled.flops_per_byte(fresh(**values), small(**values))
+    flops = lambda **values: train_scaled.flops_per_byte(small(**values))
+    assert flops(recompute=True) == flops()
     assert flops(ngram_rows=64) == flops(ngram_rows=4096) > flops(ngram_rows=0)
     more = 3 * 6 * 3 * 256 * 256 / 4  # three more steps of the GRU for each patch of four bytes
     extra = flops(ngram_rows=0) - flops(ngram_rows=0, decoder="original")

@@ -17,8 +17,6 @@ from support import random_sibling, save_sibling
 
 from plumbing import UserError
 
-pytest.importorskip("transformers", reason="transformers is not installed: pip install it")
-
 # What a user does with the folder, in a process that knows nothing of this repository.
 USE = """
 import json, sys, torch
