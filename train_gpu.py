@@ -141,23 +141,23 @@ MATRICES = ("wte", "_proj")  # ends of the names of weights of matrix products
 MAX_DECAY = 1.0  # limit of -log(decay): exponents of 128 tokens stay within +-64
 
 
-# same as train_gpt.py
-def rms_norm(x: Tensor) -> Tensor:
-    return F.rms_norm(x, (x.size(-1),))
-
-
 def autocast(x: Tensor, dtype: torch.dtype) -> torch.autocast:
     """Makes products in this dtype; fp32 leaves them alone. A meta tensor counts as a CPU's."""
     device_type = "cuda" if x.is_cuda else "cpu"
     return torch.autocast(device_type, dtype, enabled=dtype != torch.float32)
 
 
+def key_of(phase: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines (c, c) and sines (-s, s) of phases, for real and imaginary parts."""
+    phase = torch.cat([-phase, phase], dim=-1)
+    return phase.cos(), phase.sin()
+
+
 def bind(item: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Multiply by a key of unit modulus, cos + i sin. Real parts come first, then imaginary parts.
-    A product of two spectra is the circular convolution of the two vectors.
+    """Multiply by a key of unit modulus, made by key_of(). Real parts come first, then imaginary
+    parts. A product of two spectra is the circular convolution of the two vectors.
     """
-    real, imaginary = item.chunk(2, dim=-1)
-    return torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], dim=-1)
+    return item * cos + item.roll(item.size(-1) // 2, -1) * sin
 
 
 def unbind(bound: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -176,8 +176,8 @@ def phases_of_positions(position: Tensor, T: int, bins: int, turning: int) -> Te
 
 
 def causal_conv(x: Tensor, kernel: Tensor) -> Tensor:
-    """Depthwise convolution over dimension 1 of x, which begins with CONV_LENGTH - 1 past inputs. As
-    shifted products, which the compiler joins with what surrounds them.
+    """Depthwise convolution over dimension 1 of x, which begins with CONV_LENGTH - 1 past inputs.
+    As shifted products, which the compiler joins with what surrounds them.
     """
     T = x.size(1) - CONV_LENGTH + 1
     taps = kernel.unbind()
@@ -339,47 +339,70 @@ class Memory(nn.Module):
         """The output (B, T, C), the state after the last token, and the auxiliary loss."""
         cfg, (memory, past) = self.cfg, state
         D, bins, slots, _, gated = self.widths
-        made = F.linear(x_BTC, self.in_proj)
+        # A product for each part: the parts' gradients need not be joined before it.
+        weights = self.in_proj.split([D, bins, 2 * slots, gated])
+        item, key, rest, gate = [F.linear(x_BTC, weight) for weight in weights]
+        dtype = item.dtype
         with autocast(x_BTC, torch.float32):  # for phases, decays and the state
-            convolved, forget_logit, gate = made.split([D + bins + slots, slots, gated], dim=-1)
-            parts, past = self.convolve(convolved, past)
+            address, forget_logit = rest.split(slots, dim=-1)
+            parts, past = self.convolve([item, key, address], past)
             heads = [part.unflatten(-1, (cfg.n_head, -1)).type_as(memory) for part in parts]
             item, keys, addresses = heads
             (write_key, read_key), (write, read) = keys.unbind(2), addresses.softmax(-1).unbind(2)
-            phase = write_key + phase_T1K
-            cos, sin = phase.cos(), phase.sin()
+            cos, sin = key_of(write_key + phase_T1K)
             forget_logit = forget_logit.unflatten(-1, (cfg.n_head, -1)) + self.decay_bias
             log_decay = -MAX_DECAY * forget_logit.sigmoid()
-            bound = bind(item, cos, sin).type_as(made)
+            bound = bind(item, cos, sin).to(dtype)
             written = dict(write=write, bound=bound, log_decay=log_decay, memory=memory)
             found, memory = self.recall(read, **written)
             aux = None
             if self.training and cfg.use_auxiliary_loss:
                 aux = self.delayed_recall(item, cos, sin, written, seed_B)
-            phase = read_key + phase_T1K
-            y = rms_norm(unbind(found, phase.cos(), phase.sin())).flatten(2) * self.norm
-            if cfg.use_gating:
-                y = y * F.silu(gate)
-        return F.linear(y.type_as(made), self.out_proj), (memory, past), aux
+            real, imaginary = self.unbind_and_gate(found, read_key + phase_T1K, gate)
+        of_real, of_imaginary = self.out_proj.unflatten(1, (cfg.n_head, 2, -1)).unbind(2)
+        y = F.linear(real.flatten(2).to(dtype), of_real.flatten(1))
+        y = y + F.linear(imaginary.flatten(2).to(dtype), of_imaginary.flatten(1))
+        return y, (memory, past), aux
 
-    def convolve(self, x_BTX: Tensor, past: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        """From item, key and address of each token, side by side: the item, the keys of writing and
-        of reading (B, T, 2, H K), both addresses (B, T, 2, H S), and the last inputs.
+    def unbind_and_gate(self, found: Tensor, phase: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+        """norm(unbind(found)) silu(gate): its real and its imaginary part, (B, T, H, K) each.
+
+        They are never joined, which would be the slowest kernel of the layer. The norm is that of
+        `found`: a key of unit modulus changes no length.
         """
-        D, bins, slots = self.widths[:3]
+        found = found.type_as(phase)
+        cos, sin = phase.cos(), phase.sin()
+        real, imaginary = found.chunk(2, dim=-1)
+        parts = [real * cos + imaginary * sin, imaginary * cos - real * sin]
+        eps = torch.finfo(found.dtype).eps
+        scale = torch.rsqrt(found.square().mean(-1, keepdim=True) + eps)
+        heads = (self.cfg.n_head, 2, -1)
+        weights = self.norm.unflatten(0, heads).unbind(1)
+        parts = [part * scale * weight for part, weight in zip(parts, weights, strict=True)]
+        if self.cfg.use_gating:
+            gates = gate.unflatten(-1, heads).unbind(-2)
+            parts = [part * F.silu(gate) for part, gate in zip(parts, gates, strict=True)]
+        return parts[0], parts[1]
+
+    def convolve(
+        self, parts: list[Tensor], past: Tensor
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+        """From item, key and address of each token: the item, the keys of writing and of reading
+        (B, T, 2, H K), both addresses (B, T, 2, H S); and the last inputs.
+        """
+        D, bins, slots = widths = self.widths[:3]
         if not self.cfg.has_conv:
-            item, key, address = x_BTX.split(self.widths[:3], dim=-1)
+            item, key, address = parts
             both = (-1, -1, 2, -1)
             return (item, key[:, :, None].expand(both), address[:, :, None].expand(both)), past
-        x_BTX = torch.cat([past.type_as(x_BTX), x_BTX], dim=1)
-        item, key, address = x_BTX.split(self.widths[:3], dim=-1)
+        pairs = zip(past.split(widths, dim=-1), parts, strict=True)
+        item, key, address = [torch.cat([old.type_as(x), x], dim=1) for old, x in pairs]
+        past = torch.cat([x[:, 1 - CONV_LENGTH :] for x in (item, key, address)], dim=-1)
         of_item, of_keys, of_addresses = self.conv_kernel.split([D, 2 * bins, 2 * slots], dim=-1)
-        made = (
-            causal_conv(item, of_item),
-            causal_conv(key[:, :, None], of_keys.unflatten(-1, (2, bins))),
-            causal_conv(address[:, :, None], of_addresses.unflatten(-1, (2, slots))),
-        )
-        return made, x_BTX[:, 1 - CONV_LENGTH :]
+        item = causal_conv(item, of_item)
+        keys = causal_conv(key[:, :, None], of_keys.unflatten(-1, (2, bins)))
+        addresses = causal_conv(address[:, :, None], of_addresses.unflatten(-1, (2, slots)))
+        return (item, keys, addresses), past
 
     def recall(
         self, read: Tensor, write: Tensor, bound: Tensor, log_decay: Tensor, memory: Tensor
@@ -430,7 +453,7 @@ class Attention(nn.Module):
 
     def positions(self, phase_TK: Tensor) -> tuple[Tensor, Tensor]:
         """What forward turns queries and keys by: the same in all layers."""
-        return phase_TK[:, None].cos(), phase_TK[:, None].sin()
+        return key_of(phase_TK[:, None])
 
     def forward(
         self,

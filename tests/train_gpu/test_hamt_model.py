@@ -5,7 +5,7 @@ import torch
 from hamt_support import MEMORIES, MODELS, knobs, lively, loop, plain_attention, tokens
 
 import train_gpu
-from train_gpu import PRESETS, Knobs, Memory, Model, bind, unbind
+from train_gpu import PRESETS, Knobs, Memory, Model, bind, key_of, unbind
 
 NOWHERE = torch.zeros(2, dtype=torch.long)  # seeds of two rows, where nothing is drawn
 
@@ -113,13 +113,13 @@ def test_binding_is_circular_convolution():
     b = torch.fft.ifft(torch.complex(item[:n], item[n:]))
     direct = torch.stack([sum(a[i] * b[(t - i) % n] for i in range(n)) for t in range(n)])
     expected = torch.fft.fft(direct)
-    found = bind(item, key.cos(), key.sin())
+    found = bind(item, *key_of(key))
     assert torch.allclose(found, torch.cat([expected.real, expected.imag]), atol=1e-12)
 
 
 def test_the_conjugate_key_undoes_a_key_exactly():
     phase, item = torch.randn(7, 6).double(), torch.randn(7, 12).double()
-    cos, sin = phase.cos(), phase.sin()
+    cos, sin = key_of(phase)
     assert torch.allclose(unbind(bind(item, cos, sin), cos, sin), item, atol=1e-12)
     assert (bind(item, cos, sin) - item).abs().max() > 0.5
 
@@ -143,7 +143,7 @@ def test_the_auxiliary_loss_is_blind_to_scale_and_trains_only():
     mixer = memory(use_auxiliary_loss=True)
     item = torch.randn(2, 40, 2, 12).double()
     phase = torch.randn(2, 40, 2, 6).double()
-    cos, sin = phase.cos(), phase.sin()
+    cos, sin = key_of(phase)
     write = torch.rand(2, 40, 2, 5).double().softmax(-1)
     decay = -torch.rand(2, 40, 2, 5).double() * 0.01
     found = []
@@ -163,7 +163,7 @@ def test_an_item_alone_in_its_slot_is_recalled_without_loss():
     mixer = memory(use_auxiliary_loss=True)
     item = torch.randn(2, T, 2, 12).double()
     phase = torch.randn(2, T, 2, 6).double()
-    cos, sin = phase.cos(), phase.sin()
+    cos, sin = key_of(phase)
     write = torch.eye(T).double()[None, :, None].expand(2, T, 2, T)
     no_decay = torch.zeros_like(write)
     rest = dict(bound=bind(item, cos, sin), log_decay=no_decay, memory=mixer.empty_state(2)[0])
