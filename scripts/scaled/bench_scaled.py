@@ -33,6 +33,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[2]
@@ -43,10 +44,10 @@ import torch.nn.functional as F  # noqa: E402
 from lib import benching  # noqa: E402
 
 import train_scaled  # noqa: E402
-from plumbing.device import compile_parts  # noqa: E402
+from plumbing.device import CudaGraph, compile_parts  # noqa: E402
 from plumbing.knobs import UserError  # noqa: E402
 from plumbing.row_states import RowStates  # noqa: E402
-from plumbing.world import World, join_world, launch  # noqa: E402
+from plumbing.world import World, flat_gradients, join_world, launch  # noqa: E402
 from train_scaled import PATCH, ByteLM, Knobs  # noqa: E402
 
 # The most valuable first: a deadline may leave no time for the last ones.
@@ -75,8 +76,9 @@ LENGTHS = [2**n for n in range(10, 17)]
 def by_turns(
     sides: dict[str, Callable[[], object]], repeats: int, world: World
 ) -> dict[str, list[float]]:
-    """Milliseconds of each side, A B A B; the first call of each is not counted."""
-    return benching.Meter(world, repeats, warmup=1).compare(sides)
+    """Milliseconds of each side, A B A B, when each has compiled and recorded what it will."""
+    warmup = CudaGraph.WARMUP + 1 if world.device.type == "cuda" else 1
+    return benching.Meter(world, repeats, warmup).compare(sides)
 
 
 def compared(found: dict[str, list[float]]) -> dict:
@@ -152,15 +154,19 @@ def passes(model: ByteLM, world: World) -> Callable[[], None]:
     x, y = text(cfg.sequence_length, rows, world)
     carried = RowStates(model.empty_state if cfg.carry_state else None, rows, world)
 
-    def run() -> None:
+    flat_gradients(model)  # which a CUDA graph adds to
+    scaler = torch.amp.GradScaler(world.device.type, enabled=False)
+    backward_pass = partial(train_scaled.run_backward_pass, model, carried, scaler, rows)
+    recorded = CudaGraph(backward_pass, world.device) if cfg.uses_cuda_graph else backward_pass
+
+    def run(take_pass: Callable[..., torch.Tensor] = recorded) -> None:
         carried.start_step(is_new_epoch=False)
-        nll, state = model(x, y, carried.take(slice(0, rows)))
-        nll.mean().backward()
-        carried.put(slice(0, rows), state)
+        take_pass(x, y)
 
     if cfg.compile:
         parts = [*model.blocks, model.decoder, model.thinking, model.byte_memory]
-        problem = compile_parts([part for part in parts if part is not None], run, world)
+        compiling = partial(run, backward_pass)
+        problem = compile_parts([part for part in parts if part is not None], compiling, world)
         if problem:
             raise UserError(f"it cannot be compiled: {problem}")
     return run
@@ -174,7 +180,7 @@ def training_step(model: ByteLM, world: World) -> Callable[[], None]:
     def step() -> None:
         run()
         adam.step()
-        adam.zero_grad()
+        adam.zero_grad(set_to_none=False)
 
     return step
 
@@ -201,7 +207,7 @@ def part_train(a: argparse.Namespace, world: World) -> list[dict]:
 
 def part_step(a: argparse.Namespace, world: World) -> list[dict]:
     """Two rows of 1,024 bytes; nothing is compiled on either side."""
-    own = dict(device=world.device.type, compile=False, device_batch_size=2)
+    own = dict(device=world.device.type, compile=False, cuda_graph=False, device_batch_size=2)
     cfg = Knobs(**train_scaled.PRESETS["phase8"] | STEP | own)
     model = make_model(cfg, world)
     sizes = (cfg.n_embd, cfg.n_layer, cfg.n_head, cfg.sliding_window, 0.995, cfg.thinking_steps)
@@ -227,7 +233,8 @@ def part_blocks(a: argparse.Namespace, world: World) -> list[dict]:
     sides, rows = {}, []
     for name, own in BLOCKS.items():
         values = train_scaled.PRESETS[own.get("preset", "scaled")] | STUDY | own
-        values |= dict(device=world.device.type, compile=False, device_batch_size=2)
+        values |= dict(device=world.device.type, compile=False, cuda_graph=False)
+        values |= dict(device_batch_size=2)
         sides[name] = training_step(make_model(Knobs(**values), world), world)
     found = by_turns(sides, a.repeats, world)
     for name, times in found.items():
