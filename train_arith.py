@@ -58,7 +58,8 @@ from plumbing.world import World, flat_gradients, join_world, launch
 # ---------------- Knobs
 
 PRESETS = {"pilot": {}}
-# These move no loss, so a resumed run may have others.
+# These move no loss but by rounding, so a resumed run may have others. With DROPOUT > 0, another
+# CUDA_GRAPH or COMPILE draws other masks.
 RESUME_MAY_DIFFER = [*PROBLEM_RUN_KNOBS, "eval_interval", "save_interval", "model_name"]
 RESUME_MAY_DIFFER += ["cuda_graph"]
 
@@ -513,7 +514,7 @@ class TrainState(Curriculum):
     """With the model, the optimizers and the loss scale, all that the next step depends on."""
 
     step: int = 0
-    skipped: int = 0  # updates that fp16 left out: the schedule waits for them
+    skipped: int = 0  # updates that fp16 left out; the schedule stands back by so many
 
 
 def seed_dropout(cfg: Knobs, step: int) -> None:
@@ -573,7 +574,7 @@ def train(cfg: Knobs, world: World, session: Session, data: ProblemBatches) -> N
     optimizers = make_optimizers(model, cfg)
     scaler = torch.amp.GradScaler(world.device.type, enabled=cfg.fp16)
     backward_pass = partial(run_backward_pass, model, scaler)
-    if cfg.uses_cuda_graph:
+    if cfg.uses_cuda_graph:  # see there what the model may not do then
         backward_pass = CudaGraph(backward_pass, world.device)
     state = TrainState()
     record = EpochRecord()
@@ -613,7 +614,8 @@ def train(cfg: Knobs, world: World, session: Session, data: ProblemBatches) -> N
         scale = lr_scale(state.step - state.skipped, cfg, data.total_steps)
         state.step += 1
         figures = (state.step, loss, cfg.lr * scale, norms, overflow)
-        all_finite = session.step(*figures, **metrics)  # on the device; False: no update
+        # Exchanges the figures. On the device: whether the update may be applied.
+        all_finite = session.step(*figures, **metrics)
         for optimizer in optimizers:
             optimizer.step(optimizer.peak_lr * scale, all_finite)
         scaler.update()

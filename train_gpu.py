@@ -142,7 +142,9 @@ MAX_DECAY = 1.0  # limit of -log(decay): exponents of 128 tokens stay within +-6
 
 
 def autocast(x: Tensor, dtype: torch.dtype) -> torch.autocast:
-    """Makes products in this dtype; fp32 leaves them alone. A meta tensor counts as a CPU's."""
+    """Products in this dtype; fp32 switches autocast off, also one that is around it. A meta tensor
+    counts as a CPU's.
+    """
     device_type = "cuda" if x.is_cuda else "cpu"
     return torch.autocast(device_type, dtype, enabled=dtype != torch.float32)
 
@@ -329,7 +331,7 @@ class Memory(nn.Module):
         memory = new_zeros(B, cfg.n_head, cfg.num_slots, cfg.hcm_dim // cfg.n_head)
         return memory, new_zeros(B, CONV_LENGTH - 1, channels)
 
-    def positions(self, phase_TK: Tensor) -> Tensor:
+    def angles(self, phase_TK: Tensor) -> Tensor:
         """What forward adds to keys."""
         return phase_TK[:, None]
 
@@ -451,7 +453,7 @@ class Attention(nn.Module):
         channels = 3 * cfg.n_embd if cfg.has_conv else 0
         return none, none, new_zeros(B, CONV_LENGTH - 1, channels)
 
-    def positions(self, phase_TK: Tensor) -> tuple[Tensor, Tensor]:
+    def angles(self, phase_TK: Tensor) -> tuple[Tensor, Tensor]:
         """What forward turns queries and keys by: the same in all layers."""
         return key_of(phase_TK[:, None])
 
@@ -485,7 +487,12 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: a mixer over time, then a GELU FFN."""
+    """Pre-norm residual block: a mixer over time, then a GELU FFN.
+
+    A mixer has empty_state(B), angles(phases), and forward(x, state, angles, seed_B), which returns
+    y, the state and an auxiliary loss or None. Names of its weights of products end in _proj, which
+    decides weight decay, FLOPs and the scale of outputs.
+    """
 
     def __init__(self, cfg: Knobs):
         super().__init__()
@@ -499,11 +506,11 @@ class Block(nn.Module):
         self,
         x_BTC: Tensor,
         state: tuple[Tensor, ...],
-        position: Tensor | tuple[Tensor, Tensor],
+        angles: Tensor | tuple[Tensor, Tensor],
         seed_B: Tensor,
         kept: tuple[Tensor | None, Tensor | None],
     ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
-        y, state, aux = self.mixer(self.norm1(x_BTC), state, position, seed_B)
+        y, state, aux = self.mixer(self.norm1(x_BTC), state, angles, seed_B)
         x_BTC = x_BTC + dropout(y, kept[0], self.p)
         hidden = F.gelu(F.linear(self.norm2(x_BTC), self.up_proj))
         y = F.linear(hidden, self.down_proj)
@@ -536,6 +543,7 @@ class Model(nn.Module):
         return self.dropout_mask(seed_B, x_BTC.shape[1:], self.cfg.dropout)
 
     def run_block(self, block: Block, x_BTC: Tensor, *args: object) -> tuple:
+        """The last argument is the block's seed: for its mixer, and behind it for two masks."""
         seed_B = args[-1]
         kept = self.kept(seed_B + 1, x_BTC), self.kept(seed_B + 2, x_BTC)
         return block(x_BTC, *args, kept)
@@ -551,7 +559,7 @@ class Model(nn.Module):
         state = self.empty_state(B) if state is None else state
         seed_B = x_BT.new_zeros(B) if seed_B is None else seed_B
         phases = phases_of_positions(state.position, T, self.bins, self.turning_bins)
-        position = self.blocks[0].mixer.positions(phases.type_as(self.wte))
+        angles = self.blocks[0].mixer.angles(phases.type_as(self.wte))  # the same for all blocks
         run_block = self.run_block
         if cfg.gradient_checkpointing and torch.is_grad_enabled():
             options = dict(use_reentrant=False, preserve_rng_state=False)
@@ -561,7 +569,7 @@ class Model(nn.Module):
             x_BTC = F.embedding(x_BT, self.wte)
             x_BTC = dropout(x_BTC, self.kept(seed_B, x_BTC), cfg.dropout)
             for i, (block, layer) in enumerate(zip(self.blocks, state.layers, strict=True)):
-                x_BTC, layer, aux = run_block(block, x_BTC, layer, position, seed_B + 3 * i)
+                x_BTC, layer, aux = run_block(block, x_BTC, layer, angles, seed_B + 3 * i)
                 layers.append(layer)
                 if aux is not None:
                     aux_sum = aux_sum + aux / cfg.n_layer

@@ -22,7 +22,7 @@ Raises   UserError (one line, exit code 2) where a user can help
 Sources  AGIFORMER phase 8 (inkbytefo/agi-former, a393cb5), rewritten from its description
 Shared   plumbing/ keeps the run alive. What of it moves a loss: byte_batches.py (text order),
          splits.py (held-out text), row_states.py (carried states), device.py (PRECISION=auto)
-Marks    "differs": how a block departs from train_gpt.py's; "same as": a tested copy
+Marks    "differs": how a function or class departs from that of train_gpt.py
 """
 
 import hashlib
@@ -90,8 +90,8 @@ PRESETS = {
 # Knobs of a model's shape and mathematics: weights fit only where all are the same.
 MODEL_KNOBS = "blocks decoder n_embd n_layer n_head sliding_window memory mem_range".split()
 MODEL_KNOBS += "mem_init mem_rows ngram_rows delta_rule thinking_steps".split()
-# These may differ on resuming: they move no loss, but with DROPOUT > 0 another DEVICE_BATCH_SIZE
-# draws other masks.
+# These may differ on resuming: they move no loss but by rounding. With DROPOUT > 0, another number
+# of ranks, DEVICE_BATCH_SIZE or COMPILE draws other masks.
 RESUME_MAY_DIFFER = [*BYTE_RUN_KNOBS, "preset", "device_batch_size"]
 
 
@@ -268,9 +268,9 @@ def decaying_memory(
     Hebbian: outer products of key and value are written as they occur, and decay.
 
     q and k (B, H, N, E), v (B, H, N, F), log_decay <= 0 (B or 1, H, N), S (B, H, E, F), all fp32
-    tensors without autocast; products use TF32 on CUDA (build_model). All chunks at once, with no
-    approximation but rounding for any decay and length: no exponent is positive. Yang et al.,
-    Gated Linear Attention, arXiv 2312.06635; Gated DeltaNet, arXiv 2412.06464.
+    tensors without autocast; products use TF32 on CUDA unless PRECISION=fp32 (build_model). All
+    chunks at once, with no approximation but rounding for any decay and length: no exponent is
+    positive. Yang et al., Gated Linear Attention, arXiv 2312.06635; Gated DeltaNet, 2412.06464.
     """
     N = q.size(2)
     C = min(CHUNK, N)
@@ -321,7 +321,7 @@ def init_retention(retention_H: Tensor, cfg: Knobs) -> None:
 
 
 def products_in(dtype: torch.dtype, x: Tensor) -> torch.autocast:
-    """A context for computing with x. fp32 means no autocast: on CUDA, fp32 products use TF32."""
+    """A context for computing with x. fp32 switches autocast off, also one that is around it."""
     kind = "cuda" if x.is_cuda else "cpu"
     return torch.autocast(kind, dtype, enabled=dtype != torch.float32)
 
@@ -753,8 +753,9 @@ class ByteLM(nn.Module):
         return State(new((), dtype=torch.long), layers)
 
     def trunk(self, x_BT: Tensor, state: State, at_start: bool = False) -> tuple[Tensor, State]:
-        """Latents (B, N, D) of the patches of x, which continue `state`, and the state after
-        them. at_start: no row has seen a patch.
+        """Latents (B, N, D) of the patches of x, which continue `state`, and the state after them,
+        but for the tables of the memory by bytes, which logits() moves on. at_start: no row has
+        seen a patch.
         """
         cfg, w, N = self.cfg, self.cfg.window_patches, x_BT.size(1) // PATCH
         mask = None
@@ -767,7 +768,7 @@ class ByteLM(nn.Module):
         if cfg.blocks == "original":
             z = rotate(z, *rotary_tables(state.position, N, cfg.n_embd))
         z = F.dropout(self.norm_in(z), cfg.dropout, self.training)
-        layers = []
+        layers = []  # behind those of the blocks, the state has the last bytes and the tables
         for block, past in zip(self.blocks, state.layers, strict=False):
             if cfg.recompute and self.training:
                 block = partial(checkpoint, block, use_reentrant=False)
@@ -865,7 +866,7 @@ def plasticity(step: int, cfg: Knobs) -> float:
 
 
 def seed_dropout(cfg: Knobs, step: int, rank: int) -> None:
-    """Masks of these numbers alone: with ranks and DEVICE_BATCH_SIZE kept, resuming is exact."""
+    """Masks are a function of seed, step and rank, so that a resume needs no generator's state."""
     if cfg.dropout:
         seeds = np.random.SeedSequence([cfg.seed, step, rank, 0])
         torch.manual_seed(int(seeds.generate_state(1, np.uint32)[0]))
@@ -1015,7 +1016,7 @@ def train(cfg: Knobs, session: Session, batches: ByteBatches, val: ScoredBytes) 
         compile_model(model, rows, session)
     gradients.zero_()  # of the probes
     backward_pass = partial(run_backward_pass, model, carried, scaler, rows)
-    if cfg.uses_cuda_graph:
+    if cfg.uses_cuda_graph:  # see there what the model may not do then
         backward_pass = CudaGraph(backward_pass, world.device)
     prefetch = Prefetch(batches.make, state.step, world.device)
 
@@ -1048,6 +1049,7 @@ def train(cfg: Knobs, session: Session, batches: ByteBatches, val: ScoredBytes) 
         lr = cfg.lr * lr_scale(state.step, cfg) * 0.5**state.rolled_back
         state.step += 1
         figures = (state.step, train_loss, lr, grad_norms, overflow)
+        # Exchanges the figures. On the device: whether the update may be applied.
         all_finite = session.step(*figures, plasticity=model.plasticity / world.size)
         gradients *= (cfg.grad_clip / grad_norms.norm()).clamp(max=1.0)
         adam.step(lr, all_finite)

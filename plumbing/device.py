@@ -254,10 +254,12 @@ def compile_parts(parts: Sequence[nn.Module], run_step: Callable[[], None], worl
 class CudaGraph:
     """`work` on CUDA as one launch, for work that is made of many small ones.
 
-    Its arguments are tensors and numbers, each of one shape and type in all calls; it may write to
-    other tensors in place, and may not wait for the device. The first WARMUP calls run as they are;
-    then the work is recorded once, and from there on replayed. Arguments are copied to where the
-    recorded work reads them. What is returned is overwritten by the next call.
+    Its arguments are tensors and numbers, each of one shape and type in all calls. The work may not
+    wait for the device (.item(), a branch on a value), read a Python value that changes, or put
+    another tensor in the place of one that it reads, such as p.grad: it writes to that in place.
+    The first WARMUP calls run as they are; then the work is recorded once, and from there on
+    replayed. Arguments are copied to where the recorded work reads them. What is returned is
+    overwritten by the next call.
     """
 
     WARMUP = 3  # lets libraries, compiler and allocator settle

@@ -24,7 +24,7 @@ def output(mixer: torch.nn.Module, x_BTC: torch.Tensor) -> torch.Tensor:
     bins = width // mixer.cfg.n_head // 2
     turning = round(bins / 2) if isinstance(mixer, Memory) else bins
     phases = train_gpu.phases_of_positions(torch.tensor(0), x_BTC.size(1), bins, turning)
-    position = mixer.positions(phases)
+    position = mixer.angles(phases)
     return mixer(x_BTC, mixer.empty_state(len(x_BTC)), position, NOWHERE)[0]
 
 
