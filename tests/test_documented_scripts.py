@@ -49,6 +49,7 @@ SMALLER = {
     "scripts/run_study.py": "--dry_run",
     "scripts/sample.py": "--tokens 4",
     "scripts/evaluate.py": "--limit 2",
+    "--sequential": "--studies 20",
     "scripts/fault_matrix.py": "--minutes 0",
     "scripts/gpt/bench.py": "--only step --steps 1 --warmup 1 --n_layer 1 --n_head 2 --n_embd 32 "
     "--vocab_size 256 --sequence_length 16 --batch_size 2 --device_batch_size 2",
@@ -186,7 +187,10 @@ def make_rows(folder: Path) -> None:
         for mixer in ("hamt", "attention") for lr in (0.001, 0.003, 0.01) for seed in (1, 2)
     ]  # fmt: skip
     add_rows(folder / "experiments/results_hamt.csv", rows)
-    rows = [dict(stage="arith_examples", run_id="pilot"), dict(stage="arith_operators")]
+    rows = [
+        dict(stage="arith_examples", run_id="pilot"),
+        dict(stage="arith_operators", run_id="honest_s1"),
+    ]
     add_rows(folder / "experiments/results_arith.csv", rows)
     baselines = dict(
         forks=dict(whole="learning_rate = 0.01", forked="learning_rate = 0.01"),
