@@ -1,7 +1,7 @@
 """checkout.py -- a copy of this repository in which many commands are run as a user would run them.
 
-To import torch takes seconds, and there are a hundred commands. So one process imports the libraries
-(and none of our modules) and forks for each command, in which Python then runs the program's file.
+To import torch takes seconds, and there are a hundred commands. So one process imports the
+libraries (and none of our modules) and forks for each command; the fork runs the program's file.
 Our programs find the root of the checkout by their own place, so that what they write stays in the
 copy.
 
@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 LIBRARIES = "torch torch._dynamo torch.distributed numpy matplotlib.pyplot scipy.stats yaml"
+LIBRARIES += " huggingface_hub.utils"
 OUTPUT = ".output"  # what the last command wrote
 
 

@@ -1,6 +1,6 @@
 """Every command of README and docs/ that runs a program of scripts/ is executed, and ends well.
 
-The commands run in a copy of the checkout that holds what the documents speak of: a tiny run of each
+The commands run in a copy of the checkout that holds what the documents speak of: tiny runs of each
 trainer, rows of studies, data sets. NAMES says what the documents' names stand for there, SMALLER
 which flags make a command small, and ENDS which of them end with another exit code than 0, and why.
 """
@@ -34,8 +34,8 @@ NAMES = {
     "data.md": {"TEXT...": "book.txt"},
     "experiments.md": {"RUN_ID": "gpt", "DIR": ORIGINAL.parent, "/tmp/big/results.csv":
         "experiments/results.csv", "/tmp/big/logs": "logs", "/tmp/big/out": "out"},
-    "hamt.md": {"RUN_ID": "hamt", "HAMT_ID": "hamt", "LOCAL_ID": "local", "ATTENTION_ID": "attention",
-        "ID": "hamt", "...": ""},
+    "hamt.md": {"RUN_ID": "hamt", "HAMT_ID": "hamt", "LOCAL_ID": "local", "ID": "hamt",
+        "ATTENTION_ID": "attention", "...": ""},
     "report.md": {"RUN_ID": "gpt", "/tmp/b/results.csv": "experiments/results.csv",
         "/tmp/b/logs": "logs", "/tmp/b/report.html": "big.html"},
     "scaled.md": {"RUN_ID": "scaled"},
@@ -63,9 +63,9 @@ SMALLER = {
     "scripts/arith/bench_arith.py": "--parts data --examples 64",
     "scripts/hamt/count_layer.py": "--preset demo --lengths 64",
     "scripts/hamt/memory_worth.py": "--windows 4",
-    "scripts/hamt/recall_bench.py": "--steps 1 --batch_size 2 --seeds 1 --rate_seeds 1 --sequences 2 "
-    "--slot_sequences 0 --hidden_dim 16 --hcm_dim 16 --num_layers 1 --learning_rates 1e-3 "
-    "--mixers hamt --eval_lengths 128 --eval_pairs 8",
+    "scripts/hamt/recall_bench.py": "--steps 1 --batch_size 2 --seeds 1 --rate_seeds 1 "
+    "--sequences 2 --slot_sequences 0 --hidden_dim 16 --hcm_dim 16 --num_layers 1 "
+    "--learning_rates 1e-3 --mixers hamt --eval_lengths 128 --eval_pairs 8",
     "ATTENTION_ID": "--quality_only --max_samples 2",
     "--speed_only": f"--parts training --repeats 1 --lengths 16 --tokens_per_step 16 "
     f"--knobs '{TINY_HAMT}'",
