@@ -868,6 +868,7 @@ def plasticity(step: int, cfg: Knobs) -> float:
 def seed_dropout(cfg: Knobs, step: int, rank: int) -> None:
     """Masks are a function of seed, step and rank, so that a resume needs no generator's state."""
     if cfg.dropout:
+        # The 0 keeps the masks of runs that seeded each micro-batch by its number.
         seeds = np.random.SeedSequence([cfg.seed, step, rank, 0])
         torch.manual_seed(int(seeds.generate_state(1, np.uint32)[0]))
 

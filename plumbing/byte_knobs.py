@@ -1,8 +1,8 @@
 """byte_knobs.py -- the knobs of a run that trains on the bytes of one text.
 
-Promises: the text, how much of it is validated and the rows of a step are the only ones that move a
-figure; the others, BYTE_RUN_KNOBS, may differ when a run is resumed. (ON_NAN=rollback may halve the
-learning rate.)
+Promises: of these, only the text, its rows (how many, how long, and whether they go on) and how much
+is validated move a figure; the others, BYTE_RUN_KNOBS, may differ when a run is resumed. With
+ON_NAN=rollback, the learning rate may be halved.
 """
 
 from dataclasses import dataclass

@@ -273,7 +273,10 @@ class CudaGraph:
         if self.calls == 0:
             self.own = [torch.as_tensor(x, device=self.device).clone() for x in arguments]
         for own, new in zip(self.own, arguments, strict=True):
-            own.copy_(new) if isinstance(new, torch.Tensor) else own.fill_(new)
+            if isinstance(new, torch.Tensor):
+                own.copy_(new)
+            else:
+                own.fill_(new)
         self.calls += 1
         if self.calls <= self.WARMUP:
             return self.run_apart()

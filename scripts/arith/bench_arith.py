@@ -41,7 +41,7 @@ from plumbing import ROOT, UserError, World, join_world, write_whole
 from plumbing.problems import inputs_and_labels
 
 CONFIGS = {"0.66M": "configs/honest.yaml", "10.65M": "configs/honest_10m.yaml"}
-MODES = {"eager": ["--no_cuda_graph"], "CUDA graph": [], "compiled CUDA graph": ["--compile"]}
+MODES = {"eager": ["--no_cuda_graph"], "CUDA graph": [], "compiled": ["--compile"]}
 FRESH = ["--set=test_path=", "--val_examples=16", "--val_every=0", "--save_every=0"]
 Row = Callable[[], Mapping[str, float]]  # measures one row of a part
 
