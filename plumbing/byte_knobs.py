@@ -1,7 +1,7 @@
 """byte_knobs.py -- the knobs of a run that trains on the bytes of one text.
 
-Promises: of these, only the text, its rows (how many, how long, and whether they go on) and how much
-is validated move a figure; the others, BYTE_RUN_KNOBS, may differ when a run is resumed. With
+Promises: of these, only the text, its rows (how many, how long, and whether they go on) and how
+much is validated move a figure; the others, BYTE_RUN_KNOBS, may differ when a run is resumed. With
 ON_NAN=rollback, the learning rate may be halved.
 """
 
