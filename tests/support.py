@@ -23,6 +23,8 @@ torch.set_num_threads(
     1
 )  # two threads that wait for each other on a busy machine are slower than one
 
+import forked  # noqa: E402
+
 import plumbing  # noqa: E402
 import train_gpt  # noqa: E402
 from plumbing import World  # noqa: E402
@@ -107,17 +109,11 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def run(
-    nproc: int, folder: Path, *torchrun_flags: str, script: str | Path = "train_gpt.py", **knobs
-):
+    nproc: int, folder: Path, script: str | Path = "train_gpt.py", **knobs
+) -> subprocess.CompletedProcess:
     """A small run in processes of its own."""
-    return subprocess.run(
-        [*command(nproc, script, *torchrun_flags), *flags(folder, **knobs)],
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    words = [str(ROOT / script), *flags(folder, **knobs)]
+    return forked.run(words, folder, environment(), nproc)
 
 
 def metrics(folder: Path, run_id: str) -> dict[int, dict[str, str]]:

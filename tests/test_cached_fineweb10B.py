@@ -5,11 +5,11 @@ there.
 import errno
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import forked
 import huggingface_hub
 import huggingface_hub.constants
 import numpy as np
@@ -23,6 +23,7 @@ from plumbing import hub as plumbing_hub
 from plumbing.data import HEADER_BYTES, MAGIC, read_shard
 from plumbing.knobs import ROOT, UserError
 
+PROGRAM = ROOT / "cached_fineweb10B.py"
 VAL, TRAIN_1, TRAIN_2 = (
     "fineweb_val_000000.bin",
     "fineweb_train_000001.bin",
@@ -69,15 +70,8 @@ def on_hub(folder: Path, *names: str) -> bool:
 def test_full_download_through_the_command_line_is_the_hubs_bytes_and_rerun_fetches_nothing(
     hub: Hub, tmp_path: Path
 ) -> None:
-    command = [
-        sys.executable,
-        str(ROOT / "cached_fineweb10B.py"),
-        "2",
-        "--dir",
-        str(tmp_path / "fw"),
-    ]
     env = dict(os.environ, HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "hf"))
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    done = forked.run([PROGRAM, "2", "--dir", tmp_path / "fw"], tmp_path, env)
     assert done.returncode == 0, done.stderr
     assert on_hub(tmp_path / "fw", VAL, TRAIN_1, TRAIN_2)
     assert sorted(hub.gets) == sorted([VAL, TRAIN_1, TRAIN_2])
@@ -89,15 +83,9 @@ def test_full_download_through_the_command_line_is_the_hubs_bytes_and_rerun_fetc
 
 
 def test_two_downloads_at_once_fetch_every_shard_once(hub: Hub, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        str(ROOT / "cached_fineweb10B.py"),
-        "2",
-        "--dir",
-        str(tmp_path / "fw"),
-    ]
+    words = [PROGRAM, "2", "--dir", tmp_path / "fw"]
     env = dict(os.environ, HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "hf"))
-    both = [subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL) for _ in range(2)]
+    both = [forked.Program(words, tmp_path, env) for _ in range(2)]
     assert [p.wait() for p in both] == [0, 0]
     assert on_hub(tmp_path / "fw", VAL, TRAIN_1, TRAIN_2) and len(hub.gets) == 3
 
@@ -207,15 +195,8 @@ def test_shard_missing_on_the_hub_is_one_error_naming_it(hub: Hub, tmp_path: Pat
 def test_no_hub_is_one_line_naming_it_and_the_ways_out(tmp_path: Path) -> None:
     with Hub({}) as closed:
         url = closed.url
-    command = [
-        sys.executable,
-        str(ROOT / "cached_fineweb10B.py"),
-        "1",
-        "--dir",
-        str(tmp_path / "fw"),
-    ]
     env = dict(os.environ, HF_ENDPOINT=url, HF_HOME=str(tmp_path / "hf"))
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    done = forked.run([PROGRAM, "1", "--dir", tmp_path / "fw"], tmp_path, env)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("cached_fineweb10B.py: error: ") and url in last and VAL in last

@@ -1,9 +1,8 @@
 """docs/changing.md: each walk, applied to a copy of the trainer, trains."""
 
 import re
-import subprocess
-import sys
 
+import forked
 import pytest
 from support import ROOT, environment, flags, rows
 
@@ -35,7 +34,7 @@ def test_the_document_has_these_walks():
 def test_a_walk_is_the_whole_change_that_it_takes(tmp_path, walk):
     changed = apply_diff((ROOT / "train_gpt.py").read_text(), WALKS[walk])
     (tmp_path / "train_gpt.py").write_text(changed)
-    line = [sys.executable, "train_gpt.py", *flags(tmp_path, run_id="a", **KNOBS[walk])]
-    done = subprocess.run(line, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    words = [str(tmp_path / "train_gpt.py"), *flags(tmp_path, run_id="a", **KNOBS[walk])]
+    done = forked.run(words, tmp_path, environment())
     assert done.returncode == 0, done.stderr
     assert float(rows(tmp_path)[0]["final_val_loss"]) < 4.0

@@ -1,6 +1,6 @@
-"""Runs that are killed, stopped, broken and resumed, alone and under torchrun. What must hold:
-nothing that was reported is lost, a resumed run ends as the undisturbed one does, all ranks leave
-together, and the row is written.
+"""Runs that are killed, stopped, broken and resumed, alone, as ranks and under torchrun. What must
+hold: nothing that was reported is lost, a resumed run ends as the undisturbed one does, all ranks
+leave together, and the row is written.
 """
 
 import json
@@ -12,9 +12,11 @@ import subprocess
 import time
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from support import (
+    ROOT,
     command,
     environment,
     flags,
@@ -33,17 +35,9 @@ def status(folder: Path, run_id: str) -> str:
     return json.loads((folder / "logs" / run_id / "status.json").read_text())["status"]
 
 
-def broken(
-    folder: Path, nproc: int, fault: str, *torchrun_flags: str, **knobs
-) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [*command(nproc, FAULTY, *torchrun_flags), "train_gpt", *flags(folder, **knobs)],
-        cwd=folder,
-        env=environment(FAULT=fault),
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+def broken(folder: Path, nproc: int, fault: str, **knobs) -> subprocess.CompletedProcess:
+    words = [str(ROOT / FAULTY), "train_gpt", *flags(folder, **knobs)]
+    return forked.run(words, folder, environment(FAULT=fault), nproc)
 
 
 def same_end(folder: Path, a: str, b: str) -> bool:
@@ -119,9 +113,8 @@ def test_one_and_two_ranks_agree_within_rounding_and_each_resumes_the_other(
     ), done.stderr
     assert rms(tmp_path, "one", "1to2") <= 1e-3
 
-    assert broken(tmp_path, 2, "term:6:1", run_id="2to1", **shape).returncode == 1, (
-        "torchrun's own code"
-    )
+    stopped = broken(tmp_path, 2, "term:6:1", run_id="2to1", **shape)
+    assert stopped.returncode == 128 + signal.SIGTERM
     assert status(tmp_path, "2to1") == "preempted", "rank 1 alone was told, and both left together"
     _, out = run_here(monkeypatch, tmp_path, run_id="2to1", **shape)
     assert "written by 2 rank(s)" in out and rms(tmp_path, "one", "2to1") <= 1e-3
@@ -130,9 +123,10 @@ def test_one_and_two_ranks_agree_within_rounding_and_each_resumes_the_other(
 def test_torchrun_restarts_a_run_that_broke_and_it_ends_bitwise_as_the_undisturbed_one(
     tmp_path, two_ranks
 ):
-    done = broken(
-        tmp_path, 2, "raise:10:1", "--max-restarts=1", device_batch_size=8, attngate="elementwise"
-    )
+    words = [*command(2, FAULTY, "--max-restarts=1"), "train_gpt"]
+    words += flags(tmp_path, device_batch_size=8, attngate="elementwise")
+    env = environment(FAULT="raise:10:1")
+    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     made = rows(tmp_path)
     assert made[-1]["status"] == "finished" and len({r["run_id"] for r in made}) == 1, (
@@ -143,24 +137,29 @@ def test_torchrun_restarts_a_run_that_broke_and_it_ends_bitwise_as_the_undisturb
     assert same_end(tmp_path, "two", made[0]["run_id"])
 
 
-def started(nproc: int, folder: Path, line: str, **knobs) -> subprocess.Popen:
-    """A run that would go on for long, once it has printed a line that starts with `line`."""
-    long = dict(
-        run_id="a", num_iterations=10**6, epochs_ok=1, warmdown_iters=0, val_every=0, save_every=0
-    )
+# A run that would go on for long.
+LONG = dict(
+    run_id="a", num_iterations=10**6, epochs_ok=1, warmdown_iters=0, val_every=0, save_every=0
+)
+
+
+def started(folder: Path, line: str, **knobs) -> forked.Program:
+    """A long run, once it has printed a line that starts with `line`."""
+    words = [str(ROOT / "train_gpt.py"), *flags(folder, **(LONG | knobs))]
+    program = forked.Program(words, folder, environment())
+    program.wait_for(line)
+    return program
+
+
+def test_sigterm_to_torchrun_leaves_a_run_that_can_be_resumed(tmp_path):
     p = subprocess.Popen(
-        [*command(nproc), *flags(folder, **(long | knobs))],
-        cwd=folder,
+        [*command(2), *flags(tmp_path, **LONG)],
+        cwd=tmp_path,
         env=environment(),
         stdout=subprocess.PIPE,
         text=True,
     )
-    assert any(text.startswith(line) for text in p.stdout), "it ended before"
-    return p
-
-
-def test_sigterm_to_torchrun_leaves_a_run_that_can_be_resumed(monkeypatch, tmp_path):
-    p = started(2, tmp_path, "step:20/")
+    assert any(text.startswith("step:20/") for text in p.stdout), "it ended before"
     p.send_signal(signal.SIGTERM)
     p.stdout.read()
     assert p.wait(timeout=60) != 0
@@ -224,14 +223,12 @@ def test_a_rank_that_fails_alone_keeps_its_traceback_and_writes_the_row(tmp_path
 
 
 def test_ctrl_c_that_torchrun_forwards_again_still_saves(tmp_path):
-    p = started(1, tmp_path, "step:2/", data_order="stream", sequence_length=256, n_embd=256)
+    p = started(tmp_path, "step:2/", data_order="stream", sequence_length=256, n_embd=256)
     p.send_signal(signal.SIGINT)
-    time.sleep(0.3)
-    p.send_signal(
-        signal.SIGINT
-    )  # torchrun forwards the first one again at once: this is not yet a second one
-    p.communicate(timeout=60)
-    assert status(tmp_path, "a") == "preempted" and p.returncode == 128 + signal.SIGINT
+    time.sleep(0.1)
+    # torchrun forwards the first one again at once: this is not yet a second one
+    p.send_signal(signal.SIGINT)
+    assert p.wait() == 128 + signal.SIGINT and status(tmp_path, "a") == "preempted"
 
 
 def test_two_torchrun_agents_on_loopback_train_bitwise_as_two_ranks_of_one(tmp_path, two_ranks):
@@ -259,7 +256,6 @@ def test_two_torchrun_agents_on_loopback_train_bitwise_as_two_ranks_of_one(tmp_p
 
 
 def test_a_schedulers_warning_signal_saves_and_leaves(tmp_path):
-    p = started(1, tmp_path, "step:20/")
+    p = started(tmp_path, "step:20/")
     p.send_signal(signal.SIGUSR1)
-    p.stdout.read()
-    assert p.wait(timeout=60) == 128 + signal.SIGUSR1 and status(tmp_path, "a") == "preempted"
+    assert p.wait() == 128 + signal.SIGUSR1 and status(tmp_path, "a") == "preempted"

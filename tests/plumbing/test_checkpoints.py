@@ -4,11 +4,11 @@ import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
+import signal
 import time
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -161,18 +161,16 @@ for step in range(int(sys.argv[2]), 10**6):
 
 def test_sigkill_during_a_save_never_loses_the_last_good_checkpoint(tmp_path):
     rng, step = np.random.default_rng(0), 0
+    saver, folder = tmp_path / "saver.py", tmp_path / "run"
+    saver.write_text(SAVER)
     for _ in range(12):
-        process = subprocess.Popen(
-            [sys.executable, "-c", SAVER, str(tmp_path), str(step + 1)],
-            env=environment(),
-            stdout=subprocess.PIPE,
-        )
-        assert process.stdout.readline() == b"ready\n"
+        program = forked.Program([saver, folder, step + 1], tmp_path, environment())
+        program.wait_for("ready")
         time.sleep(rng.uniform(0.05, 0.25))
-        process.kill()
-        told = process.stdout.read().split()
-        process.wait()
-        state = load_checkpoint(tmp_path, ONE, lambda line: pytest.fail(line))
+        program.send_signal(signal.SIGKILL)
+        assert program.wait() == -signal.SIGKILL
+        told = program.stdout.split()[1:]
+        state = load_checkpoint(folder, ONE, lambda line: pytest.fail(line))
         assert state is not None or not told, "a reported checkpoint is gone"
         step = state["step"] if state else 0
         assert step >= int(told[-1] if told else 0), "a checkpoint that was reported is gone"

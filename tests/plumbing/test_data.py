@@ -3,12 +3,12 @@
 import contextlib
 import os
 import shutil
-import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -26,7 +26,7 @@ from plumbing.data import (
     read_shard,
     write_shard,
 )
-from plumbing.knobs import ROOT, UserError
+from plumbing.knobs import UserError
 from plumbing.leaks import check_disjoint
 from plumbing.world import World
 
@@ -157,8 +157,9 @@ def test_the_conversion_that_is_named_makes_a_shard_of_the_same_tokens(tmp_path,
     command = str(error.value).split("Convert it: ")[-1].split(" convert it: ")[-1]
     assert command.startswith('python -c "')
     program = command.removeprefix('python -c "').removesuffix('"')
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env, check=True)
+    (tmp_path / "convert.py").write_text(program)
+    done = forked.run([tmp_path / "convert.py"], tmp_path, dict(os.environ))
+    assert done.returncode == 0, done.stderr
     assert np.array_equal(read_shard(tmp_path / "NEW.bin"), TOKENS)
 
 
@@ -298,18 +299,17 @@ from plumbing.data import Prefetch
 def stuck(step):
     time.sleep(1000)
 batches = Prefetch(stuck, 0, torch.device("cpu"))
-threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
 try:
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
     batches.get(0)
 except KeyboardInterrupt:
     print("interrupted", flush=True)
 """
 
 
-def test_ctrl_c_is_heard_while_get_waits():
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    line = [sys.executable, "-c", INTERRUPTED]
-    done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=60)
+def test_ctrl_c_is_heard_while_get_waits(tmp_path):
+    (tmp_path / "interrupted.py").write_text(INTERRUPTED)
+    done = forked.run([tmp_path / "interrupted.py"], tmp_path, dict(os.environ))
     assert done.stdout == "interrupted\n", done.stderr
 
 

@@ -3,9 +3,9 @@
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 from faults import small_runs
 from support import (
@@ -129,13 +129,10 @@ def test_a_fork_counts_the_time_of_its_trunk_and_the_speed_of_its_own_steps():
 
 
 def train(trainer: str, folder: Path, *changes: str) -> subprocess.CompletedProcess:
-    """A small run in a process of its own, later words before earlier ones."""
+    """A small run in a process of its own; of two words for one knob the later one counts."""
     words = [*small_runs.flags(trainer, folder / "data", folder), *changes]
     last = {word.split("=")[0]: word for word in words}
-    return subprocess.run(
-        [sys.executable, str(ROOT / f"{trainer}.py"), *last.values()],
-        cwd=folder, env=environment(), capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
+    return forked.run([str(ROOT / f"{trainer}.py"), *last.values()], folder, environment())
 
 
 @pytest.mark.parametrize("trainer", small_runs.TRAINERS)

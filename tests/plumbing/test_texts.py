@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import forked
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -137,11 +138,11 @@ def test_a_folder_is_built_once_by_many_and_whole_or_not_at_all(tmp_path):
     stale = tmp_path / ".made.part"  # of a run that was killed
     stale.mkdir()
     (stale / "old").touch()
-    line = [sys.executable, "-c", BUILDER, str(tmp_path)]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    three = [subprocess.Popen(line, env=env, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    assert sorted(p.communicate()[0] for p in three) == ["", "", "built\n"]
-    assert not any(p.returncode for p in three)
+    (tmp_path / "builder.py").write_text(BUILDER)
+    words = [tmp_path / "builder.py", tmp_path]
+    three = [forked.Program(words, tmp_path, dict(os.environ)) for _ in range(3)]
+    assert [program.wait() for program in three] == [0, 0, 0]
+    assert sorted(program.stdout for program in three) == ["", "", "built\n"]
     assert sorted(p.name for p in (tmp_path / "made").iterdir()) == ["half", "rest"]
 
     def fails(aside: Path) -> None:
@@ -165,8 +166,13 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
 
 @pytest.fixture(scope="module")
 def embedded(tmp_path_factory) -> tuple[Path, tuple[str, str, str]]:
-    """A data folder with the corpus in it, and what building it returned."""
+    """A data folder with the corpus in it, and where it is. To build it takes seconds, so it is a
+    copy of the one that other tests and the demo train on.
+    """
     folder = tmp_path_factory.mktemp("data")
+    train, _, _ = embedded_corpus(ROOT / "data")
+    home = Path(train).parent
+    shutil.copytree(home, folder / home.name)
     return folder, embedded_corpus(folder)
 
 
@@ -441,13 +447,13 @@ except UserError as error:
 @pytest.mark.parametrize(
     ("name", "value"), [("ALL_PROXY", "socks5://127.0.0.1:9"), ("http_proxy", "nonsense://x")]
 )
-def test_a_proxy_that_cannot_be_used_is_one_line_that_names_it(hub, name, value):
+def test_a_proxy_that_cannot_be_used_is_one_line_that_names_it(hub, name, value, tmp_path):
     if name == "ALL_PROXY" and importlib.util.find_spec("socksio"):
         pytest.skip("socksio is installed, so this proxy can be used")
     env = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
-    env |= {"PYTHONPATH": str(ROOT), "HF_ENDPOINT": hub.url, name: value}
-    line = [sys.executable, "-c", LISTING]
-    done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=100)
+    env |= {"HF_ENDPOINT": hub.url, name: value}
+    (tmp_path / "listing.py").write_text(LISTING)
+    done = forked.run([tmp_path / "listing.py"], tmp_path, env)
     assert done.stdout.count("\n") == 1 and f"{name}={value}" in done.stdout, done.stderr
     assert "the proxy of the environment cannot be used" in done.stdout
 

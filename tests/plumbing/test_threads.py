@@ -1,8 +1,6 @@
 """Threads of a CPU run: as many as help now, said in the log, and the same after a resume."""
 
-import subprocess
-import sys
-
+import forked
 import pytest
 import torch
 from support import ROOT, environment, flags, newest_state
@@ -56,8 +54,7 @@ def test_the_users_own_number_is_kept(machine, monkeypatch):
 def test_the_log_says_how_many_and_a_resume_takes_the_checkpoints_number(tmp_path):
     env = environment()
     del env["OMP_NUM_THREADS"]
-    words = [sys.executable, str(ROOT / "train_gpt.py"), *flags(tmp_path, run_id="a")]
-    done = subprocess.run(words, env=env, cwd=tmp_path, capture_output=True, text=True)
+    done = forked.run([str(ROOT / "train_gpt.py"), *flags(tmp_path, run_id="a")], tmp_path, env)
     assert done.returncode == 0, done.stderr
     assert f"threads: {newest_state(tmp_path, 'a')['threads']}, " in done.stdout
 

@@ -3,16 +3,16 @@
 import json
 import math
 import signal
-import subprocess
-import time
 from pathlib import Path
 
 import byte_models
+import forked
 import numpy as np
 import pytest
 import torch
+from faults import inject
 from scaled_support import flags, interrupt, run_here, small, spoil_steps, tensors_equal
-from support import ONE, command, environment, losses, metrics, newest_state, rows
+from support import ONE, ROOT, environment, losses, metrics, newest_state, rows
 
 import train_scaled
 from plumbing.byte_batches import ScoredBytes
@@ -62,24 +62,16 @@ def test_a_run_learns_and_leaves_its_files(monkeypatch, tmp_path):
 
 
 def start_and_kill(folder: Path, run_id: str, at: int, **knobs) -> None:
-    """A run of its own process, killed with SIGKILL when its log has reached step `at`."""
-    given = [*command(1, "train_scaled.py"), *flags(folder, run_id=run_id, **knobs)]
-    null, pipe = subprocess.DEVNULL, subprocess.PIPE
-    p = subprocess.Popen(given, cwd=folder, env=environment(), stdout=null, stderr=pipe)
-    end, log = time.monotonic() + 100, folder / f"logs/{run_id}.txt"
-    while (
-        time.monotonic() < end
-        and p.poll() is None
-        and not (log.exists() and f"\nstep:{at}/" in log.read_text())
-    ):
-        time.sleep(0.005)
-    p.kill()
-    assert p.wait() == -signal.SIGKILL, p.stderr.read()
+    """A run of its own process that is killed with SIGKILL in step `at`."""
+    words = [inject.__file__, "train_scaled", *flags(folder, run_id=run_id, **knobs)]
+    done = forked.run(words, folder, environment(FAULT=f"kill:{at}"))
+    assert done.returncode == -signal.SIGKILL, done.stderr
 
 
 @pytest.mark.parametrize("carry", [True, False])
 def test_a_killed_run_resumes_bitwise(monkeypatch, tmp_path, carry):
-    values = dict(num_iterations=24, carry_state=carry, dropout=0.1, sequence_length=128)
+    # Rows of 128 bytes start over at step 11, behind the kill.
+    values = dict(num_iterations=16, carry_state=carry, dropout=0.1, sequence_length=128)
     run_here(monkeypatch, tmp_path, run_id="whole", **values)
     start_and_kill(tmp_path, "cut", 10, **values)
     assert run_here(monkeypatch, tmp_path, run_id="cut", **values)[0] == 0
@@ -87,7 +79,7 @@ def test_a_killed_run_resumes_bitwise(monkeypatch, tmp_path, carry):
     a, b = (newest_state(tmp_path, r) for r in ("cut", "whole"))
     for part in ("model", "adam", "scaler", "carried", "state", "step"):
         assert tensors_equal(a[part], b[part]), part
-    assert bool(a["carried"]) == carry and a["step"] == 24
+    assert bool(a["carried"]) == carry and a["step"] == 16
     found = [
         json.loads((tmp_path / f"logs/{r}/metrics_scaled.json").read_text())
         for r in ("cut", "whole")
@@ -105,25 +97,23 @@ def test_a_window_of_one_patch_carries_no_keys_and_is_saved_and_resumed(monkeypa
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_several_ranks_train_as_one_and_one_goes_on_from_them(monkeypatch, tmp_path, ranks):
     """Three ranks have shares of one and two rows."""
-    values = dict(num_iterations=12, batch_size=4, device_batch_size=1, log_every=1)
+    values = dict(num_iterations=8, batch_size=4, device_batch_size=1, log_every=1)
     run_here(monkeypatch, tmp_path, run_id="one", **values)
-    given = [*command(ranks, "train_scaled.py"), *flags(tmp_path, run_id="more", **values)]
-    p = subprocess.run(
-        given, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=200
-    )
-    assert p.returncode == 0, p.stderr
+    words = [str(ROOT / "train_scaled.py"), *flags(tmp_path, run_id="more", **values)]
+    done = forked.run(words, tmp_path, environment(), ranks)
+    assert done.returncode == 0, done.stderr
     for i in range(2):
         a, b = (
             np.array([float(r[i] or 0) for r in losses(tmp_path, run)]) for run in ("one", "more")
         )
-        assert len(a) == len(b) == 12 and np.sqrt(np.mean((a - b) ** 2)) <= 1e-3
+        assert len(a) == len(b) == 8 and np.sqrt(np.mean((a - b) ** 2)) <= 1e-3
     a, b = (newest_state(tmp_path, run) for run in ("one", "more"))
     assert tensors_equal(a["carried"], b["carried"], 1e-2), "states come back in the rows' order"
-    (tmp_path / "logs/more/step_000012").rename(tmp_path / "away")
-    (tmp_path / "logs/more/status.json").unlink()  # as if it had been killed behind step 8
+    (tmp_path / "logs/more/step_000008").rename(tmp_path / "away")
+    (tmp_path / "logs/more/status.json").unlink()  # as if it had been killed behind step 4
     assert run_here(monkeypatch, tmp_path, run_id="more", **values)[0] == 0
     b = newest_state(tmp_path, "more")
-    assert tensors_equal(a["carried"], b["carried"], 1e-2) and b["step"] == 12
+    assert tensors_equal(a["carried"], b["carried"], 1e-2) and b["step"] == 8
 
 
 def bad_loss(monkeypatch, steps: tuple[int, ...]) -> None:
@@ -169,7 +159,9 @@ def test_a_loss_that_is_not_finite_stops_or_rolls_back_once(monkeypatch, tmp_pat
 def test_an_fp16_overflow_skips_the_update_and_halves_the_scale(monkeypatch, tmp_path):
     """On a CPU the same code runs in fp16; the first factor, 65,536, overflows."""
     monkeypatch.setattr(train_scaled, "choose_precision", lambda *given: "fp16")
-    code, out = run_here(monkeypatch, tmp_path, run_id="a", num_iterations=6, log_every=1)
+    # fp16 is slow on a CPU, so the rows are short.
+    size = dict(num_iterations=6, log_every=1, sequence_length=16, val_bytes=64)
+    code, out = run_here(monkeypatch, tmp_path, run_id="a", **size)
     scale = newest_state(tmp_path, "a")["scaler"]["scale"]
     skipped = out.count("skipped: fp16 overflow")
     assert code == 0 and scale == 2.0 ** (16 - skipped) and skipped > 0

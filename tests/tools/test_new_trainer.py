@@ -5,9 +5,9 @@ house.
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 from support import ROOT, environment, losses, metrics, rows
 
@@ -37,13 +37,9 @@ def trainer(tmp_path) -> Path:
 def run(trainer: Path, nproc: int = 1, stop: bool = False, **knobs) -> subprocess.CompletedProcess:
     folder = trainer.parent
     values = SMALL | dict(logs_folder=folder / "logs", results_file=folder / "results.csv") | knobs
-    words = [sys.executable, str(trainer)]
-    if nproc > 1:
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
-        words = [sys.executable, *launch, str(trainer)]
+    words = [str(trainer), *(f"--{name}={value}" for name, value in values.items())]
     env = environment(**({"STOP": "1"} if stop else {}))
-    words += [f"--{name}={value}" for name, value in values.items()]
-    return subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+    return forked.run(words, folder, env, nproc)
 
 
 def test_it_is_about_150_lines_in_the_shape_of_the_house():
