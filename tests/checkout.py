@@ -43,16 +43,16 @@ class Checkout:
         )  # fmt: skip
 
     def run(
-        self, words: list[str], env: dict[str, str] | None = None, interrupt_s: float = 0
+        self, words: list[str], env: dict[str, str] | None = None, interrupt: bool = False
     ) -> tuple[int, str]:
         """The exit code of `python WORDS` and what it wrote, stdout and stderr in one.
 
-        `interrupt_s`: Ctrl-C is pressed after so many seconds.
+        `interrupt`: Ctrl-C is pressed when it has written something.
         """
         asked = json.dumps([words, env])
         if asked in self.answers:  # several documents show it
             return self.answers[asked]
-        request = dict(words=words, env=env or {}, interrupt_s=interrupt_s)
+        request = dict(words=words, env=env or {}, interrupt=interrupt)
         self.server.stdin.write(json.dumps(request) + "\n")
         self.server.stdin.flush()
         code, cpu_s = json.loads(self.server.stdout.readline())
@@ -62,7 +62,7 @@ class Checkout:
 
     def close(self) -> None:
         self.server.stdin.close()
-        self.server.wait(timeout=10)
+        self.server.wait(timeout=200)
 
 
 def become(words: list[str], env: dict[str, str]) -> None:
@@ -85,15 +85,27 @@ def become(words: list[str], env: dict[str, str]) -> None:
     os._exit(code)
 
 
+def interrupt(child: int) -> None:
+    """Ctrl-C, half a second after the program has begun to write."""
+    output = Path(OUTPUT)
+    ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    while os.waitid(os.P_PID, child, ended) is None:
+        if output.exists() and output.stat().st_size > 0:
+            time.sleep(0.5)
+            os.kill(child, signal.SIGINT)
+            return
+        time.sleep(0.05)
+
+
 def serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
+        Path(OUTPUT).unlink(missing_ok=True)
         child = os.fork()
         if child == 0:
             become(request["words"], request["env"])
-        if request["interrupt_s"]:
-            time.sleep(request["interrupt_s"])
-            os.kill(child, signal.SIGINT)
+        if request["interrupt"]:
+            interrupt(child)
         _, status, used = os.wait4(child, 0)
         answer = [os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime]
         print(json.dumps(answer), flush=True)

@@ -76,8 +76,8 @@ SMALLER = {
 }
 # One stage of the studies whose plan takes many seconds, where the command names none.
 ONE_STAGE = {"arith": "arith_operators", "hamt": "hamt_rates", "scaled": "scaled_blocks"}
-# Commands that go on until Ctrl-C, which is pressed after so many seconds.
-ENDLESS = {"scripts/status.py --watch": 2, "scripts/report.py --watch": 3}
+# Commands that go on until Ctrl-C.
+ENDLESS = ("scripts/status.py --watch", "scripts/report.py --watch")
 # Commands that cannot end with 0 here: a part of the command, its exit code, what it then says.
 ENDS = [
     ("--task hellaswag lambada", 2, r"error: .*(the hub|127\.0\.0\.1)"),  # no network
@@ -254,8 +254,8 @@ def test_a_documented_script_does_what_it_is_shown_for(document, line, checkout)
         pytest.skip(f"the original study's files are not in {ORIGINAL}")
     if "--device cuda" in command and torch.cuda.is_available():
         pytest.skip("it measures the GPU for minutes, and the test is of a machine without one")
-    seconds = next((s for part, s in ENDLESS.items() if part in command), 0)
-    found, output = checkout.run(with_files(words, checkout.folder), env, seconds)
+    is_endless = any(part in command for part in ENDLESS)
+    found, output = checkout.run(with_files(words, checkout.folder), env, is_endless)
     assert found == code, f"{command}\n{output}"
     assert "Traceback" not in output, output
     assert re.search(says, output), output
@@ -275,5 +275,5 @@ def test_every_line_of_the_tables_is_of_a_command():
 
 def test_launch_starts_a_command(checkout):
     words = ["scripts/launch.sh", "true"]
-    done = subprocess.run(words, cwd=checkout.folder, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(words, cwd=checkout.folder, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import bench as program
+import forked
 import pytest
 import torch
 from lib import benching
@@ -20,15 +21,13 @@ TOY = dict(compile=0, steps=2, warmup=2, n_layer=2, n_head=2, n_embd=32, vocab_s
 TOY |= dict(sequence_length=16, device_batch_size=4, batch_size=16)
 
 
-def command(**flags: object) -> list[str]:
-    words = [f"--{name}={value}" for name, value in flags.items()]
-    return [sys.executable, str(ROOT / "scripts/gpt/bench.py"), *words]
+def words_of(**flags: object) -> list[str]:
+    return [f"--{name}={value}" for name, value in flags.items()]
 
 
 def bench(**flags: object) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(**flags), env=environment(), capture_output=True, text=True, timeout=150
-    )
+    words = [str(ROOT / "scripts/gpt/bench.py"), *words_of(**flags)]
+    return forked.run(words, Path.cwd(), environment())
 
 
 @pytest.fixture(scope="module")
@@ -128,31 +127,34 @@ def test_a_profile_puts_each_operator_into_one_kind(toy):
 # Stopping
 
 
-def long_bench(folder: Path, **flags: object) -> subprocess.Popen:
-    """A bench that is done with its first part and would take a day for the second."""
-    values = TOY | dict(only="muon,step", steps=2_000_000, out=folder / "out", **flags)
-    values["warmup"] = 1
-    process = subprocess.Popen(
-        [sys.executable, "-c", SHORT_FIRST_PART, *command(**values)[2:]],
-        env=environment() | dict(TMPDIR=str(folder)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    return process
-
-
-SHORT_FIRST_PART = f"""
-import sys
+# Its first part is done at once. The second would take a day, and begins half a second before the
+# deadline, if there is one.
+LONG_BENCH = f"""
+import signal, sys
 sys.path.insert(0, {str(ROOT / "scripts/gpt")!r})
 import bench
 bench.part_muon = lambda lab: dict(ratio=1.0)
+part_step = bench.part_step
+def near_the_deadline(lab):
+    if signal.getitimer(signal.ITIMER_REAL)[0] > 0:
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+    return part_step(lab)
+bench.part_step = near_the_deadline
 bench.launch(bench.main)
 """
 
 
+def long_bench(folder: Path, **flags: object) -> forked.Program:
+    values = TOY | dict(only="muon,step", steps=2_000_000, out=folder / "work/out", **flags)
+    values["warmup"] = 1
+    (folder / "long.py").write_text(LONG_BENCH)
+    (folder / "work").mkdir()
+    env = environment(TMPDIR=str(folder / "work"))
+    return forked.Program([folder / "long.py", *words_of(**values)], folder, env)
+
+
 def wait_for(path: Path) -> None:
-    for _ in range(1200):
+    for _ in range(4000):
         if path.exists():
             return
         time.sleep(0.05)
@@ -161,28 +163,21 @@ def wait_for(path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_at_once_and_keeps_the_parts_that_are_done(tmp_path, number):
-    process = long_bench(tmp_path)
-    try:
-        wait_for(tmp_path / "out/gpt_muon_cpu.json")
-        process.send_signal(number)
-        said = process.communicate(timeout=20)[1]
-    finally:
-        process.kill()
-    assert process.returncode == 128 + number
+    run, work = long_bench(tmp_path), tmp_path / "work"
+    wait_for(work / "out/gpt_muon_cpu.json")
+    run.send_signal(number)
+    assert run.wait() == 128 + number
+    said = run.stderr
     assert said.endswith(f"stopped by {number.name}; done: muon\n") and "Traceback" not in said
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["gpt_muon_cpu.json"]
-    assert [path.name for path in tmp_path.iterdir()] == ["out"], "its temporary folder is gone"
+    assert [path.name for path in (work / "out").iterdir()] == ["gpt_muon_cpu.json"]
+    assert [path.name for path in work.iterdir()] == ["out"], "its temporary folder is gone"
 
 
 def test_at_its_deadline_it_ends_well_with_the_parts_that_are_done(tmp_path):
-    process = long_bench(tmp_path, deadline_s=2)
-    try:
-        said = process.communicate(timeout=100)[1]
-    finally:
-        process.kill()
-    assert process.returncode == 0
-    assert said.endswith("stopped by the deadline; done: muon\n")
-    assert json.loads((tmp_path / "out/gpt_muon_cpu.json").read_text())["ratio"] == 1.0
+    run = long_bench(tmp_path, deadline_s=3600)
+    assert run.wait() == 0
+    assert run.stderr.endswith("stopped by the deadline; done: muon\n")
+    assert json.loads((tmp_path / "work/out/gpt_muon_cpu.json").read_text())["ratio"] == 1.0
 
 
 # ----------------------------------------------------------------------------

@@ -1,11 +1,15 @@
 """Whole small runs of train_gpt.py: schedule, batch shape, precision, plans and the results row."""
 
+import itertools
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from support import ONE, knobs, losses, metrics, rows, run, run_here, write_data
 
+import plumbing.clock
 import train_gpt
 from plumbing import TokenShards, UserError
 from train_gpt import GPT, lr_scale, schedule_position
@@ -34,6 +38,10 @@ def test_no_iterations_is_one_validation_and_a_row(monkeypatch, tmp_path):
 
 
 def test_a_time_budget_ends_the_run_and_decays_the_rate_on_time(monkeypatch, tmp_path):
+    """By a clock of five milliseconds per look at it: a step of a busy machine takes any time."""
+    looks = itertools.count()
+    clock = SimpleNamespace(perf_counter=lambda: 0.005 * next(looks))
+    monkeypatch.setattr(plumbing.clock, "time", clock)
     code, _ = run_here(
         monkeypatch,
         tmp_path,

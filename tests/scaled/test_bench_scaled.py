@@ -1,13 +1,12 @@
 """scripts/scaled/bench_scaled.py at a tiny size: what it writes, and when it stops."""
 
 import json
-import subprocess
-import sys
 
 import bench_scaled
+import forked
 import pytest
 import torch
-from support import ROOT, environment
+from support import environment
 
 from plumbing import UserError
 
@@ -63,22 +62,27 @@ def test_with_glibcs_memory_it_does_not_join_which_would_keep_what_is_freed(
         bench_scaled.main(["--malloc", "glibc", "--device", "cuda"])
 
 
+# The deadline comes while the second part is measured.
 PROGRAM = """
+import signal
 import time
 import bench_scaled
+def part_step(a, world):
+    assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 3600
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    time.sleep(600)
 bench_scaled.part_length = lambda a, world: [dict(bytes=1)]
-bench_scaled.part_step = lambda a, world: time.sleep(600)
+bench_scaled.part_step = part_step
 bench_scaled.main()
 """
 
 
 def test_at_the_deadline_it_stops_at_once_and_leaves_the_parts_that_are_done(tmp_path):
-    options = ["--parts", "length,step", "--out", str(tmp_path), "--deadline_s", "1"]
-    own = environment() | {"PYTHONPATH": str(ROOT / "scripts/scaled")}
-    command = [sys.executable, "-c", PROGRAM, *options]
-    done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=120)
+    (tmp_path / "program.py").write_text(PROGRAM)
+    options = ["--parts", "length,step", "--out", str(tmp_path / "out"), "--deadline_s", "3600"]
+    done = forked.run([tmp_path / "program.py", *options], tmp_path, environment())
     assert done.returncode == 0 and "stopped by the deadline; done: length" in done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["scaled_length_cpu.json"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["scaled_length_cpu.json"]
 
 
 def test_the_benchs_median_ratio_is_of_the_sides_it_timed():

@@ -83,6 +83,8 @@ else:
     say("started.txt", f"{run} {e.get('LR')} {e.get('RUNPOD_INSTANCE_TYPE')}")
     status("running", 1)
     time.sleep(float(e.get("SECONDS", 0)))
+    while e.get("FAULT") == "alone" and (folder.parent / "started.txt").read_text().count("\\n") < 2:
+        time.sleep(0.02)
     first = (folder / "second").exists() is False
     (folder / "second").touch()
     if e.get("FAULT") == gate or e.get("FAULT") == "once" and first:
@@ -133,7 +135,7 @@ def launcher(path: Path, *options: str) -> subprocess.Popen:
     )
 
 
-def wait_for(what: Callable[[], object], seconds: float = 60) -> object:
+def wait_for(what: Callable[[], object], seconds: float = 200) -> object:
     end = time.monotonic() + seconds
     while not (found := what()):
         assert time.monotonic() < end, "waited in vain"

@@ -36,12 +36,12 @@ class Browser:
         self.process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        told, end = folder / "DevToolsActivePort", time.monotonic() + 30
+        told, end = folder / "DevToolsActivePort", time.monotonic() + 100
         while not (told.exists() and "\n" in told.read_text()):
             assert time.monotonic() < end and self.process.poll() is None, "Chromium does not start"
             time.sleep(0.05)
         port = told.read_text().split("\n")[0]
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/json", timeout=30) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/json", timeout=100) as answer:
             tab = next(t for t in json.load(answer) if t["type"] == "page")
         address = tab["webSocketDebuggerUrl"]
         self.socket = websocket.create_connection(address, suppress_origin=True, timeout=60)
@@ -67,7 +67,7 @@ class Browser:
         return found["result"].get("value")
 
     def until(self, expression: str) -> None:
-        end = time.monotonic() + 30
+        end = time.monotonic() + 100
         while not self.js(f"!!({expression})"):
             assert time.monotonic() < end, expression
             time.sleep(0.05)

@@ -89,7 +89,7 @@ def test_nothing_or_more_than_one_configuration_is_one_error(tmp_path, a, b, mes
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, program, args, message):
     (tmp_path / "empty.csv").touch()
     command = [sys.executable, str(ROOT / "scripts" / program), *args]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=200)
     assert done.returncode == 2 and done.stdout == ""
     (line,) = done.stderr.strip().split("\n")
     assert line.startswith(f"{program}: error: ") and message in line

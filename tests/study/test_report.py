@@ -273,7 +273,7 @@ def test_a_wrong_option_is_one_line_and_exit_code_2(tmp_path, study, options, me
         str(tmp_path / "r.html"),
         *options,
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
 
 

@@ -197,7 +197,7 @@ def test_running_it_twice_changes_nothing(tmp_path):
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, program, args, message):
     command = [sys.executable, str(ROOT / "scripts" / program), *args]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=200)
     last = done.stderr.strip().split("\n")[-1]
     assert done.returncode == 2 and last.startswith(f"{program}: error: ") and message in last
     assert "Traceback" not in done.stderr and done.stdout == ""

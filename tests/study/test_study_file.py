@@ -112,7 +112,7 @@ def test_options_that_do_not_fit_are_refused(pretend, options, words):
 
 def test_a_bad_study_is_one_line_and_exit_code_2(pretend):
     p = launcher(pretend(TWO_BY_TWO + "knobs = { lr = -1 }"))
-    out = p.communicate(timeout=60)[0]
+    out = p.communicate(timeout=200)[0]
     assert p.returncode == 2 and out.count("\n") == 1 and out.startswith("run_study.py: error: "), (
         out
     )

@@ -9,11 +9,11 @@ import pytest
 from support import ROOT, command, environment, flags
 
 
-def launch(folder: Path, *words: str, wait_s: int = 60) -> subprocess.CompletedProcess:
+def launch(folder: Path, *words: str, wait_s: int = 200) -> subprocess.CompletedProcess:
     env = environment(LOGS_FOLDER=str(folder / "logs"), LAUNCH_WAIT_S=str(wait_s))
     return subprocess.run(
         [str(ROOT / "scripts/launch.sh"), *words],
-        env=env, cwd=folder, capture_output=True, text=True, timeout=120,
+        env=env, cwd=folder, capture_output=True, text=True, timeout=280,
     )  # fmt: skip
 
 
@@ -41,8 +41,8 @@ def test_a_run_that_its_checks_refuse_is_not_called_started(tmp_path, knobs, pro
 
 
 def test_another_command_is_called_started_when_it_outlives_the_wait(tmp_path):
-    done = launch(tmp_path, "sleep", "60", wait_s=1)
+    done = launch(tmp_path, "sleep", "600", wait_s=1)
     pid = int(re.match(r"started, pid (\d+), alive, but has not said", done.stdout)[1])
     os.killpg(pid, 15)
-    ended = launch(tmp_path, "sh", "-c", "sleep 0.7; echo last words; exit 7", wait_s=20)
+    ended = launch(tmp_path, "sh", "-c", "sleep 0.7; echo last words; exit 7")
     assert ended.returncode == 7 and "last words" in ended.stdout

@@ -3,7 +3,6 @@
 import csv
 import sys
 import threading
-import time
 from pathlib import Path
 from types import ModuleType
 
@@ -57,13 +56,12 @@ def test_every_trainer_sends_what_its_metrics_file_has(trainer, kind, tmp_path, 
 def test_no_tracker_can_stop_a_run(trainer, kind, tmp_path, monkeypatch):
     module, _ = service(kind)
     monkeypatch.setitem(sys.modules, "wandb", module)
-    monkeypatch.setattr(plumbing.trackers.Tracker.close, "__defaults__", (0.3,))
-    started = time.monotonic()
+    if kind == "hangs":  # the others have said so by then, however busy the machine is
+        monkeypatch.setattr(plumbing.trackers.Tracker.close, "__defaults__", (0.3,))
     code, said = run_tiny(monkeypatch, trainer, tmp_path, tracker="wandb")
     assert code == 0 and "finished: step:4/4" in said
     problem = "has not finished" if kind == "hangs" else "failed, nothing more is sent"
     assert f"tracker: wandb {problem}" in said
-    assert time.monotonic() - started < 60
 
 
 @pytest.mark.parametrize("trainer", TINY)
