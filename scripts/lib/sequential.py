@@ -93,20 +93,21 @@ def _chi_nodes(n: int) -> tuple[np.ndarray, np.ndarray]:
     return w, log_density - special().logsumexp(log_density)
 
 
-def log_ratio(n: int, r: np.ndarray, effect: float) -> np.ndarray:
+def log_ratio(n: int, r: np.ndarray, effect: float | np.ndarray) -> np.ndarray:
     """Logarithm of the likelihood ratio of n differences: a mean of `effect` standard deviations
     against a mean of 0. r: the sum of the differences over the root of the sum of their squares.
 
     It is exp(-n effect^2 / 2) E[exp(effect r w)], w distributed as chi with n degrees of freedom.
     """
     w, log_weight = _chi_nodes(n)
-    return special().logsumexp(effect * r[..., None] * w + log_weight, axis=-1) - n * effect**2 / 2
+    exponents = (effect * r)[..., None] * w + log_weight
+    return special().logsumexp(exponents, axis=-1) - n * effect**2 / 2
 
 
 def log_e_value(n: int, r: np.ndarray, effects: Sequence[float]) -> np.ndarray:
     """Logarithm of the one-sided e-process, a mean above 0 against a mean of 0."""
-    parts = [log_ratio(n, r, effect) for effect in effects]
-    return special().logsumexp(np.stack(parts), axis=0, b=WEIGHTS.reshape(-1, *[1] * r.ndim))
+    ratios = log_ratio(n, r[..., None], np.array(effects))  # one column per effect
+    return special().logsumexp(ratios, axis=-1, b=WEIGHTS)
 
 
 def log_e_two_sided(n: int, r: np.ndarray, effects: Sequence[float]) -> np.ndarray:
