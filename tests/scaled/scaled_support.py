@@ -20,7 +20,7 @@ SMALL = dict(
 )
 SMALL |= dict(thinking_steps=1, ngram_rows=64, mem_rows=64)
 SMALL |= dict(batch_size=4, device_batch_size=2, sequence_length=64, lr=0.01, log_every=2)
-SMALL |= dict(num_iterations=12, warmup_iters=2, val_every=4, val_bytes=1000, save_every=4)
+SMALL |= dict(num_iterations=12, warmup_iters=2, val_every=4, val_bytes=500, save_every=4)
 ORIGINAL = dict(blocks="original", decoder="original", mem_rows=0, mem_range=0.5, mem_init=1.0)
 VARIANTS = {
     "scaled": {},
@@ -74,7 +74,20 @@ def flags(folder: Path, **knobs) -> list[str]:
     return [f"--{n}={int(v) if isinstance(v, bool) else v}" for n, v in values.items()]
 
 
+COUNTED: dict[tuple, float] = {}
+count_flops_per_byte = train_scaled.flops_per_byte
+
+
+def count_once(cfg: Knobs) -> float:
+    """FLOPs per byte, once for each model: to count them takes as long as a small run trains."""
+    shape = tuple(getattr(cfg, name) for name in (*train_scaled.MODEL_KNOBS, "sequence_length"))
+    if shape not in COUNTED:
+        COUNTED[shape] = count_flops_per_byte(cfg)
+    return COUNTED[shape]
+
+
 def run_here(monkeypatch, folder: Path, **knobs) -> tuple[int, str]:
+    monkeypatch.setattr(train_scaled, "flops_per_byte", count_once)
     monkeypatch.setattr(sys, "argv", ["train_scaled.py", *flags(folder, **knobs)])
     with redirect_stdout(StringIO()) as out:
         code = train_scaled.main()

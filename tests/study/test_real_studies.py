@@ -115,17 +115,17 @@ def test_a_study_killed_twice_ends_with_one_row_per_cell_and_the_losses_of_an_un
     monkeypatch, tmp_path
 ):
     size = dict(
-        num_iterations=60,
-        warmdown_iters=30,
-        val_every=20,
+        num_iterations=120,
+        warmdown_iters=60,
+        val_every=40,
         save_every=5,
         device_batch_size=16,
         epochs_ok=1,
     )
     common = {k: v for k, v in (SMALL | size).items() if k != "compile"} | write_data(tmp_path)
     knobs = "\n".join(f"{k} = {json.dumps(v)}" for k, v in common.items()) + "\ncompile = false\n"
-    stage = '[stage.a]\nseeds = [1, 2]\nbaseline = { attngate = "none" }\n'
-    stage += 'grid = { attngate = ["none", "headwise"] }\n'
+    stage = '[stage.a]\nseeds = [1]\nbaseline = { attngate = "none" }\n'
+    stage += 'grid = { attngate = ["none", "headwise", "elementwise"] }\n'
     study = tmp_path / "study.toml"
     study.write_text(f'title = "T"\ntrainer = "train_gpt.py"\n[knobs]\n{knobs}{stage}')
     options = (
@@ -148,13 +148,13 @@ def test_a_study_killed_twice_ends_with_one_row_per_cell_and_the_losses_of_an_un
         status(cells[0])["pid"], signal.SIGKILL
     )  # the machine is gone: trainer and launcher at once
     os.killpg(p.pid, signal.SIGKILL)
-    p.communicate(timeout=20)
+    p.communicate(timeout=200)
     assert status(cells[0])["status"] == "running" and not lines(tmp_path / "results.csv")
 
     p = launcher(study, *options)
     wait_for(lambda: saved(cells[1]))
     p.send_signal(signal.SIGTERM)
-    out = p.communicate(timeout=60)[0]
+    out = p.communicate(timeout=200)[0]
     assert (
         p.returncode == 128 + signal.SIGTERM and f"stopped: {cells[1].default_id} at step" in out
     ), out
@@ -164,8 +164,8 @@ def test_a_study_killed_twice_ends_with_one_row_per_cell_and_the_losses_of_an_un
     ]  # fmt: skip
 
     p = launcher(study, *options)
-    out = p.communicate(timeout=120)[0]
-    assert p.returncode == 0 and "T: 4 of 4 done" in out, out
+    out = p.communicate(timeout=200)[0]
+    assert p.returncode == 0 and "T: 3 of 3 done" in out, out
     finished = [r for r in rows(tmp_path) if r["status"] == "finished"]
     assert [r["run_id"] for r in finished] == [c.default_id for c in cells]
     stages = tmp_path / "tables/study.toml"
