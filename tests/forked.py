@@ -118,6 +118,7 @@ def _free_port() -> int:
 
 def _become(words: list[str], cwd: str, env: dict[str, str], outputs: list[DupFd]) -> None:
     """In the forked process: run the program and end with its exit code."""
+    os.setsid()  # whoever presses Ctrl-C while tests run means pytest, which then ends this too
     for number, output in enumerate(outputs, start=1):
         os.dup2(output.detach(), number)
     # A rank of several ends without cleaning up, and would leave this lock between processes behind.

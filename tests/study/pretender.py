@@ -3,12 +3,11 @@
 The pretender is a program without torch that starts in no time and does as its knobs say.
 """
 
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import pytest
 import run_study
 from lib.program import UserError
@@ -123,16 +122,15 @@ def go(path: Path, *options: str) -> int:
     return run_study.main([str(path), *options])
 
 
-def launcher(path: Path, *options: str) -> subprocess.Popen:
-    """run_study.py in a process group of its own, its output in a pipe."""
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "scripts/run_study.py"), str(path), *options],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+def launcher(path: Path, *options: str) -> forked.Program:
+    """run_study.py in a process group of its own."""
+    words = [str(ROOT / "scripts/run_study.py"), str(path), *options]
+    return forked.Program(words, Path.cwd(), environment())
+
+
+def end_of(program: forked.Program) -> tuple[int, str]:
+    """Its exit code and all that it wrote, once it has ended."""
+    return program.wait(), program.stdout + program.stderr
 
 
 def wait_for(what: Callable[[], object], seconds: float = 200) -> object:

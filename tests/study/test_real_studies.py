@@ -12,7 +12,7 @@ from lib.planning import Pace
 from lib.program import UserError
 from lib.progress import Progress
 from lib.study import read_study
-from pretender import go, launcher, lines, wait_for
+from pretender import end_of, go, launcher, lines, wait_for
 from support import ROOT, SMALL, losses, rows, run_here, write_data
 
 
@@ -148,24 +148,21 @@ def test_a_study_killed_twice_ends_with_one_row_per_cell_and_the_losses_of_an_un
         status(cells[0])["pid"], signal.SIGKILL
     )  # the machine is gone: trainer and launcher at once
     os.killpg(p.pid, signal.SIGKILL)
-    p.communicate(timeout=200)
+    p.wait()
     assert status(cells[0])["status"] == "running" and not lines(tmp_path / "results.csv")
 
     p = launcher(study, *options)
     wait_for(lambda: saved(cells[1]))
     p.send_signal(signal.SIGTERM)
-    out = p.communicate(timeout=200)[0]
-    assert (
-        p.returncode == 128 + signal.SIGTERM and f"stopped: {cells[1].default_id} at step" in out
-    ), out
+    code, out = end_of(p)
+    assert code == 128 + signal.SIGTERM and f"stopped: {cells[1].default_id} at step" in out, out
     assert f"resume: {cells[0].default_id} at step" in out
     assert [(r["run_id"], r["status"]) for r in rows(tmp_path)] == [
         (cells[0].default_id, "finished"), (cells[1].default_id, "preempted"),
     ]  # fmt: skip
 
-    p = launcher(study, *options)
-    out = p.communicate(timeout=200)[0]
-    assert p.returncode == 0 and "T: 3 of 3 done" in out, out
+    code, out = end_of(launcher(study, *options))
+    assert code == 0 and "T: 3 of 3 done" in out, out
     finished = [r for r in rows(tmp_path) if r["status"] == "finished"]
     assert [r["run_id"] for r in finished] == [c.default_id for c in cells]
     stages = tmp_path / "tables/study.toml"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from lib.program import UserError
 from lib.study import read_study
-from pretender import TWO_BY_TWO, go, launcher, lines, started, wait_for
+from pretender import TWO_BY_TWO, end_of, go, launcher, lines, started, wait_for
 from study_support import ROOT, rows
 
 
@@ -134,8 +134,8 @@ def test_two_launchers_side_by_side_run_each_cell_once(pretend, tmp_path):
     """The first run ends when a second one has started beside it, however late that is."""
     study = pretend(TWO_BY_TWO.replace("[1, 2]", "[1, 2, 3]"), 'fault = "alone"')
     both = [launcher(study) for _ in range(2)]
-    outs = [p.communicate(timeout=200)[0] for p in both]
-    assert [p.returncode for p in both] == [0, 0], outs
+    codes, outs = zip(*map(end_of, both), strict=True)
+    assert codes == (0, 0), outs
     assert len(started(tmp_path)) == 6 == len(set(started(tmp_path))) == len(rows(tmp_path))
     assert all(re.search("^start: ", out, re.M) and "T: 6 of 6 done" in out for out in outs), (
         "both had a share"
@@ -152,11 +152,11 @@ def test_ctrl_c_is_passed_on_once_and_a_second_one_kills(pretend, tmp_path):
     wait_for(lambda: lines(heard))
     p.send_signal(signal.SIGTERM)
     time.sleep(0.5)
-    assert p.poll() is None and len(lines(heard)) == 1, "it waits for the run to save"
+    assert p.process.is_alive() and len(lines(heard)) == 1, "it waits for the run to save"
     p.send_signal(signal.SIGINT)
-    out = p.communicate(timeout=200)[0]
+    code, out = end_of(p)
     assert (
-        p.returncode == 128 + signal.SIGINT
+        code == 128 + signal.SIGINT
         and "stopped by SIGINT" in out
         and not Path(f"/proc/{child}").exists()
     )
@@ -171,8 +171,8 @@ def test_a_launcher_that_is_killed_takes_its_run_along(pretend, tmp_path):
     p = launcher(pretend(TWO_BY_TWO, "seconds = 60"))
     wait_for(lambda: started(tmp_path))
     child = wait_for(lambda: children(p.pid))[0]
-    p.kill()
-    p.wait(timeout=200)
+    p.send_signal(signal.SIGKILL)
+    p.wait()
     wait_for(
         lambda: (
             not Path(f"/proc/{child}").exists()

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from lib.program import UserError
-from pretender import TWO_BY_TWO, go, launcher, problems
+from pretender import TWO_BY_TWO, end_of, go, launcher, problems
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,5 @@ def test_options_that_do_not_fit_are_refused(pretend, options, words):
 
 def test_a_bad_study_is_one_line_and_exit_code_2(pretend):
     p = launcher(pretend(TWO_BY_TWO + "knobs = { lr = -1 }"))
-    out = p.communicate(timeout=200)[0]
-    assert p.returncode == 2 and out.count("\n") == 1 and out.startswith("run_study.py: error: "), (
-        out
-    )
+    code, out = end_of(p)
+    assert code == 2 and out.count("\n") == 1 and out.startswith("run_study.py: error: "), out
