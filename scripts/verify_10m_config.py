@@ -54,7 +54,9 @@ def gpu_ready(needed_mib: int) -> bool:
 
 def main() -> int:
     p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     config = str(ROOT / "configs/scale_10m.yaml")
     p.add_argument("--config", default=config, help="default configs/scale_10m.yaml")

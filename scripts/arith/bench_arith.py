@@ -164,7 +164,9 @@ def run_part(part: str, a: argparse.Namespace, world: World, facts: dict, stop_a
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     number = dict(type=int, metavar="N")
     p.add_argument("--parts", nargs="*", default=list(PARTS), metavar="PART", help="default: all")

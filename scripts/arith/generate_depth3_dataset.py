@@ -80,7 +80,9 @@ class Deep(lib.Draws):
 
 def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     p.add_argument(
         "--size", type=int, default=100, metavar="N", help="records of each depth; default 100"

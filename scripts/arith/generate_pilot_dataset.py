@@ -103,7 +103,9 @@ class Splits(lib.Draws):
 
 def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     for name, size in (("train", 2000), ("val", 200), ("test", 100)):
         what = "each of the two test files" if name == "test" else name

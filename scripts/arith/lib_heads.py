@@ -70,7 +70,7 @@ def need(*modules: str) -> None:
 def parser(doc: str, several: bool = False, data: bool = True) -> argparse.ArgumentParser:
     """The flags that the programs share. With `several`, --checkpoint takes one model per seed."""
     p = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     what = "a checkpoint_best.pt, or the folder of a run" + (
         "; several: one per seed" if several else ""
