@@ -18,12 +18,13 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/: lib adds the checkout
 
 import lib_arith as lib
+from lib.program import launch
 
 from arithmetic import depth_labels
-from plumbing import UserError, launch
+from plumbing.knobs import UserError
 
 MOST = 6  # operands of a controlled expression
 
