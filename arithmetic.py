@@ -1,7 +1,7 @@
 """arithmetic.py -- the language of train_arith.py: expressions, their values and answers, drawing.
 
-Values are those of the texts, answers can be read back as written, no expression of a test or
-validation set is drawn for training in any bracketing, and records are checked line by line.
+Values are those of the texts, no expression of a test or validation set is drawn for training in
+any bracketing, and records are checked line by line.
 
     problems = draw_split(Language(operators="+-"), np.random.default_rng(0), 1000, "train")
 
@@ -14,25 +14,13 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache, lru_cache
-from pathlib import Path
 
 import numpy as np
 
 from plumbing.knobs import UserError, knob
 from plumbing.plain_text import read_json_lines
-from plumbing.problem_knobs import ProblemKnobs
-from plumbing.problems import (
-    BOS,
-    EOS,
-    GENERATE,
-    HOLE,
-    PAD,
-    SAMPLE_TAG,
-    SET_TAG,
-    Problems,
-    joined,
-    packed,
-)
+from plumbing.problem_knobs import ProblemKnobs, how_to_make
+from plumbing.problems import BOS, EOS, GENERATE, HOLE, PAD, SAMPLE_TAG, SET_TAG, Problems
 
 VOCABULARY = ["<PAD>", "<BOS>", "<EOS>", "<UNK>", *"0123456789+-*/()=ABCDEFabcdef ,"]
 UNK, ZERO = 3, 4  # beside the ids PAD, BOS and EOS
@@ -112,8 +100,7 @@ class Language:
         return len(str(2 * largest if self.answer_format == "complement_bare" else largest))
 
 
-# ----------------------------------------------------------------------------
-# Tokens, values and answers
+# ---------------- Tokens, values and answers
 
 
 def encode(text: str, special: bool = True) -> list[int]:
@@ -179,20 +166,6 @@ def answer_tokens(values_N: np.ndarray, language: Language) -> np.ndarray:
     return np.column_stack([written, sign_N])
 
 
-def read_answer(text: str, answer_format: str) -> int | None:
-    """The value that `text` writes; None where it writes none."""
-    if answer_format == "plain":
-        return int(text) if re.fullmatch(r"-?[0-9]+", text) else None
-    if answer_format == "complement_bare" and text:
-        text += "-" if text[-1] >= "5" else "+"
-    if not re.fullmatch(r"[0-9]+[+-]", text):
-        return None
-    body = int(text[-2::-1])
-    if text[-1] == "+":
-        return body
-    return -body if answer_format == "reversed" else body - 10 ** (len(text) - 1)
-
-
 def problems_of(exprs: Sequence[str], values: Sequence[int], language: Language) -> Problems:
     """Written expressions and their values as token sequences."""
     texts = [[BOS, *encode(expr + language.separator, special=False)] for expr in exprs]
@@ -200,7 +173,7 @@ def problems_of(exprs: Sequence[str], values: Sequence[int], language: Language)
     for row, text in zip(heads, texts, strict=True):
         row[: len(text)] = text
     values_N = np.array(values, np.int64)
-    return packed(heads, answer_tokens(values_N, language), values_N)
+    return Problems.packed(heads, answer_tokens(values_N, language), values_N)
 
 
 def exprs_of(problems: Problems, language: Language) -> list[str]:
@@ -209,8 +182,7 @@ def exprs_of(problems: Problems, language: Language) -> list[str]:
     return [decode(row[1:end]) for row, end in zip(problems.tokens_NT, ends, strict=True)]
 
 
-# ----------------------------------------------------------------------------
-# Grammar: a template is a bracketing, with N for an operand and o for an operator
+# ---------------- Grammar: a template is a bracketing, with N for an operand and o for an operator
 
 PILOT = (  # the original's templates, in its order
     "NoN NoNoN NoNoNoN (NoN) (NoN)oN No(NoN) (NoNoN) (NoN)o(NoN) (NoNoN)oN No(NoNoN) ((NoN)) "
@@ -265,8 +237,7 @@ def shares(language: Language, most: int) -> dict[str, float]:
     return found
 
 
-# ----------------------------------------------------------------------------
-# Drawing
+# ---------------- Drawing
 
 ROUND, ROUNDS = 65536, 40  # examples drawn together; how often at least, before giving up
 
@@ -329,7 +300,7 @@ def draw(
         block = np.concatenate(columns, 1)
         heads[rows, 1 : 1 + block.shape[1]] = block
     operators_NM = np.array(encode(language.operators, special=False))[drawn_NM]
-    problems = packed(heads, answer_tokens(values_N, language), values_N)
+    problems = Problems.packed(heads, answer_tokens(values_N, language), values_N)
     return problems, hash_of(operands_NM, operators_NM, counts_N)
 
 
@@ -372,13 +343,12 @@ def draw_split(
         found.append(problems.rows(np.flatnonzero(good_N)[:missing]))
         missing -= len(found[-1])
         if missing == 0:
-            return joined(found)
+            return Problems.joined(found)
     different = f"{count - missing} of {count} different {split} expressions"
     raise UserError(f"only {different} were found; widen the ranges")
 
 
-# ----------------------------------------------------------------------------
-# Records and sets
+# ---------------- Records and sets
 
 VAL_SEEDS = [1]  # of the validation set
 
@@ -386,20 +356,6 @@ VAL_SEEDS = [1]  # of the validation set
 @dataclass(frozen=True)
 class DataKnobs(ProblemKnobs, Language):
     """The language, and where training, validation and test problems come from."""
-
-
-def how_to_make(path: str) -> str:
-    """The command for a file: pilot_* as for configs/pilot.yaml, others as for honest.yaml."""
-    prefix = Path(path).name.split("_")[0]
-    sizes = "--num-train 0 --num-val 0 --num-test 1000 --minimal-pairs 1000"
-    program = "generate_pilot_dataset.py"
-    if "_depth" in Path(path).name:
-        sizes = "--depths 3 4 5 --size 1000 --controls"
-        program = "generate_depth3_dataset.py"
-    command = f"make it with: python scripts/arith/{program} --output-dir {Path(path).parent}"
-    if prefix == "pilot":
-        return command
-    return f"{command} --prefix {prefix} --operators=+- --held-out --dedup {sizes}"
 
 
 def read_record(record: dict) -> tuple[str, int]:
@@ -449,9 +405,10 @@ class DataSets:
     def language_of(self, records: Iterable[tuple], is_generated: bool) -> Language:
         """The language of the knobs, with as many answer digits as all values need."""
         language = Language(**{f.name: getattr(self.cfg, f.name) for f in fields(Language)})
-        largest = language.largest if is_generated else 0
-        for _, values in records:
-            largest = max(largest, *map(abs, values))
+        values = [value for _, column in records for value in column]
+        if is_generated:
+            values.append(language.largest)
+        largest = max(map(abs, values))
         digits = language.digits_for(largest)
         if (self.cfg.answer_digits or digits) < digits:
             what = f"answers go up to {largest:,}; use {digits}, or auto"
@@ -469,10 +426,8 @@ class DataSets:
 
     def operand_counts(self) -> np.ndarray:
         """(N,) operands of each training expression."""
-        is_operator = np.isin(self.train.tokens_NT, [IDS[character] for character in "+-*"])
-        columns = np.arange(is_operator.shape[1])
-        before_answer = columns < self.train.starts_N[:, None]
-        return (is_operator & before_answer).sum(axis=1) + 1
+        exprs = exprs_of(self.train, self.language)
+        return np.array([len(re.findall(r"[0-9]+", expr)) for expr in exprs])
 
     def draw(self, seeds: list[int], count: int, most: int | None = None) -> Problems:
         """Training problems of at most `most` operands, the same for the same seeds."""

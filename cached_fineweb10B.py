@@ -174,7 +174,9 @@ def bring(folder: Path, goal: dict[str, int], verify: bool) -> None:
 
 def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument(
         "n", nargs="?", type=int, metavar="N", help=f"training shards, 1 to {NUM_TRAIN} (all)"

@@ -24,10 +24,8 @@ Shared   arithmetic.py is the language, and draws the examples. plumbing/ keeps 
 """
 
 import hashlib
-import os
 import re
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -35,23 +33,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 import arithmetic
 from arithmetic import VOCABULARY, DataKnobs, DataSets
 from plumbing import RunKnobs, Session, knob, show_plan
 from plumbing.data import Prefetch
 from plumbing.device import CudaGraph, check_compiler
-from plumbing.epochs import EpochRecord, intervals, perplexity
+from plumbing.epochs import EpochRecord
 from plumbing.problem_batches import Curriculum, ProblemBatches
 from plumbing.problem_config import read_problem_knobs
 from plumbing.problem_knobs import PROBLEM_RUN_KNOBS
-from plumbing.problem_records import (
-    PROBLEM_METRICS,
-    gpu_facts,
-    record_evaluation,
-    record_validation,
-    save_models,
-)
+from plumbing.problem_records import record_evaluation, record_validation, save_models
+from plumbing.problem_runs import RESULTS, facts_of, flops_per_token, plan_problems, session_options
+from plumbing.problem_scores import SCORES, summary
 from plumbing.problems import IGNORE, Problems, inputs_and_labels
 from plumbing.world import World, flat_gradients, join_world, launch
 
@@ -60,8 +55,7 @@ from plumbing.world import World, flat_gradients, join_world, launch
 PRESETS = {"pilot": {}}
 # These move no loss but by rounding, so a resumed run may have others. With DROPOUT > 0, another
 # CUDA_GRAPH or COMPILE draws other masks.
-RESUME_MAY_DIFFER = [*PROBLEM_RUN_KNOBS, "eval_interval", "save_interval", "model_name"]
-RESUME_MAY_DIFFER += ["cuda_graph"]
+RESUME_MAY_DIFFER = [*PROBLEM_RUN_KNOBS, "model_name", "cuda_graph"]
 
 
 @dataclass(frozen=True)
@@ -86,8 +80,6 @@ class Knobs(DataKnobs, RunKnobs):
     )
     warmdown_frac: float = knob(0.4, "last part of a trapezoid, falling to 0", above=0, high=1)
     grad_clip: float = knob(1.0, "largest norm of the whole gradient; 0: off", low=0)
-    eval_interval: int = knob(5, "epochs between validations", low=1)
-    save_interval: int = knob(10, "epochs between saved models", low=1)
     optimizer: str = knob(
         "adamw", "adamw for all; muon: for the blocks' matrices, adamw for the rest",
         group="training.optimizer", choices=("adamw", "muon"),
@@ -118,11 +110,6 @@ class Knobs(DataKnobs, RunKnobs):
         self.check_run()
 
 
-def read_settings(argv: Sequence[str], env: Mapping[str, str]) -> Knobs:
-    """Knobs from all sources; as in the original, the device is settled before a file is read."""
-    return read_problem_knobs(Knobs, PRESETS, argv, env, __doc__)
-
-
 # ---------------- Model
 
 
@@ -145,8 +132,7 @@ class SharedDropout(nn.Module):
 def rotary_tables(T: int, D: int) -> tuple[Tensor, Tensor]:
     """cos and sin, (T, D) each; both halves of the width turn by the same angles."""
     frequency = 1.0 / 10000 ** (torch.arange(0, D, 2).float() / D)
-    angle = torch.outer(torch.arange(T).float(), frequency)
-    angle = torch.cat([angle, angle], dim=1)
+    angle = torch.outer(torch.arange(T).float(), frequency.repeat(2))
     return angle.cos(), angle.sin()
 
 
@@ -193,14 +179,12 @@ class MLP(nn.Module):
             self.value = nn.Linear(cfg.n_embd, cfg.d_ff)
         self.fc2 = nn.Linear(cfg.d_ff, cfg.n_embd)
 
-    def activate(self, pre: Tensor, x_BTC: Tensor) -> Tensor:
-        if self.cfg.ffn_type == "gelu":
-            return F.gelu(pre)
-        activated = F.silu(pre) if self.cfg.ffn_type == "swiglu" else F.gelu(pre)
-        return activated * self.value(x_BTC)
-
     def forward(self, x_BTC: Tensor) -> Tensor:
-        return self.fc2(self.drop(self.activate(self.fc1(x_BTC), x_BTC)))
+        activate = F.silu if self.cfg.ffn_type == "swiglu" else F.gelu
+        hidden = activate(self.fc1(x_BTC))
+        if self.cfg.ffn_type != "gelu":
+            hidden = hidden * self.value(x_BTC)
+        return self.fc2(self.drop(hidden))
 
 
 class Block(nn.Module):
@@ -263,10 +247,10 @@ class CompactTransformer(nn.Module):
 # ---------------- Optimizers and schedule
 
 
-def orthogonalize(g_SRK: Tensor, dtype: torch.dtype) -> Tensor:
+def orthogonalize(g_SRK: Tensor) -> Tensor:
     """Roughly the nearest semi-orthogonal matrix of each of S matrices, of R rows and K columns, by
-    Jordan's Newton-Schulz iteration. Muon has it in bf16 on a GPU, and in fp32 on a CPU."""
-    x = g_SRK.to(dtype)
+    Jordan's Newton-Schulz iteration: in bf16 on a GPU, and in fp32 on a CPU."""
+    x = g_SRK.bfloat16() if g_SRK.is_cuda else g_SRK
     is_tall = x.size(1) > x.size(2)
     if is_tall:
         x = x.mT
@@ -297,8 +281,7 @@ class Muon:
             moved = self.momenta[name].lerp(gradient, 0.05)
             self.momenta[name].copy_(torch.where(all_finite, moved, self.momenta[name]))
             nesterov = gradient.lerp(moved, 0.95)
-            dtype = torch.bfloat16 if nesterov.is_cuda else torch.float32
-            updates = orthogonalize(nesterov, dtype).float()
+            updates = orthogonalize(nesterov).float()
             scale = 0.2 * max(updates.shape[1:]) ** 0.5
             for p, update in zip(params, updates, strict=True):
                 p.sub_((self.weight_decay * p + scale * update) * (lr * all_finite))
@@ -315,7 +298,7 @@ class AdamW(torch.optim.AdamW):
     """torch's fused AdamW, whose step is left out where the device flag `all_finite` is down. The
     schedule scales `peak_lr`."""
 
-    def __init__(self, params: Sequence[nn.Parameter], cfg: Knobs):
+    def __init__(self, params: Iterable[nn.Parameter], cfg: Knobs):
         self.peak_lr = cfg.lr
         betas = tuple(float(text) for text in cfg.betas.split(","))
         super().__init__(params, cfg.lr, betas, weight_decay=cfg.weight_decay, fused=True)
@@ -329,18 +312,15 @@ class AdamW(torch.optim.AdamW):
 def make_optimizers(model: CompactTransformer, cfg: Knobs) -> list[AdamW | Muon]:
     """AdamW, with decay on everything as the original has it; with OPTIMIZER=muon, Muon for the
     matrices of blocks and AdamW for the rest."""
-    for_muon = []
-    if cfg.optimizer == "muon":
-        for_muon = [p for p in model.blocks.parameters() if p.dim() == 2]
+    if cfg.optimizer == "adamw":
+        return [AdamW(model.parameters(), cfg)]
+    for_muon = [p for p in model.blocks.parameters() if p.dim() == 2]
     ids = {id(p) for p in for_muon}
     for_adam = [p for p in model.parameters() if id(p) not in ids]
-    optimizers: list[AdamW | Muon] = [AdamW(for_adam, cfg)]
-    if for_muon:
-        muon = Muon(for_muon, cfg)
-        if cfg.uses_cuda_graph:
-            muon.step = CudaGraph(muon.step, for_muon[0].device)
-        optimizers.append(muon)
-    return optimizers
+    muon = Muon(for_muon, cfg)
+    if cfg.uses_cuda_graph:
+        muon.step = CudaGraph(muon.step, for_muon[0].device)
+    return [AdamW(for_adam, cfg), muon]
 
 
 def clip_gradients(gradients: Tensor, norms_P: Tensor, limit: float) -> None:
@@ -361,17 +341,7 @@ def lr_scale(update: int, cfg: Knobs, total: int) -> float:
     return min(1.0, max(0.0, (total - update) / max(1, decay_steps)))
 
 
-# ---------------- Batches
-
-
-def open_data(cfg: Knobs, world: World) -> ProblemBatches:
-    """Training batches, and the sets beside them. Raises UserError for what is wrong with them."""
-    return ProblemBatches(DataSets(cfg), cfg, world)
-
-
 # ---------------- Evaluation
-
-SCORES = "loss tokens answer_loss answer_tokens digits_ok end_ok exact".split()
 
 
 def autocast(cfg: Knobs, device: torch.device) -> torch.autocast:
@@ -381,15 +351,14 @@ def autocast(cfg: Knobs, device: torch.device) -> torch.autocast:
 
 
 @torch.no_grad()
-def teacher_forced(
-    model: nn.Module, problems: Problems, cfg: Knobs, device: torch.device
-) -> Tensor:
+def teacher_forced(model: nn.Module, problems: Problems, cfg: Knobs, world: World) -> Tensor:
     """(B, SCORES) float64, from one pass over the gold text: how the model predicts each token from
     the gold ones before it.
 
     `exact` is that of greedy decoding, which writes the gold answer if and only if each of its
     tokens, and the end, is the likeliest one after the gold tokens before it."""
     x, y = inputs_and_labels(problems, False, len(problems))
+    device = world.device
     x, y = torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)
     with autocast(cfg, device):
         logits = model(x).float()
@@ -405,105 +374,43 @@ def teacher_forced(
     return torch.stack([column.double().sum(dim=1) for column in columns], dim=1)
 
 
-def score(
-    model: nn.Module, problems: Problems, cfg: Knobs, world: World, batch: int = 512
-) -> np.ndarray:
+def score(model: nn.Module, problems: Problems, cfg: Knobs, world: World) -> np.ndarray:
     """(N, SCORES) on every rank: losses in nats, counts, and per problem whether it is right. The
     ranks share the problems; no dropout."""
     table = torch.zeros(len(problems), len(SCORES), dtype=torch.float64, device=world.device)
     was_training = model.training
     model.eval()
     share = world.share(len(problems))
-    for start in range(share.start, share.stop, batch):
-        rows = slice(start, min(start + batch, share.stop))
-        table[rows] = teacher_forced(model, problems.rows(rows), cfg, world.device)
+    for start in range(share.start, share.stop, 512):
+        rows = slice(start, min(start + 512, share.stop))
+        table[rows] = teacher_forced(model, problems.rows(rows), cfg, world)
     model.train(was_training)
     return world.all_reduce(table).cpu().numpy()
 
 
-def summary(table: np.ndarray) -> dict[str, float]:
-    """Means over a score table. eos_after_gold is the original's "accuracy": whether the end is
-    predicted after the whole gold answer was read. A model that always says "end" has 1.
-    digit_accuracy counts all tokens of the answer, the sign among them, given the gold ones."""
-    s = dict(zip(SCORES, table.sum(0).tolist(), strict=True))
-    n, loss = len(table), s["loss"] / s["tokens"]
-    return {
-        "loss": loss,
-        "perplexity": perplexity(loss),
-        "exact_match": s["exact"] / n,
-        "eos_after_gold": s["end_ok"] / n,
-        "digit_accuracy": s["digits_ok"] / s["answer_tokens"],
-        "answer_loss": s["answer_loss"] / s["answer_tokens"],
-    }
-
-
-def evaluate(
-    model: nn.Module,
-    session: Session,
-    data: ProblemBatches,
-    state: "TrainState",
-    record: EpochRecord,
-) -> None:
-    """Score the validation set, and save the model where its loss is the best so far."""
+def evaluate(model: nn.Module, session: Session, data: ProblemBatches, record: EpochRecord) -> bool:
+    """Score the validation set; whether its loss is the best so far."""
     figures = summary(score(model, data.sets.val, session.cfg, session.world))
     record_validation(session, figures)
-    if record.validated(state.step, session, figures):
-        save_models(["checkpoint_best.pt"], model, [], session, state, data)
+    return record.validated(session.step_now, session, figures)
 
 
 def score_test_sets(model: nn.Module, session: Session, data: ProblemBatches) -> None:
     """Score the validation set and the test sets, for evaluation.json."""
-    figures = {}
-    for name, problems in {session.cfg.val_path: data.sets.val, **data.sets.tests}.items():
-        table = score(model, problems, session.cfg, session.world)
-        figures[name] = {**summary(table), "n": len(table)}
-    record_evaluation(session, figures)
+    cfg, world = session.cfg, session.world
+    sets = {cfg.val_path: data.sets.val, **data.sets.tests}
+    record_evaluation(session, {name: score(model, sets[name], cfg, world) for name in sets})
 
 
-# ---------------- Records and plan
-
-RESULTS = (
-    "run_id date git_commit seed d_model num_layers num_heads d_ff answer_format train_path "
-    "train_examples grammar operators operands_max depth_max optimizer learning_rate muon_lr "
-    "batch_size sequence_length num_iterations final_val_loss best_val_loss exact_match "
-    "eos_after_gold train_time_ms ms_per_step gpu_name n_gpus notes stage status "
-    "steps_done n_params tokens_seen epochs peak_memory_mib torch world_size code_sha256 dirty"
-).split()
-COLUMN_KNOBS = {"d_model": "n_embd", "num_layers": "n_layer", "num_heads": "n_head"}
-COLUMN_KNOBS |= {"learning_rate": "lr"}
-
-
-def count_parameters(cfg: Knobs) -> int:
-    with torch.device("meta"):
-        return sum(p.numel() for p in CompactTransformer(cfg).parameters())
-
-
-def flops_per_token(cfg: Knobs) -> int:
-    """Forward and backward pass: 6 per weight, and causal attention."""
-    return 6 * count_parameters(cfg) + 6 * cfg.n_layer * cfg.sequence_length * cfg.n_embd
-
-
-def facts_of(cfg: Knobs, world: World, data: ProblemBatches) -> dict[str, object]:
-    """What the head of the log says beside the knobs."""
-    return {
-        "Configuration": cfg.config or "none",
-        **gpu_facts(world, cfg.fp16),
-        "Vocabulary size": len(VOCABULARY),
-        "Model parameters": f"{count_parameters(cfg) / 1e6:.2f}M",
-        **data.facts,
-    }
+# ---------------- Plan
 
 
 def plan(cfg: Knobs, world: World) -> dict[str, object]:
     """What --dry_run shows. Raises UserError for what the run would refuse."""
-    data = open_data(cfg, world)
-    tokens = data.step_tokens * data.total_steps
-    return {
-        "parameters": f"{count_parameters(cfg):,}",
-        "training tokens": f"{tokens:,} in {data.total_steps} steps",
-        "compute": f"{flops_per_token(cfg) * tokens:.3g} FLOPs",
-        **facts_of(cfg, world, data),
-    }
+    check_compiler(cfg.compile, cfg.device)
+    with torch.device("meta"):
+        model = CompactTransformer(cfg)
+    return plan_problems(model, world, ProblemBatches(DataSets(cfg), cfg, world))
 
 
 # ---------------- Training
@@ -524,12 +431,6 @@ def seed_dropout(cfg: Knobs, step: int) -> None:
         torch.manual_seed(int(words[0]))
 
 
-def sum_loss(logits_BTV: Tensor, y_BT: Tensor) -> Tensor:
-    """Summed cross-entropy of the labels."""
-    flat = logits_BTV.flatten(0, 1)
-    return F.cross_entropy(flat, y_BT.flatten(), ignore_index=IGNORE, reduction="sum")
-
-
 def batch_metrics(logits_BTV: Tensor, y_BT: Tensor, cfg: Knobs) -> dict[str, Tensor]:
     """This rank's number of labels, and its right answers over BATCH_SIZE; the rows that the last
     batch of an epoch may lack count as wrong."""
@@ -541,48 +442,38 @@ def batch_metrics(logits_BTV: Tensor, y_BT: Tensor, cfg: Knobs) -> dict[str, Ten
     return metrics
 
 
-def compile_model(model: CompactTransformer, cfg: Knobs) -> None:
-    """With COMPILE=1; the blocks are alike, and one compilation serves all of them."""
-    check_compiler(cfg.compile, cfg.device)
-    if cfg.compile:
-        for block in model.blocks:
-            block.compile(dynamic=True)
-
-
 def run_backward_pass(
-    model: CompactTransformer,
-    scaler: torch.amp.GradScaler,
-    x_BT: Tensor,
-    y_BT: Tensor,
-    num_labels: Tensor,
+    model: CompactTransformer, scaler: GradScaler, x_BT: Tensor, y_BT: Tensor, num_labels: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Adds the gradients of this rank's rows; their share of the mean loss, and their metrics."""
     with autocast(model.cfg, x_BT.device):
         logits = model(x_BT).float()
-    loss = sum_loss(logits, y_BT) / num_labels
+    flat, labels = logits.flatten(0, 1), y_BT.flatten()
+    loss_sum = F.cross_entropy(flat, labels, ignore_index=IGNORE, reduction="sum")
+    loss = loss_sum / num_labels
     scaler.scale(loss).backward()
     return loss.detach(), batch_metrics(logits.detach(), y_BT, model.cfg)
 
 
 def train(cfg: Knobs, world: World, session: Session, data: ProblemBatches) -> None:
-    rows = world.share(cfg.batch_size)
-    model = CompactTransformer(cfg, first_row=rows.start)
+    model = CompactTransformer(cfg, first_row=world.share(cfg.batch_size).start)
     model.init_weights(cfg.seed)
     model.to(world.device).train()
-    compile_model(model, cfg)
+    if cfg.compile:
+        for block in model.blocks:  # they are alike: one compilation serves all of them
+            block.compile(dynamic=True)
     gradients = flat_gradients(model)
     optimizers = make_optimizers(model, cfg)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=cfg.fp16)
+    scaler = GradScaler(world.device.type, enabled=cfg.fp16)
     backward_pass = partial(run_backward_pass, model, scaler)
     if cfg.uses_cuda_graph:  # see there what the model may not do then
         backward_pass = CudaGraph(backward_pass, world.device)
     state = TrainState()
     record = EpochRecord()
-    session.describe(model, flops_per_token(cfg), facts_of(cfg, world, data))
+    session.describe(model, flops_per_token(model), facts_of(model, world, data))
     saved = dict(model=model, optimizers=optimizers, scaler=scaler, state=state, record=record)
     session.restore(**saved)
-    make = lambda step: data.make(step, state.switches)
-    prefetch = Prefetch(make, state.step, world.device)
+    prefetch = Prefetch(lambda step: data.make(step, state.switches), state.step, world.device)
 
     while True:
         # -------- clock stopped: evaluate, save, leave --------
@@ -590,8 +481,8 @@ def train(cfg: Knobs, world: World, session: Session, data: ProblemBatches) -> N
             state.skipped += stats.skipped
             state.hear(stats, cfg, session.say)
             record.hear(stats, session, stats.metrics["scored_tokens"])
-        if session.should_validate:
-            evaluate(model, session, data, state, record)
+        if session.should_validate and evaluate(model, session, data, record):
+            save_models(["checkpoint_best.pt"], model, [], session, state, data)
         if session.should_save:
             # Models first: a run killed in between resumes before this step and writes them again.
             names = record.model_names(state.step, session)
@@ -613,9 +504,8 @@ def train(cfg: Knobs, world: World, session: Session, data: ProblemBatches) -> N
         overflow = ~norms.isfinite().all() & cfg.fp16
         scale = lr_scale(state.step - state.skipped, cfg, data.total_steps)
         state.step += 1
-        figures = (state.step, loss, cfg.lr * scale, norms, overflow)
         # Exchanges the figures. On the device: whether the update may be applied.
-        all_finite = session.step(*figures, **metrics)
+        all_finite = session.step(state.step, loss, cfg.lr * scale, norms, overflow, **metrics)
         for optimizer in optimizers:
             optimizer.step(optimizer.peak_lr * scale, all_finite)
         scaler.update()
@@ -627,31 +517,19 @@ def train(cfg: Knobs, world: World, session: Session, data: ProblemBatches) -> N
 
 
 def main() -> int:
-    cfg = read_settings(sys.argv[1:], os.environ)
+    cfg = read_problem_knobs(Knobs, PRESETS, __doc__)
     if cfg.dry_run:
         return show_plan(cfg, plan, RESULTS)
     with join_world(cfg.device) as world:
-        data = open_data(cfg, world)
-        val_every, save_every = intervals(cfg, data.epoch_steps, data.total_steps)
+        check_compiler(cfg.compile, cfg.device)
+        data = ProblemBatches(DataSets(cfg), cfg, world)
         session = Session(
             cfg,
             world,
-            total_steps=data.total_steps,
-            tokens_per_step=data.step_tokens,
-            data={"training": data.content},
-            columns=RESULTS,
-            column_knobs=COLUMN_KNOBS,
+            **session_options(cfg, data),
             presets=PRESETS,
             resume_may_differ=RESUME_MAY_DIFFER,
             sources=[__file__, arithmetic.__file__],
-            steps_per_epoch=data.epoch_steps or None,
-            val_every=val_every,
-            save_every=save_every,
-            validate_at_start=False,
-            log_every=cfg.log_interval,
-            metrics=PROBLEM_METRICS,
-            named_by="OUTPUT_DIR" if cfg.output_dir else "RUN_ID",
-            out_of_memory="lower BATCH_SIZE",
         )
         with session:
             train(cfg, world, session, data)

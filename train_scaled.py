@@ -44,7 +44,7 @@ from plumbing.byte_records import BYTE_METRICS, export_saved, record_validation
 from plumbing.data import Prefetch
 from plumbing.device import CudaGraph, check_compiler, choose_precision, choose_rows, compile_parts
 from plumbing.exports import check_run_fits, read_model_weights, run_bytes
-from plumbing.plan import count_flops, plan_facts
+from plumbing.plan import WhenShown, count_flops, plan_facts
 from plumbing.rollback import roll_back
 from plumbing.row_states import RowStates, row_states
 from plumbing.row_states import State as StateOfRows
@@ -931,8 +931,8 @@ def plan(cfg: Knobs, world: World) -> dict[str, object]:
         model = ByteLM(cfg)
         facts = plan_facts(cfg, world, model, probe_backward)
         needed_mib = run_bytes(model, row_states(model, world), cfg.keep) / 2**20
-    flops = flops_per_byte(cfg) * cfg.batch_size * cfg.sequence_length * cfg.num_iterations
-    facts["compute"] = f"{flops:.3g} FLOPs"
+    trained_bytes = cfg.batch_size * cfg.sequence_length * cfg.num_iterations
+    facts["compute"] = WhenShown(lambda: f"{flops_per_byte(cfg) * trained_bytes:.3g} FLOPs")
     facts["disk"] = f"up to {needed_mib:,.0f} MiB at KEEP={cfg.keep}"
     return facts | text_facts(cfg, world, PATCH)
 

@@ -25,6 +25,18 @@ def planned_world() -> World:
     return World(0, int(os.environ.get("WORLD_SIZE", 1)), torch.device("cpu"))
 
 
+class WhenShown:
+    """A fact of a plan that takes a while to find out: `find` is called when the text is asked for.
+    A study plans many runs, and shows few facts of each.
+    """
+
+    def __init__(self, find: Callable[[], str]):
+        self.find = find
+
+    def __str__(self) -> str:
+        return self.find()
+
+
 def plan_facts(
     cfg: object, world: World, model: nn.Module, run_step: Callable[[nn.Module, int], None]
 ) -> dict[str, object]:
@@ -33,11 +45,16 @@ def plan_facts(
     """
     num_params = sum(p.numel() for p in model.parameters())
     rows = cfg.device_batch_size or 1
-    memory = estimate_mib(num_params, rows, partial(run_step, model))
+
+    def memory() -> str:
+        with torch.device("meta"):
+            most = estimate_mib(num_params, rows, partial(run_step, model))
+        return f"at most about {most:,} MiB per rank with {rows} of them at a time"
+
     return {
         "parameters": f"{num_params:,}",
         "batch": f"{cfg.batch_size} sequences on {world.size} rank(s)",
-        "memory": f"at most about {memory:,} MiB per rank with {rows} of them at a time",
+        "memory": WhenShown(memory),
     }
 
 

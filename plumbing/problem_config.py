@@ -5,6 +5,8 @@ whose sections are the knobs' headings in --help; a key of theirs that can have 
 is refused with any other. The device is settled before a file is opened, with the original's words.
 """
 
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,13 +38,16 @@ def yaml_keys(cls: type) -> dict[str, str]:
 def read_problem_knobs(
     cls: type[Knobs],
     presets: Mapping[str, Mapping],
-    argv: Sequence[str],
-    env: Mapping[str, str],
     doc: str,
+    argv: Sequence[str] | None = None,
+    env: Mapping[str, str] | None = None,
 ) -> Knobs:
-    """Knobs from flags over environment over --set over the file of --config over defaults.
-    OUTPUT_DIR stands for LOGS_FOLDER and RUN_ID. Raises UserError, as config.py does, and
-    RuntimeError where GPU_ONLY=1 or FP16=1 cannot be kept."""
+    """Knobs from flags over environment over --set over the file of --config over defaults; flags
+    and environment are the process's own unless others are given. OUTPUT_DIR stands for LOGS_FOLDER
+    and RUN_ID. Raises UserError, as config.py does, and RuntimeError where GPU_ONLY=1 or FP16=1
+    cannot be kept."""
+    argv = sys.argv[1:] if argv is None else argv
+    env = os.environ if env is None else env
     say = print if env.get("RANK", "0") == "0" else lambda line: None
 
     def settle(given: Mapping[str, object]) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """problem_knobs.py -- the knobs of a run that trains on problems, from files or drawn, in epochs.
 
 Promises: the sets and the batches are the only ones that move a loss; the others,
-PROBLEM_RUN_KNOBS, may differ when a run is resumed. Names and defaults are those of
+PROBLEM_RUN_KNOBS, may differ when a run is resumed. Whoever lacks a file of records is told the
+command that makes it. Names and defaults are those of
 github.com/Nishal14/Step-free-arithmetic-transformers.
 """
 
@@ -36,6 +37,8 @@ class ProblemKnobs:
     results_file: str = knob(str(ROOT / "experiments/results_arith.csv"), "gets one row per run")
     num_epochs: int = knob(50, "passes over the training set", low=1, group="training")
     num_iterations: int | None = knob(None, "steps; auto: from NUM_EPOCHS", low=0, none="auto")
+    eval_interval: int = knob(5, "epochs between validations", low=1)
+    save_interval: int = knob(10, "epochs between saved models", low=1)
     batch_size: int = knob(32, "examples per step, over all ranks", low=1)
     curriculum_exact: float = knob(
         0.0, "exact match of training batches that adds an operand; 0: off", low=0, high=1
@@ -71,6 +74,22 @@ class ProblemKnobs:
             raise ValueError(f"CURRICULUM_EXACT {what}: set ANSWER_ONLY_LOSS=1 to measure it")
 
 
+def how_to_make(path: str) -> str:
+    """The command for a file of records that is not there: pilot_* as for configs/pilot.yaml,
+    others as for configs/honest.yaml."""
+    prefix = Path(path).name.split("_")[0]
+    sizes = "--num-train 0 --num-val 0 --num-test 1000 --minimal-pairs 1000"
+    program = "generate_pilot_dataset.py"
+    if "_depth" in Path(path).name:
+        sizes = "--depths 3 4 5 --size 1000 --controls"
+        program = "generate_depth3_dataset.py"
+    command = f"make it with: python scripts/arith/{program} --output-dir {Path(path).parent}"
+    if prefix == "pilot":
+        return command
+    return f"{command} --prefix {prefix} --operators=+- --held-out --dedup {sizes}"
+
+
 # Of the files, ProblemBatches.content is compared.
 PROBLEM_RUN_KNOBS = [*RUN_KNOBS, "config", "output_dir", "gpu_only", "log_interval"]
+PROBLEM_RUN_KNOBS += ["eval_interval", "save_interval"]
 PROBLEM_RUN_KNOBS += ["tracker_project", "train_path", "val_path", "test_path"]

@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import nn
 
 from plumbing.checkpoints import save_json, save_weights
 from plumbing.epochs import epoch_of
 from plumbing.problem_batches import ProblemBatches
+from plumbing.problem_scores import summary
 from plumbing.session import Session
 from plumbing.world import World
 
@@ -68,8 +70,10 @@ def save_models(
         session.say(f"Saved checkpoint to {session.folder / name}")
 
 
-def record_evaluation(session: Session, figures: Mapping[str, Mapping[str, float]]) -> None:
-    """Write evaluation.json: what was found on each set, by its name, and its size "n"."""
+def record_evaluation(session: Session, tables: Mapping[str, np.ndarray]) -> None:
+    """Write evaluation.json: what the score table of each set, by its name, comes to, and the
+    number "n" of its problems."""
+    figures = {name: {**summary(table), "n": len(table)} for name, table in tables.items()}
     for name, found in figures.items():
         session.say(
             f"{name}: n:{found['n']} exact_match:{found['exact_match']:.4f} "

@@ -39,23 +39,23 @@ class Problems:
     def rows(self, index: np.ndarray | slice) -> "Problems":
         return Problems(*(column[index] for column in self.columns))
 
+    @classmethod
+    def joined(cls, parts: Sequence["Problems"]) -> "Problems":
+        """One table of several that are equally wide."""
+        columns = zip(*(part.columns for part in parts), strict=True)
+        return cls(*map(np.concatenate, columns))
 
-def joined(parts: Sequence[Problems]) -> Problems:
-    """One table of several that are equally wide."""
-    columns = zip(*(part.columns for part in parts), strict=True)
-    return Problems(*map(np.concatenate, columns))
-
-
-def packed(questions: np.ndarray, answers: np.ndarray, values_N: np.ndarray) -> Problems:
-    """Problems from ids with holes: of what stands before the answers, BOS included, and of the
-    answers without EOS."""
-    ends = np.full((len(questions), 1), EOS)
-    wide = np.concatenate([questions, answers, ends], 1)
-    so_far = (wide >= 0).cumsum(1)  # how many tokens there are up to every column
-    rows, columns = np.nonzero(wide >= 0)
-    tokens_NT = np.zeros(wide.shape, np.uint8)
-    tokens_NT[rows, so_far[rows, columns] - 1] = wide[rows, columns]
-    return Problems(tokens_NT, so_far[:, -1], so_far[:, questions.shape[1] - 1], values_N)
+    @classmethod
+    def packed(cls, questions: np.ndarray, answers: np.ndarray, values_N: np.ndarray) -> "Problems":
+        """From ids with holes: of what stands before the answers, BOS included, and of the answers
+        without EOS."""
+        ends = np.full((len(questions), 1), EOS)
+        wide = np.concatenate([questions, answers, ends], 1)
+        so_far = (wide >= 0).cumsum(1)  # how many tokens there are up to every column
+        rows, columns = np.nonzero(wide >= 0)
+        tokens_NT = np.zeros(wide.shape, np.uint8)
+        tokens_NT[rows, so_far[rows, columns] - 1] = wide[rows, columns]
+        return cls(tokens_NT, so_far[:, -1], so_far[:, questions.shape[1] - 1], values_N)
 
 
 def inputs_and_labels(

@@ -307,7 +307,9 @@ def stage_rows(rows: Sequence[Row], a: argparse.Namespace) -> tuple[list[Row], S
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     p.add_argument("a", metavar="A", help="the reference: run ids, or COLUMN=VALUE,...")
     p.add_argument("b", metavar="B", help="what is compared with it")

@@ -268,7 +268,9 @@ CHECKS: tuple[Callable[[argparse.Namespace], Iterator[Finding]], ...] = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--device", choices=("any", "cuda"), default="any", help="what you need")
     args = parser.parse_args(argv)

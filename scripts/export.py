@@ -124,7 +124,9 @@ def export(out: Path, model: nn.Module, facts: dict[str, object], form: str = "p
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     runs.add_run_options(parser)
     add = parser.add_argument

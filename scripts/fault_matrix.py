@@ -187,7 +187,9 @@ def summary(cells: list[Cell], seconds: float) -> dict[str, object]:
 
 def main() -> int:
     p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     p.add_argument("--long", action="store_true", help="every fault with every trainer")
     p.add_argument("--torchrun", action="store_true", help="start two ranks by torchrun")

@@ -100,7 +100,9 @@ def drawn_claims(table: np.ndarray) -> float:
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add_data_options(p)
     p.add_argument("--stages", type=Path, required=True, metavar="TOML",

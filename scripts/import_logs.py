@@ -99,7 +99,9 @@ def show_difference(first: Path, second: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     p.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="log files of runs")
     p.add_argument("--stage", default="imported", help="stage of the rows (default imported)")

@@ -112,7 +112,9 @@ class Side:
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     p.add_argument(
         "text", nargs="+", type=Path, metavar="TEXT", help="UTF-8 files, or folders of .txt files"

@@ -144,7 +144,9 @@ def draw(kind: str, groups: Sequence[Group], table: Table, title: str):
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     p.add_argument("runs", nargs="*", metavar="RUN_ID", help="runs to draw, or --stage")
     p.add_argument("--stage", help="draw the finished runs of this stage")

@@ -54,7 +54,9 @@ def show_sequential(a: argparse.Namespace) -> None:
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = p.add_argument
     add("--sd", type=float, required=True, metavar="NATS", help="standard deviation between seeds")

@@ -189,7 +189,9 @@ def server(a: argparse.Namespace) -> ThreadingHTTPServer:
 
 def main(argv: Sequence[str] | None = None) -> None:
     p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add_data_options(p, many=True)
     p.add_argument(

@@ -145,7 +145,9 @@ def show_study(study: Study, runs: Sequence[Progress], ignored: str) -> None:
 
 def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     p.add_argument(
         "file", type=Path, metavar="FILE", help="the study, such as experiments/studies/mini.toml"
@@ -181,7 +183,11 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument(
         "--results_file", "--results-file", type=Path, metavar="CSV", help="default: the trainer's"
     )
-    a = p.parse_args(argv)
+    return p.parse_args(argv)
+
+
+def check_arguments(a: argparse.Namespace) -> None:
+    """Raise UserError for flags that say nothing, or do not go together."""
     for name, low in (("nproc", 1), ("nodes", 1), ("retries", 0)):
         if (value := getattr(a, name)) is not None and value < low:
             raise UserError(f"--{name} {value}: expected a whole number >= {low}")
@@ -192,11 +198,11 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             "--nodes goes with --slurm DIR, which writes job files; this machine alone runs "
             "without it (on several machines by hand, see torchrun --nnodes)"
         )
-    return a
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     a = read_arguments(argv)
+    check_arguments(a)
     study = read_study(a.file, changes=dict(text.split("=", 1) for text in a.set))
     if a.stage:
         names = [s.strip() for s in a.stage.split(",") if s.strip()]

@@ -86,7 +86,9 @@ def check_targets(targets: Sequence[Path], sources: Sequence[Path], rows: Sequen
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add_data_options(p, many=True)
     p.add_argument("--out-dir", type=Path, metavar="DIR", default=ROOT / "experiments")

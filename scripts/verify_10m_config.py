@@ -16,11 +16,16 @@ import torch
 
 from plumbing import ROOT, launch
 from plumbing.config import read_yaml
-from plumbing.problem_config import FIXED, yaml_keys
-from train_arith import Knobs, count_parameters, read_settings
+from plumbing.problem_config import FIXED, read_problem_knobs, yaml_keys
+from train_arith import PRESETS, CompactTransformer, Knobs
 
 TARGET, TOLERANCE = 10_000_000, 0.10
 RULE = "=" * 60
+
+
+def count_parameters(cfg: Knobs) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in CompactTransformer(cfg).parameters())
 
 
 def memory_mib(cfg: Knobs) -> int:
@@ -54,13 +59,15 @@ def gpu_ready(needed_mib: int) -> bool:
 
 def main() -> int:
     p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     config = str(ROOT / "configs/scale_10m.yaml")
     p.add_argument("--config", default=config, help="default configs/scale_10m.yaml")
     p.add_argument("--no-gpu", action="store_true", help="do not look for a GPU")
     a = p.parse_args()
-    cfg = read_settings([f"--config={a.config}"], {})
+    cfg = read_problem_knobs(Knobs, PRESETS, "", [f"--config={a.config}"], {})
     names = yaml_keys(Knobs)
     texts = read_yaml(a.config, names, FIXED)
     print(f"{RULE}\n10M Scaling Config Verification\n{RULE}\n{a.config}")

@@ -87,27 +87,34 @@ class Hub:
             return self._list(r)
         folder, _, rest = r.path.partition("/resolve/")
         name = rest.partition("/")[2]
-        if folder != f"/datasets/{self.repo}" or name not in self.files:
-            r.send_response(404)
-            if folder == f"/datasets/{self.repo}":
-                r.send_header("X-Error-Code", "EntryNotFound")
-                r.send_header("X-Repo-Commit", COMMIT)
-            r.send_header("Content-Length", "0")
-            r.end_headers()
-            return
+        if folder != f"/datasets/{self.repo}":
+            return self._refuse(r, 404)
+        if name not in self.files:
+            return self._refuse(r, 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
         if status := self.refusals.get(name):
-            r.send_response(status)
-            r.send_header("Content-Length", "0")
-            r.end_headers()
-            return
-        data, fault = self.files[name], ""
+            return self._refuse(r, status)
+        fault = self._next_fault(name) if body else ""
+        self._send(r, self.files[name], body, fault)
+
+    def _refuse(
+        self, r: BaseHTTPRequestHandler, status: int, headers: dict[str, str] | None = None
+    ) -> None:
+        r.send_response(status)
+        for name, value in ((headers or {}) | {"Content-Length": "0"}).items():
+            r.send_header(name, value)
+        r.end_headers()
+
+    def _next_fault(self, name: str) -> str:
+        """What goes wrong with this request for a file; it is counted."""
+        self.gets.append(name)
+        if every := self.faults.get(name + "!"):
+            return every
+        words = self.faults.get(name)
+        return words.pop(0) if words else ""
+
+    def _send(self, r: BaseHTTPRequestHandler, data: bytes, body: bool, fault: str) -> None:
+        """The file, or the part of it that is asked for, as far as the fault lets it."""
         digest = hashlib.sha256(data).hexdigest()
-        if body:
-            self.gets.append(name)
-            if every := self.faults.get(name + "!"):
-                fault = every
-            elif words := self.faults.get(name):
-                fault = words.pop(0)
         if fault == "flip":
             data = data[:-1] + bytes([data[-1] ^ 1])
         start, stop, asked = 0, len(data), r.headers.get("Range", "")

@@ -38,6 +38,8 @@ from lib_hooks import hooked
 import arithmetic
 import train_arith
 from plumbing import ROOT, UserError, World, join_world, write_whole
+from plumbing.problem_batches import ProblemBatches
+from plumbing.problem_config import read_problem_knobs
 from plumbing.problems import inputs_and_labels
 
 CONFIGS = {"0.66M": "configs/honest.yaml", "10.65M": "configs/honest_10m.yaml"}
@@ -82,13 +84,14 @@ def part_step(a: argparse.Namespace, world: World) -> Iterator[tuple[str, Row]]:
 
 
 def read_knobs(config: str) -> train_arith.Knobs:
-    return train_arith.read_settings([f"--config={ROOT / config}", *FRESH], {})
+    flags = [f"--config={ROOT / config}", *FRESH]
+    return read_problem_knobs(train_arith.Knobs, train_arith.PRESETS, "", flags, {})
 
 
 def data_row(a: argparse.Namespace) -> dict[str, float]:
     """All operand counts are drawn, as at the end of the curriculum."""
     cfg = read_knobs(CONFIGS["0.66M"])
-    data = train_arith.open_data(cfg, World(0, 1, torch.device("cpu")))
+    data = ProblemBatches(arithmetic.DataSets(cfg), cfg, World(0, 1, torch.device("cpu")))
     switches = range(cfg.operands_max - cfg.operands_min)
     steps = max(1, a.examples // cfg.batch_size)
     started = time.process_time()
@@ -164,7 +167,9 @@ def run_part(part: str, a: argparse.Namespace, world: World, facts: dict, stop_a
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     number = dict(type=int, metavar="N")
     p.add_argument("--parts", nargs="*", default=list(PARTS), metavar="PART", help="default: all")

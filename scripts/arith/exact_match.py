@@ -22,7 +22,7 @@ Raises   UserError: no such checkpoint or data set, ranges with too few expressi
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import lib_heads as heads
@@ -34,9 +34,19 @@ import arithmetic
 import train_arith
 from arithmetic import EOS
 from plumbing import UserError
+from plumbing.problem_scores import SCORES, summary
 from plumbing.problems import Problems
 
 SETS = "flat paren depth3 depth3_control depth4 depth4_control depth5 depth5_control".split()
+
+
+def flags_of(changes: Mapping[str, int]) -> str:
+    """A cell in the words of the command line."""
+    if "depth_min" in changes:
+        return f"the cell of {changes['operands_min']} operands, depth {changes['depth_min']}"
+    if "operand_min" in changes:
+        return f"--digits {len(str(changes['operand_max']))}"
+    return f"--operands {changes['operands_min']}"
 
 
 def drawn(s: Subject, items: int, **changes: int) -> tuple[Problems, int]:
@@ -46,11 +56,12 @@ def drawn(s: Subject, items: int, **changes: int) -> tuple[Problems, int]:
     try:
         language = replace(s.language, operands_weights="", **changes)
     except ValueError as error:
-        raise UserError(f"{changes}: {error}") from None
+        what = f"leave it out, or take another model ({error})"
+        raise UserError(f"{flags_of(changes)}: {what}") from None
     try:
         found = arithmetic.draw_split(language, np.random.default_rng(0), items, "test")
     except UserError as error:
-        raise UserError(f"--items {items} at {changes}: {error}") from None
+        raise UserError(f"--items {items} at {flags_of(changes)}: {error}") from None
     fits = heads.writable(s, found.values_N)
     return found.rows(np.flatnonzero(fits)), int((~fits).sum())
 
@@ -78,8 +89,8 @@ def row_of(
             f"{sweep} {cell}: {s.name} writes {s.digits} digits, too few for any; leave it out"
         )
     table = train_arith.score(s.model, problems, s.cfg, s.world)
-    mean, n = train_arith.summary(table), len(problems)
-    low, high = tables.wilson(table[:, train_arith.SCORES.index("exact")].sum(), n)
+    mean, n = summary(table), len(problems)
+    low, high = tables.wilson(table[:, SCORES.index("exact")].sum(), n)
     without = [
         arithmetic.evaluate_expr(re.sub(r"[()]", "", e))
         for e in arithmetic.exprs_of(problems, s.language)

@@ -18,12 +18,13 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/: lib adds the checkout
 
 import lib_arith as lib
+from lib.program import launch
 
 from arithmetic import depth_labels
-from plumbing import UserError, launch
+from plumbing.knobs import UserError
 
 MOST = 6  # operands of a controlled expression
 
@@ -80,7 +81,9 @@ class Deep(lib.Draws):
 
 def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     p.add_argument(
         "--size", type=int, default=100, metavar="N", help="records of each depth; default 100"

@@ -19,12 +19,13 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/: lib adds the checkout
 
 import lib_arith as lib
+from lib.program import launch
 
 from arithmetic import Language, evaluate_expr, problems_of, templates
-from plumbing import UserError, launch
+from plumbing.knobs import UserError
 
 
 class Splits(lib.Draws):
@@ -103,7 +104,9 @@ class Splits(lib.Draws):
 
 def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     for name, size in (("train", 2000), ("val", 200), ("test", 100)):
         what = "each of the two test files" if name == "test" else name

@@ -1,5 +1,6 @@
 """lib_arith.py -- what the programs that make arithmetic records share: the original's order of
-draws, files, and what the drawn operands cost whoever has to guess them."""
+draws, files, and what the drawn operands cost whoever has to guess them. It needs no torch, so that
+these programs start at once."""
 
 import argparse
 import json
@@ -8,6 +9,8 @@ import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
+
+from lib.program import write_whole
 
 from arithmetic import (
     BUCKET_OF,
@@ -20,7 +23,7 @@ from arithmetic import (
     shares,
     templates,
 )
-from plumbing import ROOT, UserError, write_whole
+from plumbing.knobs import ROOT, UserError
 from plumbing.problems import Problems
 
 OPERATORS = "+-*"
@@ -126,10 +129,7 @@ def same_length(n: int, depths: range, grammar: str) -> dict[int, list[str]]:
 
 def write_records(path: Path, records: Sequence[dict]) -> None:
     text = "".join(json.dumps(record) + "\n" for record in records)
-    try:
-        write_whole(path, text.encode())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); free space") from None
+    write_whole(path, text)
     lengths = [len(r["expr"]) for r in records]
     depths = sorted({max(r["depth"]) for r in records})
     different, parens = len({r["expr"] for r in records}), sum("(" in r["expr"] for r in records)

@@ -32,6 +32,7 @@ import plumbing
 import train_arith
 from arithmetic import EOS, PAD
 from plumbing import ROOT, UserError, World
+from plumbing.problem_scores import SCORES
 from plumbing.problems import GENERATE, SAMPLE_TAG, Problems
 from train_arith import CompactTransformer, Knobs
 
@@ -70,7 +71,7 @@ def need(*modules: str) -> None:
 def parser(doc: str, several: bool = False, data: bool = True) -> argparse.ArgumentParser:
     """The flags that the programs share. With `several`, --checkpoint takes one model per seed."""
     p = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     what = "a checkpoint_best.pt, or the folder of a run" + (
         "; several: one per seed" if several else ""
@@ -321,8 +322,8 @@ def measure(
         rows = np.arange(at, min(at + batch, len(problems)))
         part = problems.rows(rows)
         with s.model.hooks(hooks(rows, int(part.lengths_N.max()) - 1)):
-            table = train_arith.teacher_forced(s.model, part, s.cfg, s.world.device)
-        t = dict(zip(train_arith.SCORES, table.cpu().numpy().T, strict=True))
+            table = train_arith.teacher_forced(s.model, part, s.cfg, s.world)
+        t = dict(zip(SCORES, table.cpu().numpy().T, strict=True))
         out[rows] = np.stack([t["exact"], -t["answer_loss"] / t["answer_tokens"], t["end_ok"]], 1)
     return out
 

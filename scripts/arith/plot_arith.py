@@ -215,7 +215,9 @@ def examples_figure(groups: Sequence[Sequence[Trained]]):
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     which = p.add_mutually_exclusive_group(required=True)
     which.add_argument(

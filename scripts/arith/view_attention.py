@@ -14,6 +14,7 @@ Raises   UserError: no such checkpoint or layer, no expression
 """
 
 import argparse
+import re
 from collections.abc import Sequence
 
 import lib_heads as heads
@@ -44,6 +45,20 @@ def read_and_answer(s: Subject, expr: str, gold: bool) -> tuple[list[int], str, 
     start, text = int(problems.starts_N[0]), problems.tokens_NT[0, : problems.lengths_N[0]].tolist()
     (own,) = heads.generate(s, [text[:start]], len(text) - start + 2)
     return (text if gold else text[:start] + own), arithmetic.decode(own), value
+
+
+def read_answer(text: str, answer_format: str) -> int | None:
+    """The value that `text` writes; None where it writes none."""
+    if answer_format == "plain":
+        return int(text) if re.fullmatch(r"-?[0-9]+", text) else None
+    if answer_format == "complement_bare" and text:
+        text += "-" if text[-1] >= "5" else "+"
+    if not re.fullmatch(r"[0-9]+[+-]", text):
+        return None
+    body = int(text[-2::-1])
+    if text[-1] == "+":
+        return body
+    return -body if answer_format == "reversed" else body - 10 ** (len(text) - 1)
 
 
 @torch.no_grad()
@@ -93,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--layer {a.layer}: {s.name} has layers 0 to {s.cfg.n_layer - 1}; choose one"
         )
     tokens, answer, value = read_and_answer(s, a.expr, a.gold)
-    found = arithmetic.read_answer(answer, s.cfg.answer_format)
+    found = read_answer(answer, s.cfg.answer_format)
     says = f"{answer!r}" if found is None else str(found)
     verdict = "right" if found == value else "wrong"
     title = f"{s.name}: {a.expr} = {value}; the model says {says}, {verdict}"

@@ -102,7 +102,9 @@ def rows_of(sides: Sequence[Side]) -> list[dict]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     program.add_results_option(parser, file="experiments/results_hamt.csv")
     parser.add_argument("--stage", default="hamt_rates", help="stage of a study (hamt_rates)")

@@ -123,7 +123,7 @@ def add_speed_only(flags: Flags) -> None:
 
 def arguments(argv: Sequence[str] | None, doc: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add_models(Flags(parser, "models"))
     add_text(Flags(parser, "text"))

@@ -121,7 +121,9 @@ def count(cfg: train_gpu.Knobs, T: int) -> dict[str, object]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     presets = tuple(train_gpu.PRESETS)
     parser.add_argument("--preset", choices=presets, default="100m", help="of train_gpu.py (100m)")

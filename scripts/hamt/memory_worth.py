@@ -108,7 +108,9 @@ def figure_of(rows: Sequence[dict], caption: str) -> object:
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--run", nargs="+", required=True, metavar="ID", help="runs with the memory")

@@ -266,7 +266,9 @@ def part_length(a: argparse.Namespace, world: World) -> list[dict]:
 
 def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add, parts = p.add_argument, ",".join(PARTS)
     add("--parts", default=parts, metavar="X,...", help=f"default {parts}")

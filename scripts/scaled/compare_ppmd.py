@@ -49,7 +49,9 @@ def model_bits(path: Path, val: TokenShards, device: torch.device) -> float:
 
 def main(argv: Sequence[str] | None = None) -> None:
     p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     p.add_argument("--data", default="embedded", metavar="PATH", help="as DATA of train_scaled.py")
     p.add_argument("--train_bytes", type=int, metavar="N", help="PPMd's training text (all of it)")

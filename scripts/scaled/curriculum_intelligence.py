@@ -211,7 +211,9 @@ def continue_prompt(model: ByteLM, prompt: str, seed: int, a: argparse.Namespace
 
 def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = p.add_argument
     add("--run", metavar="ID", help="a run of train_scaled.py: its best_model_scaled.pth")

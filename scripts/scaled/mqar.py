@@ -184,7 +184,9 @@ def grid(models: dict[str, ByteLM], seed: int, a: argparse.Namespace) -> list[di
 
 def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = p.add_argument
     add("--knobs", nargs="*", default=[], metavar="name=value", help="of train_scaled.py")

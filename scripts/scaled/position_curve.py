@@ -263,7 +263,9 @@ def draw(path: Path, rows: list[dict[str, object]], reach: int | None, source: s
 
 def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     lib.add_model_options(p)
     p.add_argument(

@@ -4,7 +4,9 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 
+import forked
 import pytest
 import run_study
 from lib.board import Board
@@ -84,6 +86,19 @@ def test_the_studies_that_come_along_hold_the_runs_they_should(capsys, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
+def test_a_study_is_listed_without_a_pass_through_any_model(monkeypatch, capsys, tmp_path):
+    study = ROOT / "experiments/studies/scaled.toml"
+    module = read_study(study, {}).trainer.module
+
+    def measured(*_: object) -> None:
+        raise AssertionError("memory and FLOPs are not in the list")
+
+    monkeypatch.setattr(module, "probe_backward", measured)
+    options = ["--logs_folder", str(tmp_path), "--results_file", f"{tmp_path}/r"]
+    assert run_study.main([str(study), "--stage", "scaled_lr", "--dry_run", *options]) == 0
+    assert "5,346,995" in capsys.readouterr().out, "parameters"
+
+
 def test_the_table_fits_on_the_screen_and_shows_what_is_going_on(tmp_path):
     study = read_study(ROOT / "experiments/studies/gating.toml", {})
     cells = [Progress(c, c.default_id) for c in study.runs]
@@ -111,60 +126,59 @@ def test_the_table_fits_on_the_screen_and_shows_what_is_going_on(tmp_path):
     assert len(table) == 60 + 5 + 1
 
 
-def test_a_study_killed_twice_ends_with_one_row_per_cell_and_the_losses_of_an_undisturbed_one(
-    monkeypatch, tmp_path
-):
-    size = dict(
-        num_iterations=120,
-        warmdown_iters=60,
-        val_every=40,
-        save_every=5,
-        device_batch_size=16,
-        epochs_ok=1,
-    )
-    common = {k: v for k, v in (SMALL | size).items() if k != "compile"} | write_data(tmp_path)
+def three_cells(folder: Path) -> tuple[Path, dict]:
+    """A study of three cells, and its runs' knobs."""
+    size = dict(num_iterations=120, warmdown_iters=60, val_every=40, save_every=5)
+    size |= dict(device_batch_size=16, epochs_ok=1)
+    common = {k: v for k, v in (SMALL | size).items() if k != "compile"} | write_data(folder)
     knobs = "\n".join(f"{k} = {json.dumps(v)}" for k, v in common.items()) + "\ncompile = false\n"
     stage = '[stage.a]\nseeds = [1]\nbaseline = { attngate = "none" }\n'
     stage += 'grid = { attngate = ["none", "headwise", "elementwise"] }\n'
-    study = tmp_path / "study.toml"
+    study = folder / "study.toml"
     study.write_text(f'title = "T"\ntrainer = "train_gpt.py"\n[knobs]\n{knobs}{stage}')
-    options = (
-        "--logs_folder",
-        str(tmp_path / "logs"),
-        "--results_file",
-        str(tmp_path / "results.csv"),
-    )
-    cells = read_study(study, {}).runs
+    return study, {k: common[k] for k in (*size, "input_bin", "input_val_bin")}
 
-    def saved(cell) -> bool:
-        return bool(list((tmp_path / "logs" / cell.default_id).glob("step_??????")))
 
-    def status(cell) -> dict:
-        return json.loads((tmp_path / "logs" / cell.default_id / "status.json").read_text())
-
-    p = launcher(study, *options)
-    wait_for(lambda: saved(cells[0]))
-    os.killpg(
-        status(cells[0])["pid"], signal.SIGKILL
-    )  # the machine is gone: trainer and launcher at once
+def kill_at_the_first_checkpoint(p: forked.Program, run: Path) -> None:
+    """The machine is gone: trainer and launcher at once."""
+    wait_for(lambda: list(run.glob("step_??????")))
+    status = json.loads((run / "status.json").read_text())
+    os.killpg(status["pid"], signal.SIGKILL)
     os.killpg(p.pid, signal.SIGKILL)
     p.wait()
-    assert status(cells[0])["status"] == "running" and not lines(tmp_path / "results.csv")
+    assert json.loads((run / "status.json").read_text())["status"] == "running"
 
-    p = launcher(study, *options)
-    wait_for(lambda: saved(cells[1]))
+
+def stop_at_the_first_checkpoint(p: forked.Program, run: Path) -> str:
+    """As a queue does it; what was printed."""
+    wait_for(lambda: list(run.glob("step_??????")))
     p.send_signal(signal.SIGTERM)
     code, out = end_of(p)
-    assert code == 128 + signal.SIGTERM and f"stopped: {cells[1].default_id} at step" in out, out
-    assert f"resume: {cells[0].default_id} at step" in out
-    assert [(r["run_id"], r["status"]) for r in rows(tmp_path)] == [
-        (cells[0].default_id, "finished"), (cells[1].default_id, "preempted"),
-    ]  # fmt: skip
+    assert code == 128 + signal.SIGTERM and f"stopped: {run.name} at step" in out, out
+    return out
+
+
+def test_a_study_killed_twice_ends_with_one_row_per_cell_and_the_losses_of_an_undisturbed_one(
+    monkeypatch, tmp_path
+):
+    study, common = three_cells(tmp_path)
+    logs = tmp_path / "logs"
+    options = ("--logs_folder", str(logs), "--results_file", str(tmp_path / "results.csv"))
+    cells = read_study(study, {}).runs
+    names = [cell.default_id for cell in cells]
+
+    kill_at_the_first_checkpoint(launcher(study, *options), logs / names[0])
+    assert not lines(tmp_path / "results.csv")
+
+    out = stop_at_the_first_checkpoint(launcher(study, *options), logs / names[1])
+    assert f"resume: {names[0]} at step" in out
+    found = [(r["run_id"], r["status"]) for r in rows(tmp_path)]
+    assert found == [(names[0], "finished"), (names[1], "preempted")]
 
     code, out = end_of(launcher(study, *options))
     assert code == 0 and "T: 3 of 3 done" in out, out
     finished = [r for r in rows(tmp_path) if r["status"] == "finished"]
-    assert [r["run_id"] for r in finished] == [c.default_id for c in cells]
+    assert [r["run_id"] for r in finished] == names
     stages = tmp_path / "tables/study.toml"
     assert f"--stages {os.path.relpath(stages)}" in out
     assert 'baseline = { attn_gate = "none" }' in stages.read_text()
@@ -172,9 +186,8 @@ def test_a_study_killed_twice_ends_with_one_row_per_cell_and_the_losses_of_an_un
     straight = tmp_path / "straight"
     straight.mkdir()
     for cell, row in zip(cells, finished, strict=True):
-        knobs = size | dict(seed=cell.seed, attngate=cell.knobs.attngate, run_id=cell.default_id)
-        data = dict(input_bin=common["input_bin"], input_val_bin=common["input_val_bin"])
-        assert run_here(monkeypatch, straight, **knobs, **data)[0] == 0
+        own = dict(seed=cell.seed, attngate=cell.knobs.attngate, run_id=cell.default_id)
+        assert run_here(monkeypatch, straight, **common, **own)[0] == 0
         assert losses(straight, cell.default_id) == losses(tmp_path, cell.default_id)
         assert rows(straight)[-1]["final_val_loss"] == row["final_val_loss"]
         assert row["code_sha256"][:6] == cell.code

@@ -14,9 +14,11 @@ import numpy as np
 import torch
 
 import train_arith
-from arithmetic import Language, draw, encode, exprs_of
+from arithmetic import DataSets, Language, draw, encode, exprs_of
 from plumbing import World, list_checkpoints, read_checkpoint
-from train_arith import CompactTransformer, Knobs
+from plumbing.problem_batches import ProblemBatches
+from plumbing.problem_config import read_problem_knobs
+from train_arith import PRESETS, CompactTransformer, Knobs
 
 ROOT = Path(__file__).resolve().parents[2]
 torch.set_num_threads(1)  # two threads that wait for each other are slower than one
@@ -34,6 +36,15 @@ def model_of(seed: int = 1, kind: type = CompactTransformer, **knobs) -> Compact
         for p in model.parameters():  # larger than the init, so that attention and norms matter
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.2)
     return model.eval()
+
+
+def settings(*flags: str | Path, env: dict[str, str] | None = None) -> Knobs:
+    """The knobs as train_arith.py reads them."""
+    return read_problem_knobs(Knobs, PRESETS, train_arith.__doc__, list(map(str, flags)), env or {})
+
+
+def batches_of(cfg: Knobs, world: World = ONE) -> ProblemBatches:
+    return ProblemBatches(DataSets(cfg), cfg, world)
 
 
 def ids_of(exprs=tuple(EXPRS)) -> torch.Tensor:

@@ -8,8 +8,8 @@ import plot_arith
 import pytest
 from heads_support import is_figure, table
 
-import train_arith
 from plumbing import UserError
+from plumbing.problem_runs import RESULTS
 
 pytest.importorskip("scipy")
 
@@ -31,7 +31,7 @@ def run_folder(tmp_path: Path, name: str, exact: float, seed: int = 1, **row: st
     )
     fields |= dict(status="finished", stage="s", final_val_loss="0.5", exact_match=str(exact))
     with open(results, "a", newline="") as f:
-        writer = csv.DictWriter(f, train_arith.RESULTS, restval="")
+        writer = csv.DictWriter(f, RESULTS, restval="")
         if f.tell() == 0:
             writer.writeheader()
         writer.writerow(fields)

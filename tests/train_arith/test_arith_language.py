@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from view_attention import read_answer
 
 import arithmetic
 from arithmetic import (
@@ -28,7 +29,6 @@ from arithmetic import (
     hash_expr,
     longest_problem,
     problems_of,
-    read_answer,
     templates,
 )
 from plumbing import UserError

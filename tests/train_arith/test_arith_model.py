@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from arith_support import EXPRS, ONE, ROOT, ids_of, model_of
+from arith_support import EXPRS, ONE, ROOT, ids_of, model_of, settings
 
 import train_arith
 from arithmetic import EOS, evaluate_expr, problems_of
 from plumbing import World
+from plumbing.problem_scores import SCORES, summary
 from train_arith import CompactTransformer, Knobs, lr_scale
 
 
@@ -74,10 +75,14 @@ def test_values_and_gradients_are_those_of_the_architecture_written_out(
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
 
 
+def count_parameters(cfg: Knobs) -> int:
+    return sum(p.numel() for p in CompactTransformer(cfg).parameters())
+
+
 def test_parameter_counts_are_the_documented_ones():
     for name, count in (("pilot", 664_192), ("scale_10m", 10_651_776)):
-        k = train_arith.read_settings([f"--config={ROOT}/configs/{name}.yaml"], {})
-        assert train_arith.count_parameters(k) == count
+        k = settings(f"--config={ROOT}/configs/{name}.yaml")
+        assert count_parameters(k) == count
     pilot = CompactTransformer(Knobs())
     pilot.init_weights(0)
     assert sum(p.numel() for p in pilot.parameters()) == 664_192
@@ -88,7 +93,7 @@ def test_parameter_counts_are_the_documented_ones():
 
 def test_untied_weights_and_a_learned_position_table_are_trained_parameters():
     k = dict(tie_weights=False, use_rope=False)
-    extra = train_arith.count_parameters(Knobs(**k)) - train_arith.count_parameters(Knobs())
+    extra = count_parameters(Knobs(**k)) - count_parameters(Knobs())
     assert extra == 35 * 128 + 32 * 128
     model = model_of(**k)
     assert not torch.equal(model(ids_of(["1+2"]))[0, -1], model(ids_of(["2+1"]))[0, -1])
@@ -122,7 +127,7 @@ class AlwaysEnds(torch.nn.Module):
 
 def test_a_model_that_always_ends_has_all_of_the_legacy_metric_and_nothing_else():
     problems = problems_of(EXPRS, [evaluate_expr(e) for e in EXPRS], Knobs())
-    s = train_arith.summary(train_arith.score(AlwaysEnds(), problems, Knobs(), ONE))
+    s = summary(train_arith.score(AlwaysEnds(), problems, Knobs(), ONE))
     assert (s["eos_after_gold"], s["exact_match"], s["digit_accuracy"]) == (1.0, 0.0, 0.0)
 
 
@@ -147,7 +152,7 @@ def test_exact_match_asks_for_every_token_of_the_answer_and_its_end_and_for_no_o
     at = dict(first=start, end=length - 1, expression=start - 4)[place]
     full = train_arith.score(Knows(problems), problems, Knobs(), ONE)
     part = train_arith.score(Knows(problems, (2, at - 1)), problems, Knobs(), ONE)
-    exact = train_arith.SCORES.index("exact")
+    exact = SCORES.index("exact")
     assert full[:, exact].tolist() == [1.0] * 8
     wanted = [1.0] * 8
     wanted[2] = float(place == "expression")

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -164,10 +165,17 @@ def test_values_that_the_answer_format_cannot_write_are_left_out_and_counted(
     )
 
 
-def test_exact_match_refuses_a_cell_with_too_few_expressions(trained, data, tmp_path):
+def test_exact_match_names_the_flag_that_asks_for_more_than_the_models_grammar_has():
+    what = "--operands 5: leave it out, or take another model (GRAMMAR=pilot ends at 4 operands"
+    with pytest.raises(UserError, match=re.escape(what)):
+        exact_match.drawn(subject(), 9, operands_min=5, operands_max=5)
+
+
+def test_exact_match_refuses_a_cell_with_too_few_expressions(trained, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(arithmetic, "ROUND", 2048)  # it gives up sooner
     line = ["--checkpoint", save(trained, tmp_path / "runs/one"), "--data", data, "--sets", "paren"]
     with pytest.raises(
-        UserError, match=r"--items 2000 at .*only \d+ of 2000 different test expressions"
+        UserError, match=r"--items 2000 at --operands 2: only \d+ of 2000 different test expr"
     ):
         exact_match.main(
             [*line, "--operands", "2", "--items", "2000", "--out", str(tmp_path / "o")]

@@ -10,16 +10,13 @@ from io import StringIO
 import pytest
 import torch
 from arith_support import ROOT
+from arith_support import settings as read
+from check_gpu_enforcement import CASES, MISSING
 
-import train_arith
 from plumbing import UserError
 from plumbing.knobs import spellings
 from plumbing.problem_config import yaml_keys
 from train_arith import Knobs
-
-
-def read(*flags: object, env: dict[str, str] | None = None) -> Knobs:
-    return train_arith.read_settings([str(flag) for flag in flags], env or {})
 
 
 def assignments(items: list[str]) -> list[str]:
@@ -94,21 +91,9 @@ def test_gpu_only_is_kept_wherever_it_is_written():
 
 def test_every_key_of_the_originals_files_reaches_its_knob():
     k = read("--config", ROOT / "configs/scale_10m.yaml")
-    assert (k.n_embd, k.n_layer, k.n_head, k.d_ff, k.batch_size, k.num_epochs) == (
-        384,
-        6,
-        6,
-        1536,
-        8,
-        50,
-    )
-    assert (k.eval_interval, k.save_interval, k.lr, k.warmup_iters, k.log_interval) == (
-        2,
-        5,
-        1e-4,
-        500,
-        50,
-    )
+    assert (k.n_embd, k.n_layer, k.n_head, k.d_ff) == (384, 6, 6, 1536)
+    assert (k.batch_size, k.num_epochs, k.lr, k.warmup_iters) == (8, 50, 1e-4, 500)
+    assert (k.eval_interval, k.save_interval, k.log_interval) == (2, 5, 50)
     pilot = read("--config", ROOT / "configs/pilot.yaml")
     assert dataclasses.replace(pilot, config="") == Knobs()
     assert {name.upper() for name in yaml_keys(Knobs).values()} <= set(spellings(Knobs))
@@ -131,18 +116,24 @@ def test_flag_beats_environment_beats_set_beats_yaml_beats_default(tmp_path):
         read("--set", "lrr=3")
 
 
-def test_enforcement_ends_the_real_trainer_with_the_documented_words(monkeypatch):
+@pytest.mark.parametrize("case", CASES, ids=[case[0] for case in CASES])
+def test_what_cannot_be_kept_is_refused_in_the_documented_words(monkeypatch, capsys, case):
+    flags, code, said, unsaid = case
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises((RuntimeError, UserError)) as error:
+        read("--config", MISSING, "--output-dir", "no-such-folder/run", *flags.split())
+    text = f"{capsys.readouterr().out}{error.type.__name__}: {error.value}"
+    assert all(words in text for words in said) and not any(words in text for words in unsaid)
+    assert code == (1 if error.type is RuntimeError else 2)
+
+
+def test_enforcement_ends_the_real_trainer_with_the_documented_exit_codes(monkeypatch):
     program = importlib.import_module("check_gpu_enforcement")
-    wanted = (
-        "--gpu-only",
-        "--gpu-only --device cuda --fp16",
-        "--device cuda --fp16",
-        "--device cuda",
-    )
-    monkeypatch.setattr(program, "CASES", [case for case in program.CASES if case[0] in wanted])
+    wanted = ("--device cuda --fp16", "--device cuda")  # a traceback, exit code 1; one line, 2
+    monkeypatch.setattr(program, "CASES", [case for case in CASES if case[0] in wanted])
     with redirect_stdout(StringIO()) as out:
         assert program.main() == 0, out.getvalue()
-    assert out.getvalue().count("[OK]") == 4
+    assert out.getvalue().count("[OK]") == 2
 
 
 def test_the_verifier_tells_by_its_exit_code(monkeypatch, tmp_path):
