@@ -20,9 +20,7 @@ import train_gpu  # noqa: E402, F401  (what the forked processes run)
 if __name__ == "__main__":
     path = Path(sys.argv[1])
     output = path.with_suffix(".txt")
-    runs = json.loads(path.read_text())
-    print(
-        json.dumps(
-            [starts.by_fork("train_gpu", n, flags, fault, output) for n, fault, flags in runs]
-        )
-    )
+    codes = []
+    for ranks, fault, flags in json.loads(path.read_text()):
+        codes.append(starts.by_fork("train_gpu", ranks, flags, fault, output))
+    print(json.dumps(codes))

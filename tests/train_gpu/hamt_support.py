@@ -97,14 +97,18 @@ def run_forked(folder: Path, runs: list[tuple[int, str, dict]]) -> list[int]:
     """
     file = folder / "runs.json"
     file.write_text(json.dumps([[n, fault, flags(folder, **knobs)] for n, fault, knobs in runs]))
-    done = run_process([sys.executable, str(HERE / "forked_runs.py"), str(file)])
+    command = [sys.executable, str(HERE / "forked_runs.py"), str(file)]
+    done = run_process(command, timeout_s=280)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-def run_process(command: list[str], **extra: str) -> subprocess.CompletedProcess:
-    env = environment(**extra)
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
+def run_process(
+    command: list[str], timeout_s: float = 200, **extra: str
+) -> subprocess.CompletedProcess:
+    """A command with further variables in its environment."""
+    options = dict(cwd=ROOT, capture_output=True, text=True, timeout=timeout_s)
+    return subprocess.run(command, env=environment(**extra), **options)
 
 
 def metrics(folder: Path, run_id: str) -> dict[int, dict[str, str]]:
