@@ -17,6 +17,8 @@ Shapes   B sequences, T tokens, C model width, D memory width (D/2 complex bins)
          values of a head, K = E / 2 bins of a head, S slots of a head, L tokens of a chunk,
          J chunks, N tokens of a micro-batch, V vocabulary, P parameter tensors, X any width
 Units    losses in nats per token unless the name says otherwise; phases in radians
+Random   initial weights, by seed and name (init_weights); the order of the text, by seed and epoch;
+         dropout and what is recalled, by seed, step and row (seed_B). Nothing else is
 Raises   UserError (one line, exit code 2) where a user can help
 Sources  holographic reduced representations: Plate 1995; keys of unit modulus: Ganesan et al.,
          arXiv 2109.02157; chunks and decay: GLA, arXiv 2312.06635; convolution: Mamba, 2312.00752
@@ -39,7 +41,7 @@ from plumbing import Session, knob, read_knobs, show_plan
 from plumbing.data import Prefetch
 from plumbing.device import check_compiler, choose_precision, choose_rows
 from plumbing.plan import plan_facts
-from plumbing.row_states import RowStates, State
+from plumbing.row_states import State, row_states
 from plumbing.splits import Split
 from plumbing.text_batches import TextBatches, micro_batches, random_bits
 from plumbing.text_knobs import TEXT_RUN_KNOBS, TextRunKnobs
@@ -90,9 +92,7 @@ class Knobs(TextRunKnobs):
     dropout: float = knob(0.1, "rate for embeddings and layer outputs", low=0, high=0.95)
     use_auxiliary_loss: bool = knob(False, "also train recall of earlier items")
     aux_loss_weight: float = knob(0.1, "weight of that loss; train_loss omits it", low=0)
-    use_scheduler: bool = knob(
-        True, "cosine from the peak rate to a tenth of it", group="optimizer and schedule"
-    )
+    use_scheduler: bool = knob(True, "cosine to a tenth of LR", group="optimizer and schedule")
     time_budget_s: float | None = knob(None, "run the schedule on this time", above=0, none="off")
     warmup_iters: int | None = knob(None, "auto: 2% of the steps, at most 1000", low=0, none="auto")
     lr: float = knob(3e-4, "peak learning rate of AdamW", low=0)
@@ -140,6 +140,9 @@ INIT_STD = 0.02
 MATRICES = ("wte", "_proj")  # ends of the names of weights of matrix products
 MAX_DECAY = 1.0  # limit of -log(decay): exponents of 128 tokens stay within +-64
 
+Tensors = tuple[Tensor, ...]
+Mixed = tuple[Tensor, Tensors, Tensor | None]  # a layer's output, state and auxiliary loss
+
 
 def autocast(x: Tensor, dtype: torch.dtype) -> torch.autocast:
     """Products in this dtype; fp32 switches autocast off, also one that is around it. A meta tensor
@@ -149,7 +152,7 @@ def autocast(x: Tensor, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device_type, dtype, enabled=dtype != torch.float32)
 
 
-def key_of(phase: Tensor) -> tuple[Tensor, Tensor]:
+def key_of(phase: Tensor) -> Tensors:
     """Cosines (c, c) and sines (-s, s) of phases, for real and imaginary parts."""
     phase = torch.cat([-phase, phase], dim=-1)
     return phase.cos(), phase.sin()
@@ -168,25 +171,31 @@ def unbind(bound: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def phases_of_positions(position: Tensor, T: int, bins: int, turning: int) -> Tensor:
-    """(T, bins) for tokens from `position` on; the first `turning` bins turn as rotary's do. The
+    """(T, 1, bins) for tokens from `position` on; the first `turning` bins turn as rotary's do. The
     products are fp64 and reduced to one turn: position 10^6 is as precise as position 1.
     """
     index = torch.arange(bins, dtype=torch.float64, device=position.device)
     frequency = torch.where(index < turning, 1e4 ** -(index / max(turning, 1)), 0.0)
     positions = position + torch.arange(T, device=position.device)
-    return torch.outer(positions.double(), frequency) % (2 * math.pi)
+    return torch.outer(positions.double(), frequency)[:, None] % (2 * math.pi)
 
 
-def causal_conv(x: Tensor, kernel: Tensor) -> Tensor:
-    """Depthwise convolution over dimension 1 of x, which begins with CONV_LENGTH - 1 past inputs.
+def causal_conv(x: Tensor, past: Tensor, kernel: Tensor) -> Tensors:
+    """Depthwise convolution over the tokens of x (B, T, X), which follow the CONV_LENGTH - 1 inputs
+    `past`; and the last inputs. A kernel (CONV_LENGTH, 2, X) makes two outputs, (B, T, 2, X).
+
     As shifted products, which the compiler joins with what surrounds them.
     """
-    T = x.size(1) - CONV_LENGTH + 1
+    T = x.size(1)
+    x = torch.cat([past.type_as(x), x], dim=1)
+    past = x[:, T:]
+    if kernel.dim() == 3:
+        x = x[:, :, None]
     taps = kernel.unbind()
     y = x[:, :T] * taps[0]
     for i in range(1, CONV_LENGTH):
         y = torch.addcmul(y, x[:, i : i + T], taps[i])
-    return y
+    return y, past
 
 
 def dropout_mask(seed_B: Tensor, shape: tuple[int, ...], p: float) -> Tensor:
@@ -204,7 +213,7 @@ def dropout(x: Tensor, kept: Tensor | None, p: float) -> Tensor:
 
 def gated_linear_attention(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, L: int
-) -> tuple[Tensor, Tensor]:
+) -> Tensors:
     """Reads (B, T, H, E) and the state (B, H, S, E) after the last token.
 
     state_t = exp(log_decay_t) * state_{t-1} + k_t v_t^T and read_t = q_t state_t, per head, for
@@ -240,9 +249,7 @@ def gated_linear_attention(
     return read[:, :T] if missing else read, state
 
 
-def recurrent_step(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
+def recurrent_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> Tensors:
     """gated_linear_attention of one token, by its definition."""
     q, k, v, log_decay = (x.transpose(1, 2).type_as(state) for x in (q, k, v, log_decay))
     state = state * log_decay.exp().mT + k.mT @ v
@@ -256,9 +263,7 @@ def in_chunks(x_BTHX: Tensor, L: int, missing: int) -> Tensor:
     return x_BTHX.unflatten(1, (-1, L)).permute(0, 3, 1, 2, 4)
 
 
-def states_between(
-    added: Tensor, log_decay: Tensor, state: Tensor, group: int
-) -> tuple[Tensor, Tensor]:
+def states_between(added: Tensor, log_decay: Tensor, state: Tensor, group: int) -> Tensors:
     """(B, H, J, S, E) states before each of J chunks, and the one after the last.
 
     A state after a chunk is exp(log_decay) * the state before it + added. decayed_sums does work
@@ -288,7 +293,7 @@ def decayed_sums(added: Tensor, log_decay: Tensor) -> Tensor:
 
 def fla_attention(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, L: int
-) -> tuple[Tensor, Tensor]:
+) -> Tensors:
     """gated_linear_attention by the kernels of flash-linear-attention (package fla-core)."""
     from fla.ops.gla import chunk_gla
 
@@ -314,9 +319,9 @@ class Memory(nn.Module):
         super().__init__()
         self.cfg = cfg
         C, D, bins, slots = cfg.n_embd, cfg.hcm_dim, cfg.hcm_dim // 2, cfg.n_head * cfg.num_slots
-        # Rows of in_proj make item, key, address, forget logit, gate.
+        # Rows of in_proj make item, key, address, forget logit and gate.
         self.widths = [D, bins, slots, slots, D if cfg.use_gating else 0]
-        # Its channels are item, write key, read key, write address, read address.
+        # Channels of the convolution: item, write key, read key, write address, read address.
         self.conv_widths, self.conv_lags = [D, bins, bins, slots, slots], (0, 1, 0, 1, 0)
         self.in_proj = parameter(sum(self.widths), C)
         self.out_proj = parameter(C, D)
@@ -325,19 +330,21 @@ class Memory(nn.Module):
             self.conv_kernel = parameter(CONV_LENGTH, sum(self.conv_widths))
         self.decay_bias = parameter(cfg.n_head, cfg.num_slots)
 
-    def empty_state(self, B: int) -> tuple[Tensor, ...]:
+    def empty_state(self, B: int) -> Tensors:
+        """M (B, H, S, E), and what the convolution has read last."""
         cfg, new_zeros = self.cfg, self.in_proj.new_zeros
         channels = sum(self.widths[:3]) if cfg.has_conv else 0
         memory = new_zeros(B, cfg.n_head, cfg.num_slots, cfg.hcm_dim // cfg.n_head)
         return memory, new_zeros(B, CONV_LENGTH - 1, channels)
 
-    def angles(self, phase_TK: Tensor) -> Tensor:
-        """What forward adds to keys."""
-        return phase_TK[:, None]
+    def angles(self, position: Tensor, T: int) -> Tensor:
+        """What forward adds to keys, (T, 1, K), the same in all layers. Half of the bins turn with
+        position, so that a memory reads by content and by distance.
+        """
+        K = self.cfg.hcm_dim // self.cfg.n_head // 2
+        return phases_of_positions(position, T, K, round(K / 2)).type_as(self.in_proj)
 
-    def forward(
-        self, x_BTC: Tensor, state: tuple[Tensor, ...], phase_T1K: Tensor, seed_B: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+    def forward(self, x_BTC: Tensor, state: Tensors, phase_T1K: Tensor, seed_B: Tensor) -> Mixed:
         """The output (B, T, C), the state after the last token, and the auxiliary loss."""
         cfg, (memory, past) = self.cfg, state
         D, bins, slots, _, gated = self.widths
@@ -347,16 +354,15 @@ class Memory(nn.Module):
         dtype = item.dtype
         with autocast(x_BTC, torch.float32):  # for phases, decays and the state
             address, forget_logit = rest.split(slots, dim=-1)
-            parts, past = self.convolve([item, key, address], past)
+            *parts, past = self.convolve(item, key, address, past)
             heads = [part.unflatten(-1, (cfg.n_head, -1)).type_as(memory) for part in parts]
             item, keys, addresses = heads
             (write_key, read_key), (write, read) = keys.unbind(2), addresses.softmax(-1).unbind(2)
             cos, sin = key_of(write_key + phase_T1K)
             forget_logit = forget_logit.unflatten(-1, (cfg.n_head, -1)) + self.decay_bias
             log_decay = -MAX_DECAY * forget_logit.sigmoid()
-            bound = bind(item, cos, sin).to(dtype)
-            written = dict(write=write, bound=bound, log_decay=log_decay, memory=memory)
-            found, memory = self.recall(read, **written)
+            written = write, bind(item, cos, sin).to(dtype), log_decay, memory
+            found, memory = self.recall(read, *written)
             aux = None
             if self.training and cfg.use_auxiliary_loss:
                 aux = self.delayed_recall(item, cos, sin, written, seed_B)
@@ -366,7 +372,7 @@ class Memory(nn.Module):
         y = y + F.linear(imaginary.flatten(2).to(dtype), of_imaginary.flatten(1))
         return y, (memory, past), aux
 
-    def unbind_and_gate(self, found: Tensor, phase: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    def unbind_and_gate(self, found: Tensor, phase: Tensor, gate: Tensor) -> Tensors:
         """norm(unbind(found)) silu(gate): its real and its imaginary part, (B, T, H, K) each.
 
         They are never joined, which would be the slowest kernel of the layer. The norm is that of
@@ -386,29 +392,26 @@ class Memory(nn.Module):
             parts = [part * F.silu(gate) for part, gate in zip(parts, gates, strict=True)]
         return parts[0], parts[1]
 
-    def convolve(
-        self, parts: list[Tensor], past: Tensor
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-        """From item, key and address of each token: the item, the keys of writing and of reading
-        (B, T, 2, H K), both addresses (B, T, 2, H S); and the last inputs.
+    def convolve(self, item: Tensor, key: Tensor, address: Tensor, past: Tensor) -> Tensors:
+        """The item of each token, its keys of writing and of reading (B, T, 2, H K), both addresses
+        (B, T, 2, H S); and the last inputs.
         """
         D, bins, slots = widths = self.widths[:3]
         if not self.cfg.has_conv:
-            item, key, address = parts
             both = (-1, -1, 2, -1)
-            return (item, key[:, :, None].expand(both), address[:, :, None].expand(both)), past
-        pairs = zip(past.split(widths, dim=-1), parts, strict=True)
-        item, key, address = [torch.cat([old.type_as(x), x], dim=1) for old, x in pairs]
-        past = torch.cat([x[:, 1 - CONV_LENGTH :] for x in (item, key, address)], dim=-1)
+            return item, key[:, :, None].expand(both), address[:, :, None].expand(both), past
         of_item, of_keys, of_addresses = self.conv_kernel.split([D, 2 * bins, 2 * slots], dim=-1)
-        item = causal_conv(item, of_item)
-        keys = causal_conv(key[:, :, None], of_keys.unflatten(-1, (2, bins)))
-        addresses = causal_conv(address[:, :, None], of_addresses.unflatten(-1, (2, slots)))
-        return (item, keys, addresses), past
+        old_item, old_key, old_address = past.split(widths, dim=-1)
+        item, old_item = causal_conv(item, old_item, of_item)
+        keys, old_key = causal_conv(key, old_key, of_keys.unflatten(-1, (2, bins)))
+        of_addresses = of_addresses.unflatten(-1, (2, slots))
+        addresses, old_address = causal_conv(address, old_address, of_addresses)
+        past = torch.cat([old_item, old_key, old_address], dim=-1)
+        return item, keys, addresses, past
 
     def recall(
         self, read: Tensor, write: Tensor, bound: Tensor, log_decay: Tensor, memory: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensors:
         """What the read addresses find, still bound, and the memory after the last token."""
         if self.cfg.memory == "on":
             attend = fla_attention if self.cfg.kernel == "fla" else gated_linear_attention
@@ -418,9 +421,10 @@ class Memory(nn.Module):
         return torch.zeros_like(bound), memory
 
     def delayed_recall(
-        self, item: Tensor, cos: Tensor, sin: Tensor, written: dict[str, Tensor], seed_B: Tensor
+        self, item: Tensor, cos: Tensor, sin: Tensor, written: Tensors, seed_B: Tensor
     ) -> Tensor:
         """1 - cosine between an earlier item and what its own key and address still find of it.
+        `written` is what recall takes behind its read addresses.
 
         One item is drawn for each token but the first, from those before it. The loss is blind to
         scale, so that nothing is gained by making items small.
@@ -429,7 +433,7 @@ class Memory(nn.Module):
         row_B1 = torch.arange(B, device=item.device)[:, None]
         num_earlier_T = torch.arange(T, device=item.device).clamp(min=1)
         drawn = row_B1, random_bits(seed_B, T) % num_earlier_T
-        found, _ = self.recall(written["write"][drawn], **written)
+        found, _ = self.recall(written[0][drawn], *written)
         found = unbind(found, cos[drawn], sin[drawn])
         return 1 - F.cosine_similarity(found, item[drawn].detach(), dim=-1)[:, 1:].mean()
 
@@ -447,32 +451,25 @@ class Attention(nn.Module):
         if cfg.has_conv:
             self.conv_kernel = parameter(CONV_LENGTH, 3 * C)
 
-    def empty_state(self, B: int) -> tuple[Tensor, ...]:
+    def empty_state(self, B: int) -> Tensors:
         cfg, new_zeros = self.cfg, self.in_proj.new_zeros
         none = new_zeros(B, 0, cfg.n_head, cfg.n_embd // cfg.n_head)
         channels = 3 * cfg.n_embd if cfg.has_conv else 0
         return none, none, new_zeros(B, CONV_LENGTH - 1, channels)
 
-    def angles(self, phase_TK: Tensor) -> tuple[Tensor, Tensor]:
-        """What forward turns queries and keys by: the same in all layers."""
-        return key_of(phase_TK[:, None])
+    def angles(self, position: Tensor, T: int) -> Tensors:
+        """What forward turns queries and keys by, the same in all layers."""
+        bins = self.cfg.n_embd // self.cfg.n_head // 2
+        return key_of(phases_of_positions(position, T, bins, bins).type_as(self.in_proj))
 
-    def forward(
-        self,
-        x_BTC: Tensor,
-        state: tuple[Tensor, ...],
-        rotary: tuple[Tensor, Tensor],
-        seed_B: Tensor,
-    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+    def forward(self, x_BTC: Tensor, state: Tensors, rotary: Tensors, seed_B: Tensor) -> Mixed:
         """As Memory.forward, without an auxiliary loss."""
         B, T, C = x_BTC.shape
         old_k, old_v, past = state
         made = F.linear(x_BTC, self.in_proj)
         if self.cfg.has_conv:
-            with autocast(x_BTC, torch.float32):
-                inputs = torch.cat([past.type_as(made), made], dim=1)
-                made = causal_conv(inputs, self.conv_kernel).type_as(made)
-                past = inputs[:, 1 - CONV_LENGTH :]
+            convolved, past = causal_conv(made, past, self.conv_kernel)
+            made = convolved.type_as(made)
         q, k, v = (part.view(B, T, self.cfg.n_head, -1) for part in made.split(C, dim=-1))
         q, k = unbind(q, *rotary).type_as(v), unbind(k, *rotary).type_as(v)
         mask = None
@@ -489,9 +486,11 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm residual block: a mixer over time, then a GELU FFN.
 
-    A mixer has empty_state(B), angles(phases), and forward(x, state, angles, seed_B), which returns
-    y, the state and an auxiliary loss or None. Names of its weights of products end in _proj, which
-    decides weight decay, FLOPs and the scale of outputs.
+    A mixer has empty_state(B), angles(position, T), and forward(x, state, angles, seed_B), which
+    returns y, the state and an auxiliary loss or None. Names of its weights of products end in
+    _proj, which decides weight decay, FLOPs and the scale of outputs. With CONV, prepare_recall
+    wants conv_kernel, conv_widths and conv_lags. A new one is a choice of Knobs.mixer, made in
+    __init__ below; ffn_width and flops_per_token know the mixers by name, too.
     """
 
     def __init__(self, cfg: Knobs):
@@ -505,11 +504,11 @@ class Block(nn.Module):
     def forward(
         self,
         x_BTC: Tensor,
-        state: tuple[Tensor, ...],
-        angles: Tensor | tuple[Tensor, Tensor],
+        state: Tensors,
+        angles: Tensor | Tensors,
         seed_B: Tensor,
         kept: tuple[Tensor | None, Tensor | None],
-    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+    ) -> Mixed:
         y, state, aux = self.mixer(self.norm1(x_BTC), state, angles, seed_B)
         x_BTC = x_BTC + dropout(y, kept[0], self.p)
         hidden = F.gelu(F.linear(self.norm2(x_BTC), self.up_proj))
@@ -527,10 +526,6 @@ class Model(nn.Module):
         self.wte = parameter(cfg.vocabulary, cfg.n_embd)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.norm = nn.RMSNorm(cfg.n_embd)
-        # Half of a memory's phases turn with position, so that it reads by content and distance.
-        is_memory = cfg.mixer == "hamt"
-        self.bins = (cfg.hcm_dim if is_memory else cfg.n_embd) // cfg.n_head // 2
-        self.turning_bins = round(self.bins / 2) if is_memory else self.bins
 
     def empty_state(self, B: int) -> State:
         position = torch.zeros((), dtype=torch.long, device=self.wte.device)
@@ -558,8 +553,7 @@ class Model(nn.Module):
         cfg, (B, T) = self.cfg, x_BT.shape
         state = self.empty_state(B) if state is None else state
         seed_B = x_BT.new_zeros(B) if seed_B is None else seed_B
-        phases = phases_of_positions(state.position, T, self.bins, self.turning_bins)
-        angles = self.blocks[0].mixer.angles(phases.type_as(self.wte))  # the same for all blocks
+        angles = self.blocks[0].mixer.angles(state.position, T)  # the same for all blocks
         run_block = self.run_block
         if cfg.gradient_checkpointing and torch.is_grad_enabled():
             options = dict(use_reentrant=False, preserve_rng_state=False)
@@ -584,8 +578,7 @@ class Model(nn.Module):
         """
         h_BTC, state, aux = self.hidden(x_BT, state, seed_B)
         h_NC = h_BTC.flatten(0, 1).to(self.dtype)
-        with_gradient = torch.is_grad_enabled()  # evaluation needs none
-        arguments = (h_NC, self.wte, y_BT.flatten(), self.chunk_loss, with_gradient)
+        arguments = (h_NC, self.wte, y_BT.flatten(), self.chunk_loss, torch.is_grad_enabled())
         return LinearCrossEntropy.apply(*arguments), aux, state
 
     def stream(self, x_BT: Tensor, state: State | None = None) -> tuple[Tensor, State]:
@@ -625,8 +618,9 @@ def init_weights(model: Model, cfg: Knobs) -> None:
 
 def prepare_recall(mixer: nn.Module, cfg: Knobs) -> None:
     """Gives the weights what recall needs at the start (measured: docs/hamt.md). A memory's phases
-    spread over the circle, and its addresses differ. A convolution starts so that an item has the
-    key of the token before it: what followed a token is found by that token.
+    spread over the circle, and its addresses differ. A convolution starts as a copy of its input,
+    `conv_lags` tokens late, so that an item has the key of the token before it: what followed a
+    token is found by that token.
     """
     if cfg.mixer == "hamt":
         for part in mixer.in_proj.split(mixer.widths)[1:3]:  # key and address
@@ -746,8 +740,6 @@ RESULTS = results_columns(
     "mixer hidden_dim hcm_dim num_layers num_slots num_attention_heads conv memory "
     "use_auxiliary_loss"
 )
-COLUMN_KNOBS = {"hidden_dim": "n_embd", "num_layers": "n_layer", "num_attention_heads": "n_head"}
-COLUMN_KNOBS |= {"dataset": "data", "learning_rate": "lr"}
 
 
 def mixer_words(cfg: Knobs) -> str:
@@ -813,10 +805,8 @@ def train(cfg: Knobs, session: Session, batches: TextBatches, splits: dict[str, 
         compile_model(model)
     rows = choose_rows(cfg, world, model, probe_backward)  # sequences of a micro-batch
     gradients.zero_()  # of choose_rows's trial
-    empty_state = model.empty_state if cfg.carry_state else None
-    row_states = RowStates(empty_state, cfg.batch_size, world)
-    state = TrainState()
-    saved = dict(model=model, adam=adam, scaler=scaler, states=row_states, state=state)
+    carried, state = row_states(model, world), TrainState()
+    saved = dict(model=model, adam=adam, scaler=scaler, states=carried, state=state)
     session.row.update(device_batch_size=rows, tokenizer=cfg.encoding, conv=int(cfg.has_conv))
     session.row["warmup_iters"] = warmup_steps(total_steps, cfg)
     facts = {"mixer": mixer_words(cfg), "rows": rows, "data": batches.summary}
@@ -829,7 +819,7 @@ def train(cfg: Knobs, session: Session, batches: TextBatches, splits: dict[str, 
         session.between_steps(state.step, finished=position >= total_steps)
         if session.should_validate:
             score = evaluate(model, splits["val"], T, rows, world, cfg.max_val_samples)
-            log_validation(session, score, T)
+            log_validation(session, score)
         if session.should_save:
             session.save(state.step, **saved)
         if session.stopping:  # finished, early stop, a signal, or a step that was not finite
@@ -837,11 +827,11 @@ def train(cfg: Knobs, session: Session, batches: TextBatches, splits: dict[str, 
 
         # -------- clock running: one optimizer step --------
         session.start_clock()
-        row_states.start_step(is_new_epoch=state.step % batches.epoch_steps == 0)
+        carried.start_step(is_new_epoch=state.step % batches.epoch_steps == 0)
         train_loss, aux_loss = torch.zeros(2, device=world.device)
         for part, (x_BT, y_BT, seed_B) in micro_batches(prefetch.get(state.step), rows):
-            loss, aux, new_states = model(x_BT, y_BT, row_states.take(part), seed_B)
-            row_states.put(part, new_states)
+            loss, aux, new_states = model(x_BT, y_BT, carried.take(part), seed_B)
+            carried.put(part, new_states)
             loss = loss / batches.batch_tokens
             aux = aux * len(x_BT) / cfg.batch_size
             scaler.scale(loss + cfg.aux_loss_weight * aux).backward()
@@ -859,8 +849,7 @@ def train(cfg: Knobs, session: Session, batches: TextBatches, splits: dict[str, 
         scaler.update()
         gradients.zero_()
     prefetch.close()
-    if cfg.final_test and session.status in ("finished", "early_stop"):
-        log_final(session, model, splits, T, rows, has_constant_state=cfg.mixer == "hamt")
+    log_final(session, model, splits, rows, has_constant_state=cfg.mixer == "hamt")
 
 
 # differs: a text says how long it is and where its epochs end
@@ -877,7 +866,6 @@ def main() -> int:
             world,
             **session_options(cfg, batches, splits),
             columns=RESULTS,
-            column_knobs=COLUMN_KNOBS,
             presets=PRESETS,
             resume_may_differ=RESUME_MAY_DIFFER,
             sources=[__file__],

@@ -19,6 +19,7 @@ import torch
 from filelock import FileLock
 
 from plumbing.csv_files import NEEDED, csv_fields, csv_lines, header_fields, header_line
+from plumbing.family import ALIASES
 from plumbing.knobs import UserError, describe
 from plumbing.run_knobs import RUN_KNOBS
 from plumbing.world import World
@@ -133,13 +134,14 @@ def knob_columns(
     cfg: object, columns: Sequence[str], column_knobs: Mapping[str, str]
 ) -> tuple[dict[str, str], set[str]]:
     """The columns that hold a knob's value, and the names of these knobs. A column has its knob's
-    name, or that which `column_knobs` gives.
+    name, or that which `column_knobs` gives, or another spelling of the knob in all trainers.
     """
     fields = {field.name: field for field in dataclasses.fields(cfg)}
+    spellings = {spelling: name for name, group in ALIASES.items() for spelling in group}
     row = {}
     used = set()
     for column in columns:
-        name = column_knobs.get(column, column)
+        name = column_knobs.get(column, spellings.get(column, column))
         if name in fields:
             row[column] = describe(fields[name], getattr(cfg, name))
             used.add(name)

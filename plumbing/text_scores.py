@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plumbing.data import TokenShards
+from plumbing.run_ids import COMPLETE
 from plumbing.session import Session
 from plumbing.splits import Split
 from plumbing.world import World
@@ -134,7 +135,9 @@ def evaluate_stream(model: nn.Module, split: Split, T: int, world: World) -> Sco
 # The report
 
 
-def log_validation(session: Session, score: Score, T: int) -> None:
+def log_validation(session: Session, score: Score) -> None:
+    """Of windows of SEQUENCE_LENGTH tokens."""
+    T = session.cfg.sequence_length
     bits = score.bits_per_byte
     note = f" ppl:{score.ppl:.2f} bits_per_byte:{bits:.4f} window:{T} stride:{T}"
     session.log_validation(session.step_now, score.loss, note, val_bits_per_byte=bits)
@@ -145,13 +148,15 @@ def log_final(
     session: Session,
     model: nn.Module,
     splits: dict[str, Split],
-    T: int,
     rows: int,
     has_constant_state: bool,
 ) -> None:
-    """The last figures: the test split in windows and, where the state is constant, the validation
-    and the test split as one stream.
+    """The last figures, with FINAL_TEST: the test split in windows and, where the state is
+    constant, the validation and the test split as one stream. None of a run that was cut short.
     """
+    if not session.cfg.final_test or session.status not in COMPLETE:
+        return
+    T = session.cfg.sequence_length
     test = evaluate(model, splits["test"], T, rows, session.world)
     session.row.update(test_loss=test.loss, test_ppl=test.ppl, test_word_ppl=test.word_ppl)
     session.row.update(test_bits_per_byte=test.bits_per_byte)

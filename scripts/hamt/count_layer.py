@@ -87,7 +87,7 @@ def count(cfg: train_gpu.Knobs, T: int) -> dict[str, object]:
         model = train_gpu.Model(cfg)
         block = model.blocks[0]
         x_BTC = torch.empty(1, T, cfg.n_embd, requires_grad=True)
-        position = block.mixer.angles(torch.empty(T, model.bins))
+        angles = block.mixer.angles(torch.zeros((), dtype=torch.long), T)
         seed_B = torch.zeros(1, dtype=torch.long)
     state = block.mixer.empty_state(1)
     weights = list(block.parameters())
@@ -107,7 +107,7 @@ def count(cfg: train_gpu.Knobs, T: int) -> dict[str, object]:
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t)
     fused = mock.patch.object(F, "scaled_dot_product_attention", fused_attention)
     with fused, hooks, moved, flops, train_gpu.autocast(x_BTC, model.dtype):
-        y_BTC, _, _ = block(x_BTC, state, position, seed_B, (None, None))
+        y_BTC, _, _ = block(x_BTC, state, angles, seed_B, (None, None))
         y_BTC.sum().backward()
     return {
         "mixer": cfg.mixer,

@@ -1,6 +1,7 @@
 """What the tests of train_gpu.py share: a small text, a small run, the memory written as a loop."""
 
 import csv
+import json
 import math
 import os
 import subprocess
@@ -17,7 +18,8 @@ import train_gpu
 from plumbing import World, list_checkpoints, read_checkpoint
 from train_gpu import Knobs, Model
 
-ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 ONE = World(0, 1, torch.device("cpu"))
 # A model and a run that take a second: every size is small, nothing is switched off.
 MODEL = dict(n_embd=16, hcm_dim=24, n_layer=2, num_slots=5, n_head=2, vocab_size=256, dropout=0.0)
@@ -89,16 +91,24 @@ def environment(**extra: str) -> dict[str, str]:
     return os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)) | extra
 
 
-def run_ranks(ranks: int, folder: Path, **values: object) -> subprocess.CompletedProcess:
-    """A small run in processes of its own, under torchrun."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*launcher, f"--nproc_per_node={ranks}", str(ROOT / "train_gpu.py")]
-    return run_process([*command, *flags(folder, **values)])
+def run_forked(folder: Path, runs: list[tuple[int, str, dict]]) -> list[int]:
+    """Small runs in processes of their own, of so many ranks and with a fault each; their exit
+    codes.
+    """
+    file = folder / "runs.json"
+    file.write_text(json.dumps([[n, fault, flags(folder, **knobs)] for n, fault, knobs in runs]))
+    command = [sys.executable, str(HERE / "forked_runs.py"), str(file)]
+    done = run_process(command, timeout_s=280)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
-def run_process(command: list[str], **extra: str) -> subprocess.CompletedProcess:
-    env = environment(**extra)
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
+def run_process(
+    command: list[str], timeout_s: float = 200, **extra: str
+) -> subprocess.CompletedProcess:
+    """A command with further variables in its environment."""
+    options = dict(cwd=ROOT, capture_output=True, text=True, timeout=timeout_s)
+    return subprocess.run(command, env=environment(**extra), **options)
 
 
 def metrics(folder: Path, run_id: str) -> dict[int, dict[str, str]]:
@@ -133,19 +143,6 @@ def same(a: object, b: object) -> bool:
     """Whether two nested states hold bitwise the same."""
     pairs = list(zip(flat(a), flat(b), strict=True))
     return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs)
-
-
-KILLED = """
-import os, signal, train_gpu
-from plumbing import Session
-from plumbing.world import launch
-step = Session.step
-def deadly(self, number, *args, **more):
-    if number == {step}: os.kill(os.getpid(), signal.SIGKILL)
-    return step(self, number, *args, **more)
-Session.step = deadly
-launch(train_gpu.main)
-"""
 
 
 def loop(memory: train_gpu.Memory, x_BTC: torch.Tensor) -> torch.Tensor:

@@ -20,12 +20,8 @@ def vectors(B: int = 2, T: int = 29, C: int = 16) -> torch.Tensor:
 
 def output(mixer: torch.nn.Module, x_BTC: torch.Tensor) -> torch.Tensor:
     """Of a mixer that starts with an empty state at position 0."""
-    width = mixer.cfg.hcm_dim if isinstance(mixer, Memory) else mixer.cfg.n_embd
-    bins = width // mixer.cfg.n_head // 2
-    turning = round(bins / 2) if isinstance(mixer, Memory) else bins
-    phases = train_gpu.phases_of_positions(torch.tensor(0), x_BTC.size(1), bins, turning)
-    position = mixer.angles(phases)
-    return mixer(x_BTC, mixer.empty_state(len(x_BTC)), position, NOWHERE)[0]
+    angles = mixer.angles(torch.tensor(0), x_BTC.size(1))
+    return mixer(x_BTC, mixer.empty_state(len(x_BTC)), angles, NOWHERE)[0]
 
 
 @pytest.mark.parametrize("name", MEMORIES)
@@ -150,7 +146,7 @@ def test_the_auxiliary_loss_is_blind_to_scale_and_trains_only():
     for scale in (1.0, 1e-3):
         empty = mixer.empty_state(2)[0]
         bound = bind(item * scale, cos, sin)
-        written = dict(write=write, bound=bound, log_decay=decay, memory=empty)
+        written = write, bound, decay, empty
         found.append(float(mixer.delayed_recall(item * scale, cos, sin, written, NOWHERE + 5)))
     assert abs(found[0] - found[1]) < 1e-6
     model.eval()
@@ -166,11 +162,10 @@ def test_an_item_alone_in_its_slot_is_recalled_without_loss():
     cos, sin = key_of(phase)
     write = torch.eye(T).double()[None, :, None].expand(2, T, 2, T)
     no_decay = torch.zeros_like(write)
-    rest = dict(bound=bind(item, cos, sin), log_decay=no_decay, memory=mixer.empty_state(2)[0])
-    written = dict(write=write, **rest)
+    rest = bind(item, cos, sin), no_decay, mixer.empty_state(2)[0]
+    written = write, *rest
     assert abs(float(mixer.delayed_recall(item, cos, sin, written, NOWHERE))) < 1e-12
-    all_same = torch.ones_like(write) / T
-    written = dict(write=all_same, **rest)
+    written = torch.ones_like(write) / T, *rest  # all slots alike
     assert float(mixer.delayed_recall(item, cos, sin, written, NOWHERE)) > 0.05
 
 

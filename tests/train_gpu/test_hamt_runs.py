@@ -1,26 +1,15 @@
 """Whole runs of train_gpu.py: records, resuming, ranks, stopping, faults."""
 
 import math
-import os
 import re
+import shutil
 import signal
-import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hamt_support import (
-    KILLED,
-    flags,
-    losses,
-    metrics,
-    newest_state,
-    rows,
-    run_here,
-    run_process,
-    run_ranks,
-    same,
-)
+from hamt_support import losses, metrics, newest_state, rows, run_forked, run_here, same
 
 import train_gpu
 from plumbing import Session, UserError, list_checkpoints
@@ -55,65 +44,89 @@ def test_the_mixer_of_a_run_is_in_its_record(monkeypatch, tmp_path):
     ]
 
 
-RESUMED = [dict(dropout=0.2, use_auxiliary_loss=1), dict(carry_state=1), dict(mixer="attention")]
-
-
-@pytest.mark.parametrize("extra", RESUMED)
-def test_a_killed_run_resumes_and_ends_bitwise_as_the_straight_one(monkeypatch, tmp_path, extra):
-    run_here(monkeypatch, tmp_path, run_id="straight", **extra)
-    command = [sys.executable, "-c", KILLED.format(step=7)]
-    done = run_process([*command, *flags(tmp_path, run_id="killed", **extra)])
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    _, out = run_here(monkeypatch, tmp_path, run_id="killed", **extra)
-    assert "resumed step:4" in out
-    a, b = newest_state(tmp_path, "straight"), newest_state(tmp_path, "killed")
-    assert losses(tmp_path, "straight") == losses(tmp_path, "killed")
-    assert all(same(a[key], b[key]) for key in ("model", "adam", "scaler", "states", "state"))
-    assert bool(a["states"]) == bool(extra.get("carry_state"))
+KINDS = {
+    "recalling": dict(dropout=0.2, use_auxiliary_loss=1),
+    "carrying": dict(carry_state=1, dropout=0.2),
+    "attention": dict(mixer="attention"),
+}
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """Runs on 2 and on 3 ranks that carry their states; 3 do not divide the batch of 8."""
-    folder = tmp_path_factory.mktemp("ranks")
-    for size in (2, 3):
-        done = run_ranks(size, folder, run_id=f"r{size}", carry_state=1, dropout=0.1)
-        assert done.returncode == 0, done.stderr
+def folder(tmp_path_factory):
+    """A straight run of each kind; and in processes of their own, one of each that is killed in
+    step 7, and one on 2 and one on 3 ranks that carry their states. 3 do not divide the batch of 8.
+    """
+    folder = tmp_path_factory.mktemp("runs")
+    runs = [(1, "kill:7", dict(run_id=f"killed_{name}", **KINDS[name])) for name in KINDS]
+    runs += [(n, "", dict(run_id=f"ranks_{n}", **KINDS["carrying"])) for n in (2, 3)]
+    assert run_forked(folder, runs) == [-signal.SIGKILL] * 3 + [0, 0]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, knobs in KINDS.items():
+            run_here(patch, folder, run_id=name, **knobs)
     return folder
 
 
-def test_one_two_and_three_ranks_agree_within_rounding(monkeypatch, ranks):
-    run_here(monkeypatch, ranks, run_id="r1", carry_state=1, dropout=0.1)
-    read = lambda run_id: np.array(
-        [[float(v or 0) for v in pair] for pair in losses(ranks, run_id)]
-    )
-    one = read("r1")
-    for other in ("r2", "r3"):
-        assert one.shape == read(other).shape and np.abs(one - read(other)).max() < 1e-4
-        pairs = zip(*(newest_state(ranks, r)["states"]["rows"] for r in ("r1", other)), strict=True)
-        for x, y in pairs:
+def figures(folder: Path, run_id: str) -> np.ndarray:
+    """Losses of training and validation, by step."""
+    return np.array([[float(v or 0) for v in pair] for pair in losses(folder, run_id)])
+
+
+def copy_checkpoint(folder: Path, run_id: str, step: int, to: str) -> None:
+    """Make a run called `to`, of which nothing but a checkpoint of another run is there."""
+    path = dict(list_checkpoints(folder / "logs" / run_id))[step]
+    shutil.copytree(path, folder / "logs" / to / path.name, dirs_exist_ok=True)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_killed_run_resumes_and_ends_bitwise_as_the_straight_one(monkeypatch, folder, name):
+    _, out = run_here(monkeypatch, folder, run_id=f"killed_{name}", **KINDS[name])
+    assert "resumed step:4" in out
+    a, b = newest_state(folder, name), newest_state(folder, f"killed_{name}")
+    assert losses(folder, name) == losses(folder, f"killed_{name}")
+    assert all(same(a[key], b[key]) for key in ("model", "adam", "scaler", "states", "state"))
+    assert bool(a["states"]) == (name == "carrying")
+
+
+def test_one_two_and_three_ranks_agree_within_rounding(folder):
+    one = figures(folder, "carrying")
+    rows_of = lambda run_id: newest_state(folder, run_id)["states"]["rows"]
+    for other in ("ranks_2", "ranks_3"):
+        found = figures(folder, other)
+        assert one.shape == found.shape and np.abs(one - found).max() < 1e-4
+        for x, y in zip(rows_of("carrying"), rows_of(other), strict=True):
             assert x.shape == y.shape and torch.allclose(x, y, atol=1e-3)
 
 
-def test_one_rank_goes_on_where_three_stopped(monkeypatch, ranks):
+def test_one_rank_goes_on_where_three_stopped(monkeypatch, folder):
     """The carried rows of three ranks' checkpoint are dealt out to one."""
-    (step, path), *_ = [c for c in list_checkpoints(ranks / "logs/r3") if c[0] == 8]
-    other = ranks / "logs/again"
-    other.mkdir(exist_ok=True)
-    os.rename(path, other / path.name)
-    _, out = run_here(monkeypatch, ranks, run_id="again", carry_state=1, dropout=0.1)
+    copy_checkpoint(folder, "ranks_3", 8, "again")
+    _, out = run_here(monkeypatch, folder, run_id="again", **KINDS["carrying"])
     assert "resumed step:8 from a checkpoint written by 3 rank(s)" in out
-    again, three = metrics(ranks, "again"), metrics(ranks, "r3")
+    again, three = metrics(folder, "again"), metrics(folder, "ranks_3")
     for step in (9, 10, 11, 12):
         assert abs(float(again[step]["train_loss"]) - float(three[step]["train_loss"])) < 1e-4
 
 
-@pytest.mark.parametrize("extra", [dict(carry_state=1, dropout=0.2), dict(use_auxiliary_loss=1)])
-def test_a_micro_batch_changes_memory_not_training(monkeypatch, tmp_path, extra):
-    for name, rows_at_once in (("a", 8), ("b", 3)):
-        run_here(monkeypatch, tmp_path, run_id=name, device_batch_size=rows_at_once, **extra)
-    a, b = ([float(t) for t, _ in losses(tmp_path, name)[1:]] for name in "ab")
-    assert np.abs(np.subtract(a, b)).max() < 1e-4
+@pytest.mark.parametrize("name", ["carrying", "recalling"])
+def test_a_micro_batch_changes_memory_not_training(monkeypatch, folder, name):
+    """3 rows at a time, which do not divide the batch, or 4."""
+    run_here(monkeypatch, folder, run_id=f"{name}_by_3", device_batch_size=3, **KINDS[name])
+    assert np.abs(figures(folder, name) - figures(folder, f"{name}_by_3")).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "words"),
+    [
+        ("attention", dict(mixer="hamt"), "started with MIXER=attention, not hamt"),
+        ("carrying", dict(vocab_size=300), "VOCAB_SIZE=auto, not 300"),
+        ("carrying", dict(num_slots=8), "NUM_SLOTS=4, not 8"),
+    ],
+)
+def test_a_run_is_not_resumed_as_another_model(monkeypatch, folder, name, values, words):
+    other = f"other_{name}"
+    copy_checkpoint(folder, name, 4, other)
+    with pytest.raises(UserError, match=words):
+        run_here(monkeypatch, folder, run_id=other, **KINDS[name] | values)
 
 
 def test_the_auxiliary_loss_is_never_in_a_reported_loss_but_trains(monkeypatch, tmp_path):
@@ -165,28 +178,6 @@ def test_a_loss_that_is_not_finite_stops_before_its_update(monkeypatch, tmp_path
     code, out = run_here(monkeypatch, tmp_path)
     assert code == 1 and "step:5 not finite" in out and rows(tmp_path)[0]["status"] == "nan"
     assert torch.equal(weights[4], weights[-1]) and not torch.equal(weights[3], weights[4])
-
-
-@pytest.mark.parametrize(
-    ("values", "words"),
-    [
-        (dict(mixer="attention"), "started with MIXER=hamt, not attention"),
-        (dict(vocab_size=300), "VOCAB_SIZE=auto, not 300"),
-        (dict(num_slots=8), "NUM_SLOTS=4, not 8"),
-    ],
-)
-def test_a_run_is_not_resumed_as_another_model(monkeypatch, tmp_path, values, words):
-    step = Session.step
-
-    def stopped(self, number, *args, **more):
-        if number == 2:
-            self.world.signals.append(signal.SIGTERM)
-        return step(self, number, *args, **more)
-
-    monkeypatch.setattr(Session, "step", stopped)
-    run_here(monkeypatch, tmp_path, run_id="a", num_iterations=4)
-    with pytest.raises(UserError, match=words):
-        run_here(monkeypatch, tmp_path, run_id="a", num_iterations=4, **values)
 
 
 def test_running_out_of_memory_says_what_to_lower(monkeypatch, tmp_path):
