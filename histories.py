@@ -1,21 +1,24 @@
 """histories.py -- which bytes followed the last few bytes of a text: train_scaled.py's data module.
 
 For each of some lengths n there is a table of constant size. A hash of the last n bytes names its
-row, which holds one history and its last two entries: the bytes that followed it last, with their
-times. Another history that falls into the row replaces it. Nothing here is learned.
+row, which holds one history, the last eight bytes that followed it, and when the newest of them
+came. Another history that falls into the row replaces it. Nothing here is learned.
 
 Promises: a whole row of text is looked up at once, by one sort, and exactly as it would be byte by
 byte, whatever the cuts; and a table stays as large as it is.
 
-Shapes   B rows, T bytes, G lengths, P bytes of a history at the most
+Shapes   B rows, T bytes, G lengths, K followers of a history, P bytes of a history at the most
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 BYTES = 256  # values of a byte
+FOLLOWERS = 8  # bytes that a table keeps of each history
 
-Tables = tuple[Tensor, ...]  # histories (B, G, rows + 1), their entries (B, G, rows + 1, 2)
+# Histories and times (B, G, rows + 1), followers (B, G, rows + 1, K)
+Tables = tuple[Tensor, Tensor, Tensor]
 
 
 class SuffixHash(nn.Module):
@@ -37,8 +40,9 @@ class SuffixHash(nn.Module):
 class HistoryTables(nn.Module):
     """The tables' rules. The tables themselves are a state that the caller keeps for each text.
 
-    An entry is 256 times its time plus the byte. Times begin at 1, so that an entry below 256 is
-    none. Each table has one row more than it uses, for the writes that do not last.
+    A follower is a byte plus 1, so that 0 is none; the newest of a history stands first. Times
+    begin at 1: what came before is no follower. Each table has one row more than it uses, for the
+    writes that do not last.
     """
 
     def __init__(self, lengths: tuple[int, ...], rows: int):
@@ -48,12 +52,15 @@ class HistoryTables(nn.Module):
 
     def empty(self, B: int) -> Tables:
         shape = (B, self.num_lengths, self.rows + 1)
-        return self.hash.powers.new_zeros(shape), self.hash.powers.new_zeros((*shape, 2))
+        new = self.hash.powers.new_zeros
+        return new(shape), new(shape), new((*shape, FOLLOWERS), dtype=torch.int16)
 
-    def read(self, text: Tensor, first: Tensor, tables: Tables) -> tuple[Tensor, Tables]:
+    def read(
+        self, text: Tensor, first: Tensor, tables: Tables
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """For each of the T bytes of text (B, longest + T) behind the first `longest`, which are at
-        times first, first + 1, ...: the last two entries (B, T, G, 2) of the histories before it;
-        and what to write.
+        times first, first + 1, ...: the followers (B, T, G, K) of the histories before it, the
+        times (B, T, G) of the newest of them, and what to write.
 
         Sorted by row, then by time, what stands before in the same row came before.
         """
@@ -62,30 +69,36 @@ class HistoryTables(nn.Module):
         history = self.hash(text[:, :-1].unfold(1, self.longest, 1)).mT  # (B, G, T)
         row, order = torch.sort(history % self.rows, stable=True)
         history = history.gather(2, order)
-        entry = (first + i) * BYTES + text[:, None, self.longest :]
-        entry = entry.expand_as(order).gather(2, order)
+        time = first + order
+        byte = text[:, None, self.longest :].expand_as(order).gather(2, order)
+        follower = torch.where(time >= 1, byte + 1, 0).to(torch.int16)
 
         # A row is one stretch of the sorted bytes, and within it each history one or more runs.
         row_start = torch.where((row != row.roll(1, -1)) | (i == 0), i, 0).cummax(-1).values
         new_run = (history != history.roll(1, -1)) | (i == row_start)
         run_start = torch.where(new_run, i, 0).cummax(-1).values
-        at = row[..., None].expand(*row.shape, 2)
+        met = i - run_start  # how often the history came before in this run
+
         known = (tables[0].gather(2, row) == history) & (run_start == row_start)
-        old = torch.where(known[..., None], tables[1].gather(2, at), 0)
-        met = (i - run_start)[..., None]  # how often the history came before in this run
-        recent = torch.stack([entry.roll(1, -1), entry.roll(2, -1)], -1)
-        once = torch.stack([recent[..., 0], old[..., 0]], -1)
-        found = torch.where(met == 0, old, torch.where(met == 1, once, recent))
+        at = row[..., None].expand(*row.shape, FOLLOWERS)
+        old = torch.where(known[..., None], tables[2].gather(2, at), 0)
+        # The newest of this run, and behind them as many of those from before it as have a place.
+        newest_first = F.pad(follower, (FOLLOWERS, 0)).unfold(2, FOLLOWERS, 1)[:, :, :T].flip(-1)
+        behind = torch.arange(FOLLOWERS, device=text.device) - met[..., None]
+        found = torch.where(behind < 0, newest_first, old.gather(3, behind.clamp(min=0)))
+        newest = torch.where(met == 0, tables[1].gather(2, row), time.roll(1, -1))
 
-        lasts = (row != row.roll(-1, -1)) | (i == T - 1)  # only a row's last entry stays
+        lasts = (row != row.roll(-1, -1)) | (i == T - 1)  # only a row's last history stays
         place = torch.where(lasts, row, self.rows)
-        writes = place, history, torch.stack([entry, found[..., 0]], -1)
-        back = order.argsort(-1)[..., None].expand_as(at)
-        return found.gather(2, back).transpose(1, 2), writes
+        kept = torch.cat([follower[..., None], found[..., :-1]], -1)
+        back = order.argsort(-1)
+        found = found.gather(2, back[..., None].expand_as(found)).transpose(1, 2)
+        return found, newest.gather(2, back).mT, (place, history, time, kept)
 
-    def write(self, tables: Tables, writes: Tables) -> None:
+    def write(self, tables: Tables, writes: tuple[Tensor, ...]) -> None:
         """Into the tables themselves."""
-        place, history, entries = writes
+        place, history, time, kept = writes
         tables[0].scatter_(2, place, history)[:, :, -1] = 0
-        at = place[..., None].expand_as(entries)
-        tables[1].scatter_(2, at, entries)[:, :, -1] = 0
+        tables[1].scatter_(2, place, time)[:, :, -1] = 0
+        at = place[..., None].expand_as(kept)
+        tables[2].scatter_(2, at, kept)[:, :, -1] = 0

@@ -13,7 +13,7 @@ Text is cut into patches of 4 bytes. Blocks of window attention beside a decayin
 the patches, and a small recurrent decoder writes the bytes of the next patch. The memory is
 Hebbian; a second one, by bytes, remembers what followed the last few, wherever patches begin.
 
-Size     132,716,211 parameters, 3,211,264 of them n-grams'; PRESET=phase8: 129,302,416
+Size     132,718,190 parameters, 3,211,264 of them n-grams'; PRESET=phase8: 129,302,416
 Expect   docs/scaled.md: measured recall, bits per byte and speed, with commands
 Shapes   B rows, T bytes, N = T / 4 patches, D model width, H heads, E = D / H head width, F width
          of a memory's values, C patches of a chunk, M chunks, G histories; x_BND is (B, N, D)
@@ -36,19 +36,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from histories import BYTES, HistoryTables, SuffixHash, Tables
+from histories import BYTES, FOLLOWERS, HistoryTables, SuffixHash, Tables
 from plumbing import ROOT, Session, knob, read_knobs, show_plan
-from plumbing.byte_batches import ByteBatches, ScoredBytes, text_facts
+from plumbing.byte_batches import ByteBatches, ScoredBytes
 from plumbing.byte_knobs import BYTE_RUN_KNOBS, ByteRunKnobs
-from plumbing.byte_records import BYTE_METRICS, export_saved, record_validation
+from plumbing.byte_records import export_saved, record_validation
+from plumbing.byte_runs import open_bytes, plan_bytes, results_columns, session_options
 from plumbing.data import Prefetch
 from plumbing.device import CudaGraph, check_compiler, choose_precision, choose_rows, compile_parts
-from plumbing.exports import check_run_fits, read_model_weights, run_bytes
-from plumbing.plan import WhenShown, count_flops, plan_facts
+from plumbing.exports import check_run_fits, read_model_weights
+from plumbing.plan import count_flops
 from plumbing.rollback import roll_back
 from plumbing.row_states import RowStates, row_states
 from plumbing.row_states import State as StateOfRows
-from plumbing.splits import open_byte_files
 from plumbing.world import World, flat_gradients, join_world, launch
 
 # ---------------- Knobs
@@ -59,8 +59,9 @@ PAST = 8  # bytes before a predicted one that the decoder may look at
 READS = 4  # the last of these, which its GRU reads before it predicts a patch
 NGRAMS = (3, 4, 5, 6)  # bytes; lengths of the decoder's n-grams
 NGRAM_WIDTH = 64  # channels of a row of their tables
-HISTORIES = (3, 5, 8, 12, 24)  # bytes; lengths of what the memory by bytes looks up
+HISTORIES = (2, 3, 4, 5, 6, 8, 12, 16, 24)  # bytes; lengths of what the memory by bytes looks up
 LONGEST = max(HISTORIES)
+AGES = 20  # classes of a follower's age: 1 byte, 2 to 3, 4 to 7, ..., 2^19 and more
 HALF_LIVES = (32.0, 65536.0)  # patches; of the first and the last head with MEM_INIT=log
 # CURRICULUM: from this share of the steps on, this plasticity: a factor on the retentions of the
 # blocks' memory. It caps half-lives: 0.10 at 0.3 patches, 0.50 at 1, 0.99 at 69.
@@ -615,68 +616,80 @@ class ScaledDecoder(OriginalDecoder):
 
 
 class ByteMemory(nn.Module):
-    """Predicts the bytes that followed the last 3, 5, 8, 12 and 24 bytes earlier in the text,
-    wherever patches begin. histories.py has its tables.
+    """Predicts the bytes that followed the last 2, 3, 4, 5, 6, 8, 12, 16 and 24 bytes earlier in
+    the text, wherever patches begin. histories.py has its tables.
 
-    A byte found has a learned weight, which fades with its age by a half-life learned for each
-    length. They are mixed into the model's distribution p as PPM mixes contexts (Cleary and Witten,
-    1984), from the shortest history to the longest:
+    It mixes as PPM does (Cleary and Witten, 1984). From the shortest history to the longest, what
+    followed it goes into the model's distribution p, and a part e escapes to p as it was:
 
-        p <- (weights found + doubt * p) / (sum of weights found + doubt)
+        p <- (1 - e) * followers + e * p
 
-    A large doubt leaves p as it is. It is learned for one byte found, two equal ones and two
-    different ones, and the decoder's hidden state moves it. Caches beside a model: Grave et al.,
-    arXiv 1612.04426. What followed the same history: Akyurek et al., arXiv 2401.12973.
+    `followers` are the history's last eight, by learned weights from the newest to the oldest. e is
+    learned for each number of followers and of different bytes among them, and for each age of the
+    newest; the decoder's hidden state moves it. Caches beside a model: Grave et al., arXiv
+    1612.04426. What followed the same history: Akyurek et al., arXiv 2401.12973.
     """
 
     def __init__(self, rows: int):
         super().__init__()
+        G = len(HISTORIES)
         self.tables = HistoryTables(HISTORIES, rows)
-        self.doubt = nn.Linear(BYTES, len(HISTORIES))
-        # Logarithms for each length: weights of the last byte found and of the one before; doubts
-        # of one, two equal, two different bytes; decay per byte. DECAY_ON=matrices spares a vector.
-        self.how = nn.Parameter(torch.empty(6 * len(HISTORIES)))
+        # Vectors, each a table laid flat, so that DECAY_ON=matrices spares them.
+        self.escape_by_count = nn.Parameter(torch.empty(G * (FOLLOWERS + 1) ** 2))
+        self.escape_by_age = nn.Parameter(torch.empty(G * AGES))
+        self.escape_by_state = nn.Linear(BYTES, G)
+        self.rank_weight = nn.Parameter(torch.empty(G * FOLLOWERS))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Half-lives from 128 bytes for the shortest history to 131,072 for the longest."""
-        half_life = torch.logspace(math.log10(128), math.log10(131072), len(HISTORIES))
-        start = torch.tensor([0.0, -1.0, 1.0, 0.5, 1.5, 0.0]).repeat(len(HISTORIES), 1)
-        start[:, 5] = (math.log(2) / half_life).log()
-        self.how.copy_(start.flatten())
-        self.doubt.weight.zero_()
-        self.doubt.bias.zero_()
+        """Escapes start as PPM's method C has them: q different bytes among n followers, q to n."""
+        n = torch.arange(FOLLOWERS + 1).clamp(min=1)
+        log_odds = (n[None, :] / n[:, None]).log()
+        self.escape_by_count.copy_(log_odds.repeat(len(HISTORIES), 1).flatten())
+        self.escape_by_age.zero_()
+        self.rank_weight.zero_()
+        self.escape_by_state.weight.zero_()
+        self.escape_by_state.bias.zero_()
 
-    def mix(self, logits: Tensor, hidden: Tensor, entries: Tensor, now: Tensor) -> Tensor:
-        """log p (.., 256), fp32, from the decoder's logits and hidden states (.., 256) and the two
-        entries (.., G, 2) found for each length. The byte to predict comes at the time `now` (..).
+    def mix(self, logits: Tensor, hidden: Tensor, followers: Tensor, age: Tensor) -> Tensor:
+        """log p (.., 256), fp32, from the decoder's logits and hidden states (.., 256), and from
+        what the tables have of each length: the followers (.., G, 8), and the age of the newest
+        (.., G) in bytes.
         """
-        one, two, alone, equal, different, decay = self.how.view(-1, 6).unbind(-1)
-        found, byte = entries >= BYTES, entries % BYTES
-        age = torch.where(found, now[..., None, None] - entries // BYTES, 0)
-        weight = found * (torch.stack([one, two], -1) - decay.exp()[:, None] * age).exp()
-        pair = torch.where(byte[..., 0] == byte[..., 1], equal, different)
-        doubt = torch.where(found[..., 1], pair, alone)
-        log_doubt = doubt + self.doubt(hidden).float()
-        whole = weight.sum(-1) + log_doubt.exp()
+        G, counts = len(HISTORIES), FOLLOWERS + 1
+        is_found = followers > 0
+        is_same = followers[..., :, None] == followers[..., None, :]
+        is_repeated = (is_same & torch.ones_like(is_same).tril(-1)).any(-1)
+        found, different = is_found.sum(-1), (is_found & ~is_repeated).sum(-1)
+
+        length = torch.arange(G, device=logits.device)
+        by_count = self.escape_by_count.view(G, counts, counts)
+        age_class = age.clamp(min=1).float().log2().long().clamp(max=AGES - 1)
+        escape = by_count[length, found, different] + self.escape_by_state(hidden).float()
+        escape = escape + self.escape_by_age.view(G, AGES)[length, age_class]
         # What the longer histories leave to each length; first, the model's share. A product of
-        # shares, as a sum of logarithms: the gradient of cumprod would wait for the device.
-        log_share = log_doubt - whole.log()
-        left = F.pad(log_share.flip(-1).cumsum(-1).flip(-1), (0, 1)).exp()
-        p = left[..., :1] * logits.softmax(-1)
-        weight = weight / whole[..., None] * left[..., 1:, None]
+        # escapes, as a sum of logarithms: the gradient of cumprod would wait for the device.
+        log_escape = torch.where(found > 0, F.logsigmoid(escape), 0.0)
+        log_left = F.pad(log_escape.flip(-1).cumsum(-1).flip(-1), (0, 1))
+        log_taken = F.logsigmoid(-escape) + log_left[..., 1:]
+
+        weight = is_found * self.rank_weight.view(G, FOLLOWERS).exp()
+        weight = weight / weight.sum(-1, keepdim=True).clamp(min=1e-12)
+        weight = weight * log_taken.exp()[..., None]
+        byte = (followers.long() - 1).clamp(min=0)
+        p = log_left[..., :1].exp() * logits.softmax(-1)
         return p.scatter_add(-1, byte.flatten(-2), weight.flatten(-2)).clamp(min=1e-30).log()
 
     def forward(
         self, logits: Tensor, hidden: Tensor, text: Tensor, first: Tensor, tables: Tables
     ) -> tuple[Tensor, Tables]:
         """log p (B, T, 256) of the bytes of `text`, and the tables after them."""
-        entries, writes = self.tables.read(text, first, tables)
+        followers, newest, writes = self.tables.read(text, first, tables)
         now = first + torch.arange(logits.size(1), device=text.device)
         tables = tuple(table.clone() for table in tables)
         self.tables.write(tables, writes)
-        return self.mix(logits, hidden, entries, now), tables
+        return self.mix(logits, hidden, followers, now[:, None] - newest), tables
 
 
 # ---------------- Model
@@ -779,21 +792,31 @@ class ByteLM(nn.Module):
         seen = torch.cat([state.seen, x_BT], 1)[:, -(LONGEST - PATCH) :]
         return z, State(state.position + N, [*layers, (seen,), state.tables])
 
-    def logits(self, x_BT: Tensor, y_BT: Tensor, past: State | None = None) -> tuple[Tensor, State]:
-        """Logits (B, T, 256), fp32, of the targets y, each given all bytes before it; and the
-        state after x. past: the state before x, None at the beginning of a text.
+    def decode(
+        self, x_BT: Tensor, y_BT: Tensor, past: State | None = None
+    ) -> tuple[Tensor, Tensor | None, State]:
+        """Of the targets y, each given all bytes before it: the decoder's logits (B, T, 256), fp32,
+        and log p with the memory by bytes, None where that is not used; and the state after x.
+        past: the state before x, None at the beginning of a text.
         """
         old = self.empty_state(len(x_BT)) if past is None else past
         z_BND, state = self.trunk(x_BT, old, at_start=past is None)
         before = torch.cat([old.seen[:, -PATCH:], x_BT], 1).unfold(1, PAST, PATCH)
         logits, hidden = self.decoder(z_BND, before, y_BT.unflatten(1, (-1, PATCH)))
         logits, hidden = logits.flatten(1, 2), hidden.flatten(1, 2)
-        if self.byte_memory is not None:
-            text = torch.cat([old.seen, x_BT[:, :PATCH], y_BT], 1)
-            mixed = self.byte_memory(logits, hidden, text, old.next_time, old.tables)
-            state.layers[-1] = mixed[1]
-            logits = logits if self.cfg.memory == "zero" else mixed[0]
-        return logits, state
+        if self.byte_memory is None:
+            return logits, None, state
+        text = torch.cat([old.seen, x_BT[:, :PATCH], y_BT], 1)
+        # Detached: the decoder learns as if it were alone. One that learns beside its memory leans
+        # on it, and is worse off where the memory is young.
+        given = logits.detach(), hidden.detach()
+        mixed, state.layers[-1] = self.byte_memory(*given, text, old.next_time, old.tables)
+        return logits, None if self.cfg.memory == "zero" else mixed, state
+
+    def logits(self, x_BT: Tensor, y_BT: Tensor, past: State | None = None) -> tuple[Tensor, State]:
+        """Logits (B, T, 256), fp32, of the targets y, and the state after x; as decode()."""
+        alone, mixed, state = self.decode(x_BT, y_BT, past)
+        return alone if mixed is None else mixed, state
 
     def forward(
         self, x_BT: Tensor, y_BT: Tensor, past: State | None = None
@@ -803,22 +826,23 @@ class ByteLM(nn.Module):
         """
         known = torch.where(y_BT < 0, F.pad(x_BT[:, PATCH:], (0, PATCH)), y_BT)
         with products_in(self.dtype, x_BT):
-            logits, state = self.logits(x_BT, known, past)
-        return F.cross_entropy(logits.mT, y_BT, ignore_index=-1, reduction="none"), state
+            logits, mixed, state = self.decode(x_BT, known, past)
+        nll = partial(F.cross_entropy, target=y_BT, ignore_index=-1, reduction="none")
+        if mixed is None:
+            return nll(logits.mT), state
+        loss = nll(mixed.mT)
+        if self.training:  # the decoder's own loss: its gradient counts, its value does not
+            alone = nll(logits.mT)
+            loss = loss + (alone - alone.detach())
+        return loss, state
 
-    def half_lives(self) -> dict[str, Tensor]:
-        """Of the memories that there are, for inputs that do not move them, in fp64: of the blocks'
-        one (L, H) "patches", of the other one (G,) "bytes", by the length of the history.
-        """
-        found = {}
-        if self.cfg.memory != "off":
-            logits = torch.stack([block.memory.retention.detach() for block in self.blocks])
-            log_kept = log_retention(logits.double(), self.cfg.mem_range) + self.plasticity.log()
-            found["patches"] = math.log(0.5) / log_kept
-        if self.byte_memory is not None:
-            how = self.byte_memory.how.detach().double().view(-1, 6)
-            found["bytes"] = math.log(2) / how[:, 5].exp()
-        return found
+    def half_lives(self) -> Tensor | None:
+        """Of the blocks' memory, (L, H), in patches and fp64, for inputs that do not move them."""
+        if self.cfg.memory == "off":
+            return None
+        logits = torch.stack([block.memory.retention.detach() for block in self.blocks])
+        log_kept = log_retention(logits.double(), self.cfg.mem_range) + self.plasticity.log()
+        return math.log(0.5) / log_kept
 
 
 # ---------------- Optimizer
@@ -896,13 +920,9 @@ def evaluate(model: ByteLM, val: ScoredBytes, rows: int, cfg: Knobs, world: Worl
 # ---------------- Records and plan
 
 HINT = "set DEVICE=cpu; PRESET=demo is a size that makes that sensible"
-RESULTS = (  # bpc: bits per byte
-    "run_id date git_commit seed preset blocks decoder n_embd n_layer n_head sliding_window memory "
-    "delta_rule carry_state data learning_rate batch_size device_batch_size sequence_length "
-    "num_iterations final_val_loss best_val_loss final_val_bpc val_bits_per_char train_time_ms "
-    "ms_per_step gpu_name n_gpus notes stage status steps_done n_params tokens_seen epochs "
-    "peak_memory_mib torch world_size code_sha256 dirty"
-).split()
+RESULTS = results_columns(
+    "preset blocks decoder n_embd n_layer n_head sliding_window memory delta_rule"
+)
 
 
 # differs from train_gpt.py: states and losses per byte
@@ -927,14 +947,7 @@ def flops_per_byte(cfg: Knobs) -> float:
 def plan(cfg: Knobs, world: World) -> dict[str, object]:
     """What --dry_run and the log show. Raises UserError for what the run would refuse."""
     check_compiler(cfg.compile, cfg.device)
-    with torch.device("meta"):
-        model = ByteLM(cfg)
-        facts = plan_facts(cfg, world, model, probe_backward)
-        needed_mib = run_bytes(model, row_states(model, world), cfg.keep) / 2**20
-    trained_bytes = cfg.batch_size * cfg.sequence_length * cfg.num_iterations
-    facts["compute"] = WhenShown(lambda: f"{flops_per_byte(cfg) * trained_bytes:.3g} FLOPs")
-    facts["disk"] = f"up to {needed_mib:,.0f} MiB at KEEP={cfg.keep}"
-    return facts | text_facts(cfg, world, PATCH)
+    return plan_bytes(cfg, world, ByteLM, probe_backward, flops_per_byte, PATCH)
 
 
 # ---------------- Training
@@ -1067,29 +1080,19 @@ def main() -> int:
         return show_plan(cfg, plan, RESULTS)
     with join_world(cfg.device, HINT) as world:
         check_compiler(cfg.compile, cfg.device)
-        text, val, _ = open_byte_files(cfg.data, ROOT / "data", PATCH)
-        batches = ByteBatches(text, cfg, world, PATCH)
-        tokens_per_step = cfg.batch_size * cfg.sequence_length
+        batches, val = open_bytes(cfg, world, PATCH)
         session = Session(
             cfg,
             world,
-            total_steps=cfg.num_iterations,
-            tokens_per_step=tokens_per_step,
-            data={"training": text.content, "validation": val.content},
+            **session_options(cfg, batches, val, ["plasticity"]),
             columns=RESULTS,
-            column_knobs={"learning_rate": "lr"},
             presets=PRESETS,
             resume_may_differ=RESUME_MAY_DIFFER,
             sources=[__file__, ROOT / "histories.py"],
-            steps_per_epoch=text.total / tokens_per_step,
-            validate_at_start=False,
-            log_every=cfg.log_every,
-            metrics=[*BYTE_METRICS, "plasticity"],
-            unit="bytes",
             out_of_memory="lower DEVICE_BATCH_SIZE, or set RECOMPUTE=1",
         )
         with session:
-            train(cfg, session, batches, ScoredBytes(val, PATCH, cfg.val_bytes))
+            train(cfg, session, batches, val)
     return session.exit_code
 
 

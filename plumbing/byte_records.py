@@ -8,7 +8,6 @@ after a resume or a rollback.
 import csv
 import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -24,31 +23,24 @@ BYTE_METRICS = "val_bpc val_bits_per_char half_life_min half_life_median half_li
 
 
 def record_validation(
-    session: Session,
-    model: nn.Module,
-    loss: float,
-    val: ScoredBytes,
-    half_lives: Mapping[str, Tensor],
+    session: Session, model: nn.Module, loss: float, val: ScoredBytes, half_lives: Tensor | None
 ) -> None:
-    """A validation: `loss` in nats per byte of `val`. `half_lives` are those of the memories that
-    the model has: of the blocks' one in "patches", of the other one in "bytes".
+    """A validation: `loss` in nats per byte of `val`. `half_lives` are those of the blocks' memory,
+    in patches; None without one.
     """
     bits = loss / math.log(2)
     characters = val.characters_per_byte
     bits_per_char = bits / characters if characters else math.nan
     metrics = {"val_bpc": bits, "val_bits_per_char": bits_per_char}
     note = f" val_bpc:{bits:.4f} val_bits_per_char:{bits_per_char:.4f}"
-    lines = []
-    if "patches" in half_lives:
-        found = half_lives["patches"]
-        low, middle, high = found.min().item(), found.median().item(), found.max().item()
+    line = ""
+    if half_lives is not None:
+        low, high = half_lives.min().item(), half_lives.max().item()
+        middle = half_lives.median().item()
         metrics |= {"half_life_min": low, "half_life_median": middle, "half_life_max": high}
-        lines.append(f"half_life_patches: min:{low:.4g} median:{middle:.4g} max:{high:.4g}")
-    if "bytes" in half_lives:
-        by_length = ",".join(f"{value:.0f}" for value in half_lives["bytes"].tolist())
-        lines.append(f"half_life_bytes, from the shortest history to the longest: {by_length}")
+        line = f"half_life_patches: min:{low:.4g} median:{middle:.4g} max:{high:.4g}"
     session.log_validation(session.step_now, loss, note, **metrics)
-    for line in lines:
+    if line:
         session.say(line)
     session.row |= {"final_val_bpc": bits, "val_bits_per_char": bits_per_char}
     if session.progress.best_loss == loss:

@@ -43,7 +43,7 @@ class Stream:
             # Bytes of the first patch come before time 1, which makes them none: nothing predicts
             # them.
             tables = model.byte_memory.tables
-            _, writes = tables.read(seen, self.next_byte(), self.state.tables)
+            *_, writes = tables.read(seen, self.next_byte(), self.state.tables)
             tables.write(self.state.tables, writes)
         x_BT = torch.cat([self.held, x_BT], 1)
         while x_BT.size(1) >= PATCH:
@@ -72,8 +72,9 @@ class Stream:
             return logits
         text = F.pad(self.past, (0, 1))  # a place for the byte that is not there yet
         now = self.next_byte()
-        entries, _ = model.byte_memory.tables.read(text, now, self.state.tables)
-        return model.byte_memory.mix(logits, self.hidden, entries[:, 0], now)
+        tables = model.byte_memory.tables
+        followers, newest, _ = tables.read(text, now, self.state.tables)
+        return model.byte_memory.mix(logits, self.hidden, followers[:, 0], now - newest[:, 0])
 
     def state_bytes(self) -> int:
         """Memory that the text so far takes, whatever its length."""

@@ -160,10 +160,12 @@ def answer_logits(model: ByteLM, x_BT: Tensor, at_BA: Tensor, y_BAP: Tensor) -> 
         return logits
     y_BT = y_BT.scatter(1, places, y_BAP.flatten(1))
     text = torch.cat([state.seen, x_BT[:, :PATCH], y_BT], 1)
-    entries, _ = model.byte_memory.tables.read(text, state.next_time, state.tables)
-    entries = entries.gather(1, places[..., None, None].expand(-1, -1, *entries.shape[2:]))
-    now = (state.next_time + places).unflatten(1, (-1, PATCH))
-    return model.byte_memory.mix(logits, hidden, entries.unflatten(1, (-1, PATCH)), now)
+    tables = model.byte_memory.tables
+    followers, newest, _ = tables.read(text, state.next_time, state.tables)
+    row = torch.arange(len(x_BT), device=at.device)[:, None, None]
+    places = places.unflatten(1, (-1, PATCH))
+    age = (state.next_time + places)[..., None] - newest[row, places]
+    return model.byte_memory.mix(logits, hidden, followers[row, places], age)
 
 
 def answer_nll(model: ByteLM, x_BT: Tensor, at_BA: Tensor, y_BAP: Tensor) -> Tensor:

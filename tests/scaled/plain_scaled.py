@@ -55,33 +55,31 @@ def dense_window(q: Tensor, k: Tensor, v: Tensor, w: int | None) -> Tensor:
 
 def byte_memory(memory: nn.Module, s: list[int], logits: Tensor, hidden: Tensor) -> Tensor:
     """log p (T, 256) of the bytes 24 .. of s, from the decoder's logits and states (T, 256): a
-    ByteMemory byte by byte, a dict for each table, from row to what is in it, and PPM's mixing,
-    from the shortest history to the longest.
+    ByteMemory byte by byte, a dict for each table, from row to what is in it.
     """
-    how, lengths, rows = memory.how.view(-1, 6), memory.tables.hash.lengths, memory.tables.rows
+    lengths, rows = memory.tables.hash.lengths, memory.tables.rows
+    G = len(lengths)
+    by_count = memory.escape_by_count.view(G, 9, 9)
+    by_age, rank_weight = memory.escape_by_age.view(G, -1), memory.rank_weight.view(G, 8).exp()
     tables, out = [{} for _ in lengths], []
     for t in range(24, len(s)):
-        h = memory.tables.hash(torch.tensor(s[t - 24 : t])).tolist()
-        p, doubts = logits[t - 24].softmax(-1), memory.doubt(hidden[t - 24])
-        for table, key, doubt, (one, two, alone, same, other, decay) in zip(
-            tables, h, doubts, how, strict=True
-        ):
+        keys = memory.tables.hash(torch.tensor(s[t - 24 : t])).tolist()
+        p, by_state = logits[t - 24].softmax(-1), memory.escape_by_state(hidden[t - 24])
+        for g, (table, key) in enumerate(zip(tables, keys, strict=True)):
             history, behind = table.get(key % rows, (None, []))
             behind = behind if history == key else []
-            table[key % rows] = key, [(s[t], t), *behind][:2]
+            table[key % rows] = key, [(s[t], t), *behind][:8]
             if not behind:
                 continue
-            d = alone if len(behind) == 1 else same if behind[0][0] == behind[1][0] else other
-            d = (d + doubt).exp()
-            weights = [
-                (w - decay.exp() * (t - at)).exp()
-                for w, (_, at) in zip((one, two), behind, strict=False)
-            ]
-            found = sum(
-                w * F.one_hot(torch.tensor(b), 256)
-                for w, (b, _) in zip(weights, behind, strict=True)
+            age = t - behind[0][1]
+            escape = by_count[g, len(behind), len({byte for byte, _ in behind})] + by_state[g]
+            escape = torch.sigmoid(escape + by_age[g, min(age.bit_length() - 1, 19)])
+            weights = rank_weight[g, : len(behind)] / rank_weight[g, : len(behind)].sum()
+            followers = sum(
+                weight * F.one_hot(torch.tensor(byte), 256)
+                for weight, (byte, _) in zip(weights, behind, strict=True)
             )
-            p = (found + d * p) / (sum(weights) + d)
+            p = (1 - escape) * followers + escape * p
         out.append(p.log())
     return torch.stack(out)
 

@@ -1,5 +1,7 @@
 """The byte decoder, its tables of n-grams, and the memory by bytes."""
 
+import math
+
 import pytest
 import torch
 from lib.byte_stream import Stream
@@ -65,9 +67,9 @@ def test_the_memory_by_bytes_is_its_recurrence_with_its_gradients_whatever_the_c
     (s,), logits, h = repeats(1, 150).tolist(), torch.randn(1, 126, 256), torch.randn(1, 126, 256)
     for sizes in ([126], [1] * 126, [5, 70, 51]):
         memory = ByteMemory(rows)
-        torch.nn.init.normal_(memory.how, std=0.3)
-        torch.nn.init.normal_(memory.doubt.weight, std=0.05)
-        memory.how.data.view(-1, 6)[:, 5] -= 3  # a half-life of about 14 bytes
+        for parameter in (memory.escape_by_count, memory.escape_by_age, memory.rank_weight):
+            torch.nn.init.normal_(parameter, std=0.3)
+        torch.nn.init.normal_(memory.escape_by_state.weight, std=0.05)
         wanted = byte_memory(memory, s, logits[0], h[0])
         (wanted * logits[0]).sum().backward()
         gradients = [p.grad.clone() for p in memory.parameters()]
@@ -104,15 +106,18 @@ def test_the_memory_by_bytes_finds_what_followed_wherever_patches_begin_and_4000
         assert right == len(once) - 9, gap
 
 
-def test_histories_last_from_128_bytes_to_131072_at_first_and_decay_as_they_say():
-    model = fresh(mem_rows=8)
-    memory, half_lives = model.byte_memory, model.half_lives()["bytes"].float()
-    torch.testing.assert_close(half_lives[[0, -1]], torch.tensor([128.0, 131072.0]))
-    logits = torch.zeros(1, 256)
-    share = lambda p: (p[0, 7] - p[0, 8]) / (256 * p[0, 8])  # the memory's mass over the model's
-    for i, half_life in enumerate(half_lives):  # only one history is known
-        entries = torch.zeros(1, 5, 2, dtype=torch.long)
-        entries[0, i, 0] = 256 + 7  # byte 7 at time 1
-        now, later = (torch.tensor([time]) for time in (1, 1 + round(half_life.item())))
-        shares = [share(memory.mix(logits, logits, entries, t).exp()).item() for t in (now, later)]
-        assert shares[1] / shares[0] == pytest.approx(0.5, rel=1e-2)
+def test_an_escape_is_that_of_ppm_at_first_and_is_learned_by_count_and_by_age():
+    memory, logits = ByteMemory(8), torch.zeros(1, 256)
+    followers = torch.zeros(1, 9, 8, dtype=torch.int16)
+    followers[0, 4, :4] = torch.tensor([8, 9, 8, 8])  # behind 6 bytes: 7, before it 8, 7 and 7
+    age = torch.full((1, 9), 5)
+    mixed = lambda: memory.mix(logits, logits, followers, age)[0].exp()
+    others = lambda: 256 * mixed()[0].item()  # the share that escapes to the model
+    assert others() == pytest.approx(1 / (1 + 4 / 2)), "two different ones among four"
+    p = mixed() - mixed()[0]
+    assert p[7].item() == pytest.approx(3 / 4 * 2 / 3) and p[8].item() == pytest.approx(1 / 6)
+    with torch.no_grad():
+        memory.escape_by_count[(4 * 9 + 4) * 9 + 2] += 1
+        memory.escape_by_age[4 * 20 + 2] += 1  # of an age from 4 to 7
+        memory.escape_by_age[4 * 20 + 3] += 1
+    assert others() == pytest.approx(1 / (1 + 2 * math.exp(-2)))

@@ -26,12 +26,12 @@ def test_the_default_is_within_3_percent_of_129m():
 
 @pytest.mark.parametrize(("low", "logit", "half_life"), [(0.995, 8.0, 413_338), (0.99, 0.0, 138.3)])
 def test_retention_starts_as_the_seed_has_it(low, logit, half_life):
-    found = fresh("phase8", mem_range=low, mem_init=logit).half_lives()["patches"]
+    found = fresh("phase8", mem_range=low, mem_init=logit).half_lives()
     assert found.shape == (2, 2) and (found / half_life - 1).abs().max() < 0.002
 
 
 def test_log_spaced_half_lives_run_from_32_to_65536_patches():
-    found = fresh(n_embd=64, n_head=4).half_lives()["patches"][0]
+    found = fresh(n_embd=64, n_head=4).half_lives()[0]
     assert torch.allclose(found, torch.logspace(5, 16, 4, base=2, dtype=torch.float64), rtol=1e-3)
 
 

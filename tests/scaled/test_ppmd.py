@@ -1,9 +1,17 @@
 """scripts/scaled/compare_ppmd.py: a model's figure is its run's, PPMd's is that of the whole text."""
 
+import math
+
 import compare_ppmd
+import numpy as np
 import pytest
-from scaled_support import run_here, write_text
+import torch
+import torch.nn.functional as F
+from scaled_support import fresh, repeats, run_here, write_text
 from support import rows
+
+from plumbing.exports import read_model_weights
+from plumbing.splits import open_byte_files
 
 
 def test_the_bits_of_a_run_are_those_that_it_recorded(monkeypatch, tmp_path, capsys):
@@ -13,9 +21,37 @@ def test_the_bits_of_a_run_are_those_that_it_recorded(monkeypatch, tmp_path, cap
     text, logs = str(tmp_path / "train.txt"), str(tmp_path / "logs")
     compare_ppmd.main(["--data", text, "--runs", "a", "--logs_folder", logs])
     out = capsys.readouterr().out
-    assert f"a: {float(rows(tmp_path)[0]['final_val_bpc']):.4f} bits per byte" in out
-    sizes = [(tmp_path / name).stat().st_size for name in ("train.txt", "val.txt")]
-    assert f"PPMd, contexts of 8 bytes: {sum(sizes):.4f} bits per byte" in out
+    bits = float(rows(tmp_path)[0]["final_val_bpc"])
+    assert f"a, from empty memories: {bits:.4f} bits per byte" in out
+    cfg = read_model_weights(tmp_path / "logs/a/best_model_scaled.pth", "train_scaled.py", [])[
+        "knobs"
+    ]
+    seen = cfg["num_iterations"] * cfg["batch_size"] * cfg["sequence_length"]
+    size = seen + (tmp_path / "val.txt").stat().st_size
+    assert f"PPMd, contexts of 8 bytes: {size:.4f} bits per byte" in out
+
+
+def test_behind_a_training_text_a_model_scores_the_held_out_text_as_one_forward_pass_does(
+    monkeypatch,
+):
+    model = fresh(mem_rows=64, sequence_length=32)
+    whole = repeats(1, 103)
+    with torch.no_grad():
+        nll_BT, _ = model(F.pad(whole, (0, 1)), F.pad(whole[:, 4:], (0, 5), value=-1))
+    for num_seen, window in ((0, 4096), (40, 4096), (41, 16), (3, 16)):
+        monkeypatch.setattr(compare_ppmd, "WINDOW", window)
+        seen, text = whole[0, :num_seen].numpy(), whole[0, num_seen:].numpy()
+        found = compare_ppmd.bits_behind(model, seen, text, torch.device("cpu"))
+        scored = nll_BT[0, max(num_seen - 4, 0) : 99]
+        assert found == pytest.approx(scored.mean().item() / math.log(2), rel=1e-5)
+
+
+def test_the_text_of_a_run_is_that_of_its_steps_row_by_row(tmp_path):
+    write_text(tmp_path)
+    text, _, _ = open_byte_files(str(tmp_path / "train.txt"), tmp_path, 4)
+    model = fresh(batch_size=2, sequence_length=64, num_iterations=3, carry_state=True)
+    rows_of_text = [text.read(at, 3 * 64) for at in (0, (text.total - 4) // 2)]
+    assert (compare_ppmd.text_of_run(model, text) == np.concatenate(rows_of_text)).all()
 
 
 def test_ppmd_counts_what_the_held_out_text_adds():
