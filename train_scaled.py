@@ -653,14 +653,14 @@ class ByteMemory(nn.Module):
         self.escape_by_state.bias.zero_()
 
     def mix(self, logits: Tensor, hidden: Tensor, followers: Tensor, age: Tensor) -> Tensor:
-        """log p (.., 256), fp32, from the decoder's logits and hidden states (.., 256), and from
-        what the tables have of each length: the followers (.., G, 8), and the age of the newest
-        (.., G) in bytes.
+        """log p (.., 256), fp32, from the decoder's logits and hidden states (.., 256), and what the
+        tables have: followers (.., G, 8), and the age in bytes of the newest of each length (.., G).
         """
         G, counts = len(HISTORIES), FOLLOWERS + 1
         is_found = followers > 0
+        is_newer = torch.ones(FOLLOWERS, FOLLOWERS, dtype=torch.bool, device=logits.device).tril(-1)
         is_same = followers[..., :, None] == followers[..., None, :]
-        is_repeated = (is_same & torch.ones_like(is_same).tril(-1)).any(-1)
+        is_repeated = (is_same & is_newer).any(-1)
         found, different = is_found.sum(-1), (is_found & ~is_repeated).sum(-1)
 
         length = torch.arange(G, device=logits.device)
