@@ -121,3 +121,19 @@ def test_an_escape_is_that_of_ppm_at_first_and_is_learned_by_count_and_by_age():
         memory.escape_by_age[4 * 20 + 2] += 1  # of an age from 4 to 7
         memory.escape_by_age[4 * 20 + 3] += 1
     assert others() == pytest.approx(1 / (1 + 2 * math.exp(-2)))
+
+
+def test_a_decoder_learns_as_if_its_memory_by_bytes_were_not_there_and_the_loss_is_the_mixed_one():
+    model, x, y = fresh(mem_rows=64).train(), repeats(2, 64), repeats(2, 64, seed=1)
+    alone = fresh(mem_rows=0).train()  # equal weights: each part draws from a seed of its own
+    loss, _ = model(x, y)
+    loss_alone, _ = alone(x, y)
+    loss.sum().backward()
+    loss_alone.sum().backward()
+    assert (loss.detach() - loss_alone.detach()).abs().max() > 0.1
+    assert torch.equal(loss.detach(), model.eval()(x, y)[0].detach())
+    for name, p in model.named_parameters():
+        if name.startswith("byte_memory."):
+            assert p.grad.abs().max() > 0, name
+        else:
+            torch.testing.assert_close(p.grad, alone.get_parameter(name).grad)
