@@ -1,11 +1,11 @@
 """histories.py -- which bytes followed the last few bytes of a text: train_scaled.py's data module.
 
-For each of some lengths n there is a table of constant size. A hash of the last n bytes names its
-row, which holds one history, the last eight bytes that followed it, and when the newest of them
-came. Another history that falls into the row replaces it. Nothing here is learned.
+For each of some lengths n there is a table of constant size. A history is the last n bytes. Its hash
+names a row and is kept there, with the last eight bytes that followed it and the time of the newest.
+Another history in that row replaces all three. Nothing here is learned.
 
-Promises: a whole row of text is looked up at once, by one sort, and exactly as it would be byte by
-byte, whatever the cuts; and a table stays as large as it is.
+Promises: all T bytes are looked up by one sort, exactly as one by one, however the text is cut; and
+a table never grows.
 
 Shapes   B rows, T bytes, G lengths, K followers of a history, P bytes of a history at the most
 """
@@ -40,8 +40,8 @@ class SuffixHash(nn.Module):
 class HistoryTables(nn.Module):
     """The tables' rules. The tables themselves are a state that the caller keeps for each text.
 
-    A follower is a byte plus 1, so that 0 is none; the newest of a history stands first. Times
-    begin at 1: what came before is no follower. Each table has one row more than it uses, for the
+    A follower is a byte plus 1, so that 0 is none; the newest of a history stands first. Bytes at
+    times below 1 are not kept as followers. Each table has one row more than it uses, for the
     writes that do not last.
     """
 

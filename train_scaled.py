@@ -59,7 +59,7 @@ PAST = 8  # bytes before a predicted one that the decoder may look at
 READS = 4  # the last of these, which its GRU reads before it predicts a patch
 NGRAMS = (3, 4, 5, 6)  # bytes; lengths of the decoder's n-grams
 NGRAM_WIDTH = 64  # channels of a row of their tables
-HISTORIES = (2, 3, 4, 5, 6, 8, 12, 16, 24)  # bytes; lengths of what the memory by bytes looks up
+HISTORIES = (2, 3, 4, 5, 6, 8, 12, 16, 24)  # bytes of a history; others need new weights
 LONGEST = max(HISTORIES)
 AGES = 20  # classes of a follower's age: 1 byte, 2 to 3, 4 to 7, ..., 2^19 and more
 HALF_LIVES = (32.0, 65536.0)  # patches; of the first and the last head with MEM_INIT=log
@@ -162,7 +162,7 @@ class Knobs(ByteRunKnobs):
 
 # ---------------- Model: windows
 
-Past = tuple[Tensor, ...]  # what one block keeps of the patches so far, rows first
+Past = tuple[Tensor, ...]  # a block keeps keys, values, then its memory's state
 Rotary = tuple[Tensor, Tensor]  # cos and sin of positions
 
 
@@ -624,9 +624,9 @@ class ByteMemory(nn.Module):
 
         p <- (1 - e) * followers + e * p
 
-    `followers` are the history's last eight, by learned weights from the newest to the oldest. e is
-    learned for each number of followers and of different bytes among them, and for each age of the
-    newest; the decoder's hidden state moves it. Caches beside a model: Grave et al., arXiv
+    `followers` are the history's last eight, weighted by rank as learned. For each length, e's logit
+    sums learned terms of the counts of followers and of different bytes, the age of the newest, and
+    the hidden state; with no follower e is 1. Caches beside a model: Grave et al., arXiv
     1612.04426. What followed the same history: Akyurek et al., arXiv 2401.12973.
     """
 
@@ -696,9 +696,9 @@ class ByteMemory(nn.Module):
 
 
 class State(StateOfRows):
-    """What the text so far leaves behind, for some rows: zeros before its first byte. Positions are
-    in patches. The layers are one of each block; then the last bytes; then the tables of the memory
-    by bytes.
+    """What the text so far leaves behind, for some rows: zeros before its first byte. All rows share
+    one position, in patches. The layers are a Past for each block, then the last bytes, then the
+    tables of the memory by bytes.
     """
 
     @property
@@ -807,8 +807,8 @@ class ByteLM(nn.Module):
         if self.byte_memory is None:
             return logits, None, state
         text = torch.cat([old.seen, x_BT[:, :PATCH], y_BT], 1)
-        # Detached: the decoder learns as if it were alone. One that learns beside its memory leans
-        # on it, and is worse off where the memory is young.
+        # Detached: decoder and blocks learn from the decoder's own loss. Those trained on the mix
+        # lean on the memory, and do worse while it is young.
         given = logits.detach(), hidden.detach()
         mixed, state.layers[-1] = self.byte_memory(*given, text, old.next_time, old.tables)
         return logits, None if self.cfg.memory == "zero" else mixed, state

@@ -55,7 +55,6 @@ def test_a_run_learns_and_leaves_its_files(monkeypatch, tmp_path):
         "precision: torch.float32",
         "disk: up to",
         "half_life_patches: min:",
-        "half_life_bytes, from the shortest history to the longest: ",
         "val_bits_per_char:",
     ):
         assert words in out
