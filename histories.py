@@ -1,8 +1,8 @@
 """histories.py -- which bytes followed the last few bytes of a text: train_scaled.py's data module.
 
-For each of some lengths n there is a table of constant size. A history is the last n bytes. Its hash
-names a row and is kept there, with the last eight bytes that followed it and the time of the newest.
-Another history in that row replaces all three. Nothing here is learned.
+For each of some lengths n there is a table of constant size. A history is the last n bytes. Its
+hash names a row and is kept there, with the last eight bytes that followed it and the time of the
+newest. Another history in that row replaces all three. Nothing here is learned.
 
 Promises: all T bytes are looked up by one sort, exactly as one by one, however the text is cut; and
 a table never grows.

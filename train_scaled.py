@@ -624,10 +624,10 @@ class ByteMemory(nn.Module):
 
         p <- (1 - e) * followers + e * p
 
-    `followers` are the history's last eight, weighted by rank as learned. For each length, e's logit
-    sums learned terms of the counts of followers and of different bytes, the age of the newest, and
-    the hidden state; with no follower e is 1. Caches beside a model: Grave et al., arXiv
-    1612.04426. What followed the same history: Akyurek et al., arXiv 2401.12973.
+    `followers` are the history's last eight, weighted by rank as learned. The logit of e sums, for
+    each length, learned terms of the counts of followers and of different bytes, the age of the
+    newest, and the hidden state; with no follower e is 1. Caches beside a model: Grave et al.,
+    arXiv 1612.04426. What followed the same history: Akyurek et al., arXiv 2401.12973.
     """
 
     def __init__(self, rows: int):
