@@ -653,8 +653,8 @@ class ByteMemory(nn.Module):
         self.escape_by_state.bias.zero_()
 
     def mix(self, logits: Tensor, hidden: Tensor, followers: Tensor, age: Tensor) -> Tensor:
-        """log p (.., 256), fp32, from the decoder's logits and hidden states (.., 256), and what the
-        tables have: followers (.., G, 8), and the age in bytes of the newest of each length (.., G).
+        """log p (.., 256), fp32, from the decoder's logits and hidden states (.., 256), and from
+        the tables: followers (.., G, 8), and the age in bytes of each length's newest (.., G).
         """
         G, counts = len(HISTORIES), FOLLOWERS + 1
         is_found = followers > 0
@@ -696,9 +696,9 @@ class ByteMemory(nn.Module):
 
 
 class State(StateOfRows):
-    """What the text so far leaves behind, for some rows: zeros before its first byte. All rows share
-    one position, in patches. The layers are a Past for each block, then the last bytes, then the
-    tables of the memory by bytes.
+    """What the text so far leaves behind, for some rows: zeros before its first byte. All rows
+    share one position, in patches. The layers are a Past for each block, then the last bytes, then
+    the tables of the memory by bytes.
     """
 
     @property
