@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from plumbing.world import World
@@ -93,7 +94,9 @@ class RowStates:
         for tensor in self.tensors:
             rows = tensor.new_zeros(self.batch_size, *tensor.shape[1:])
             rows[self.world.share(self.batch_size)] = tensor
-            whole.append(self.world.all_reduce(rows))
+            if rows.dtype == torch.int16:  # which no backend sums
+                rows = rows.int()
+            whole.append(self.world.all_reduce(rows).to(tensor.dtype))
         return {"position": self.state.position, "rows": whole}
 
     def load_state_dict(self, saved: dict[str, object]) -> None:
