@@ -42,6 +42,7 @@ from plumbing.byte_batches import ByteBatches, ScoredBytes
 from plumbing.byte_knobs import BYTE_RUN_KNOBS, ByteRunKnobs
 from plumbing.byte_records import export_saved, record_validation
 from plumbing.byte_runs import open_bytes, plan_bytes, results_columns, session_options
+from plumbing.checkpoints import load_weights
 from plumbing.data import Prefetch
 from plumbing.device import CudaGraph, check_compiler, choose_precision, choose_rows, compile_parts
 from plumbing.exports import check_run_fits, read_model_weights
@@ -828,10 +829,8 @@ class ByteLM(nn.Module):
         with products_in(self.dtype, x_BT):
             logits, mixed, state = self.decode(x_BT, known, past)
         nll = partial(F.cross_entropy, target=y_BT, ignore_index=-1, reduction="none")
-        if mixed is None:
-            return nll(logits.mT), state
-        loss = nll(mixed.mT)
-        if self.training:  # the decoder's own loss: its gradient counts, its value does not
+        loss = nll(logits.mT if mixed is None else mixed.mT)
+        if self.training and mixed is not None:  # this loss counts by its gradient, not its value
             alone = nll(logits.mT)
             loss = loss + (alone - alone.detach())
         return loss, state
@@ -978,7 +977,7 @@ def build_model(cfg: Knobs, world: World) -> ByteLM:
     model.init_weights(cfg.seed)
     if cfg.init_from:
         found = read_model_weights(cfg.init_from, "train_scaled.py", MODEL_KNOBS, cfg)
-        model.load_state_dict(found["model"])
+        load_weights(model, found["model"])
     if world.device.type == "cuda" and dtype != torch.float32:
         torch.set_float32_matmul_precision("high")  # the memories' fp32 products in TF32
     return model.to(world.device)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from plumbing.knobs import UserError, describe
 from plumbing.world import World
@@ -203,8 +203,24 @@ def _torch_load(path: Path) -> dict:
 # Objects to plain values and back
 
 
+def load_weights(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    """Raises UserError where they are those of another model, such as one of another commit."""
+    own = {name: t.shape for name, t in model.state_dict().items()}
+    given = {name: t.shape for name, t in saved.items()}
+    other = sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name))
+    if other:
+        raise UserError(
+            f"weights of another model: {len(other)} of its tensors are missing, too many or of "
+            f"another shape, such as {other[0]}; use the commit that wrote them (the log of that "
+            f"run has it), or start a new run"
+        )
+    model.load_state_dict(saved)
+
+
 def load_into(target: object, saved: object) -> None:
-    if hasattr(target, "load_state_dict"):
+    if isinstance(target, nn.Module):
+        load_weights(target, saved)
+    elif hasattr(target, "load_state_dict"):
         target.load_state_dict(saved)
     elif dataclasses.is_dataclass(target):
         for field in dataclasses.fields(target):

@@ -34,6 +34,7 @@ sys.path[:0] = [str(REPO), str(REPO / "scripts")]  # for the trainer, and for wh
 
 from lib.program import add_logs_option  # noqa: E402
 
+from plumbing.checkpoints import load_weights  # noqa: E402
 from plumbing.data import TokenShards  # noqa: E402
 from plumbing.exports import read_model_weights  # noqa: E402
 from plumbing.knobs import ROOT, UserError, read_knobs  # noqa: E402
@@ -127,7 +128,7 @@ def load(path: Path, device: torch.device, **changes: object) -> ByteLM:
     found = read_model_weights(path, "train_scaled.py", MODEL_KNOBS)
     known = {field.name for field in dataclasses.fields(Knobs)} & found["knobs"].keys()
     model = ByteLM(Knobs(**({name: found["knobs"][name] for name in known} | changes)))
-    model.load_state_dict(found["model"])
+    load_weights(model, found["model"])
     return model.to(device).eval()
 
 
