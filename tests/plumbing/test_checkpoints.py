@@ -239,6 +239,8 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path):
 def test_weights_of_another_model_are_refused_by_the_name_of_a_tensor():
     model, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2, bias=False)
     for saved in (other.state_dict(), torch.nn.Linear(4, 2).state_dict()):
-        with pytest.raises(UserError, match=r"of another model: 1 of its .* such as (bias|weight);"):
+        with pytest.raises(
+            UserError, match=r"of another model: 1 of its .* such as (bias|weight);"
+        ):
             checkpoints.load_into(model, saved)
     checkpoints.load_into(model, torch.nn.Linear(3, 2).state_dict())
