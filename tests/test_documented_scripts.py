@@ -38,7 +38,7 @@ NAMES = {
         "ATTENTION_ID": "attention", "...": ""},
     "report.md": {"RUN_ID": "gpt", "/tmp/b/results.csv": "experiments/results.csv",
         "/tmp/b/logs": "logs", "/tmp/b/report.html": "big.html"},
-    "scaled.md": {"RUN_ID": "scaled"},
+    "scaled.md": {"RUN_ID": "scaled", "ID,ID,ID": "scaled"},
     "studies.md": {"...": "experiments/studies/gating.toml"},
 }  # fmt: skip
 # Flags that make a command small. They stand behind its own, and the last one counts.
@@ -51,6 +51,7 @@ SMALLER = {
     "scripts/evaluate.py": "--limit 2",
     "--sequential": "--studies 20",
     "scripts/fault_matrix.py": "--minutes 0",
+    "scripts/scaled/compare_ppmd.py": "--mem_rows 64",
     "scripts/gpt/bench.py": "--only step --steps 1 --warmup 1 --n_layer 1 --n_head 2 --n_embd 32 "
     "--vocab_size 256 --sequence_length 16 --batch_size 2 --device_batch_size 2",
     "scripts/arith/generate_pilot_dataset.py": "--num-test 8 --minimal-pairs 8",
