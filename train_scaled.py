@@ -639,7 +639,7 @@ class ByteMemory(nn.Module):
         self.escape_by_count = nn.Parameter(torch.empty(G * (FOLLOWERS + 1) ** 2))
         self.escape_by_age = nn.Parameter(torch.empty(G * AGES))
         self.escape_by_state = nn.Linear(BYTES, G)
-        self.rank_weight = nn.Parameter(torch.empty(G * FOLLOWERS))
+        self.log_rank_weight = nn.Parameter(torch.empty(G * FOLLOWERS))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -649,7 +649,7 @@ class ByteMemory(nn.Module):
         log_odds = (n[None, :] / n[:, None]).log()
         self.escape_by_count.copy_(log_odds.repeat(len(HISTORIES), 1).flatten())
         self.escape_by_age.zero_()
-        self.rank_weight.zero_()
+        self.log_rank_weight.zero_()
         self.escape_by_state.weight.zero_()
         self.escape_by_state.bias.zero_()
 
@@ -675,7 +675,7 @@ class ByteMemory(nn.Module):
         log_left = F.pad(log_escape.flip(-1).cumsum(-1).flip(-1), (0, 1))
         log_taken = F.logsigmoid(-escape) + log_left[..., 1:]
 
-        weight = is_found * self.rank_weight.view(G, FOLLOWERS).exp()
+        weight = is_found * self.log_rank_weight.view(G, FOLLOWERS).exp()
         weight = weight / weight.sum(-1, keepdim=True).clamp(min=1e-12)
         weight = weight * log_taken.exp()[..., None]
         byte = (followers.long() - 1).clamp(min=0)
@@ -830,8 +830,8 @@ class ByteLM(nn.Module):
             logits, mixed, state = self.decode(x_BT, known, past)
         nll = partial(F.cross_entropy, target=y_BT, ignore_index=-1, reduction="none")
         loss = nll(logits.mT if mixed is None else mixed.mT)
-        if self.training and mixed is not None:  # this loss counts by its gradient, not its value
-            alone = nll(logits.mT)
+        if self.training and mixed is not None:
+            alone = nll(logits.mT)  # the decoder's own loss adds its gradient, and no value
             loss = loss + (alone - alone.detach())
         return loss, state
 

@@ -98,7 +98,7 @@ class World:
         if isinstance(tree, _TensorSlot):
             empty = torch.empty(tree.shape, dtype=tree.dtype)
             tensor = (next(tensors) if self.is_main else empty).to(self.device).contiguous()
-            dist.broadcast(tensor.reshape(-1).view(torch.uint8), 0)  # gloo has not every dtype
+            dist.broadcast(tensor.reshape(-1).view(torch.uint8), 0)  # bytes: gloo lacks some dtypes
             return tensor.cpu()
         if isinstance(tree, dict):
             return {key: self._with_tensors(value, tensors) for key, value in tree.items()}

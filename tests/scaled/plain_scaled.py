@@ -60,7 +60,7 @@ def byte_memory(memory: nn.Module, s: list[int], logits: Tensor, hidden: Tensor)
     lengths, rows = memory.tables.hash.lengths, memory.tables.rows
     G = len(lengths)
     by_count = memory.escape_by_count.view(G, 9, 9)
-    by_age, rank_weight = memory.escape_by_age.view(G, -1), memory.rank_weight.view(G, 8).exp()
+    by_age, rank_weight = memory.escape_by_age.view(G, -1), memory.log_rank_weight.view(G, 8).exp()
     tables, out = [{} for _ in lengths], []
     for t in range(24, len(s)):
         keys = memory.tables.hash(torch.tensor(s[t - 24 : t])).tolist()

@@ -67,7 +67,7 @@ def test_the_memory_by_bytes_is_its_recurrence_with_its_gradients_whatever_the_c
     (s,), logits, h = repeats(1, 150).tolist(), torch.randn(1, 126, 256), torch.randn(1, 126, 256)
     for sizes in ([126], [1] * 126, [5, 70, 51]):
         memory = ByteMemory(rows)
-        for parameter in (memory.escape_by_count, memory.escape_by_age, memory.rank_weight):
+        for parameter in (memory.escape_by_count, memory.escape_by_age, memory.log_rank_weight):
             torch.nn.init.normal_(parameter, std=0.3)
         torch.nn.init.normal_(memory.escape_by_state.weight, std=0.05)
         wanted = byte_memory(memory, s, logits[0], h[0])
