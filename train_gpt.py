@@ -489,7 +489,7 @@ RESULTS = (  # the original study's columns, in its order, then ours
     "warmup_iters n_params tokens_seen epochs peak_memory_mib torch world_size code_sha256 dirty"
 ).split()
 COLUMN_KNOBS = {"attn_gate": "attngate", "gate_pos": "gatepos", "gate_act": "gateact"}
-COLUMN_KNOBS |= {"learning_rate": "lr", "runpod_instance": "runpod_instance_type"}
+COLUMN_KNOBS |= {"runpod_instance": "runpod_instance_type"}
 
 
 def flops_per_token(cfg: Knobs) -> int:

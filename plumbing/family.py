@@ -24,6 +24,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "time_budget_s": ("max_seconds",),
     "tracker": ("track", "use_wandb"),
 }
+KNOB_OF = {spelling: name for name, group in ALIASES.items() for spelling in group}
 # Some of those programs also have another word for a value.
 ALIAS_VALUES = {
     "use_wandb": {"1": "wandb", "0": "off"},

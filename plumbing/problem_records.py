@@ -14,6 +14,7 @@ from torch import nn
 
 from plumbing.checkpoints import save_json, save_weights
 from plumbing.epochs import epoch_of
+from plumbing.family import KNOB_OF
 from plumbing.problem_batches import ProblemBatches
 from plumbing.problem_scores import summary
 from plumbing.session import Session
@@ -49,8 +50,7 @@ def save_models(
 ) -> None:
     """Model files, all with the same content."""
     config = asdict(session.cfg)
-    knob_names = {"max_seq_len": "sequence_length", **session.column_knobs}
-    model_config = {key: config[knob_names.get(key, key)] for key in MODEL_KEYS.split()}
+    model_config = {key: config[KNOB_OF.get(key, key)] for key in MODEL_KEYS.split()}
     updates = state.step - state.skipped
     content = {
         "epoch": epoch_of(state.step, session),

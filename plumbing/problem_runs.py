@@ -19,8 +19,6 @@ RESULTS = (
     "eos_after_gold train_time_ms ms_per_step gpu_name n_gpus notes stage status "
     "steps_done n_params tokens_seen epochs peak_memory_mib torch world_size code_sha256 dirty"
 ).split()
-COLUMN_KNOBS = {"d_model": "n_embd", "num_layers": "n_layer", "num_heads": "n_head"}
-COLUMN_KNOBS |= {"learning_rate": "lr"}
 
 
 def session_options(cfg: ProblemKnobs, data: ProblemBatches) -> dict[str, object]:
@@ -32,7 +30,6 @@ def session_options(cfg: ProblemKnobs, data: ProblemBatches) -> dict[str, object
         "tokens_per_step": data.step_tokens,
         "data": {"training": data.content},
         "columns": RESULTS,
-        "column_knobs": COLUMN_KNOBS,
         "steps_per_epoch": data.epoch_steps or None,
         "val_every": val_every,
         "save_every": save_every,

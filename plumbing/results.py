@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock
 
 from plumbing.csv_files import NEEDED, csv_fields, csv_lines, header_fields, header_line
-from plumbing.family import ALIASES
+from plumbing.family import KNOB_OF
 from plumbing.knobs import UserError, describe
 from plumbing.run_knobs import RUN_KNOBS
 from plumbing.world import World
@@ -137,11 +137,10 @@ def knob_columns(
     name, or that which `column_knobs` gives, or another spelling of the knob in all trainers.
     """
     fields = {field.name: field for field in dataclasses.fields(cfg)}
-    spellings = {spelling: name for name, group in ALIASES.items() for spelling in group}
     row = {}
     used = set()
     for column in columns:
-        name = column_knobs.get(column, spellings.get(column, column))
+        name = column_knobs.get(column, KNOB_OF.get(column, column))
         if name in fields:
             row[column] = describe(fields[name], getattr(cfg, name))
             used.add(name)
