@@ -3,12 +3,14 @@ text.
 
     python scripts/scaled/compare_ppmd.py --data ../shared/data/turkish --train_bytes 2460000
     python scripts/scaled/compare_ppmd.py --data FOLDER --runs ID,ID,ID      models of three seeds
+    python scripts/scaled/compare_ppmd.py --data FOLDER --held_out FOLDER/test.txt --runs ID
 
 PPMd reads a training text, then the held-out text; what the second adds to the compressed size is
 its bits per byte. It goes on learning from the held-out text, as the model's memories do. With RUNS
 the training text is what the first run was trained on, one of its rows after another; else it is
 the front of the text, TRAIN_BYTES long. A model is scored twice: as train_scaled.py validates it,
-with empty memories, and as PPMd, where its memories read the same training text first.
+with empty memories, and as PPMd, where its memories read the same training text first. The held-out
+text is the validation text, or another.
 Prints   bits per byte of PPMd with contexts of 3 to 16 bytes, and of the runs; of several the mean
          and the standard deviation
 Raises   UserError: no text, no such run; without the package pyppmd a line says how to get it
@@ -28,7 +30,9 @@ from byte_models import PATCH, ByteLM, UserError
 import train_scaled
 from plumbing import ROOT, TokenShards, World, launch
 from plumbing.byte_batches import ByteBatches, ScoredBytes
+from plumbing.data import read_bytes
 from plumbing.splits import open_byte_files
+from plumbing.texts import text_files
 
 ORDERS = (3, 4, 5, 8, 12, 16)  # bytes of PPMd's longest context
 WINDOW = 16384  # bytes that a model reads at once
@@ -50,10 +54,12 @@ def text_of_run(model: ByteLM, text: TokenShards) -> np.ndarray:
     return np.concatenate(steps, axis=1).flatten()
 
 
-def validation_bits(model: ByteLM, val: TokenShards, device: torch.device) -> float:
-    """Bits per byte of the whole held-out text, as the run itself validates."""
+def validation_bits(
+    model: ByteLM, text: TokenShards, num_bytes: int, device: torch.device
+) -> float:
+    """Bits per byte of the first `num_bytes` of the held-out text, as a run validates."""
     rows = model.cfg.device_batch_size or 1
-    scored = ScoredBytes(val, PATCH, model.cfg.val_bytes)
+    scored = ScoredBytes(text, PATCH, num_bytes)
     loss = train_scaled.evaluate(model, scored, rows, model.cfg, World(0, 1, device))
     return loss / math.log(2)
 
@@ -93,7 +99,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument(
         "--train_bytes", type=int, metavar="N", help="training text (the run's; without, all of it)"
     )
-    p.add_argument("--val_bytes", type=int, metavar="N", help="held-out text (all of it)")
+    p.add_argument("--held_out", metavar="FILE", help="the held-out text (DATA's validation text)")
+    p.add_argument("--val_bytes", type=int, metavar="N", help="bytes of it that count (all)")
     p.add_argument("--runs", default="", metavar="ID,..", help="runs of train_scaled.py")
     p.add_argument(
         "--mem_rows", type=int, metavar="N", help="rows of its tables behind the training text"
@@ -103,6 +110,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     a = p.parse_args(argv)
     device = lib.check_device(a.device)
     train, val, _ = open_byte_files(a.data, ROOT / "data", PATCH)
+    if a.held_out:
+        val = TokenShards(text_files(a.held_out), open_file=read_bytes)
     num_held_out = min(a.val_bytes or val.total, val.total)
     num_seen = min(a.train_bytes or train.total, train.total)
     if min(num_seen, num_held_out) < 1:
@@ -118,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     show_ppmd(seen.tobytes(), held_out.tobytes())
     found: dict[str, list[float]] = {"from empty memories": [], "behind the training text": []}
     for run, model in zip(runs, models, strict=True):
-        scores = [validation_bits(model, val, device)]
+        scores = [validation_bits(model, val, num_held_out, device)]
         if a.mem_rows and model.byte_memory is not None:
             model.byte_memory.tables.rows = a.mem_rows
         scores.append(bits_behind(model, seen, held_out, device))

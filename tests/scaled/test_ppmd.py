@@ -1,6 +1,7 @@
 """scripts/scaled/compare_ppmd.py: a model's figure is its run's, PPMd's is that of the whole text."""
 
 import math
+import re
 
 import compare_ppmd
 import numpy as np
@@ -29,6 +30,28 @@ def test_the_bits_of_a_run_are_those_that_it_recorded(monkeypatch, tmp_path, cap
     seen = cfg["num_iterations"] * cfg["batch_size"] * cfg["sequence_length"]
     size = seen + (tmp_path / "val.txt").stat().st_size
     assert f"PPMd, contexts of 8 bytes: {size:.4f} bits per byte" in out
+
+
+def test_another_held_out_text_is_scored_as_far_as_it_is_asked_for(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(compare_ppmd, "ppmd_bits", lambda seen, text, order: len(text))
+    run_here(monkeypatch, tmp_path, run_id="a", val_bytes=100, val_every=0)
+    write_text(tmp_path)
+    other = tmp_path / "other.txt"
+    other.write_bytes(bytes(range(32, 127)) * 4)
+    words = ["--data", str(tmp_path / "train.txt"), "--runs", "a", "--held_out", str(other)]
+    words += ["--logs_folder", str(tmp_path / "logs"), "--val_bytes"]
+
+    def bits(num_bytes):
+        compare_ppmd.main([*words, str(num_bytes)])
+        out = capsys.readouterr().out
+        assert f"PPMd, contexts of 8 bytes: {num_bytes:.4f} bits per byte" in out
+        return re.findall(r"a, (.*): (.*) bits per byte", out)
+
+    short, whole = bits(100), bits(380)
+    assert [how for how, _ in short] == ["from empty memories", "behind the training text"]
+    assert all(s != w for (_, s), (_, w) in zip(short, whole, strict=True))
+    recorded = float(rows(tmp_path)[0]["final_val_bpc"])  # of 100 bytes of the validation text
+    assert abs(float(short[0][1]) - recorded) > 1e-3
 
 
 def test_behind_a_training_text_a_model_scores_the_held_out_text_as_one_forward_pass_does(
