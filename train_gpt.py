@@ -5,7 +5,7 @@
     PRESET=demo python train_gpt.py                              a laptop, no download
 
 Expect   val_loss 3.2927 +- 0.0011 (no gate) and 3.2723 +- 0.0011 (elementwise) in the original
-         study: 5100 steps at LR 0.00468, n=3 seeds each, 8x RTX PRO 6000 (docs/experiments.md)
+         study: 5100 steps at LR 0.00468, n=3 seeds each, 8x RTX PRO 6000 (docs/results.md)
 Shapes   B sequences, T tokens, C model width, H heads, D head width, R gate rows, V vocabulary,
          N = B * T; S matrices of K rows and L columns; x_BTC has shape (B, T, C)
 Raises   UserError (one line, exit code 2) where a user can help

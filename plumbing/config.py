@@ -72,7 +72,9 @@ def _check_key(path: str, source: str, names: Mapping[str, str], fixed: Fixed) -
     leaf = path.rsplit(".", 1)[-1]
     near = [key for key in known if key.rsplit(".", 1)[-1] == leaf]
     near = near or get_close_matches(path, known, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"known keys are {', '.join(known)}"
+    hint = "--help lists the knobs, and the files in configs/ show their keys"
+    if near:
+        hint = f"did you mean {near[0]}?"
     raise UserError(f"{source}: {path} is not a key; {hint}")
 
 

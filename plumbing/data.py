@@ -173,7 +173,7 @@ class TokenShards:
     def __init__(
         self,
         pattern: str | Sequence[str],
-        hint: str = "python cached_fineweb10B.py 9 downloads some; PRESET=demo needs none",
+        hint: str = "python cached_fineweb10B.py 27 downloads an epoch; PRESET=demo needs none",
         open_file: Callable[[str], np.ndarray] = read_shard,
     ):
         if isinstance(pattern, str):

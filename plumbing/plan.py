@@ -19,6 +19,9 @@ from plumbing.results import check_results
 from plumbing.run_ids import check_run_id, lock_run
 from plumbing.world import World
 
+# On the meta device autocast does nothing.
+HOW_COUNTED = "counted in fp32 and without a compiler"
+
 
 def planned_world() -> World:
     """Rank 0 of as many ranks as WORLD_SIZE says, on a CPU and without a process group."""
@@ -49,7 +52,7 @@ def plan_facts(
     def memory() -> str:
         with torch.device("meta"):
             most = estimate_mib(num_params, rows, partial(run_step, model))
-        return f"at most about {most:,} MiB per rank with {rows} of them at a time"
+        return f"at most about {most:,} MiB per rank with {rows} of them at a time, {HOW_COUNTED}"
 
     return {
         "parameters": f"{num_params:,}",

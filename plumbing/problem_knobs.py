@@ -45,9 +45,18 @@ class ProblemKnobs:
     )
     answer_only_loss: bool = knob(False, "score the answer and its end only")
     val_every: int | None = knob(
-        None, "steps between validations", low=0, none="auto", group="evaluation and saving"
+        None,
+        "steps between validations; auto: EVAL_INTERVAL, or a tenth of a run without epochs",
+        low=0,
+        none="auto",
+        group="evaluation and saving",
     )
-    save_every: int | None = knob(None, "steps between checkpoints", low=0, none="auto")
+    save_every: int | None = knob(
+        None,
+        "steps between checkpoints; auto: SAVE_INTERVAL, or a tenth of a run without epochs",
+        low=0,
+        none="auto",
+    )
     log_interval: int = knob(25, "steps between printed steps", low=1, group="logging")
     tracker_project: str = knob(
         "math-compact-pilot", "project at the tracker's service", alias=("wandb_project",)

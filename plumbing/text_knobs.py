@@ -15,8 +15,12 @@ VOCABULARY = {"gpt2": 50304, "bytes": 256}  # GPT-2's 50257 ids, padded to a mul
 
 @dataclass(frozen=True)
 class TextRunKnobs(RunKnobs):
-    data: str = knob("wikitext-2", "or wikitext-103, embedded, text file or folder", group="data")
-    tokenizer: str = knob("auto", "bytes or gpt2", choices=("auto", *VOCABULARY))
+    data: str = knob(
+        "wikitext-2", "wikitext-2, wikitext-103, embedded, or a text file or folder", group="data"
+    )
+    tokenizer: str = knob(
+        "auto", "auto: bytes for the embedded text, else gpt2", choices=("auto", *VOCABULARY)
+    )
     vocab_size: int | None = knob(None, "number of token ids", low=2, high=65536, none="auto")
     max_train_samples: int | None = knob(None, "sequences of an epoch at most", low=1, none="all")
     max_val_samples: int | None = knob(None, "sequences validated at most", low=1, none="all")

@@ -223,7 +223,7 @@ def shards(args: argparse.Namespace) -> Iterator[Finding]:
         except UserError as error:
             is_missing = "no token shards match" in str(error)
             found = f"none match {pattern}" if is_missing else str(error)
-            way_out = "python cached_fineweb10B.py 9 downloads some; PRESET=demo needs none"
+            way_out = "python cached_fineweb10B.py 27 downloads an epoch; PRESET=demo needs none"
             if not is_missing:
                 way_out = "delete the file that is named, and download or make it again"
             yield Finding(f"shards {part}", NOTE if is_missing else BAD, found, way_out)

@@ -83,7 +83,7 @@ if [[ -z ${INPUT_BIN:-} ]]; then
     for name in input_bin input_val_bin; do
         pattern=$(value "$name" "$plan")
         [[ $pattern == embedded ]] || compgen -G "$pattern" > /dev/null ||
-            fail "no token shards match $pattern; python cached_fineweb10B.py 9 downloads them, or set INPUT_BIN"
+            fail "no token shards match $pattern; python cached_fineweb10B.py 27 downloads them, or set INPUT_BIN"
     done
 fi
 

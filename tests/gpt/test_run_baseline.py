@@ -118,7 +118,7 @@ def test_baselines_use_every_gpu_unless_nproc_says_otherwise(tmp_path, gpus, ask
         (
             2,
             dict(),
-            "no token shards match .*t_.*bin; python cached_fineweb10B.py 9 downloads them, or set "
+            "no token shards match .*t_.*bin; python cached_fineweb10B.py 27 downloads them, or set "
             "INPUT_BIN",
         ),
     ],
