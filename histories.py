@@ -15,7 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 BYTES = 256  # values of a byte
+HISTORIES = (2, 3, 4, 5, 6, 8, 12, 16, 24)  # bytes of a history; others need new weights
+LONGEST = max(HISTORIES)
 FOLLOWERS = 8  # bytes that a table keeps of each history
+AGES = 20  # classes of a follower's age: 1 byte, 2 to 3, 4 to 7, ..., 2^19 and more
 
 # Histories and times (B, G, rows + 1), followers (B, G, rows + 1, K)
 Tables = tuple[Tensor, Tensor, Tensor]
@@ -45,32 +48,32 @@ class HistoryTables(nn.Module):
     writes that do not last.
     """
 
-    def __init__(self, lengths: tuple[int, ...], rows: int):
+    def __init__(self, rows: int):
         super().__init__()
-        self.rows, self.longest, self.num_lengths = rows, max(lengths), len(lengths)
-        self.hash = SuffixHash(lengths, self.longest)
+        self.rows = rows
+        self.hash = SuffixHash(HISTORIES, LONGEST)
 
     def empty(self, B: int) -> Tables:
-        shape = (B, self.num_lengths, self.rows + 1)
+        shape = (B, len(HISTORIES), self.rows + 1)
         new = self.hash.powers.new_zeros
         return new(shape), new(shape), new((*shape, FOLLOWERS), dtype=torch.int16)
 
     def read(
         self, text: Tensor, first: Tensor, tables: Tables
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """For each of the T bytes of text (B, longest + T) behind the first `longest`, which are at
+        """For each of the T bytes of text (B, LONGEST + T) behind the first LONGEST, which are at
         times first, first + 1, ...: the followers (B, T, G, K) of the histories before it, the
-        times (B, T, G) of the newest of them, and what to write.
+        ages (B, T, G) of the newest of them, in bytes, and what to write.
 
         Sorted by row, then by time, what stands before in the same row came before.
         """
-        T = text.size(1) - self.longest
+        T = text.size(1) - LONGEST
         i = torch.arange(T, device=text.device)
-        history = self.hash(text[:, :-1].unfold(1, self.longest, 1)).mT  # (B, G, T)
+        history = self.hash(text[:, :-1].unfold(1, LONGEST, 1)).mT  # (B, G, T)
         row, order = torch.sort(history % self.rows, stable=True)
         history = history.gather(2, order)
         time = first + order
-        byte = text[:, None, self.longest :].expand_as(order).gather(2, order)
+        byte = text[:, None, LONGEST:].expand_as(order).gather(2, order)
         follower = torch.where(time >= 1, byte + 1, 0).to(torch.int16)
 
         # A row is one stretch of the sorted bytes, and within it each history one or more runs.
@@ -93,7 +96,20 @@ class HistoryTables(nn.Module):
         kept = torch.cat([follower[..., None], found[..., :-1]], -1)
         back = order.argsort(-1)
         found = found.gather(2, back[..., None].expand_as(found)).transpose(1, 2)
-        return found, newest.gather(2, back).mT, (place, history, time, kept)
+        age = (first + i)[:, None] - newest.gather(2, back).mT
+        return found, age, (place, history, time, kept)
+
+    def count(self, followers: Tensor) -> tuple[Tensor, Tensor]:
+        """How many followers there are of each history's (.., K), and how many different ones."""
+        is_found = followers > 0
+        is_newer = torch.ones(FOLLOWERS, FOLLOWERS, dtype=torch.bool, device=followers.device)
+        is_same = followers[..., :, None] == followers[..., None, :]
+        is_repeated = (is_same & is_newer.tril(-1)).any(-1)
+        return is_found.sum(-1), (is_found & ~is_repeated).sum(-1)
+
+    def age_class(self, age: Tensor) -> Tensor:
+        """0 to AGES - 1, of ages in bytes."""
+        return age.clamp(min=1).float().log2().long().clamp(max=AGES - 1)
 
     def write(self, tables: Tables, writes: tuple[Tensor, ...]) -> None:
         """Into the tables themselves."""

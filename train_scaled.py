@@ -1,10 +1,10 @@
 """train_scaled.py -- a 133M byte-level language model: attention windows and decaying memories.
 
-    PRESET=demo python train_scaled.py                       a laptop, a minute, no download
+    PRESET=demo python train_scaled.py                  a laptop, a minute, no download
     nohup python3 -u train_scaled.py > training_scaled_50k.log 2>&1 &      one GPU, 50,000 steps
-    DATA=my.txt python train_scaled.py                       your own text
+    DATA=my.txt python train_scaled.py                  your own text
     DATA=wikipedia:tr torchrun --standalone --nproc_per_node=2 train_scaled.py
-    DATA=texts/ PRESET=phase8 python train_scaled.py         the original, in exact mathematics
+    DATA=texts/ PRESET=phase8 python train_scaled.py    the original, in exact mathematics
 
 After a crash start the same command with RUN_ID=NAME, the run's folder in logs/, and with >> for >:
 it goes on from the last checkpoint.
@@ -13,43 +13,49 @@ Text is cut into patches of 4 bytes. Blocks of window attention beside a decayin
 the patches, and a small recurrent decoder writes the bytes of the next patch. The memory is
 Hebbian; a second one, by bytes, remembers what followed the last few, wherever patches begin.
 
-Size     132,718,190 parameters, 3,211,264 of them n-grams'; PRESET=phase8: 129,302,416
+Size     132,718,190 parameters; PRESET=phase8: 129,302,416
 Expect   docs/scaled.md: measured recall, bits per byte and speed, with commands
 Shapes   B rows, T bytes, N = T / 4 patches, D model width, H heads, E = D / H head width, F width
          of a memory's values, C patches of a chunk, M chunks, G histories; x_BND is (B, N, D)
-Units    SLIDING_WINDOW and half-lives in patches; losses in nats per byte; bpc means bits per BYTE
+Units    SLIDING_WINDOW and half-lives in patches; losses in nats per byte
 Raises   UserError (one line, exit code 2) where a user can help
 Sources  AGIFORMER phase 8 (inkbytefo/agi-former, a393cb5), rewritten from its description
 Shared   plumbing/ keeps the run alive. What of it moves a loss: byte_batches.py (text order),
          splits.py (held-out text), row_states.py (carried states), device.py (PRECISION=auto)
-Marks    "differs": how a function or class departs from that of train_gpt.py
+Marks    "differs": how it departs from train_gpt.py
 """
 
 import hashlib
 import math
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.utils.checkpoint import checkpoint
 
-from histories import BYTES, FOLLOWERS, HistoryTables, SuffixHash, Tables
+from histories import AGES, BYTES, FOLLOWERS, HISTORIES, LONGEST, HistoryTables, SuffixHash, Tables
 from plumbing import ROOT, Session, knob, read_knobs, show_plan
 from plumbing.byte_batches import ByteBatches, ScoredBytes
 from plumbing.byte_knobs import BYTE_RUN_KNOBS, ByteRunKnobs
 from plumbing.byte_records import export_saved, record_validation
-from plumbing.byte_runs import open_bytes, plan_bytes, results_columns, session_options
-from plumbing.checkpoints import load_weights
+from plumbing.byte_runs import (
+    compile_model,
+    describe_run,
+    open_bytes,
+    plan_bytes,
+    results_columns,
+    session_options,
+)
+from plumbing.byte_scores import evaluate, probe_backward
 from plumbing.data import Prefetch
-from plumbing.device import CudaGraph, check_compiler, choose_precision, choose_rows, compile_parts
-from plumbing.exports import check_run_fits, read_model_weights
-from plumbing.plan import count_flops
+from plumbing.device import CudaGraph, check_compiler, choose_precision, choose_rows
+from plumbing.exports import check_run_fits, load_model_weights
 from plumbing.rollback import roll_back
-from plumbing.row_states import RowStates, row_states
-from plumbing.row_states import State as StateOfRows
+from plumbing.row_states import RowStates, State, row_states
 from plumbing.world import World, flat_gradients, join_world, launch
 
 # ---------------- Knobs
@@ -60,13 +66,7 @@ PAST = 8  # bytes before a predicted one that the decoder may look at
 READS = 4  # the last of these, which its GRU reads before it predicts a patch
 NGRAMS = (3, 4, 5, 6)  # bytes; lengths of the decoder's n-grams
 NGRAM_WIDTH = 64  # channels of a row of their tables
-HISTORIES = (2, 3, 4, 5, 6, 8, 12, 16, 24)  # bytes of a history; others need new weights
-LONGEST = max(HISTORIES)
-AGES = 20  # classes of a follower's age: 1 byte, 2 to 3, 4 to 7, ..., 2^19 and more
-HALF_LIVES = (32.0, 65536.0)  # patches; of the first and the last head with MEM_INIT=log
-# CURRICULUM: from this share of the steps on, this plasticity: a factor on the retentions of the
-# blocks' memory. It caps half-lives: 0.10 at 0.3 patches, 0.50 at 1, 0.99 at 69.
-STAGES = ((0.0, 0.10), (0.15, 0.50), (0.40, 0.99))
+HALF_LIVES = (5, 16)  # log2 of patches; of the first and the last head with MEM_INIT=log
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KINDS = ("scaled", "original")
 
@@ -94,7 +94,7 @@ MODEL_KNOBS = "blocks decoder n_embd n_layer n_head sliding_window memory mem_ra
 MODEL_KNOBS += "mem_init mem_rows ngram_rows delta_rule thinking_steps".split()
 # These may differ on resuming: they move no loss but by rounding. With DROPOUT > 0, another number
 # of ranks, DEVICE_BATCH_SIZE or COMPILE draws other masks.
-RESUME_MAY_DIFFER = [*BYTE_RUN_KNOBS, "preset", "device_batch_size"]
+RESUME_MAY_DIFFER = [*BYTE_RUN_KNOBS, "preset"]
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,7 @@ class Knobs(ByteRunKnobs):
     n_head: int = knob(12, "number of heads, of attention and of the memory", low=1)
     n_embd: int = knob(768, "model width, in channels", low=8)
     sliding_window: int | None = knob(64, "patches a query sees; off: a row's", low=1, none="off")
-    memory: str = knob(
-        "on", "zero: memories are computed, not used; off: not built", choices=("on", "zero", "off")
-    )
+    memory: str = knob("on", "zero: computed, not used; off: none", choices=("on", "zero", "off"))
     mem_range: float = knob(0.0, "lowest retention of the blocks' memory", low=0, high=0.9999)
     mem_init: float | None = knob(
         None, "initial logit of all retentions; log: half-lives 32 to 65536", none="log"
@@ -118,8 +116,7 @@ class Knobs(ByteRunKnobs):
     ngram_rows: int = knob(12288, "rows of each n-gram table of DECODER=scaled; 0: none", low=0)
     thinking_steps: int = knob(3, "passes of the weight-tied MLP after the blocks", low=0)
     dropout: float = knob(0.0, "dropout of input, memory and MLPs", low=0, high=0.9)
-    num_iterations: int = knob(50000, "number of optimizer steps", low=0, group="schedule")
-    warmup_iters: int = knob(500, "steps of linear warm-up", low=0)
+    warmup_iters: int = knob(500, "steps of linear warm-up", low=0, group="schedule")
     schedule: str = knob("linear", "lr after the warm-up", choices=("constant", "linear"))
     curriculum: bool = knob(False, "retention times 0.10, from 15% of steps 0.50, from 40% 0.99")
     lr: float = knob(6e-4, "peak learning rate of AdamW", low=0)
@@ -127,8 +124,6 @@ class Knobs(ByteRunKnobs):
     weight_decay: float = knob(0.1, "weight decay of AdamW", low=0)
     decay_on: str = knob("matrices", "what weight decay acts on", choices=("matrices", "all"))
     grad_clip: float = knob(0.5, "largest norm of the gradient", above=0)
-    seed: int = knob(1337, "seed of initial weights, random windows and dropout", low=0)
-    init_from: str = knob("", "weights file (.pth) to start from; empty: new weights")
     precision: str = knob("auto", "dtype of products", choices=("auto", *DTYPES), group="machine")
 
     def __post_init__(self):
@@ -149,7 +144,7 @@ class Knobs(ByteRunKnobs):
             )
         if self.blocks == "original" and self.delta_rule:
             raise ValueError("BLOCKS=original divides by a sum of keys: set DELTA_RULE=0")
-        lowest = 0.5 ** (1 / HALF_LIVES[0])
+        lowest = 0.5 ** (1 / 2 ** HALF_LIVES[0])
         if self.mem_init is None and self.mem_range >= lowest:
             raise ValueError(
                 f"MEM_INIT=log starts with a retention of {lowest:.3f}, below MEM_RANGE="
@@ -165,6 +160,7 @@ class Knobs(ByteRunKnobs):
 
 Past = tuple[Tensor, ...]  # a block keeps keys, values, then its memory's state
 Rotary = tuple[Tensor, Tensor]  # cos and sin of positions
+rms_norm = partial(nn.RMSNorm, eps=1e-6)
 
 
 def split_heads(qkv_BNX: Tensor, n_head: int) -> tuple[Tensor, ...]:
@@ -176,15 +172,12 @@ def merge_heads(x_BHNE: Tensor) -> Tensor:
     return x_BHNE.transpose(1, 2).flatten(2)
 
 
-def rotary_tables(first: Tensor, N: int, width: int) -> Rotary:
-    """cos and sin (N, width / 2) of positions first, first + 1, ... (Su et al., arXiv 2104.09864).
-
-    In fp64: BLOCKS=original counts on over a carried text, and at 50 million patches an fp32 angle
-    is off by up to 2 radians.
+def rotary_tables(position_N: Tensor, width: int) -> Rotary:
+    """cos and sin (N, width / 2) of positions (Su et al., arXiv 2104.09864). Angles are fp64, since
+    BLOCKS=original counts on: after 50 million patches, fp32 would be off by up to 2 radians.
     """
-    channel = torch.arange(0, width, 2, device=first.device, dtype=torch.float64)
-    position = first + torch.arange(N, device=first.device)
-    angle = position[:, None] * 10000.0 ** (-channel / width)
+    channel = torch.arange(0, width, 2, device=position_N.device, dtype=torch.float64)
+    angle = position_N[:, None] * 10000.0 ** (-channel / width)
     return angle.cos().float(), angle.sin().float()
 
 
@@ -194,26 +187,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
 
 
-def window_mask(N: int, w: int, known: Tensor) -> Tensor:
-    """Which keys each of N queries sees, when `known` of the w - 1 patches before them exist.
+def window_mask(N: int, w: int, position: Tensor) -> Tensor:
+    """Which keys each of N queries sees, the first of which has `position` patches before it.
 
     (1, blocks, L, w + L) for blocks of L = min(N, w) queries, each of which sees keys from w before
     its block on: linear in N.
     """
     L = min(N, w)
-    i = torch.arange(L, device=known.device)[:, None]
-    j = torch.arange(w + L, device=known.device)
+    i = torch.arange(L, device=position.device)[:, None]
+    j = torch.arange(w + L, device=position.device)
     seen = ((j > i) & (j <= i + w)).repeat(-(-N // L), 1, 1)
-    seen[0] &= j >= w - known
+    seen[0] &= j >= w - position
     return seen[None]
-
-
-def key_blocks(k: Tensor, w: int, N: int) -> Tensor:
-    """The keys (B * H, blocks, w + L, E) that the blocks of window_mask see, out of w - 1 + N."""
-    if N <= w:
-        return F.pad(k, (0, 0, 1, 0)).flatten(0, 1)[:, None]
-    k = F.pad(k, (0, 0, 1, -N % w)).unflatten(2, (-1, w))
-    return torch.cat([k[:, :, :-1], k[:, :, 1:]], 3).flatten(0, 1)
 
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, w: int, mask: Tensor | None) -> Tensor:
@@ -223,9 +208,17 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, w: int, mask: Tensor | Non
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     N, L = q.size(2), mask.size(2)
+
+    def blocks_of_keys(k: Tensor) -> Tensor:
+        """(B * H, blocks, w + L, E): w keys before each block of L queries, and its own."""
+        k = F.pad(k, (0, 0, 1, -N % L))
+        if N <= w:
+            return k.flatten(0, 1)[:, None]
+        k = k.unflatten(2, (-1, w))
+        return torch.cat([k[:, :, :-1], k[:, :, 1:]], 3).flatten(0, 1)
+
     q = F.pad(q, (0, 0, 0, -N % L)).unflatten(2, (-1, L))
-    k, v = key_blocks(k, w, N), key_blocks(v, w, N)
-    y = F.scaled_dot_product_attention(q.flatten(0, 1), k, v, mask)
+    y = F.scaled_dot_product_attention(q.flatten(0, 1), blocks_of_keys(k), blocks_of_keys(v), mask)
     return y.view(q.shape).flatten(2, 3)[:, :, :N]
 
 
@@ -255,7 +248,7 @@ def chunk_states(keep: Tensor, added: Tensor, first: Tensor) -> Tensor:
     """
     states = torch.cat([first[:, :, None], added], 2)
     keep = F.pad(keep, (0, 0, 0, 0, 1, 0))
-    for level in range((added.size(2)).bit_length()):
+    for level in range(added.size(2).bit_length()):
         before = (0, 0, 0, 0, 2**level, -(2**level))
         states = states + keep @ F.pad(states, before)
         keep = keep @ F.pad(keep, before)
@@ -266,13 +259,12 @@ def decaying_memory(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, delta_rule: bool = False
 ) -> tuple[Tensor, Tensor]:
     """S_t = e^log_decay_t S_{t-1} + k_t u_t^T and o_t = S_t^T q_t: o (B, H, N, F) and the last S.
-    u_t is v_t, or with the delta rule v_t less what k_t reads of the decayed S_{t-1}. It is
-    Hebbian: outer products of key and value are written as they occur, and decay.
+    u_t is v_t, or with the delta rule v_t less what k_t reads of the decayed S_{t-1}.
 
     q and k (B, H, N, E), v (B, H, N, F), log_decay <= 0 (B or 1, H, N), S (B, H, E, F), all fp32
-    tensors without autocast; products use TF32 on CUDA unless PRECISION=fp32 (build_model). All
-    chunks at once, with no approximation but rounding for any decay and length: no exponent is
-    positive. Yang et al., Gated Linear Attention, arXiv 2312.06635; Gated DeltaNet, 2412.06464.
+    tensors without autocast. All chunks at once, exact but for rounding at any decay and length: no
+    exponent is positive. Yang et al., Gated Linear Attention, arXiv 2312.06635; Gated DeltaNet,
+    2412.06464.
     """
     N = q.size(2)
     C = min(CHUNK, N)
@@ -304,22 +296,20 @@ def decaying_memory(
     return output.flatten(2, 3)[:, :, :N], states[:, :, -1].contiguous()
 
 
-def log_retention(logit: Tensor, low: float) -> Tensor:
-    """log(low + (1 - low) sigmoid(logit)), accurate where nearly all is kept."""
+def log_retention(logit: Tensor, low: float, plasticity: Tensor) -> Tensor:
+    """log(plasticity (low + (1 - low) sigmoid(logit))), accurate where nearly all is kept."""
     if low == 0:
-        return F.logsigmoid(logit)
-    return torch.log1p(-(1 - low) * torch.sigmoid(-logit))
+        return F.logsigmoid(logit) + plasticity.log()
+    return torch.log1p(-(1 - low) * torch.sigmoid(-logit)) + plasticity.log()
 
 
-@torch.no_grad()
-def init_retention(retention_H: Tensor, cfg: Knobs) -> None:
-    """Logits as MEM_INIT says: all the same, or for half-lives evenly spaced on a log scale."""
+def initial_retention(cfg: Knobs) -> Tensor:
+    """Logits (H,) as MEM_INIT says: all the same, or for half-lives evenly spaced in logarithms."""
     if cfg.mem_init is not None:
-        retention_H.fill_(cfg.mem_init)
-        return
-    low, high = (math.log10(h) for h in HALF_LIVES)
-    log_kept = math.log(0.5) / torch.logspace(low, high, cfg.n_head, dtype=torch.float64)
-    retention_H.copy_(((log_kept.exp() - cfg.mem_range) / -torch.expm1(log_kept)).log())
+        return torch.full((cfg.n_head,), cfg.mem_init)
+    half_life_H = torch.logspace(*HALF_LIVES, cfg.n_head, base=2, dtype=torch.float64)
+    kept_H = 0.5 ** (1 / half_life_H)
+    return ((kept_H - cfg.mem_range) / (1 - kept_H)).log().float()
 
 
 def products_in(dtype: torch.dtype, x: Tensor) -> torch.autocast:
@@ -338,15 +328,11 @@ class OriginalMemory(nn.Module):
         D = cfg.n_embd
         self.cfg = cfg
         self.qkv, self.proj, self.norm = nn.Linear(D, 3 * D), nn.Linear(D, D), nn.LayerNorm(D)
-        self.retention = nn.Parameter(torch.empty(cfg.n_head))  # logits
-        self.reset_parameters()
+        self.retention = nn.Parameter(initial_retention(cfg))
 
-    def reset_parameters(self) -> None:
-        init_retention(self.retention, self.cfg)
-
-    def empty_state(self, B: int) -> Past:
+    def state_shapes(self, B: int) -> list[tuple[int, ...]]:
         E = self.cfg.n_embd // self.cfg.n_head
-        return (self.retention.new_zeros(B, self.cfg.n_head, E, E + 1),)
+        return [(B, self.cfg.n_head, E, E + 1)]
 
     def forward(self, h_BND: Tensor, past: Past, plasticity: Tensor) -> tuple[Tensor, Past]:
         """What is read, (B, N, D), and the state after the N patches."""
@@ -357,7 +343,7 @@ class OriginalMemory(nn.Module):
             q = (F.elu(q) + 1) * q.size(-1) ** -0.5
             k = F.elu(k) + 1
             v = F.pad(v, (0, 1), value=1.0)
-            log_decay = log_retention(self.retention, cfg.mem_range) + plasticity.log()
+            log_decay = log_retention(self.retention, cfg.mem_range, plasticity)
             log_decay = log_decay[None, :, None].expand(1, -1, q.size(2))
             read, matrix = decaying_memory(q, k, v, log_decay, past[0])
             read = read[..., :-1] / (read[..., -1:] + 1e-6)
@@ -375,11 +361,11 @@ class ScaledMemory(nn.Module):
         D, H = cfg.n_embd, cfg.n_head
         self.cfg = cfg
         self.qkv, self.gate = nn.Linear(D, 3 * D), nn.Linear(D, D)
-        self.conv_kernel = nn.Parameter(torch.empty(4, 3 * D))  # three patches before, and this one
-        self.conv_bias = nn.Parameter(torch.empty(3 * D))
-        self.retention = nn.Parameter(torch.empty(H))  # logits
+        self.conv_kernel = nn.Parameter(torch.zeros(4, 3 * D))  # three patches before, and this one
+        self.conv_bias = nn.Parameter(torch.zeros(3 * D))
+        self.retention = nn.Parameter(initial_retention(cfg))
         self.retention_shift = nn.Linear(D, H, bias=False)  # what the input adds to them
-        self.head_norm = nn.RMSNorm(D // H, eps=1e-6)
+        self.head_norm = rms_norm(D // H)
         self.beta = nn.Linear(D, H) if cfg.delta_rule else None  # share that a write replaces
         self.reset_parameters()
 
@@ -389,20 +375,16 @@ class ScaledMemory(nn.Module):
         by that patch from the first step on. Without it, recall is hardly learned.
         """
         D = self.cfg.n_embd
-        init_retention(self.retention, self.cfg)
         self.retention_shift.weight.zero_()
         self.qkv.weight[D : 2 * D] = self.qkv.weight[:D]
         self.qkv.bias[D : 2 * D] = self.qkv.bias[:D]
-        self.conv_bias.zero_()
-        self.conv_kernel.zero_()
         self.conv_kernel[3, :D] = 1
         self.conv_kernel[2, D : 2 * D] = 1
         self.conv_kernel[3, 2 * D :] = 1
 
-    def empty_state(self, B: int) -> Past:
+    def state_shapes(self, B: int) -> list[tuple[int, ...]]:
         D, H = self.cfg.n_embd, self.cfg.n_head
-        new = self.retention.new_zeros
-        return new(B, H, D // H, D // H), new(B, 3, 3 * D)
+        return [(B, H, D // H, D // H), (B, 3, 3 * D)]
 
     def convolve(self, qkv: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
         """Depthwise and causal, as four shifted products: one kernel when compiled."""
@@ -419,7 +401,7 @@ class ScaledMemory(nn.Module):
         qkv, conv = self.convolve(self.qkv(h_BND), conv)
         logit = self.retention[:, None] + self.retention_shift(h_BND).mT
         with products_in(torch.float32, h_BND):
-            log_decay = log_retention(logit.float(), cfg.mem_range) + plasticity.log()
+            log_decay = log_retention(logit.float(), cfg.mem_range, plasticity)
             q, k, v = split_heads(qkv.float(), cfg.n_head)
             q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
             if self.beta is not None:  # roots on k and v make a write beta k u^T
@@ -452,7 +434,7 @@ class OriginalBlock(nn.Module):
     def forward(
         self, x_BND: Tensor, past: Past, rotary: Rotary, mask: Tensor | None, plasticity: Tensor
     ) -> tuple[Tensor, Past]:
-        """The N patches after this block, and the state for the patches that follow."""
+        """The N patches after this block, and the state after them."""
         cfg = self.cfg
         h = self.norm1(x_BND)
         q, k, v = split_heads(self.qkv(h), cfg.n_head)
@@ -474,7 +456,7 @@ class ScaledBlock(nn.Module):
         super().__init__()
         D = cfg.n_embd
         self.cfg = cfg
-        self.norm1, self.norm2 = nn.RMSNorm(D, eps=1e-6), nn.RMSNorm(D, eps=1e-6)
+        self.norm1, self.norm2 = rms_norm(D), rms_norm(D)
         self.qkv, self.mlp = nn.Linear(D, 3 * D), make_mlp(D)
         self.memory = None if cfg.memory == "off" else ScaledMemory(cfg)
         self.out = nn.Linear(D if self.memory is None else 2 * D, D)
@@ -520,26 +502,21 @@ class PatchRefiner(nn.Module):
 
 
 class NGramTables(nn.Module):
-    """Learned vectors for the last 3, 4, 5 and 6 bytes, which help to predict the next one.
+    """Learned vectors for the last 3, 4, 5 and 6 bytes, to predict the next one.
 
-    For each length there is a table of vectors, and a hash of the bytes names the row. The four
-    rows, side by side, are projected and added to the decoder's hidden state: common histories are
-    looked up, which the GRU would learn slowly. Tables are small, so histories may share a row.
-    Rows begin at zero: untrained ones add nothing.
+    A hash of the bytes names a row in the table of each length. The four rows, side by side, are
+    projected and added to the decoder's hidden state: common histories are looked up, which the GRU
+    would learn slowly. Histories may share a row. Rows begin at zero: untrained ones add nothing.
     Hashed n-gram embeddings: Pagnoni et al., Byte Latent Transformer, arXiv 2412.09871.
     """
 
     def __init__(self, rows: int):
         super().__init__()
         self.rows = rows
-        self.table = nn.Parameter(torch.empty(len(NGRAMS) * rows, NGRAM_WIDTH))
+        self.table = nn.Parameter(torch.zeros(len(NGRAMS) * rows, NGRAM_WIDTH))
         self.hash = SuffixHash(NGRAMS, PAST)
         self.out = nn.Linear(len(NGRAMS) * NGRAM_WIDTH, BYTES, bias=False)
         self.register_buffer("first", torch.arange(len(NGRAMS)) * rows, persistent=False)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.table)
 
     def forward(self, x: Tensor) -> Tensor:
         """(.., 256) for the bytes (.., 8) before the predicted one."""
@@ -556,14 +533,7 @@ class OriginalDecoder(nn.Module):
         super().__init__()
         self.latent, self.embed = nn.Linear(cfg.n_embd, BYTES), nn.Embedding(BYTES, BYTES)
         self.gru, self.out = nn.GRUCell(2 * BYTES, BYTES), nn.Linear(BYTES, BYTES)
-
-    def inputs(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The GRU's input product in two parts: of each byte value (256, 768), and of the latents
-        (.., 768), which are the same for all bytes of a patch.
-        """
-        of_byte, of_latent = self.gru.weight_ih.split(BYTES, dim=1)
-        of_byte = F.linear(self.embed.weight, of_byte)
-        return of_byte, F.linear(self.latent(z), of_latent, self.gru.bias_ih)
+        self.grams = None
 
     def step(self, hidden: Tensor | None, given: Tensor) -> Tensor:
         """The GRU's cell: the next hidden state from the last one (None: zero) and the input."""
@@ -576,25 +546,29 @@ class OriginalDecoder(nn.Module):
         new = (1 - keep) * torch.tanh(candidate + reset * hidden_candidate)
         return new if hidden is None else new + keep * hidden
 
-    def begin(self, x: Tensor, of_byte: Tensor, of_latent: Tensor) -> Tensor:
-        """The hidden state (.., 256) that predicts a patch's first byte."""
-        return self.step(None, of_latent + of_byte[0])
-
-    def logits(self, hidden: Tensor, x: Tensor) -> Tensor:
-        """(.., 256), fp32, of the next byte, given the hidden state and the 8 bytes before."""
-        return self.out(hidden).float()
+    def first_inputs(self, x: Tensor, of_byte: Tensor) -> list[Tensor]:
+        """What the GRU reads before it predicts a patch's first byte, as rows of `of_byte`."""
+        return [of_byte[0]]
 
     def forward(self, z_BND: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of the bytes y (B, N, 4) of patches, and the hidden states that they come from,
-        both (B, N, 4, 256), given the latent before each patch, the 8 bytes x (B, N, 8) before it,
-        and the bytes before them in their own patch.
+        """Logits, fp32, of the bytes y (B, N, 4) of patches, and the hidden states that they come
+        from, both (B, N, 4, 256), given the latent before each patch, the 8 bytes x (B, N, 8)
+        before it, and the bytes before them in their own patch.
         """
-        of_byte, of_latent = self.inputs(z_BND)
-        states = [self.begin(x, of_byte, of_latent)]
-        for given in F.embedding(y[..., :-1], of_byte).unbind(2):
-            states.append(self.step(states[-1], of_latent + given))
-        hidden = torch.stack(states, 2)
-        return self.logits(hidden, torch.cat([x, y[..., :-1]], -1).unfold(-1, PAST, 1)), hidden
+        # The GRU's product with its input: of each byte value (256, 768), and of each latent.
+        of_byte, of_latent = self.gru.weight_ih.split(BYTES, dim=1)
+        of_byte = F.linear(self.embed.weight, of_byte)
+        of_latent = F.linear(self.latent(z_BND), of_latent, self.gru.bias_ih)
+        own = y[..., :-1]
+        hidden, states = None, []
+        for byte in [*self.first_inputs(x, of_byte), *F.embedding(own, of_byte).unbind(2)]:
+            hidden = self.step(hidden, of_latent + byte)
+            states.append(hidden)
+        hidden = torch.stack(states[-PATCH:], 2)
+        if self.grams is None:
+            return self.out(hidden).float(), hidden
+        grams = self.grams(torch.cat([x, own], -1).unfold(-1, PAST, 1))
+        return self.out(hidden + grams).float(), hidden
 
 
 class ScaledDecoder(OriginalDecoder):
@@ -606,19 +580,13 @@ class ScaledDecoder(OriginalDecoder):
         super().__init__(cfg)
         self.grams = NGramTables(cfg.ngram_rows) if cfg.ngram_rows else None
 
-    def begin(self, x: Tensor, of_byte: Tensor, of_latent: Tensor) -> Tensor:
-        hidden = None
-        for byte in x[..., PAST - READS :].unbind(-1):
-            hidden = self.step(hidden, of_latent + F.embedding(byte, of_byte))
-        return hidden
-
-    def logits(self, hidden: Tensor, x: Tensor) -> Tensor:
-        return self.out(hidden if self.grams is None else hidden + self.grams(x)).float()
+    def first_inputs(self, x: Tensor, of_byte: Tensor) -> list[Tensor]:
+        return [F.embedding(byte, of_byte) for byte in x[..., -READS:].unbind(-1)]
 
 
 class ByteMemory(nn.Module):
-    """Predicts the bytes that followed the last 2, 3, 4, 5, 6, 8, 12, 16 and 24 bytes earlier in
-    the text, wherever patches begin. histories.py has its tables.
+    """Predicts the bytes that followed the last few (HISTORIES) earlier in the text, wherever
+    patches begin. histories.py has its tables.
 
     It mixes as PPM does (Cleary and Witten, 1984). From the shortest history to the longest, what
     followed it goes into the model's distribution p, and a part e escapes to p as it was:
@@ -634,48 +602,38 @@ class ByteMemory(nn.Module):
     def __init__(self, rows: int):
         super().__init__()
         G = len(HISTORIES)
-        self.tables = HistoryTables(HISTORIES, rows)
-        # Vectors, each a table laid flat, so that DECAY_ON=matrices spares them.
-        self.escape_by_count = nn.Parameter(torch.empty(G * (FOLLOWERS + 1) ** 2))
-        self.escape_by_age = nn.Parameter(torch.empty(G * AGES))
-        self.escape_by_state = nn.Linear(BYTES, G)
-        self.log_rank_weight = nn.Parameter(torch.empty(G * FOLLOWERS))
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Escapes start as PPM's method C has them: q different bytes among n followers, q to n."""
+        self.tables = HistoryTables(rows)
+        # Escapes start as PPM's method C has them: q different bytes among n followers, q to n.
         n = torch.arange(FOLLOWERS + 1).clamp(min=1)
         log_odds = (n[None, :] / n[:, None]).log()
-        self.escape_by_count.copy_(log_odds.repeat(len(HISTORIES), 1).flatten())
-        self.escape_by_age.zero_()
-        self.log_rank_weight.zero_()
-        self.escape_by_state.weight.zero_()
-        self.escape_by_state.bias.zero_()
+        # Vectors, each a table laid flat, so that DECAY_ON=matrices spares them.
+        self.escape_by_count = nn.Parameter(log_odds.repeat(G, 1).flatten())
+        self.escape_by_age = nn.Parameter(torch.zeros(G * AGES))
+        self.escape_by_state = nn.Linear(BYTES, G)
+        self.log_rank_weight = nn.Parameter(torch.zeros(G * FOLLOWERS))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.escape_by_state.weight)
+        nn.init.zeros_(self.escape_by_state.bias)
 
     def mix(self, logits: Tensor, hidden: Tensor, followers: Tensor, age: Tensor) -> Tensor:
         """log p (.., 256), fp32, from the decoder's logits and hidden states (.., 256), and from
         the tables: followers (.., G, 8), and the age in bytes of each length's newest (.., G).
         """
         G, counts = len(HISTORIES), FOLLOWERS + 1
-        is_found = followers > 0
-        is_newer = torch.ones(FOLLOWERS, FOLLOWERS, dtype=torch.bool, device=logits.device).tril(-1)
-        is_same = followers[..., :, None] == followers[..., None, :]
-        is_repeated = (is_same & is_newer).any(-1)
-        found, different = is_found.sum(-1), (is_found & ~is_repeated).sum(-1)
-
+        found, different = self.tables.count(followers)
         length = torch.arange(G, device=logits.device)
         by_count = self.escape_by_count.view(G, counts, counts)
-        age_class = age.clamp(min=1).float().log2().long().clamp(max=AGES - 1)
         escape = by_count[length, found, different] + self.escape_by_state(hidden).float()
-        escape = escape + self.escape_by_age.view(G, AGES)[length, age_class]
+        escape = escape + self.escape_by_age.view(G, AGES)[length, self.tables.age_class(age)]
         # What the longer histories leave to each length; first, the model's share. A product of
         # escapes, as a sum of logarithms: the gradient of cumprod would wait for the device.
         log_escape = torch.where(found > 0, F.logsigmoid(escape), 0.0)
         log_left = F.pad(log_escape.flip(-1).cumsum(-1).flip(-1), (0, 1))
         log_taken = F.logsigmoid(-escape) + log_left[..., 1:]
 
-        weight = is_found * self.log_rank_weight.view(G, FOLLOWERS).exp()
+        weight = (followers > 0) * self.log_rank_weight.view(G, FOLLOWERS).exp()
         weight = weight / weight.sum(-1, keepdim=True).clamp(min=1e-12)
         weight = weight * log_taken.exp()[..., None]
         byte = (followers.long() - 1).clamp(min=0)
@@ -686,34 +644,13 @@ class ByteMemory(nn.Module):
         self, logits: Tensor, hidden: Tensor, text: Tensor, first: Tensor, tables: Tables
     ) -> tuple[Tensor, Tables]:
         """log p (B, T, 256) of the bytes of `text`, and the tables after them."""
-        followers, newest, writes = self.tables.read(text, first, tables)
-        now = first + torch.arange(logits.size(1), device=text.device)
+        followers, age, writes = self.tables.read(text, first, tables)
         tables = tuple(table.clone() for table in tables)
         self.tables.write(tables, writes)
-        return self.mix(logits, hidden, followers, now[:, None] - newest), tables
+        return self.mix(logits, hidden, followers, age), tables
 
 
 # ---------------- Model
-
-
-class State(StateOfRows):
-    """What the text so far leaves behind, for some rows: zeros before its first byte. All rows
-    share one position, in patches. The layers are a Past for each block, then the last bytes, then
-    the tables of the memory by bytes.
-    """
-
-    @property
-    def seen(self) -> Tensor:
-        return self.layers[-2][0]
-
-    @property
-    def tables(self) -> Tables:
-        return self.layers[-1]
-
-    @property
-    def next_time(self) -> Tensor:
-        """When the next byte to be predicted comes; the first one comes at time 1."""
-        return self.position * PATCH + 1
 
 
 class ByteLM(nn.Module):
@@ -728,19 +665,25 @@ class ByteLM(nn.Module):
         super().__init__()
         D = cfg.n_embd
         self.cfg, self.dtype = cfg, dtype
-        norm, block = partial(nn.RMSNorm, eps=1e-6), ScaledBlock
+        norm, block = rms_norm, ScaledBlock
         if cfg.blocks == "original":
             norm, block = nn.LayerNorm, OriginalBlock
         decoder = OriginalDecoder if cfg.decoder == "original" else ScaledDecoder
         self.embed, self.patch = nn.Embedding(BYTES, D), nn.Conv1d(D, D, PATCH, stride=PATCH)
         self.norm_in, self.norm_out = norm(D), norm(D)
         self.blocks = nn.ModuleList(block(cfg) for _ in range(cfg.n_layer))
-        self.thinking = PatchRefiner(cfg, norm) if cfg.thinking_steps else None
+        self.thinking = PatchRefiner(cfg, norm) if cfg.thinking_steps else nn.Identity()
         self.decoder = decoder(cfg)
-        has_byte_memory = cfg.mem_rows > 0 and cfg.memory != "off"
-        self.byte_memory = ByteMemory(cfg.mem_rows) if has_byte_memory else None
+        self.byte_memory = None
+        if cfg.mem_rows and cfg.memory != "off":
+            self.byte_memory = ByteMemory(cfg.mem_rows)
         # Multiplies every retention of the blocks' memory. Saved, so that it is applied as trained.
         self.register_buffer("plasticity", torch.ones(()))
+
+    @property
+    def compiled_parts(self) -> list[nn.Module | None]:
+        """What the compiler gets, each by itself."""
+        return [*self.blocks, self.decoder, self.thinking, self.byte_memory]
 
     def init_weights(self, seed: int) -> None:
         """PyTorch's default initialisation. Each module draws from a seed of its own, made of SEED
@@ -754,14 +697,16 @@ class ByteLM(nn.Module):
                     module.reset_parameters()
 
     def empty_state(self, B: int) -> State:
-        """The state of B rows before their first patch, as large as any later one."""
+        """The state of B rows before their first patch, as large as any later one. The rows share
+        one position, in patches; the layers are a Past for each block, the last bytes, and the
+        tables of the memory by bytes.
+        """
         cfg, new = self.cfg, self.plasticity.new_zeros
-        past = (B, cfg.n_head, cfg.window_patches - 1, cfg.n_embd // cfg.n_head)
+        keys = (B, cfg.n_head, cfg.window_patches - 1, cfg.n_embd // cfg.n_head)
         layers = []
         for block in self.blocks:
-            layers.append((new(past), new(past)))
-            if block.memory is not None:
-                layers[-1] += block.memory.empty_state(B)
+            of_memory = [] if block.memory is None else block.memory.state_shapes(B)
+            layers.append(tuple(new(shape) for shape in (keys, keys, *of_memory)))
         layers.append((new((B, LONGEST - PATCH), dtype=torch.long),))
         layers.append(() if self.byte_memory is None else self.byte_memory.tables.empty(B))
         return State(new((), dtype=torch.long), layers)
@@ -774,50 +719,47 @@ class ByteLM(nn.Module):
         cfg, w, N = self.cfg, self.cfg.window_patches, x_BT.size(1) // PATCH
         mask = None
         if not at_start or N > w:
-            mask = window_mask(N, w, state.position.clamp(max=w - 1))
+            mask = window_mask(N, w, state.position)
         z = self.embed(x_BT).unflatten(1, (N, PATCH)).flatten(2)
         z = F.linear(z, self.patch.weight.mT.flatten(1), self.patch.bias)  # faster than conv1d
-        zero = torch.zeros_like(state.position)
-        rotary = rotary_tables(zero, w - 1 + N, cfg.n_embd // cfg.n_head)
+        patch = torch.arange(w - 1 + N, device=x_BT.device)
+        rotary = rotary_tables(patch, cfg.n_embd // cfg.n_head)
         if cfg.blocks == "original":
-            z = rotate(z, *rotary_tables(state.position, N, cfg.n_embd))
+            z = rotate(z, *rotary_tables(state.position + patch[:N], cfg.n_embd))
         z = F.dropout(self.norm_in(z), cfg.dropout, self.training)
-        layers = []  # behind those of the blocks, the state has the last bytes and the tables
-        for block, past in zip(self.blocks, state.layers, strict=False):
+        *of_blocks, (seen,), tables = state.layers
+        layers = []
+        for block, past in zip(self.blocks, of_blocks, strict=True):
             if cfg.recompute and self.training:
                 block = partial(checkpoint, block, use_reentrant=False)
             z, new = block(z, past, rotary, mask, self.plasticity)
             layers.append(new)
-        z = self.norm_out(z)
-        z = z if self.thinking is None else self.thinking(z)
-        seen = torch.cat([state.seen, x_BT], 1)[:, -(LONGEST - PATCH) :]
-        return z, State(state.position + N, [*layers, (seen,), state.tables])
+        z = self.thinking(self.norm_out(z))
+        seen = torch.cat([seen, x_BT], 1)[:, PATCH - LONGEST :]
+        return z, State(state.position + N, [*layers, (seen,), tables])
 
-    def decode(
+    def logits(
         self, x_BT: Tensor, y_BT: Tensor, past: State | None = None
-    ) -> tuple[Tensor, Tensor | None, State]:
-        """Of the targets y, each given all bytes before it: the decoder's logits (B, T, 256), fp32,
-        and log p with the memory by bytes, None where that is not used; and the state after x.
+    ) -> tuple[Tensor, State, Tensor]:
+        """Logits (B, T, 256), fp32, of the targets y, each given all bytes before it; the state
+        after x; and the logits of the decoder alone: the same if no memory by bytes is used.
         past: the state before x, None at the beginning of a text.
         """
         old = self.empty_state(len(x_BT)) if past is None else past
+        *_, (seen,), tables = old.layers
         z_BND, state = self.trunk(x_BT, old, at_start=past is None)
-        before = torch.cat([old.seen[:, -PATCH:], x_BT], 1).unfold(1, PAST, PATCH)
+        before = torch.cat([seen[:, -PATCH:], x_BT], 1).unfold(1, PAST, PATCH)
         logits, hidden = self.decoder(z_BND, before, y_BT.unflatten(1, (-1, PATCH)))
         logits, hidden = logits.flatten(1, 2), hidden.flatten(1, 2)
         if self.byte_memory is None:
-            return logits, None, state
-        text = torch.cat([old.seen, x_BT[:, :PATCH], y_BT], 1)
+            return logits, state, logits
+        text = torch.cat([seen, x_BT[:, :PATCH], y_BT], 1)
+        first = PATCH * old.position + 1  # the first byte predicted comes at time 1
         # Detached: decoder and blocks learn from the decoder's own loss. Those trained on the mix
         # lean on the memory, and do worse while it is young.
         given = logits.detach(), hidden.detach()
-        mixed, state.layers[-1] = self.byte_memory(*given, text, old.next_time, old.tables)
-        return logits, None if self.cfg.memory == "zero" else mixed, state
-
-    def logits(self, x_BT: Tensor, y_BT: Tensor, past: State | None = None) -> tuple[Tensor, State]:
-        """Logits (B, T, 256), fp32, of the targets y, and the state after x; as decode()."""
-        alone, mixed, state = self.decode(x_BT, y_BT, past)
-        return alone if mixed is None else mixed, state
+        mixed, state.layers[-1] = self.byte_memory(*given, text, first, tables)
+        return logits if self.cfg.memory == "zero" else mixed, state, logits
 
     def forward(
         self, x_BT: Tensor, y_BT: Tensor, past: State | None = None
@@ -827,12 +769,12 @@ class ByteLM(nn.Module):
         """
         known = torch.where(y_BT < 0, F.pad(x_BT[:, PATCH:], (0, PATCH)), y_BT)
         with products_in(self.dtype, x_BT):
-            logits, mixed, state = self.decode(x_BT, known, past)
+            logits, state, alone = self.logits(x_BT, known, past)
         nll = partial(F.cross_entropy, target=y_BT, ignore_index=-1, reduction="none")
-        loss = nll(logits.mT if mixed is None else mixed.mT)
-        if self.training and mixed is not None:
-            alone = nll(logits.mT)  # the decoder's own loss adds its gradient, and no value
-            loss = loss + (alone - alone.detach())
+        loss = nll(logits.mT)
+        if self.training and alone is not logits:
+            own = nll(alone.mT)  # adds its gradient, and no value
+            loss = loss + (own - own.detach())
         return loss, state
 
     def half_lives(self) -> Tensor | None:
@@ -840,23 +782,21 @@ class ByteLM(nn.Module):
         if self.cfg.memory == "off":
             return None
         logits = torch.stack([block.memory.retention.detach() for block in self.blocks])
-        log_kept = log_retention(logits.double(), self.cfg.mem_range) + self.plasticity.log()
-        return math.log(0.5) / log_kept
+        return math.log(0.5) / log_retention(logits.double(), self.cfg.mem_range, self.plasticity)
 
 
 # ---------------- Optimizer
 
 
-# differs from train_gpt.py: matrices decay, vectors as DECAY_ON says; one rate for both
+# differs: matrices decay, vectors as DECAY_ON says
 class AdamW(torch.optim.AdamW):
     """torch's fused AdamW, whose step is left out where the device flag `all_finite` is down."""
 
     def __init__(self, model: ByteLM, cfg: Knobs):
-        decayed, rest = [], []
-        for p in model.parameters():
-            is_decayed = p.dim() > 1 or cfg.decay_on == "all"
-            (decayed if is_decayed else rest).append(p)
-        groups = [dict(params=decayed), dict(params=rest, weight_decay=0.0)]
+        least_dim = 1 if cfg.decay_on == "all" else 2
+        decayed = [p for p in model.parameters() if p.dim() >= least_dim]
+        spared = [p for p in model.parameters() if p.dim() < least_dim]
+        groups = [dict(params=decayed), dict(params=spared, weight_decay=0.0)]
         betas = (0.9, cfg.beta2)
         super().__init__(groups, cfg.lr, betas, weight_decay=cfg.weight_decay, fused=True)
 
@@ -870,89 +810,47 @@ class AdamW(torch.optim.AdamW):
 # ---------------- Schedule
 
 
-# differs from train_gpt.py: constant or down to zero after the warm-up
+# differs: constant or down to zero after the warm-up
 def lr_scale(step: int, cfg: Knobs) -> float:
     """Up to 1 over the first WARMUP_ITERS updates, then 1, or down to 0 at NUM_ITERATIONS."""
     if step < cfg.warmup_iters:
         return (step + 1) / cfg.warmup_iters
     if cfg.schedule == "constant":
         return 1.0
-    left = 1 - (step - cfg.warmup_iters) / max(cfg.num_iterations - cfg.warmup_iters, 1)
-    return max(left, 0.0)
+    return 1 - (step - cfg.warmup_iters) / (cfg.num_iterations - cfg.warmup_iters)
 
 
 def plasticity(step: int, cfg: Knobs) -> float:
-    """What multiplies every retention in update `step`: 1, or with CURRICULUM its stage's."""
+    """What multiplies every retention of the blocks' memory in update `step`. CURRICULUM caps
+    half-lives at 0.3, 1 and 69 patches, one after another.
+    """
     if not cfg.curriculum:
         return 1.0
-    return [alpha for share, alpha in STAGES if step >= share * cfg.num_iterations][-1]
+    if step < 0.15 * cfg.num_iterations:
+        return 0.10
+    if step < 0.40 * cfg.num_iterations:
+        return 0.50
+    return 0.99
 
 
 def seed_dropout(cfg: Knobs, step: int, rank: int) -> None:
     """Masks are a function of seed, step and rank, so that a resume needs no generator's state."""
     if cfg.dropout:
-        # The 0 keeps the masks of runs that seeded each micro-batch by its number.
-        seeds = np.random.SeedSequence([cfg.seed, step, rank, 0])
-        torch.manual_seed(int(seeds.generate_state(1, np.uint32)[0]))
-
-
-# ---------------- Evaluation
-
-
-# differs from train_gpt.py: states are carried
-@torch.no_grad()
-def evaluate(model: ByteLM, val: ScoredBytes, rows: int, cfg: Knobs, world: World) -> float:
-    """Mean loss per byte of the validation text, in nats; the same for any number of ranks and
-    rows.
-    """
-    loss_sum = torch.zeros((), device=world.device, dtype=torch.float64)
-    model.eval()
-    for x_BT, y_BT, begins in val.windows(world, rows, cfg.sequence_length):
-        if begins or not cfg.carry_state:
-            state = None
-        nll_BT, state = model(x_BT.to(world.device), y_BT.to(world.device), state)
-        loss_sum += nll_BT.double().sum()
-    model.train()
-    return world.all_reduce(loss_sum).item() / val.num_bytes
+        words = np.random.SeedSequence([cfg.seed, step, rank]).generate_state(1, np.uint32)
+        torch.manual_seed(int(words[0]))
 
 
 # ---------------- Records and plan
 
-HINT = "set DEVICE=cpu; PRESET=demo is a size that makes that sensible"
 RESULTS = results_columns(
     "preset blocks decoder n_embd n_layer n_head sliding_window memory delta_rule"
 )
-
-
-# differs from train_gpt.py: states and losses per byte
-def probe_backward(model: ByteLM, rows: int) -> None:
-    """Forward and backward pass of a micro-batch of zeros, to measure its memory."""
-    cfg, device = model.cfg, model.plasticity.device
-    x = torch.zeros(rows, cfg.sequence_length, dtype=torch.long, device=device)
-    past = model.empty_state(rows) if cfg.carry_state else None
-    model(x, x, past)[0].mean().backward()
-
-
-# differs from train_gpt.py: per byte, and counted
-@cache
-def flops_per_byte(cfg: Knobs) -> float:
-    """FLOPs of forward and backward, for MFU: all products of a row, without recomputation."""
-    with torch.device("meta"):
-        model = ByteLM(replace(cfg, recompute=False))
-        return count_flops(partial(probe_backward, model, 1)) / cfg.sequence_length
-
-
-# differs from train_gpt.py: other facts, and text that may have to be fetched
-def plan(cfg: Knobs, world: World) -> dict[str, object]:
-    """What --dry_run and the log show. Raises UserError for what the run would refuse."""
-    check_compiler(cfg.compile, cfg.device)
-    return plan_bytes(cfg, world, ByteLM, probe_backward, flops_per_byte, PATCH)
-
+plan = partial(plan_bytes, make_model=ByteLM, ahead=PATCH)  # (cfg, world): what --dry_run shows
 
 # ---------------- Training
 
 
-# differs from train_gpt.py: it counts rollbacks
+# differs: it counts rollbacks
 @dataclass
 class TrainState:
     """What a step depends on besides model, optimizer, scaler and carried states."""
@@ -961,41 +859,19 @@ class TrainState:
     rolled_back: int = 0
 
 
-# differs from train_gpt.py: a compiler that fails does not end the run
-def compile_model(model: ByteLM, rows: int, session: Session) -> None:
-    """Compile the parts that repeat, and try them."""
-    parts = [*model.blocks, model.decoder, model.thinking, model.byte_memory]
-    present = [part for part in parts if part is not None]
-    problem = compile_parts(present, partial(probe_backward, model, rows), session.world)
-    if problem:
-        session.say(f"compile: failed, training goes on without it ({problem})")
-
-
 def build_model(cfg: Knobs, world: World) -> ByteLM:
     dtype = DTYPES[choose_precision(cfg.precision, world.device)]
     model = ByteLM(cfg, dtype)
     model.init_weights(cfg.seed)
     if cfg.init_from:
-        found = read_model_weights(cfg.init_from, "train_scaled.py", MODEL_KNOBS, cfg)
-        load_weights(model, found["model"])
+        load_model_weights(model, cfg.init_from, "train_scaled.py", MODEL_KNOBS)
     if world.device.type == "cuda" and dtype != torch.float32:
         torch.set_float32_matmul_precision("high")  # the memories' fp32 products in TF32
     return model.to(world.device)
 
 
-def describe_run(session: Session, model: ByteLM) -> None:
-    facts = plan(session.cfg, session.world)
-    facts["precision"] = f"{model.dtype}; the memories without autocast"
-    session.describe(model, flops_per_byte(session.cfg), facts)
-
-
 def run_backward_pass(
-    model: ByteLM,
-    carried: RowStates,
-    scaler: torch.amp.GradScaler,
-    rows: int,
-    x_BT: Tensor,
-    y_BT: Tensor,
+    model: ByteLM, carried: RowStates, scaler: GradScaler, rows: int, x_BT: Tensor, y_BT: Tensor
 ) -> Tensor:
     """Adds up the gradients of this rank's part of a step, some rows at a time, and moves their
     states on. Returns its part of the step's mean loss per byte, in nats.
@@ -1012,21 +888,21 @@ def run_backward_pass(
     return train_loss
 
 
-# differs from train_gpt.py: states are carried, gradients clipped, and there is one optimizer
+# differs: states are carried, gradients clipped; one optimizer
 def train(cfg: Knobs, session: Session, batches: ByteBatches, val: ScoredBytes) -> None:
     world = session.world
     model = build_model(cfg, world)
     gradients = flat_gradients(model)
     adam = AdamW(model, cfg)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=model.dtype == torch.float16)
+    scaler = GradScaler(world.device.type, enabled=model.dtype == torch.float16)
     carried, state = row_states(model, world), TrainState()
     saved = dict(model=model, adam=adam, scaler=scaler, carried=carried, state=state)
-    describe_run(session, model)
+    describe_run(session, model, PATCH)
     check_run_fits(session, model, carried)
     session.restore(**saved)
     rows = choose_rows(cfg, world, model, probe_backward)
     if cfg.compile:
-        compile_model(model, rows, session)
+        compile_model(session, model, rows)
     gradients.zero_()  # of the probes
     backward_pass = partial(run_backward_pass, model, carried, scaler, rows)
     if cfg.uses_cuda_graph:  # see there what the model may not do then
@@ -1040,8 +916,8 @@ def train(cfg: Knobs, session: Session, batches: ByteBatches, val: ScoredBytes) 
             prefetch.close()
             prefetch = Prefetch(batches.make, state.step, world.device)
         if session.should_validate:
-            loss = evaluate(model, val, rows, cfg, world)
-            record_validation(session, model, loss, val, model.half_lives())
+            loss = evaluate(model, val, rows, world)
+            record_validation(session, model, loss, val)
         if session.should_save:
             export_saved(session, model)  # first: if killed in between, a resume exports again
             session.save(state.step, **saved)
@@ -1072,12 +948,12 @@ def train(cfg: Knobs, session: Session, batches: ByteBatches, val: ScoredBytes) 
     session.notes += ["rolled_back=1"] * state.rolled_back
 
 
-# differs from train_gpt.py: bytes of text
+# differs: bytes of text
 def main() -> int:
     cfg = read_knobs(Knobs, PRESETS, doc=__doc__)
     if cfg.dry_run:
         return show_plan(cfg, plan, RESULTS)
-    with join_world(cfg.device, HINT) as world:
+    with join_world(cfg.device, "set DEVICE=cpu; PRESET=demo is a size for that") as world:
         check_compiler(cfg.compile, cfg.device)
         batches, val = open_bytes(cfg, world, PATCH)
         session = Session(

@@ -4,6 +4,7 @@
     world, device, plan                   process group, signals, collectives; the device; --dry_run
     data, batches, text_batches           token shards, the tokens of a step, prefetching
     byte_knobs, byte_batches, byte_records    the same of bytes; what a byte model records
+    byte_runs, byte_scores                a run on bytes; the loss of a byte model
     problems, problem_batches             problems with answers, and which of them a step trains on
     problem_knobs, problem_config, problem_records    knobs, YAML keys and records of such a run
     row_states, exports, rollback         carried states; weights files; back after a bad loss

@@ -10,7 +10,7 @@ import json
 import math
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from plumbing.byte_batches import ScoredBytes
 from plumbing.checkpoints import write_whole
@@ -22,18 +22,15 @@ from plumbing.world import World
 BYTE_METRICS = "val_bpc val_bits_per_char half_life_min half_life_median half_life_max".split()
 
 
-def record_validation(
-    session: Session, model: nn.Module, loss: float, val: ScoredBytes, half_lives: Tensor | None
-) -> None:
-    """A validation: `loss` in nats per byte of `val`. `half_lives` are those of the blocks' memory,
-    in patches; None without one.
-    """
+def record_validation(session: Session, model: nn.Module, loss: float, val: ScoredBytes) -> None:
+    """A validation: `loss` in nats per byte of `val`."""
     bits = loss / math.log(2)
     characters = val.characters_per_byte
     bits_per_char = bits / characters if characters else math.nan
     metrics = {"val_bpc": bits, "val_bits_per_char": bits_per_char}
     note = f" val_bpc:{bits:.4f} val_bits_per_char:{bits_per_char:.4f}"
     line = ""
+    half_lives = model.half_lives()  # in patches; None without a memory in the blocks
     if half_lives is not None:
         low, high = half_lives.min().item(), half_lives.max().item()
         middle = half_lives.median().item()

@@ -4,6 +4,7 @@ Promises: a plan fetches nothing; what it says of disk and data is what the run 
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -11,10 +12,13 @@ from torch import nn
 from plumbing.byte_batches import ByteBatches, ScoredBytes, text_facts
 from plumbing.byte_knobs import ByteRunKnobs
 from plumbing.byte_records import BYTE_METRICS
+from plumbing.byte_scores import flops_per_byte, probe_backward
+from plumbing.device import check_compiler, compile_parts
 from plumbing.exports import run_bytes
 from plumbing.knobs import ROOT
 from plumbing.plan import WhenShown, plan_facts
 from plumbing.row_states import row_states
+from plumbing.session import Session
 from plumbing.splits import open_byte_files
 from plumbing.world import World
 
@@ -56,19 +60,33 @@ def session_options(
 
 
 def plan_bytes(
-    cfg: ByteRunKnobs,
-    world: World,
-    make_model: Callable[[ByteRunKnobs], nn.Module],
-    probe_backward: Callable[[nn.Module, int], None],
-    flops_per_byte: Callable[[ByteRunKnobs], float],
-    ahead: int,
+    cfg: ByteRunKnobs, world: World, make_model: Callable[[ByteRunKnobs], nn.Module], ahead: int
 ) -> dict[str, object]:
     """What --dry_run and the log show of a model, its disk, its compute and its text."""
+    check_compiler(cfg.compile, cfg.device)
     with torch.device("meta"):
         model = make_model(cfg)
         facts = plan_facts(cfg, world, model, probe_backward)
         needed_mib = run_bytes(model, row_states(model, world), cfg.keep) / 2**20
     trained_bytes = cfg.batch_size * cfg.sequence_length * cfg.num_iterations
-    facts["compute"] = WhenShown(lambda: f"{flops_per_byte(cfg) * trained_bytes:.3g} FLOPs")
+    facts["compute"] = WhenShown(
+        lambda: f"{flops_per_byte(make_model, cfg) * trained_bytes:.3g} FLOPs"
+    )
     facts["disk"] = f"up to {needed_mib:,.0f} MiB at KEEP={cfg.keep}"
     return facts | text_facts(cfg, world, ahead)
+
+
+def describe_run(session: Session, model: nn.Module, ahead: int) -> None:
+    """Write the head of the log."""
+    cfg, make_model = session.cfg, type(model)
+    facts = plan_bytes(cfg, session.world, make_model, ahead)
+    facts["precision"] = f"{model.dtype}; the memories without autocast"
+    session.describe(model, flops_per_byte(make_model, cfg), facts)
+
+
+def compile_model(session: Session, model: nn.Module, rows: int) -> None:
+    """Compile the model's parts, and try them. A compiler that fails does not end the run."""
+    run_step = partial(probe_backward, model, rows)
+    problem = compile_parts(model.compiled_parts, run_step, session.world)
+    if problem:
+        session.say(f"compile: failed, training goes on without it ({problem})")

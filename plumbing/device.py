@@ -228,12 +228,16 @@ def _step_fits(
     return True
 
 
-def compile_parts(parts: Sequence[nn.Module], run_step: Callable[[], None], world: "World") -> str:
-    """Compile the forward passes of some modules, and run one step to see whether that works.
+def compile_parts(
+    parts: Sequence[nn.Module | None], run_step: Callable[[], None], world: "World"
+) -> str:
+    """Compile the forward passes of some modules, and run one step to see whether that works. None
+    is a part that the model does not have.
 
     Returns ''. Where the compiler fails on any rank, it returns what went wrong, and nothing is
     compiled on any rank: training does not depend on it.
     """
+    parts = [part for part in parts if part is not None]
     problem = ""
     try:
         for part in parts:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from plumbing.checkpoints import check_disk, read_weights, save_weights
+from plumbing.checkpoints import check_disk, load_weights, read_weights, save_weights
 from plumbing.knobs import UserError, describe
 from plumbing.row_states import RowStates
 from plumbing.session import Session
@@ -81,3 +81,11 @@ def read_model_weights(
             f"knobs as they were"
         )
     return found
+
+
+def load_model_weights(
+    model: nn.Module, path: str | Path, trainer: str, model_knobs: Collection[str]
+) -> None:
+    """Give the model the weights of a file of export_weights; raises UserError as above."""
+    found = read_model_weights(path, trainer, model_knobs, model.cfg)
+    load_weights(model, found["model"])

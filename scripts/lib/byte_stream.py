@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from train_scaled import BYTES, LONGEST, PAST, PATCH, ByteLM
+from histories import BYTES, LONGEST
+from train_scaled import PAST, PATCH, ByteLM
 
 
 class Stream:
@@ -24,57 +25,51 @@ class Stream:
         device = model.plasticity.device
         self.held = torch.zeros(B, 0, dtype=torch.long, device=device)  # of the unfinished patch
         self.past = torch.zeros(B, LONGEST, dtype=torch.long, device=device)  # the last bytes
-        self.of_byte = self.of_latent = self.hidden = None
+        self.z_BND = None  # the latent of the last whole patch
 
     def next_byte(self) -> Tensor:
         """Time of the next byte; the first that is predicted comes at time 1."""
-        return self.state.next_time + self.held.size(1) - PATCH
+        return PATCH * (self.state.position - 1) + 1 + self.held.size(1)
 
     @torch.no_grad()
     def feed(self, x_BT: Tensor, remember: bool = True) -> None:
         """Bytes (B, T), any T. Those that are not remembered are no part of the memory by bytes: a
         sampled text that remembers itself soon repeats itself.
         """
-        model, decoder = self.model, self.model.decoder
+        model = self.model
         x_BT = x_BT.to(self.held)
-        done = self.held.size(1)
         seen = torch.cat([self.past, x_BT], 1)
         if model.byte_memory is not None and remember:
             # Bytes of the first patch come before time 1, which makes them none: nothing predicts
             # them.
             tables = model.byte_memory.tables
-            *_, writes = tables.read(seen, self.next_byte(), self.state.tables)
-            tables.write(self.state.tables, writes)
+            *_, writes = tables.read(seen, self.next_byte(), self.state.layers[-1])
+            tables.write(self.state.layers[-1], writes)
         x_BT = torch.cat([self.held, x_BT], 1)
         while x_BT.size(1) >= PATCH:
             n = min(x_BT.size(1), self.prefill) // PATCH * PATCH
             z_BND, self.state = model.trunk(x_BT[:, :n], self.state)
+            self.z_BND = z_BND[:, -1:]
             x_BT = x_BT[:, n:]
-            done = 0
-            before = seen[:, : seen.size(1) - x_BT.size(1)][:, -PAST:]
-            self.of_byte, self.of_latent = decoder.inputs(z_BND[:, -1])
-            self.hidden = decoder.begin(before, self.of_byte, self.of_latent)
         self.held = x_BT
         self.past = seen[:, -LONGEST:]
-        if self.hidden is not None:
-            for byte_B in x_BT[:, done:].unbind(1):
-                given = self.of_latent + F.embedding(byte_B, self.of_byte)
-                self.hidden = decoder.step(self.hidden, given)
 
     @torch.no_grad()
     def logits(self) -> Tensor:
         """(B, 256), fp32, of the next byte. All equal before the first patch is whole."""
-        model = self.model
-        if self.hidden is None:
+        model, done = self.model, self.held.size(1)
+        if self.z_BND is None:
             return torch.zeros(len(self.held), BYTES, device=self.held.device)
-        logits = model.decoder.logits(self.hidden, self.past[:, -PAST:])
+        before = self.past[:, : LONGEST - done][:, -PAST:]  # of the patch that is predicted
+        own = F.pad(self.held, (0, PATCH - done))
+        logits, hidden = model.decoder(self.z_BND, before[:, None], own[:, None])
+        logits, hidden = logits[:, 0, done], hidden[:, 0, done]
         if model.byte_memory is None or model.cfg.memory == "zero":
             return logits
         text = F.pad(self.past, (0, 1))  # a place for the byte that is not there yet
-        now = self.next_byte()
-        tables = model.byte_memory.tables
-        followers, newest, _ = tables.read(text, now, self.state.tables)
-        return model.byte_memory.mix(logits, self.hidden, followers[:, 0], now - newest[:, 0])
+        tables = self.state.layers[-1]
+        followers, age, _ = model.byte_memory.tables.read(text, self.next_byte(), tables)
+        return model.byte_memory.mix(logits, hidden, followers[:, 0], age[:, 0])
 
     def state_bytes(self) -> int:
         """Memory that the text so far takes, whatever its length."""

@@ -67,7 +67,7 @@ class FlatrunForCausalLM(PreTrainedModel, GenerationMixin):
         T = x_BT.size(1)
         text = F.pad(x_BT, (PATCH, 0), value=ord("\n"))
         text = F.pad(text, (0, PATCH - text.size(1) % PATCH))
-        logits, _ = self.model.logits(text[:, :-PATCH], text[:, PATCH:])
+        logits = self.model.logits(text[:, :-PATCH], text[:, PATCH:])[0]
         return logits[:, 1 : T + 1]
 
     def forward(self, input_ids, labels=None, attention_mask=None, **others) -> CausalLMOutput:

@@ -121,7 +121,7 @@ class Scorer:
             row[: len(text)] = torch.tensor(text, device=self.device)
         shift = len(self.prefix)
         if self.trainer == "train_scaled":
-            logits_BTV, _ = self.model.logits(x_BT[:, :-shift], x_BT[:, shift:])
+            logits_BTV = self.model.logits(x_BT[:, :-shift], x_BT[:, shift:])[0]
         else:
             logits_BTV = self.model.logits(x_BT[:, :-shift])
         nothing = logits_BTV.new_zeros(len(texts), shift, logits_BTV.size(-1))

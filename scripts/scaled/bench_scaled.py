@@ -164,9 +164,7 @@ def passes(model: ByteLM, world: World) -> Callable[[], None]:
         take_pass(x, y)
 
     if cfg.compile:
-        parts = [*model.blocks, model.decoder, model.thinking, model.byte_memory]
-        compiling = partial(run, backward_pass)
-        problem = compile_parts([part for part in parts if part is not None], compiling, world)
+        problem = compile_parts(model.compiled_parts, partial(run, backward_pass), world)
         if problem:
             raise UserError(f"it cannot be compiled: {problem}")
     return run

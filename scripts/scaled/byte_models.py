@@ -160,13 +160,13 @@ def answer_logits(model: ByteLM, x_BT: Tensor, at_BA: Tensor, y_BAP: Tensor) -> 
     if model.byte_memory is None or model.cfg.memory == "zero":
         return logits
     y_BT = y_BT.scatter(1, places, y_BAP.flatten(1))
-    text = torch.cat([state.seen, x_BT[:, :PATCH], y_BT], 1)
-    tables = model.byte_memory.tables
-    followers, newest, _ = tables.read(text, state.next_time, state.tables)
+    *_, (seen,), tables = state.layers
+    text = torch.cat([seen, x_BT[:, :PATCH], y_BT], 1)
+    first = PATCH * state.position + 1
+    followers, age, _ = model.byte_memory.tables.read(text, first, tables)
     row = torch.arange(len(x_BT), device=at.device)[:, None, None]
     places = places.unflatten(1, (-1, PATCH))
-    age = (state.next_time + places)[..., None] - newest[row, places]
-    return model.byte_memory.mix(logits, hidden, followers[row, places], age)
+    return model.byte_memory.mix(logits, hidden, followers[row, places], age[row, places])
 
 
 def answer_nll(model: ByteLM, x_BT: Tensor, at_BA: Tensor, y_BAP: Tensor) -> Tensor:

@@ -27,9 +27,9 @@ import torch
 import torch.nn.functional as F
 from byte_models import PATCH, ByteLM, UserError
 
-import train_scaled
 from plumbing import ROOT, TokenShards, World, launch
 from plumbing.byte_batches import ByteBatches, ScoredBytes
+from plumbing.byte_scores import evaluate
 from plumbing.data import read_bytes
 from plumbing.splits import open_byte_files
 from plumbing.texts import text_files
@@ -60,7 +60,7 @@ def validation_bits(
     """Bits per byte of the first `num_bytes` of the held-out text, as a run validates."""
     rows = model.cfg.device_batch_size or 1
     scored = ScoredBytes(text, PATCH, num_bytes)
-    loss = train_scaled.evaluate(model, scored, rows, model.cfg, World(0, 1, device))
+    loss = evaluate(model, scored, rows, World(0, 1, device))
     return loss / math.log(2)
 
 

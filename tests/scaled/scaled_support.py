@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 import train_scaled
+from plumbing import byte_runs
 from plumbing.exchange import StepExchange
 from train_scaled import ByteLM, Knobs
 
@@ -75,19 +76,19 @@ def flags(folder: Path, **knobs) -> list[str]:
 
 
 COUNTED: dict[tuple, float] = {}
-count_flops_per_byte = train_scaled.flops_per_byte
+count_flops_per_byte = byte_runs.flops_per_byte
 
 
-def count_once(cfg: Knobs) -> float:
+def count_once(make_model: type[ByteLM], cfg: Knobs) -> float:
     """FLOPs per byte, once for each model: to count them takes as long as a small run trains."""
     shape = tuple(getattr(cfg, name) for name in (*train_scaled.MODEL_KNOBS, "sequence_length"))
     if shape not in COUNTED:
-        COUNTED[shape] = count_flops_per_byte(cfg)
+        COUNTED[shape] = count_flops_per_byte(make_model, cfg)
     return COUNTED[shape]
 
 
 def run_here(monkeypatch, folder: Path, **knobs) -> tuple[int, str]:
-    monkeypatch.setattr(train_scaled, "flops_per_byte", count_once)
+    monkeypatch.setattr(byte_runs, "flops_per_byte", count_once)
     monkeypatch.setattr(sys, "argv", ["train_scaled.py", *flags(folder, **knobs)])
     with redirect_stdout(StringIO()) as out:
         code = train_scaled.main()

@@ -11,6 +11,7 @@ from support import ONE
 import train_scaled
 from plumbing import TokenShards, World, read_bytes
 from plumbing.byte_batches import ByteBatches, ScoredBytes
+from plumbing.byte_scores import evaluate
 
 CPU = torch.device("cpu")
 
@@ -86,7 +87,7 @@ def test_any_number_of_ranks_reads_the_same_windows(tmp_path, carry, ranks):
 @pytest.mark.parametrize(("size", "limit"), [(1003, None), (1511, None), (1511, 800), (40, None)])
 def test_validation_is_every_byte_once_and_weighted_by_bytes(tmp_path, carry, size, limit):
     data = ("ağaç kıyı " * 400).encode()[:size]
-    val, model = shards(tmp_path, data, "v.txt"), fresh()
+    val, model = shards(tmp_path, data, "v.txt"), fresh(carry_state=carry)
     total = min(size, (limit or size) + 4) - 4
     strip, nats, count = -(-total // 32) * 4, 0.0, 0
     # By hand: a strip at once if its state is carried, else window by window.
@@ -105,8 +106,7 @@ def test_validation_is_every_byte_once_and_weighted_by_bytes(tmp_path, carry, si
     assert scored.num_bytes == total
     assert abs(scored.characters_per_byte * total - characters) <= 1
     for micro, ranks in ((2, 1), (3, 1), (8, 2)):
-        cfg = small(carry_state=carry, val_bytes=limit, batch_size=8, device_batch_size=micro)
         sums: list[torch.Tensor] = []
         for rank in range(ranks):
-            train_scaled.evaluate(model, scored, micro, cfg, Part(rank, ranks, CPU, sums))
+            evaluate(model, scored, micro, Part(rank, ranks, CPU, sums))
         assert abs(sum(sums).item() - nats) < 1e-5 * total

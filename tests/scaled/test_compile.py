@@ -10,13 +10,11 @@ from scaled_support import fresh, repeats, run_here
 from support import ONE
 
 import train_scaled
+from plumbing import byte_runs
+from plumbing.byte_scores import probe_backward
 from plumbing.device import compile_parts
-from train_scaled import ByteMemory, State
-
-
-def parts_of(model: train_scaled.ByteLM) -> list[torch.nn.Module]:
-    parts = [*model.blocks, model.decoder, model.thinking, model.byte_memory]
-    return [part for part in parts if part is not None]
+from plumbing.row_states import State
+from train_scaled import ByteMemory
 
 
 def detached(state: State) -> State:
@@ -38,8 +36,8 @@ def captured(monkeypatch, n_layer: int, validations: int = 0, **knobs) -> list[i
     model = fresh(n_layer=n_layer, batch_size=2, **knobs).train()
     with monkeypatch.context() as m:
         m.setattr(torch, "compile", lambda f, **rest: compiler(f, backend=counting, **rest))
-        probe = lambda: train_scaled.probe_backward(model, 2)
-        assert compile_parts(parts_of(model), probe, ONE) == ""
+        probe = lambda: probe_backward(model, 2)
+        assert compile_parts(model.compiled_parts, probe, ONE) == ""
     x, past = repeats(2, model.cfg.sequence_length), model.empty_state(2)
     for _ in range(2):
         nll, past = model(x, x, past)
@@ -79,7 +77,8 @@ def test_a_compiler_that_fails_is_one_line_and_training_goes_on(monkeypatch, tmp
         raise RuntimeError("no such backend")
 
     monkeypatch.setattr(torch, "compile", broken)
-    monkeypatch.setattr(train_scaled, "check_compiler", lambda *args: None)
+    for module in (train_scaled, byte_runs):
+        monkeypatch.setattr(module, "check_compiler", lambda *args: None)
     code, out = run_here(monkeypatch, tmp_path, run_id="a", compile=1, num_iterations=2)
     line = "compile: failed, training goes on without it (RuntimeError: no such backend)"
     assert code == 0 and line in out

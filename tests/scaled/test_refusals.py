@@ -12,6 +12,7 @@ from support import losses, rows
 
 import train_scaled
 from plumbing import UserError
+from plumbing.byte_scores import flops_per_byte
 from plumbing.exports import run_bytes
 from plumbing.row_states import row_states
 from plumbing.world import World
@@ -139,7 +140,7 @@ def test_a_run_that_reads_its_text_too_often_is_warned_and_told_what_to_give(
 
 
 def test_rows_that_are_looked_up_cost_no_flops_and_bytes_that_are_read_do():
-    flops = lambda **values: train_scaled.flops_per_byte(small(**values))
+    flops = lambda **values: flops_per_byte(ByteLM, small(**values))
     assert flops(recompute=True) == flops()
     assert flops(ngram_rows=64) == flops(ngram_rows=4096) > flops(ngram_rows=0)
     more = 3 * 6 * 3 * 256 * 256 / 4  # three more steps of the GRU for each patch of four bytes

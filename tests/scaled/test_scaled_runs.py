@@ -16,6 +16,7 @@ from support import ONE, ROOT, environment, losses, metrics, newest_state, rows
 
 import train_scaled
 from plumbing.byte_batches import ScoredBytes
+from plumbing.byte_scores import evaluate
 from plumbing.splits import open_byte_files
 
 
@@ -48,7 +49,7 @@ def test_a_run_learns_and_leaves_its_files(monkeypatch, tmp_path):
     model = byte_models.load(folder / "last_model_scaled.pth", torch.device("cpu"))
     assert model.plasticity == torch.tensor(0.99) and not model.training and model.cfg.n_embd == 32
     val = ScoredBytes(open_byte_files(str(tmp_path / "train.txt"), tmp_path)[1], 4, None)
-    loss, share = train_scaled.evaluate(model, val, 2, small(), ONE), val.characters_per_byte
+    loss, share = evaluate(model, val, 2, ONE), val.characters_per_byte
     assert abs(loss - float(row["final_val_loss"])) < 1e-6 and share < 1
     assert abs(float(row["val_bits_per_char"]) - loss / math.log(2) / share) < 1e-4
     for words in (

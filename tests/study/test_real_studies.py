@@ -17,6 +17,8 @@ from lib.study import read_study
 from pretender import end_of, go, launcher, lines, wait_for
 from support import ROOT, SMALL, losses, rows, run_here, write_data
 
+from plumbing import byte_runs
+
 
 def test_too_few_shards_are_noticed_before_the_first_run(tmp_path):
     data = write_data(tmp_path)
@@ -88,12 +90,11 @@ def test_the_studies_that_come_along_hold_the_runs_they_should(capsys, tmp_path)
 
 def test_a_study_is_listed_without_a_pass_through_any_model(monkeypatch, capsys, tmp_path):
     study = ROOT / "experiments/studies/scaled.toml"
-    module = read_study(study, {}).trainer.module
 
     def measured(*_: object) -> None:
         raise AssertionError("memory and FLOPs are not in the list")
 
-    monkeypatch.setattr(module, "probe_backward", measured)
+    monkeypatch.setattr(byte_runs, "probe_backward", measured)
     options = ["--logs_folder", str(tmp_path), "--results_file", f"{tmp_path}/r"]
     assert run_study.main([str(study), "--stage", "scaled_lr", "--dry_run", *options]) == 0
     assert "5,348,974" in capsys.readouterr().out, "parameters"

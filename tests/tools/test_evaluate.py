@@ -36,7 +36,7 @@ def byte_log_probs(model: torch.nn.Module, text: bytes) -> list[float]:
             before = [ord("\n")] * 4 + ids[:i]
             whole = [*before, 0, 0, 0, 0][: (len(before) + 4) // 4 * 4]
             x_BT = torch.tensor([whole])
-            logits_BTV, _ = model.logits(x_BT[:, :-4], x_BT[:, 4:])
+            logits_BTV = model.logits(x_BT[:, :-4], x_BT[:, 4:])[0]
             logits_V = logits_BTV[0, i]
         else:
             logits_V = model.logits(torch.tensor([[0, *ids[:i]]]))[0, -1]

@@ -43,8 +43,8 @@ def trainer_of(text: str, folder: Path, monkeypatch) -> str:
 def test_what_a_carried_function_uses_of_its_own_module_comes_along(tmp_path, monkeypatch):
     text = "from histories import HistoryTables as Found\n\nclass Model:\n    part = Found\n"
     source = model_source(trainer_of(text, tmp_path, monkeypatch), "Model")
-    tables = run(source, monkeypatch).part((3, 5), 8)
-    assert [t.shape for t in tables.empty(2)] == [(2, 2, 9), (2, 2, 9), (2, 2, 9, 8)]
+    tables = run(source, monkeypatch).part(8)
+    assert [t.shape for t in tables.empty(2)] == [(2, 9, 9), (2, 9, 9), (2, 9, 9, 8)]
 
 
 @pytest.mark.parametrize(
