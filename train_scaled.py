@@ -14,7 +14,7 @@ the patches, and a small recurrent decoder writes the bytes of the next patch. T
 Hebbian; a second one, by bytes, remembers what followed the last few, wherever patches begin.
 
 Size     132,718,190 parameters; PRESET=phase8: 129,302,416
-Expect   docs/scaled.md: measured recall, bits per byte and speed, with commands
+Expect   docs/scaled.md: recall, bits per byte and speed, with commands
 Shapes   B rows, T bytes, N = T / 4 patches, D model width, H heads, E = D / H head width, F width
          of a memory's values, C patches of a chunk, M chunks, G histories; x_BND is (B, N, D)
 Units    SLIDING_WINDOW and half-lives in patches; losses in nats per byte
@@ -81,7 +81,6 @@ PRESETS = {
     "phase7": ORIGINAL | dict(
         n_embd=512, n_layer=6, n_head=8, sliding_window=128, mem_range=0.99, mem_init=0.0,
         num_iterations=20000, warmup_iters=100, lr=3e-4, batch_size=4, device_batch_size=4),
-    # Python's own documentation on a CPU
     "demo": dict(
         device="cpu", compile=False, n_embd=128, n_layer=2, n_head=2, sliding_window=16,
         thinking_steps=1, mem_rows=8192, sequence_length=512, batch_size=8, device_batch_size=8,
@@ -312,6 +311,13 @@ def initial_retention(cfg: Knobs) -> Tensor:
     return ((kept_H - cfg.mem_range) / (1 - kept_H)).log().float()
 
 
+def unit_length(x: Tensor) -> Tensor:
+    """x over its length. A text's first key is zero, and where it is, a smaller constant than this
+    makes gradients that overflow in fp16.
+    """
+    return x * (x.square().sum(-1, keepdim=True) + 1e-3).rsqrt()
+
+
 def products_in(dtype: torch.dtype, x: Tensor) -> torch.autocast:
     """A context for computing with x. fp32 switches autocast off, also one that is around it."""
     kind = "cuda" if x.is_cuda else "cpu"
@@ -395,7 +401,7 @@ class ScaledMemory(nn.Module):
         return F.silu(mixed + self.conv_bias.type_as(qkv)), whole[:, N:].contiguous()
 
     def forward(self, h_BND: Tensor, past: Past, plasticity: Tensor) -> tuple[Tensor, Past]:
-        """What is read, (B, N, D), and the state after the N patches."""
+        """As OriginalMemory.forward."""
         cfg = self.cfg
         matrix, conv = past
         qkv, conv = self.convolve(self.qkv(h_BND), conv)
@@ -403,9 +409,9 @@ class ScaledMemory(nn.Module):
         with products_in(torch.float32, h_BND):
             log_decay = log_retention(logit.float(), cfg.mem_range, plasticity)
             q, k, v = split_heads(qkv.float(), cfg.n_head)
-            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+            q, k = unit_length(q), unit_length(k)
             if self.beta is not None:  # roots on k and v make a write beta k u^T
-                root = (0.5 * F.logsigmoid(self.beta(h_BND).float())).exp().mT[..., None]
+                root = (0.5 * F.logsigmoid(self.beta(h_BND.float()))).exp().mT[..., None]
                 k, v = k * root, v * root
             read, matrix = decaying_memory(q, k, v, log_decay, matrix, cfg.delta_rule)
             read = self.head_norm(read)
@@ -483,7 +489,7 @@ class ScaledBlock(nn.Module):
 
 
 class PatchRefiner(nn.Module):
-    """The same gated MLP, applied several times to each patch by itself."""
+    """One gated MLP, applied several times to each patch by itself."""
 
     def __init__(self, cfg: Knobs, norm: type[nn.Module]):
         super().__init__()
@@ -502,7 +508,7 @@ class PatchRefiner(nn.Module):
 
 
 class NGramTables(nn.Module):
-    """Learned vectors for the last 3, 4, 5 and 6 bytes, to predict the next one.
+    """Learned vectors for the last 3, 4, 5 and 6 bytes.
 
     A hash of the bytes names a row in the table of each length. The four rows, side by side, are
     projected and added to the decoder's hidden state: common histories are looked up, which the GRU
@@ -658,7 +664,7 @@ class ByteLM(nn.Module):
 
     Patch n has seen bytes 0 .. 4n + 3 and its latent predicts bytes 4n + 4 .. 4n + 7: with
     x = s[i : i + T] the targets are y = s[i + 4 : i + 4 + T]. Products have `dtype`; parameters,
-    the residual stream and the memories are fp32 tensors (products_in).
+    the residual stream and the memories are fp32 tensors.
     """
 
     def __init__(self, cfg: Knobs, dtype: torch.dtype = torch.float32):
@@ -686,7 +692,7 @@ class ByteLM(nn.Module):
         return [*self.blocks, self.decoder, self.thinking, self.byte_memory]
 
     def init_weights(self, seed: int) -> None:
-        """PyTorch's default initialisation. Each module draws from a seed of its own, made of SEED
+        """PyTorch's initialisation. Each module draws from a seed of its own, made of SEED
         and its name: a part more or less changes no other part's weights.
         """
         with torch.random.fork_rng(devices=[]):
@@ -726,7 +732,7 @@ class ByteLM(nn.Module):
         rotary = rotary_tables(patch, cfg.n_embd // cfg.n_head)
         if cfg.blocks == "original":
             z = rotate(z, *rotary_tables(state.position + patch[:N], cfg.n_embd))
-        z = F.dropout(self.norm_in(z), cfg.dropout, self.training)
+        z = F.dropout(self.norm_in(z.float()), cfg.dropout, self.training)
         *of_blocks, (seen,), tables = state.layers
         layers = []
         for block, past in zip(self.blocks, of_blocks, strict=True):
@@ -754,7 +760,7 @@ class ByteLM(nn.Module):
         if self.byte_memory is None:
             return logits, state, logits
         text = torch.cat([seen, x_BT[:, :PATCH], y_BT], 1)
-        first = PATCH * old.position + 1  # the first byte predicted comes at time 1
+        first = PATCH * old.position + 1  # the first target has time 1
         # Detached: decoder and blocks learn from the decoder's own loss. Those trained on the mix
         # lean on the memory, and do worse while it is young.
         given = logits.detach(), hidden.detach()
@@ -840,14 +846,12 @@ def seed_dropout(cfg: Knobs, step: int, rank: int) -> None:
         torch.manual_seed(int(words[0]))
 
 
-# ---------------- Records and plan
+# ---------------- Training
 
 RESULTS = results_columns(
     "preset blocks decoder n_embd n_layer n_head sliding_window memory delta_rule"
 )
 plan = partial(plan_bytes, make_model=ByteLM, ahead=PATCH)  # (cfg, world): what --dry_run shows
-
-# ---------------- Training
 
 
 # differs: it counts rollbacks
@@ -905,7 +909,7 @@ def train(cfg: Knobs, session: Session, batches: ByteBatches, val: ScoredBytes) 
         compile_model(session, model, rows)
     gradients.zero_()  # of the probes
     backward_pass = partial(run_backward_pass, model, carried, scaler, rows)
-    if cfg.uses_cuda_graph:  # see there what the model may not do then
+    if cfg.uses_cuda_graph:  # see there what it forbids
         backward_pass = CudaGraph(backward_pass, world.device)
     prefetch = Prefetch(batches.make, state.step, world.device)
 
@@ -937,8 +941,8 @@ def train(cfg: Knobs, session: Session, batches: ByteBatches, val: ScoredBytes) 
         overflow = ~grad_norms.isfinite().all() & scaler.is_enabled()  # fp16: skipped, no fault
         lr = cfg.lr * lr_scale(state.step, cfg) * 0.5**state.rolled_back
         state.step += 1
-        figures = (state.step, train_loss, lr, grad_norms, overflow)
-        # Exchanges the figures. On the device: whether the update may be applied.
+        figures = state.step, train_loss, lr, grad_norms, overflow
+        # On the device: whether the update may be applied.
         all_finite = session.step(*figures, plasticity=model.plasticity / world.size)
         gradients *= (cfg.grad_clip / grad_norms.norm()).clamp(max=1.0)
         adam.step(lr, all_finite)

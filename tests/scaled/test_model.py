@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from lib.byte_stream import Stream
 from plain_scaled import PlainPhase8, copy_phase8, step_recurrence
-from scaled_support import VARIANTS, fresh, repeats, tensors_equal, text
+from scaled_support import VARIANTS, fresh, repeats, small, tensors_equal, text
 
 import train_scaled
 from train_scaled import ByteLM, Knobs
@@ -183,3 +183,15 @@ def test_recomputing_blocks_changes_no_gradient():
         model(text(2, 64), text(2, 64, seed=1))[0].mean().backward()
         grads.append([p.grad for p in model.parameters()])
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_the_first_step_of_a_text_overflows_nothing_in_fp16(variant):
+    # Nothing has been read before the first patch, so its key in the memory is zero at first.
+    model = ByteLM(small(**VARIANTS[variant]), torch.float16)
+    model.init_weights(1)
+    loss, _ = model(text(2, 64), text(2, 64, seed=1))
+    # A byte's share of a default step, at the scale that GradScaler begins with.
+    (65536 * loss.sum() / (2 * 4096)).backward()
+    norms = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None])
+    assert norms.isfinite().all()
