@@ -1,30 +1,25 @@
-r"""train_gpu.py -- HAMT: a language model whose layers keep a holographic associative memory.
+"""train_gpu.py -- HAMT: a language model whose layers keep a holographic associative memory.
 
-    python train_gpu.py --hidden_dim 512 --hcm_dim 2048 --num_layers 8 --num_slots 16 \
-        --dataset wikitext-103 --batch_size 128 --mixed_precision bf16 --compile_model
+    python train_gpu.py --preset 100m --dataset wikitext-103 --precision bf16 --compile
     torchrun --standalone --nproc_per_node=8 train_gpu.py --preset 124m --dataset wikitext-103
     python train_gpu.py --preset 100m --mixer attention     the rotary transformer of the same size
     python train_gpu.py --preset demo                       a CPU, a minute, no download
-    DATA=FILE_OR_FOLDER TOKENIZER=bytes python train_gpu.py --preset 33m    your own text
 
 A layer writes an item v of each token, bound to a key k of unit modulus, into S slots, and reads
 with the conjugate of a query q: M_t = decay_t * M_{t-1} + w_t (k_t v_t), r_t = conj(q_t) (a_t M_t).
-The output is W_o(norm(r_t) silu(g_t)). A layer is bind, gated_linear_attention, unbind. It keeps M,
-3 inputs of the convolution and the position, however long the past is.
+The output is W_o(norm(r_t) silu(g_t)). It keeps M, 3 inputs of the convolution and the position,
+however long the past is. docs/hamt.md has what was measured.
 
-Expect   --preset demo: val_loss falls from 5.5 to 1.64 nats per byte (n=1); see docs/hamt.md
+Expect   --preset demo: val_loss falls from 5.5 to 1.64 nats per byte (n=1)
 Shapes   B sequences, T tokens, C model width, D memory width (D/2 complex bins), H heads, E = D / H
          values of a head, K = E / 2 bins of a head, S slots of a head, L tokens of a chunk,
          J chunks, N tokens of a micro-batch, V vocabulary, P parameter tensors, X any width
-Units    losses in nats per token unless the name says otherwise; phases in radians
-Random   initial weights, by seed and name (init_weights); the order of the text, by seed and epoch;
-         dropout and what is recalled, by seed, step and row (seed_B). Nothing else is
+Units    losses in nats per token; phases in radians
 Raises   UserError (one line, exit code 2) where a user can help
 Sources  holographic reduced representations: Plate 1995; keys of unit modulus: Ganesan et al.,
          arXiv 2109.02157; chunks and decay: GLA, arXiv 2312.06635; convolution: Mamba, 2312.00752
-Shared   plumbing/ keeps the run alive; what of it moves a loss is text_batches.py (token order and
-         random bits, by the knobs of text_knobs.py) and row_states.py (CARRY_STATE)
-Marks    "same as train_gpt.py": a copy, which a test compares; "differs": what is unlike there
+Shared   plumbing/ keeps the run alive; what of it moves a loss is text_batches.py (order of tokens,
+         what is drawn for a row by seed, step and row) and row_states.py (CARRY_STATE)
 """
 
 import hashlib
@@ -37,13 +32,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from plumbing import Session, knob, read_knobs, show_plan
+from plumbing import Session, flops_per_token, knob, read_knobs, show_plan
 from plumbing.data import Prefetch
 from plumbing.device import check_compiler, choose_precision, choose_rows
-from plumbing.plan import plan_facts
 from plumbing.row_states import State, row_states
 from plumbing.splits import Split
-from plumbing.text_batches import TextBatches, micro_batches, random_bits
+from plumbing.text_batches import TextBatches, dropout_mask, micro_batches, random_bits
 from plumbing.text_knobs import TEXT_RUN_KNOBS, TextRunKnobs
 from plumbing.text_runs import open_text, plan_text, results_columns, session_options
 from plumbing.text_scores import evaluate, log_final, log_validation, probe_backward
@@ -68,7 +62,7 @@ PRESETS = {  # A size is the parameters of either mixer, within 3%, with GPT-2's
 }
 # fmt: on
 # These move a loss by rounding at most, so a resumed run may have others.
-RESUME_MAY_DIFFER = [*TEXT_RUN_KNOBS, "preset", "gradient_checkpointing", "chunk_length", "kernel"]
+RESUME_MAY_DIFFER = [*TEXT_RUN_KNOBS, "preset", "chunk_length", "kernel"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -99,7 +93,6 @@ class Knobs(TextRunKnobs):
     weight_decay: float = knob(0.01, "decay of matrices; others have none", low=0)
     grad_clip: float = knob(1.0, "largest norm of the gradient; 0: no clipping", low=0)
     precision: str = knob("fp16", "of matrix products", choices=tuple(DTYPES), group="machine")
-    gradient_checkpointing: bool = knob(False, "save memory: compute a block twice")
 
     def __post_init__(self):
         wants = f"N_HEAD={self.n_head} times an even number"
@@ -121,9 +114,7 @@ class Knobs(TextRunKnobs):
 
     @property
     def ffn_width(self) -> int:
-        """4 times the model width; with attention wider or narrower, so that both mixers have the
-        same number of parameters up to rounding.
-        """
+        """4 times the model width; with attention, what gives both mixers' models one size."""
         width = 4 * self.n_embd
         if self.mixer == "attention":
             with torch.device("meta"):
@@ -137,7 +128,6 @@ class Knobs(TextRunKnobs):
 
 CONV_LENGTH = 4  # tokens
 INIT_STD = 0.02
-MATRICES = ("wte", "_proj")  # ends of the names of weights of matrix products
 MAX_DECAY = 1.0  # limit of -log(decay): exponents of 128 tokens stay within +-64
 
 Tensors = tuple[Tensor, ...]
@@ -145,9 +135,7 @@ Mixed = tuple[Tensor, Tensors, Tensor | None]  # a layer's output, state and aux
 
 
 def autocast(x: Tensor, dtype: torch.dtype) -> torch.autocast:
-    """Products in this dtype; fp32 switches autocast off, also one that is around it. A meta tensor
-    counts as a CPU's.
-    """
+    """Products in this dtype; fp32 switches off what is around it. A meta tensor is a CPU's."""
     device_type = "cuda" if x.is_cuda else "cpu"
     return torch.autocast(device_type, dtype, enabled=dtype != torch.float32)
 
@@ -159,8 +147,8 @@ def key_of(phase: Tensor) -> Tensors:
 
 
 def bind(item: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Multiply by a key of unit modulus, made by key_of(). Real parts come first, then imaginary
-    parts. A product of two spectra is the circular convolution of the two vectors.
+    """Multiply by a key of unit modulus, made by key_of(). Real parts stand before imaginary ones.
+    A product of two spectra is the circular convolution of the two vectors.
     """
     return item * cos + item.roll(item.size(-1) // 2, -1) * sin
 
@@ -198,12 +186,6 @@ def causal_conv(x: Tensor, past: Tensor, kernel: Tensor) -> Tensors:
     return y, past
 
 
-def dropout_mask(seed_B: Tensor, shape: tuple[int, ...], p: float) -> Tensor:
-    """(B, *shape) bool: True where kept, each with probability 1 - p."""
-    bits = random_bits(seed_B, math.prod(shape))
-    return (bits >= int(p * 2**63)).view(-1, *shape)
-
-
 def dropout(x: Tensor, kept: Tensor | None, p: float) -> Tensor:
     return x if kept is None else torch.where(kept, x / (1 - p), 0.0)
 
@@ -225,10 +207,7 @@ def gated_linear_attention(
     if T == 1:
         return recurrent_step(q, k, v, log_decay, state)
     L = min(L, T)
-    num_chunks = -(-T // L)
-    group = 1  # chunks in one of the second level
-    if num_chunks > 256:
-        group = 2 ** (num_chunks.bit_length() // 2)
+    group = 1 if T <= 256 * L else 32  # chunks in one of the second level
     missing = -T % (L * group)
     q, k, v, log_decay = (in_chunks(x, L, missing) for x in (q, k, v, log_decay))
     since_start = log_decay.cumsum(3)
@@ -283,7 +262,7 @@ def states_between(added: Tensor, log_decay: Tensor, state: Tensor, group: int) 
 def decayed_sums(added: Tensor, log_decay: Tensor) -> Tensor:
     """(..., J, S, E): after each of J chunks, what is left of all that was added so far.
 
-    log_decay is (..., J, S). It is summed anew for each pair of chunks: a difference of two long
+    log_decay (..., J, S) is summed anew for each pair of chunks, because a difference of two long
     sums would lose the small terms.
     """
     steps = log_decay.mT[..., None].expand(*log_decay.mT.shape, log_decay.size(-2))
@@ -322,7 +301,7 @@ class Memory(nn.Module):
         # Rows of in_proj make item, key, address, forget logit and gate.
         self.widths = [D, bins, slots, slots, D if cfg.use_gating else 0]
         # Channels of the convolution: item, write key, read key, write address, read address.
-        self.conv_widths, self.conv_lags = [D, bins, bins, slots, slots], (0, 1, 0, 1, 0)
+        self.conv_widths = [D, bins, bins, slots, slots]
         self.in_proj = parameter(sum(self.widths), C)
         self.out_proj = parameter(C, D)
         self.norm = parameter(D)
@@ -445,7 +424,7 @@ class Attention(nn.Module):
         super().__init__()
         self.cfg = cfg
         C = cfg.n_embd
-        self.conv_widths, self.conv_lags = [C, C, C], (0, 1, 0)  # Q, K, V
+        self.conv_widths = [C, C, C]  # Q, K, V
         self.in_proj = parameter(3 * C, C)
         self.out_proj = parameter(C, C)
         if cfg.has_conv:
@@ -487,10 +466,8 @@ class Block(nn.Module):
     """Pre-norm residual block: a mixer over time, then a GELU FFN.
 
     A mixer has empty_state(B), angles(position, T), and forward(x, state, angles, seed_B), which
-    returns y, the state and an auxiliary loss or None. Names of its weights of products end in
-    _proj, which decides weight decay, FLOPs and the scale of outputs. With CONV, prepare_recall
-    wants conv_kernel, conv_widths and conv_lags. A new one is a choice of Knobs.mixer, made in
-    __init__ below; ffn_width and flops_per_token know the mixers by name, too.
+    returns y, the state and an auxiliary loss or None; with CONV, conv_kernel and conv_widths. The
+    names of weights of products end in _proj: it decides weight decay and the scale of outputs.
     """
 
     def __init__(self, cfg: Knobs):
@@ -537,11 +514,9 @@ class Model(nn.Module):
             return None
         return self.dropout_mask(seed_B, x_BTC.shape[1:], self.cfg.dropout)
 
-    def run_block(self, block: Block, x_BTC: Tensor, *args: object) -> tuple:
-        """The last argument is the block's seed: for its mixer, and behind it for two masks."""
-        seed_B = args[-1]
+    def run_block(self, block: Block, x_BTC: Tensor, *args: object, seed_B: Tensor) -> Mixed:
         kept = self.kept(seed_B + 1, x_BTC), self.kept(seed_B + 2, x_BTC)
-        return block(x_BTC, *args, kept)
+        return block(x_BTC, *args, seed_B, kept)
 
     def hidden(
         self, x_BT: Tensor, state: State | None = None, seed_B: Tensor | None = None
@@ -563,7 +538,7 @@ class Model(nn.Module):
             x_BTC = F.embedding(x_BT, self.wte)
             x_BTC = dropout(x_BTC, self.kept(seed_B, x_BTC), cfg.dropout)
             for i, (block, layer) in enumerate(zip(self.blocks, state.layers, strict=True)):
-                x_BTC, layer, aux = run_block(block, x_BTC, layer, angles, seed_B + 3 * i)
+                x_BTC, layer, aux = run_block(block, x_BTC, layer, angles, seed_B=seed_B + 3 * i)
                 layers.append(layer)
                 if aux is not None:
                     aux_sum = aux_sum + aux / cfg.n_layer
@@ -618,17 +593,17 @@ def init_weights(model: Model, cfg: Knobs) -> None:
 
 def prepare_recall(mixer: nn.Module, cfg: Knobs) -> None:
     """Gives the weights what recall needs at the start (measured: docs/hamt.md). A memory's phases
-    spread over the circle, and its addresses differ. A convolution starts as a copy of its input,
-    `conv_lags` tokens late, so that an item has the key of the token before it: what followed a
-    token is found by that token.
+    spread over the circle, and its addresses differ. A convolution starts as a copy of its input;
+    every second part, by which an item is found, is a token late. So what followed a token is found
+    by that token.
     """
     if cfg.mixer == "hamt":
         for part in mixer.in_proj.split(mixer.widths)[1:3]:  # key and address
             part.mul_(2.0 / (INIT_STD * cfg.n_embd**0.5))
     if cfg.has_conv:
-        parts = mixer.conv_kernel.split(mixer.conv_widths, dim=1)
-        for part, lag in zip(parts, mixer.conv_lags, strict=True):
-            part[CONV_LENGTH - 1 - lag] += 1.0
+        for i, part in enumerate(mixer.conv_kernel.split(mixer.conv_widths, dim=1)):
+            tokens_late = i % 2
+            part[CONV_LENGTH - 1 - tokens_late] += 1.0
 
 
 # ---------------- Loss
@@ -651,9 +626,8 @@ def chunk_loss_and_gradient(logits_NV: Tensor, target_N: Tensor) -> tuple[Tensor
 # same as train_gpt.py
 class LinearCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of a linear head, a chunk of rows at a time: never all (N, V) logits.
-
-    Gradients are formed in the forward pass, while a chunk's logits are there, and scaled in the
-    backward pass. Products have the dtype of `hidden`; sums are fp32.
+    Gradients are formed beside a chunk's logits, in the forward pass, and scaled in the backward
+    pass. Products have the dtype of `hidden`; sums are fp32.
     """
 
     CHUNK_ROWS = 8192
@@ -687,15 +661,16 @@ class LinearCrossEntropy(torch.autograd.Function):
 # ---------------- Optimizer and schedule
 
 
-# differs: matrices decay and the rest does not, and the gradient is clipped
+# differs from train_gpt.py: matrices decay and the rest does not, and the gradient is clipped
 class AdamW(torch.optim.AdamW):
     """torch's fused AdamW, whose step is left out where the device flag `all_finite` is down."""
 
     def __init__(self, model: Model, cfg: Knobs):
         self.grad_clip = cfg.grad_clip
-        named = dict(model.named_parameters())
-        matrices = [p for name, p in named.items() if name.endswith(MATRICES)]
-        others = [p for name, p in named.items() if not name.endswith(MATRICES)]
+        matrices, others = [], []
+        for name, p in model.named_parameters():
+            is_matrix = name.endswith(("wte", "_proj"))
+            (matrices if is_matrix else others).append(p)
         groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=others)]
         super().__init__(groups, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
@@ -742,34 +717,13 @@ RESULTS = results_columns(
 )
 
 
-def mixer_words(cfg: Knobs) -> str:
-    return f"{cfg.mixer}, vocabulary {cfg.vocabulary:,}, FFN width {cfg.ffn_width}"
-
-
-def flops_per_token(model: Model, cfg: Knobs) -> int:
-    """Model FLOPs of forward and backward, for MFU: 6 per weight of a matrix product (the tied
-    matrix counts once, as the head), attention counted causal, and a memory's reads, writes and
-    products within its chunks.
-    """
-    T, D, S = cfg.sequence_length, cfg.hcm_dim, cfg.num_slots
-    named = model.named_parameters()
-    flops = 6 * sum(p.numel() for name, p in named if name.endswith(MATRICES))
-    if cfg.mixer == "attention":
-        return flops + 6 * cfg.n_layer * T * cfg.n_embd
-    if cfg.memory != "on":
-        return flops
-    L = min(cfg.chunk_length, T)
-    return flops + 6 * cfg.n_layer * (L * cfg.n_head * S + L * D + 2 * S * D)
-
-
 # differs: it is a text, which may have to be fetched
 def plan(cfg: Knobs, world: World) -> dict[str, object]:
     """What --dry_run shows; raises UserError where the run would."""
     check_compiler(cfg.compile, cfg.device)
     with torch.device("meta"):
         model = Model(cfg)
-        facts = {"mixer": mixer_words(cfg), **plan_facts(cfg, world, model, probe_backward)}
-    return facts | plan_text(cfg, world, flops_per_token(model, cfg))
+    return plan_text(cfg, world, model, flops_per_token(model, cfg.mixer == "attention"))
 
 
 # ---------------- Training
@@ -809,8 +763,8 @@ def train(cfg: Knobs, session: Session, batches: TextBatches, splits: dict[str, 
     saved = dict(model=model, adam=adam, scaler=scaler, states=carried, state=state)
     session.row.update(device_batch_size=rows, tokenizer=cfg.encoding, conv=int(cfg.has_conv))
     session.row["warmup_iters"] = warmup_steps(total_steps, cfg)
-    facts = {"mixer": mixer_words(cfg), "rows": rows, "data": batches.summary}
-    session.describe(model, flops_per_token(model, cfg), facts)
+    facts = {"rows": rows, "data": batches.summary}
+    session.describe(model, flops_per_token(model, cfg.mixer == "attention"), facts)
     session.restore(**saved)
     prefetch = Prefetch(batches.make, state.step, world.device, cfg.num_workers)
     while True:

@@ -6,9 +6,13 @@ plan fetches nothing, and a text that a run would fetch is no reason not to star
 
 from pathlib import Path
 
+from torch import nn
+
+from plumbing.plan import plan_facts
 from plumbing.splits import NotFetched, Split, open_splits
 from plumbing.text_batches import TextBatches
 from plumbing.text_knobs import TextRunKnobs
+from plumbing.text_scores import probe_backward
 from plumbing.world import World
 
 
@@ -56,13 +60,16 @@ def results_columns(model: str) -> list[str]:
     return f"run_id date git_commit seed {model} {text} {scores} {measured}".split()
 
 
-def plan_text(cfg: TextRunKnobs, world: World, flops_per_token: float) -> dict[str, object]:
-    """What --dry_run shows of a text and of what training on it computes."""
+def plan_text(
+    cfg: TextRunKnobs, world: World, model: nn.Module, flops_per_token: float
+) -> dict[str, object]:
+    """What --dry_run shows of a model on the meta device, of a text and of training on it."""
+    facts = plan_facts(cfg, world, model, probe_backward)
     step_flops = flops_per_token * cfg.batch_size * cfg.sequence_length
     try:
         batches, _ = open_text(cfg, world, download=False)
     except NotFetched as error:
-        return {"compute": f"{step_flops:.3g} FLOPs a step", "data": error}
+        return facts | {"compute": f"{step_flops:.3g} FLOPs a step", "data": error}
     flops = step_flops * batches.total_steps
     compute = f"{flops:.3g} FLOPs in {batches.total_steps} steps"
-    return {"compute": compute, "data": batches.summary}
+    return facts | {"compute": compute, "data": batches.summary}

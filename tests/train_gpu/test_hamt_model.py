@@ -5,6 +5,7 @@ import torch
 from hamt_support import MEMORIES, MODELS, knobs, lively, loop, plain_attention, tokens
 
 import train_gpu
+from plumbing.text_batches import dropout_mask
 from train_gpu import PRESETS, Knobs, Memory, Model, bind, key_of, unbind
 
 NOWHERE = torch.zeros(2, dtype=torch.long)  # seeds of two rows, where nothing is drawn
@@ -247,7 +248,7 @@ def test_dropout_of_a_row_does_not_depend_on_the_micro_batch(name):
 
 def test_dropout_keeps_the_stated_share_and_its_masks_are_unrelated():
     seeds = torch.tensor([0, 1, 2, 3**30])
-    kept = train_gpu.dropout_mask(seeds, (100, 200), 0.1).double()
+    kept = dropout_mask(seeds, (100, 200), 0.1).double()
     assert (kept.mean((1, 2)) - 0.9).abs().max() < 0.01
     centred = (kept - kept.mean()).flatten(1)
     assert (torch.corrcoef(centred) - torch.eye(4)).abs().max() < 0.03
