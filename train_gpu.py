@@ -1,9 +1,8 @@
 """train_gpu.py -- HAMT: a language model whose layers keep a holographic associative memory.
 
-    python train_gpu.py --preset 100m --dataset wikitext-103 --precision bf16 --compile
-    torchrun --standalone --nproc_per_node=8 train_gpu.py --preset 124m --dataset wikitext-103
-    python train_gpu.py --preset 100m --mixer attention     the rotary transformer of the same size
-    python train_gpu.py --preset demo                       a CPU, a minute, no download
+    python train_gpu.py --preset demo                        a CPU, a minute, no download
+    python train_gpu.py --preset 100m --mixer attention      the rotary transformer of the same size
+    torchrun --standalone --nproc_per_node=8 train_gpu.py --preset 124m --precision bf16 --compile
 
 A layer writes an item v of each token, bound to a key k of unit modulus, into S slots, and reads
 with the conjugate of a query q: M_t = decay_t * M_{t-1} + w_t (k_t v_t), r_t = conj(q_t) (a_t M_t).
@@ -53,7 +52,6 @@ PRESETS = {  # A size is the parameters of either mixer, within 3%, with GPT-2's
     "100m": dict(n_embd=640, hcm_dim=1536, n_layer=10, num_slots=16, n_head=4),
     "124m": dict(n_embd=768, hcm_dim=768, n_layer=12, num_slots=16, n_head=4),
     "200m": dict(n_embd=896, hcm_dim=2048, n_layer=12, num_slots=16, n_head=4),
-    # The bytes of Python's own documentation, on a CPU
     "demo": dict(
         device="cpu", precision="fp32", data="embedded", tokenizer="bytes",
         n_embd=128, hcm_dim=128, n_layer=2, num_slots=16, n_head=4, dropout=0.0,
@@ -77,9 +75,7 @@ class Knobs(TextRunKnobs):
     num_slots: int = knob(16, "number of slots of a head's memory", low=1)
     conv: bool | None = knob(None, "convolve 4 tokens first; auto: on for hamt", none="auto")
     use_gating: bool = knob(True, "gate the memory's read with SiLU")
-    slowest_decay: float = knob(
-        2**-7, "fraction that the slowest slot forgets per token at the start", above=0, high=0.25
-    )
+    slowest_decay: float = knob(2**-7, "fraction lost per token, slowest slot", above=0, high=0.25)
     memory: str = knob("on", "what reads find; local: own write", choices=("on", "local", "off"))
     chunk_length: int = knob(64, "tokens of a chunk, for speed only", low=1, high=128)
     kernel: str = knob("plain", "fla: kernels of fla-core, on CUDA", choices=("plain", "fla"))
@@ -154,14 +150,19 @@ def bind(item: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def unbind(bound: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Multiply by the conjugate key, which undoes bind. (Tensor.unbind is torch's.)"""
+    """Multiply by the conjugate key, which undoes bind."""
     return bind(bound, cos, -sin)
 
 
-def phases_of_positions(position: Tensor, T: int, bins: int, turning: int) -> Tensor:
-    """(T, 1, bins) for tokens from `position` on; the first `turning` bins turn as rotary's do. The
-    products are fp64 and reduced to one turn: position 10^6 is as precise as position 1.
+def phases_of_positions(position: Tensor, T: int, cfg: Knobs) -> Tensor:
+    """(T, 1, bins of a head) for tokens from `position` on. All bins of attention turn, and half of
+    a memory's, so that it reads by content and by distance. The products are fp64 and reduced to
+    one turn: position 10^6 is as precise as position 1.
     """
+    bins = turning = cfg.n_embd // cfg.n_head // 2
+    if cfg.mixer == "hamt":
+        bins = cfg.hcm_dim // cfg.n_head // 2
+        turning = round(bins / 2)
     index = torch.arange(bins, dtype=torch.float64, device=position.device)
     frequency = torch.where(index < turning, 1e4 ** -(index / max(turning, 1)), 0.0)
     positions = position + torch.arange(T, device=position.device)
@@ -316,13 +317,6 @@ class Memory(nn.Module):
         memory = new_zeros(B, cfg.n_head, cfg.num_slots, cfg.hcm_dim // cfg.n_head)
         return memory, new_zeros(B, CONV_LENGTH - 1, channels)
 
-    def angles(self, position: Tensor, T: int) -> Tensor:
-        """What forward adds to keys, (T, 1, K), the same in all layers. Half of the bins turn with
-        position, so that a memory reads by content and by distance.
-        """
-        K = self.cfg.hcm_dim // self.cfg.n_head // 2
-        return phases_of_positions(position, T, K, round(K / 2)).type_as(self.in_proj)
-
     def forward(self, x_BTC: Tensor, state: Tensors, phase_T1K: Tensor, seed_B: Tensor) -> Mixed:
         """The output (B, T, C), the state after the last token, and the auxiliary loss."""
         cfg, (memory, past) = self.cfg, state
@@ -402,11 +396,9 @@ class Memory(nn.Module):
     def delayed_recall(
         self, item: Tensor, cos: Tensor, sin: Tensor, written: Tensors, seed_B: Tensor
     ) -> Tensor:
-        """1 - cosine between an earlier item and what its own key and address still find of it.
-        `written` is what recall takes behind its read addresses.
-
-        One item is drawn for each token but the first, from those before it. The loss is blind to
-        scale, so that nothing is gained by making items small.
+        """1 - cosine between an earlier item and what its own key and address still find of it: blind
+        to scale, so that nothing is gained by making items small. `written` is what recall takes
+        behind its read addresses. One item is drawn for each token but the first.
         """
         B, T = item.shape[:2]
         row_B1 = torch.arange(B, device=item.device)[:, None]
@@ -436,11 +428,6 @@ class Attention(nn.Module):
         channels = 3 * cfg.n_embd if cfg.has_conv else 0
         return none, none, new_zeros(B, CONV_LENGTH - 1, channels)
 
-    def angles(self, position: Tensor, T: int) -> Tensors:
-        """What forward turns queries and keys by, the same in all layers."""
-        bins = self.cfg.n_embd // self.cfg.n_head // 2
-        return key_of(phases_of_positions(position, T, bins, bins).type_as(self.in_proj))
-
     def forward(self, x_BTC: Tensor, state: Tensors, rotary: Tensors, seed_B: Tensor) -> Mixed:
         """As Memory.forward, without an auxiliary loss."""
         B, T, C = x_BTC.shape
@@ -465,9 +452,9 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm residual block: a mixer over time, then a GELU FFN.
 
-    A mixer has empty_state(B), angles(position, T), and forward(x, state, angles, seed_B), which
-    returns y, the state and an auxiliary loss or None; with CONV, conv_kernel and conv_widths. The
-    names of weights of products end in _proj: it decides weight decay and the scale of outputs.
+    A mixer has empty_state(B), and forward(x, state, angles, seed_B), which returns y, the state
+    and an auxiliary loss or None; with CONV, conv_kernel and conv_widths. The names of weights of
+    products end in _proj: it decides weight decay and the scale of outputs.
     """
 
     def __init__(self, cfg: Knobs):
@@ -479,13 +466,9 @@ class Block(nn.Module):
         self.down_proj = parameter(cfg.n_embd, cfg.ffn_width)
 
     def forward(
-        self,
-        x_BTC: Tensor,
-        state: Tensors,
-        angles: Tensor | Tensors,
-        seed_B: Tensor,
-        kept: tuple[Tensor | None, Tensor | None],
+        self, x_BTC: Tensor, state: Tensors, angles: Tensor | Tensors, seed_B: Tensor, kept: tuple
     ) -> Mixed:
+        """As the mixer's forward; `kept` is what dropout keeps of its output and of the FFN's."""
         y, state, aux = self.mixer(self.norm1(x_BTC), state, angles, seed_B)
         x_BTC = x_BTC + dropout(y, kept[0], self.p)
         hidden = F.gelu(F.linear(self.norm2(x_BTC), self.up_proj))
@@ -508,6 +491,11 @@ class Model(nn.Module):
         position = torch.zeros((), dtype=torch.long, device=self.wte.device)
         return State(position, [block.mixer.empty_state(B) for block in self.blocks])
 
+    def angles(self, position: Tensor, T: int) -> Tensor | Tensors:
+        """What all mixers turn keys by: phases, for attention as a key."""
+        phases = phases_of_positions(position, T, self.cfg).type_as(self.wte)
+        return key_of(phases) if self.cfg.mixer == "attention" else phases
+
     def kept(self, seed_B: Tensor, x_BTC: Tensor) -> Tensor | None:
         """What dropout keeps; drawn outside of the compiled block, to keep that small."""
         if not self.training or self.cfg.dropout == 0:
@@ -528,7 +516,7 @@ class Model(nn.Module):
         cfg, (B, T) = self.cfg, x_BT.shape
         state = self.empty_state(B) if state is None else state
         seed_B = x_BT.new_zeros(B) if seed_B is None else seed_B
-        angles = self.blocks[0].mixer.angles(state.position, T)  # the same for all blocks
+        angles = self.angles(state.position, T)
         run_block = self.run_block
         if cfg.gradient_checkpointing and torch.is_grad_enabled():
             options = dict(use_reentrant=False, preserve_rng_state=False)
@@ -556,14 +544,12 @@ class Model(nn.Module):
         arguments = (h_NC, self.wte, y_BT.flatten(), self.chunk_loss, torch.is_grad_enabled())
         return LinearCrossEntropy.apply(*arguments), aux, state
 
-    def stream(self, x_BT: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Logits (B, T, V) of tokens that follow those of `state`, and the state after them."""
-        h_BTC, state, _ = self.hidden(x_BT, state)
-        return F.linear(h_BTC, self.wte).type_as(self.wte), state
+    def head(self, h: Tensor) -> Tensor:
+        """Logits (..., V), of which training never forms all."""
+        return F.linear(h, self.wte).type_as(self.wte)
 
     def logits(self, x_BT: Tensor) -> Tensor:
-        """(B, T, V), for generation and tests; training never forms all of them."""
-        return self.stream(x_BT)[0]
+        return self.head(self.hidden(x_BT)[0])
 
 
 @torch.no_grad()
@@ -593,9 +579,9 @@ def init_weights(model: Model, cfg: Knobs) -> None:
 
 def prepare_recall(mixer: nn.Module, cfg: Knobs) -> None:
     """Gives the weights what recall needs at the start (measured: docs/hamt.md). A memory's phases
-    spread over the circle, and its addresses differ. A convolution starts as a copy of its input;
-    every second part, by which an item is found, is a token late. So what followed a token is found
-    by that token.
+    spread over the circle, and its addresses differ. A convolution starts as a copy of its input,
+    but every second part, by which an item is found, comes one token late: what followed a token is
+    found by that token.
     """
     if cfg.mixer == "hamt":
         for part in mixer.in_proj.split(mixer.widths)[1:3]:  # key and address
@@ -626,8 +612,8 @@ def chunk_loss_and_gradient(logits_NV: Tensor, target_N: Tensor) -> tuple[Tensor
 # same as train_gpt.py
 class LinearCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of a linear head, a chunk of rows at a time: never all (N, V) logits.
-    Gradients are formed beside a chunk's logits, in the forward pass, and scaled in the backward
-    pass. Products have the dtype of `hidden`; sums are fp32.
+    Gradients are formed beside them, in the forward pass. Products have the dtype of `hidden`; sums
+    are fp32.
     """
 
     CHUNK_ROWS = 8192
@@ -720,10 +706,9 @@ RESULTS = results_columns(
 # differs: it is a text, which may have to be fetched
 def plan(cfg: Knobs, world: World) -> dict[str, object]:
     """What --dry_run shows; raises UserError where the run would."""
-    check_compiler(cfg.compile, cfg.device)
     with torch.device("meta"):
         model = Model(cfg)
-    return plan_text(cfg, world, model, flops_per_token(model, cfg.mixer == "attention"))
+    return plan_text(cfg, world, model, has_attention=cfg.mixer == "attention")
 
 
 # ---------------- Training

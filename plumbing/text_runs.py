@@ -8,7 +8,8 @@ from pathlib import Path
 
 from torch import nn
 
-from plumbing.plan import plan_facts
+from plumbing.device import check_compiler
+from plumbing.plan import flops_per_token, plan_facts
 from plumbing.splits import NotFetched, Split, open_splits
 from plumbing.text_batches import TextBatches
 from plumbing.text_knobs import TextRunKnobs
@@ -61,11 +62,15 @@ def results_columns(model: str) -> list[str]:
 
 
 def plan_text(
-    cfg: TextRunKnobs, world: World, model: nn.Module, flops_per_token: float
+    cfg: TextRunKnobs, world: World, model: nn.Module, has_attention: bool
 ) -> dict[str, object]:
-    """What --dry_run shows of a model on the meta device, of a text and of training on it."""
+    """What --dry_run shows of a model on the meta device, of a text and of training on it. Raises
+    UserError for a text, or a compiler, that the run would refuse.
+    """
+    check_compiler(cfg.compile, cfg.device)
     facts = plan_facts(cfg, world, model, probe_backward)
-    step_flops = flops_per_token * cfg.batch_size * cfg.sequence_length
+    step_tokens = cfg.batch_size * cfg.sequence_length
+    step_flops = flops_per_token(model, has_attention) * step_tokens
     try:
         batches, _ = open_text(cfg, world, download=False)
     except NotFetched as error:
