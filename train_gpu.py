@@ -69,10 +69,10 @@ class Knobs(TextRunKnobs):
     preset: str = knob("original", "named set of defaults", choices=tuple(PRESETS), group="model")
     mixer: str = knob("hamt", "what mixes tokens", choices=("hamt", "attention"))
     n_embd: int = knob(512, "model width, in channels", low=2)
-    hcm_dim: int = knob(2048, "memory width in real numbers, two of them for a complex bin", low=2)
-    n_layer: int = knob(8, "number of blocks", low=1)
-    n_head: int = knob(8, "number of heads, each with addresses and phases of its own", low=1)
-    num_slots: int = knob(16, "number of slots of a head's memory", low=1)
+    hcm_dim: int = knob(2048, "memory width in real numbers, two for a complex bin", low=2)
+    n_layer: int = knob(8, "blocks", low=1)
+    n_head: int = knob(8, "heads, each with addresses and phases of its own", low=1)
+    num_slots: int = knob(16, "slots of a head's memory", low=1)
     conv: bool | None = knob(None, "convolve 4 tokens first; auto: on for hamt", none="auto")
     use_gating: bool = knob(True, "gate the memory's read with SiLU")
     slowest_decay: float = knob(2**-7, "fraction lost per token, slowest slot", above=0, high=0.25)
@@ -154,10 +154,11 @@ def unbind(bound: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return bind(bound, cos, -sin)
 
 
-def phases_of_positions(position: Tensor, T: int, cfg: Knobs) -> Tensor:
-    """(T, 1, bins of a head) for tokens from `position` on. All bins of attention turn, and half of
-    a memory's, so that it reads by content and by distance. The products are fp64 and reduced to
-    one turn: position 10^6 is as precise as position 1.
+def angles_at(cfg: Knobs, position: Tensor, T: int, dtype: torch.dtype) -> Tensor | Tensors:
+    """What all mixers turn keys by, for tokens from `position` on: phases (T, 1, bins of a head),
+    for attention as a key. All bins of attention turn, and half of a memory's, so that it reads by
+    content and by distance. The products are fp64 and reduced to one turn: position 10^6 is as
+    precise as position 1.
     """
     bins = turning = cfg.n_embd // cfg.n_head // 2
     if cfg.mixer == "hamt":
@@ -166,7 +167,9 @@ def phases_of_positions(position: Tensor, T: int, cfg: Knobs) -> Tensor:
     index = torch.arange(bins, dtype=torch.float64, device=position.device)
     frequency = torch.where(index < turning, 1e4 ** -(index / max(turning, 1)), 0.0)
     positions = position + torch.arange(T, device=position.device)
-    return torch.outer(positions.double(), frequency)[:, None] % (2 * math.pi)
+    phases = torch.outer(positions.double(), frequency)[:, None] % (2 * math.pi)
+    phases = phases.to(dtype)
+    return key_of(phases) if cfg.mixer == "attention" else phases
 
 
 def causal_conv(x: Tensor, past: Tensor, kernel: Tensor) -> Tensors:
@@ -210,7 +213,11 @@ def gated_linear_attention(
     L = min(L, T)
     group = 1 if T <= 256 * L else 32  # chunks in one of the second level
     missing = -T % (L * group)
-    q, k, v, log_decay = (in_chunks(x, L, missing) for x in (q, k, v, log_decay))
+    inputs = q, k, v, log_decay
+    if missing > 0:  # filled up with tokens that write and forget nothing
+        inputs = [F.pad(x, (0, 0, 0, 0, 0, missing)) for x in inputs]
+    # each (B, H, J, L, X)
+    q, k, v, log_decay = (x.unflatten(1, (-1, L)).permute(0, 3, 1, 2, 4) for x in inputs)
     since_start = log_decay.cumsum(3)
     # Exponents count from a constant in the middle of their range. A middle taken from the decays
     # themselves would let a later token move an earlier one by a rounding error.
@@ -234,13 +241,6 @@ def recurrent_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Te
     q, k, v, log_decay = (x.transpose(1, 2).type_as(state) for x in (q, k, v, log_decay))
     state = state * log_decay.exp().mT + k.mT @ v
     return (q @ state).transpose(1, 2), state
-
-
-def in_chunks(x_BTHX: Tensor, L: int, missing: int) -> Tensor:
-    """(B, H, J, L, X). Zeros fill up the last chunk: tokens that write and forget nothing."""
-    if missing > 0:
-        x_BTHX = F.pad(x_BTHX, (0, 0, 0, 0, 0, missing))
-    return x_BTHX.unflatten(1, (-1, L)).permute(0, 3, 1, 2, 4)
 
 
 def states_between(added: Tensor, log_decay: Tensor, state: Tensor, group: int) -> Tensors:
@@ -345,7 +345,7 @@ class Memory(nn.Module):
         y = y + F.linear(imaginary.flatten(2).to(dtype), of_imaginary.flatten(1))
         return y, (memory, past), aux
 
-    def unbind_and_gate(self, found: Tensor, phase: Tensor, gate: Tensor) -> Tensors:
+    def unbind_and_gate(self, found: Tensor, phase: Tensor, gate: Tensor) -> list[Tensor]:
         """norm(unbind(found)) silu(gate): its real and its imaginary part, (B, T, H, K) each.
 
         They are never joined, which would be the slowest kernel of the layer. The norm is that of
@@ -363,7 +363,7 @@ class Memory(nn.Module):
         if self.cfg.use_gating:
             gates = gate.unflatten(-1, heads).unbind(-2)
             parts = [part * F.silu(gate) for part, gate in zip(parts, gates, strict=True)]
-        return parts[0], parts[1]
+        return parts
 
     def convolve(self, item: Tensor, key: Tensor, address: Tensor, past: Tensor) -> Tensors:
         """The item of each token, its keys of writing and of reading (B, T, 2, H K), both addresses
@@ -491,11 +491,6 @@ class Model(nn.Module):
         position = torch.zeros((), dtype=torch.long, device=self.wte.device)
         return State(position, [block.mixer.empty_state(B) for block in self.blocks])
 
-    def angles(self, position: Tensor, T: int) -> Tensor | Tensors:
-        """What all mixers turn keys by: phases, for attention as a key."""
-        phases = phases_of_positions(position, T, self.cfg).type_as(self.wte)
-        return key_of(phases) if self.cfg.mixer == "attention" else phases
-
     def kept(self, seed_B: Tensor, x_BTC: Tensor) -> Tensor | None:
         """What dropout keeps; drawn outside of the compiled block, to keep that small."""
         if not self.training or self.cfg.dropout == 0:
@@ -516,7 +511,7 @@ class Model(nn.Module):
         cfg, (B, T) = self.cfg, x_BT.shape
         state = self.empty_state(B) if state is None else state
         seed_B = x_BT.new_zeros(B) if seed_B is None else seed_B
-        angles = self.angles(state.position, T)
+        angles = angles_at(cfg, state.position, T, self.wte.dtype)
         run_block = self.run_block
         if cfg.gradient_checkpointing and torch.is_grad_enabled():
             options = dict(use_reentrant=False, preserve_rng_state=False)

@@ -6,7 +6,7 @@ from hamt_support import MEMORIES, MODELS, knobs, lively, loop, plain_attention,
 
 import train_gpu
 from plumbing.text_batches import dropout_mask
-from train_gpu import PRESETS, Knobs, Memory, Model, bind, key_of, phases_of_positions, unbind
+from train_gpu import PRESETS, Knobs, Memory, Model, bind, key_of, unbind
 
 NOWHERE = torch.zeros(2, dtype=torch.long)  # seeds of two rows, where nothing is drawn
 
@@ -21,9 +21,7 @@ def vectors(B: int = 2, T: int = 29, C: int = 16) -> torch.Tensor:
 
 def output(mixer: torch.nn.Module, x_BTC: torch.Tensor) -> torch.Tensor:
     """Of a mixer that starts with an empty state at position 0."""
-    angles = phases_of_positions(torch.tensor(0), x_BTC.size(1), mixer.cfg)
-    if mixer.cfg.mixer == "attention":
-        angles = key_of(angles)
+    angles = train_gpu.angles_at(mixer.cfg, torch.tensor(0), x_BTC.size(1), x_BTC.dtype)
     return mixer(x_BTC, mixer.empty_state(len(x_BTC)), angles, NOWHERE)[0]
 
 

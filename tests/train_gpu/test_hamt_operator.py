@@ -125,7 +125,7 @@ def test_a_compiled_block_gives_what_the_block_gives():
 
 def test_phases_are_as_precise_at_position_a_million_as_at_the_start():
     at = torch.tensor(10**6)
-    found = train_gpu.phases_of_positions(at, 8, knobs(hcm_dim=128, n_head=1))[:, 0]
+    found = train_gpu.angles_at(knobs(hcm_dim=128, n_head=1), at, 8, torch.float64)[:, 0]
     positions = torch.arange(10**6, 10**6 + 8)
     for i in range(64):
         exact = [(int(t) * float(1e4 ** -(i / 32)) if i < 32 else 0.0) for t in positions]
