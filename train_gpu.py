@@ -45,7 +45,7 @@ from plumbing.world import World, flat_gradients, join_world, launch
 # ---------------- Knobs
 
 # fmt: off
-PRESETS = {  # A size is the parameters of either mixer, within 3%, with GPT-2's vocabulary.
+PRESETS = {  # sizes: parameters of either mixer, within 3%, with GPT-2's vocabulary
     "original": {},
     "33m": dict(n_embd=384, hcm_dim=384, n_layer=8, num_slots=8, n_head=6),
     "50m": dict(n_embd=512, hcm_dim=512, n_layer=8, num_slots=8, n_head=4),
@@ -96,8 +96,6 @@ class Knobs(TextRunKnobs):
             raise ValueError(f"HCM_DIM={self.hcm_dim} must be {wants}")
         if self.mixer == "attention" and self.n_embd % (2 * self.n_head):
             raise ValueError(f"N_EMBD={self.n_embd} must be {wants}")
-        if self.device == "cpu" and self.precision == "fp16":
-            raise ValueError("PRECISION=fp16 needs a GPU; with DEVICE=cpu use bf16 or fp32")
         if self.device == "cpu" and self.kernel == "fla":
             raise ValueError("KERNEL=fla needs a GPU; with DEVICE=cpu use plain")
         uses_memory = self.use_auxiliary_loss or self.memory != "on" or self.carry_state
@@ -174,9 +172,8 @@ def angles_at(cfg: Knobs, position: Tensor, T: int, dtype: torch.dtype) -> Tenso
 
 def causal_conv(x: Tensor, past: Tensor, kernel: Tensor) -> Tensors:
     """Depthwise convolution over the tokens of x (B, T, X), which follow the CONV_LENGTH - 1 inputs
-    `past`; and the last inputs. A kernel (CONV_LENGTH, 2, X) makes two outputs, (B, T, 2, X).
-
-    As shifted products, which the compiler joins with what surrounds them.
+    `past`; and the last inputs. A kernel (CONV_LENGTH, 2, X) makes two outputs, (B, T, 2, X). It is
+    made of shifted products, which the compiler joins with what surrounds them.
     """
     T = x.size(1)
     x = torch.cat([past.type_as(x), x], dim=1)
@@ -246,8 +243,8 @@ def recurrent_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Te
 def states_between(added: Tensor, log_decay: Tensor, state: Tensor, group: int) -> Tensors:
     """(B, H, J, S, E) states before each of J chunks, and the one after the last.
 
-    A state after a chunk is exp(log_decay) * the state before it + added. decayed_sums does work
-    that grows with J squared. So it sums many chunks in groups, and then between the groups.
+    A state after a chunk is exp(log_decay) * the state before it + added. The work of decayed_sums
+    grows with J squared, so that many chunks are summed in groups first.
     """
     if group == 1:
         added = torch.cat([state[:, :, None], added], dim=2)  # added to an empty state
@@ -396,9 +393,9 @@ class Memory(nn.Module):
     def delayed_recall(
         self, item: Tensor, cos: Tensor, sin: Tensor, written: Tensors, seed_B: Tensor
     ) -> Tensor:
-        """1 - cosine between an earlier item and what its own key and address still find of it: blind
-        to scale, so that nothing is gained by making items small. `written` is what recall takes
-        behind its read addresses. One item is drawn for each token but the first.
+        """1 - cosine between an earlier item and what its own key and address still find of it. An
+        item is drawn for each token but the first. The loss is blind to scale, so that nothing is
+        gained by making items small. `written` is what recall takes behind its read addresses.
         """
         B, T = item.shape[:2]
         row_B1 = torch.arange(B, device=item.device)[:, None]
@@ -468,7 +465,7 @@ class Block(nn.Module):
     def forward(
         self, x_BTC: Tensor, state: Tensors, angles: Tensor | Tensors, seed_B: Tensor, kept: tuple
     ) -> Mixed:
-        """As the mixer's forward; `kept` is what dropout keeps of its output and of the FFN's."""
+        """`kept`: what dropout keeps of the mixer's output and of the FFN's."""
         y, state, aux = self.mixer(self.norm1(x_BTC), state, angles, seed_B)
         x_BTC = x_BTC + dropout(y, kept[0], self.p)
         hidden = F.gelu(F.linear(self.norm2(x_BTC), self.up_proj))
@@ -505,7 +502,6 @@ class Model(nn.Module):
         self, x_BT: Tensor, state: State | None = None, seed_B: Tensor | None = None
     ) -> tuple[Tensor, State, Tensor]:
         """What the head reads (B, T, C), the state after the last token, the auxiliary loss.
-
         seed_B, int64, decides what is drawn at random in training.
         """
         cfg, (B, T) = self.cfg, x_BT.shape
@@ -679,7 +675,7 @@ def warmup_steps(total_steps: int, cfg: Knobs) -> int:
 
 # differs: half a cosine instead of a trapezoid
 def lr_scale(position: float, total_steps: int, cfg: Knobs) -> float:
-    """Linear up to 1 over the warm-up, then half a cosine down to a tenth at the end."""
+    """Linear up to 1 over the warm-up, then down to a tenth at the end."""
     warmup = warmup_steps(total_steps, cfg)
     if position < warmup:
         return (position + 1) / warmup
@@ -756,7 +752,7 @@ def train(cfg: Knobs, session: Session, batches: TextBatches, splits: dict[str, 
             log_validation(session, score)
         if session.should_save:
             session.save(state.step, **saved)
-        if session.stopping:  # finished, early stop, a signal, or a step that was not finite
+        if session.stopping:  # finished, early stop, a signal, or not finite
             break
 
         # -------- clock running: one optimizer step --------
@@ -771,7 +767,7 @@ def train(cfg: Knobs, session: Session, batches: TextBatches, splits: dict[str, 
             scaler.scale(loss + cfg.aux_loss_weight * aux).backward()
             train_loss += loss.detach()
             aux_loss += aux.detach()
-        world.all_reduce(gradients)  # each rank has added its share of the batch's mean
+        world.all_reduce(gradients)  # each rank has its share of the batch's mean
         scaler.unscale_(adam)
         grad_norms = torch.stack(torch._foreach_norm([p.grad for p in model.parameters()]))
         overflow = ~grad_norms.isfinite().all() & scaler.is_enabled()  # fp16 skips such a step
@@ -798,13 +794,11 @@ def main() -> int:
         session = Session(
             cfg,
             world,
-            **session_options(cfg, batches, splits),
+            **session_options(cfg, batches, splits, metrics=["aux_loss"]),
             columns=RESULTS,
             presets=PRESETS,
             resume_may_differ=RESUME_MAY_DIFFER,
             sources=[__file__],
-            metrics=["aux_loss", "val_bits_per_byte"],
-            out_of_memory="lower DEVICE_BATCH_SIZE or set GRADIENT_CHECKPOINTING=1",
         )
         with session:
             train(cfg, session, batches, splits)
