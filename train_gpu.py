@@ -60,7 +60,7 @@ PRESETS = {  # sizes: parameters of either mixer, within 3%, with GPT-2's vocabu
 }
 # fmt: on
 # These move a loss by rounding at most, so a resumed run may have others.
-RESUME_MAY_DIFFER = [*TEXT_RUN_KNOBS, "preset", "chunk_length", "kernel"]
+RESUME_MAY_DIFFER = [*TEXT_RUN_KNOBS, "preset", "chunk_length"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -78,7 +78,6 @@ class Knobs(TextRunKnobs):
     slowest_decay: float = knob(2**-7, "fraction lost per token, slowest slot", above=0, high=0.25)
     memory: str = knob("on", "what reads find; local: own write", choices=("on", "local", "off"))
     chunk_length: int = knob(64, "tokens of a chunk, for speed only", low=1, high=128)
-    kernel: str = knob("plain", "fla: kernels of fla-core, on CUDA", choices=("plain", "fla"))
     dropout: float = knob(0.1, "rate for embeddings and layer outputs", low=0, high=0.95)
     use_auxiliary_loss: bool = knob(False, "also train recall of earlier items")
     aux_loss_weight: float = knob(0.1, "weight of that loss; train_loss omits it", low=0)
@@ -96,8 +95,6 @@ class Knobs(TextRunKnobs):
             raise ValueError(f"HCM_DIM={self.hcm_dim} must be {wants}")
         if self.mixer == "attention" and self.n_embd % (2 * self.n_head):
             raise ValueError(f"N_EMBD={self.n_embd} must be {wants}")
-        if self.device == "cpu" and self.kernel == "fla":
-            raise ValueError("KERNEL=fla needs a GPU; with DEVICE=cpu use plain")
         uses_memory = self.use_auxiliary_loss or self.memory != "on" or self.carry_state
         if self.mixer == "attention" and uses_memory:
             raise ValueError("USE_AUXILIARY_LOSS, MEMORY and CARRY_STATE are for MIXER=hamt only")
@@ -268,16 +265,6 @@ def decayed_sums(added: Tensor, log_decay: Tensor) -> Tensor:
     return torch.einsum("...sij,...jse->...ise", weight_SJJ, added)
 
 
-def fla_attention(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, L: int
-) -> Tensors:
-    """gated_linear_attention by the kernels of flash-linear-attention (package fla-core)."""
-    from fla.ops.gla import chunk_gla
-
-    options = dict(scale=1.0, initial_state=state, output_final_state=True)
-    return chunk_gla(q.type_as(v), k.type_as(v), v, log_decay, **options)
-
-
 # ---------------- Model: layers
 
 
@@ -384,8 +371,8 @@ class Memory(nn.Module):
     ) -> Tensors:
         """What the read addresses find, still bound, and the memory after the last token."""
         if self.cfg.memory == "on":
-            attend = fla_attention if self.cfg.kernel == "fla" else gated_linear_attention
-            return attend(read, write, bound, log_decay, memory, self.cfg.chunk_length)
+            L = self.cfg.chunk_length
+            return gated_linear_attention(read, write, bound, log_decay, memory, L)
         if self.cfg.memory == "local":  # a control: what each token finds of its own write
             return (read * write).sum(-1, keepdim=True) * bound, memory
         return torch.zeros_like(bound), memory
