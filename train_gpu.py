@@ -7,9 +7,9 @@
 A layer writes an item v of each token, bound to a key k of unit modulus, into S slots, and reads
 with the conjugate of a query q: M_t = decay_t * M_{t-1} + w_t (k_t v_t), r_t = conj(q_t) (a_t M_t).
 The output is W_o(norm(r_t) silu(g_t)). It keeps M, 3 inputs of the convolution and the position,
-however long the past is. docs/hamt.md has what was measured.
+however long the past is.
 
-Expect   --preset demo: val_loss falls from 5.5 to 1.64 nats per byte (n=1)
+Expect   --preset demo: val_loss falls from 5.5 to 1.64 nats per byte (n=1); see docs/hamt.md
 Shapes   B sequences, T tokens, C model width, D memory width (D/2 complex bins), H heads, E = D / H
          values of a head, K = E / 2 bins of a head, S slots of a head, L tokens of a chunk,
          J chunks, N tokens of a micro-batch, V vocabulary, P parameter tensors, X any width
@@ -380,9 +380,9 @@ class Memory(nn.Module):
     def delayed_recall(
         self, item: Tensor, cos: Tensor, sin: Tensor, written: Tensors, seed_B: Tensor
     ) -> Tensor:
-        """1 - cosine between an earlier item and what its own key and address still find of it. An
-        item is drawn for each token but the first. The loss is blind to scale, so that nothing is
-        gained by making items small. `written` is what recall takes behind its read addresses.
+        """1 - cosine between an item and what its own key and address still find of it: for each
+        token but the first, an item before it is drawn. The loss is blind to scale, so that nothing
+        is gained by making items small. `written` is what recall takes behind its read addresses.
         """
         B, T = item.shape[:2]
         row_B1 = torch.arange(B, device=item.device)[:, None]
@@ -681,12 +681,12 @@ RESULTS = results_columns(
 )
 
 
-# differs: it is a text, which may have to be fetched
+# differs: a text may have to be fetched
 def plan(cfg: Knobs, world: World) -> dict[str, object]:
     """What --dry_run shows; raises UserError where the run would."""
     with torch.device("meta"):
         model = Model(cfg)
-    return plan_text(cfg, world, model, has_attention=cfg.mixer == "attention")
+    return plan_text(cfg, world, model, cfg.mixer == "attention")
 
 
 # ---------------- Training
@@ -702,7 +702,7 @@ class TrainState:
 
 # differs: what dropout keeps is drawn by a function of its own
 def compile_model(model: Model) -> None:
-    """Compiles blocks, which are alike: one compilation serves all from a cold start."""
+    """Blocks are alike: one compilation serves all of them."""
     for block in model.blocks:
         block.compile(dynamic=False)
     model.chunk_loss = torch.compile(chunk_loss_and_gradient, dynamic=False)  # without its loop
@@ -721,7 +721,7 @@ def train(cfg: Knobs, session: Session, batches: TextBatches, splits: dict[str, 
     if cfg.compile:
         compile_model(model)
     rows = choose_rows(cfg, world, model, probe_backward)  # sequences of a micro-batch
-    gradients.zero_()  # of choose_rows's trial
+    gradients.zero_()  # of the probe
     carried, state = row_states(model, world), TrainState()
     saved = dict(model=model, adam=adam, scaler=scaler, states=carried, state=state)
     session.row.update(device_batch_size=rows, tokenizer=cfg.encoding, conv=int(cfg.has_conv))
@@ -769,7 +769,7 @@ def train(cfg: Knobs, session: Session, batches: TextBatches, splits: dict[str, 
     log_final(session, model, splits, rows, has_constant_state=cfg.mixer == "hamt")
 
 
-# differs: a text says how long it is and where its epochs end
+# differs: a text says how long it is
 def main() -> int:
     cfg = read_knobs(Knobs, PRESETS, doc=__doc__)
     if cfg.dry_run:
