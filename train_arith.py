@@ -37,7 +37,7 @@ from torch.amp import GradScaler
 
 import arithmetic
 from arithmetic import VOCABULARY, DataKnobs, DataSets
-from plumbing import RunKnobs, Session, knob, show_plan
+from plumbing import RunKnobs, Session, flops_per_token, knob, show_plan
 from plumbing.data import Prefetch
 from plumbing.device import CudaGraph, check_compiler
 from plumbing.epochs import EpochRecord
@@ -45,7 +45,7 @@ from plumbing.problem_batches import Curriculum, ProblemBatches
 from plumbing.problem_config import read_problem_knobs
 from plumbing.problem_knobs import PROBLEM_RUN_KNOBS
 from plumbing.problem_records import record_evaluation, record_validation, save_models
-from plumbing.problem_runs import RESULTS, facts_of, flops_per_token, plan_problems, session_options
+from plumbing.problem_runs import RESULTS, facts_of, plan_problems, session_options
 from plumbing.problem_scores import SCORES, summary
 from plumbing.problems import IGNORE, Problems, inputs_and_labels
 from plumbing.world import World, flat_gradients, join_world, launch

@@ -1,30 +1,24 @@
-r"""train_gpu.py -- HAMT: a language model whose layers keep a holographic associative memory.
+"""train_gpu.py -- HAMT: a language model whose layers keep a holographic associative memory.
 
-    python train_gpu.py --hidden_dim 512 --hcm_dim 2048 --num_layers 8 --num_slots 16 \
-        --dataset wikitext-103 --batch_size 128 --mixed_precision bf16 --compile_model
-    torchrun --standalone --nproc_per_node=8 train_gpu.py --preset 124m --dataset wikitext-103
-    python train_gpu.py --preset 100m --mixer attention     the rotary transformer of the same size
-    python train_gpu.py --preset demo                       a CPU, a minute, no download
-    DATA=FILE_OR_FOLDER TOKENIZER=bytes python train_gpu.py --preset 33m    your own text
+    python train_gpu.py --preset demo                        a CPU, a minute, no download
+    python train_gpu.py --preset 100m --mixer attention      the rotary transformer of the same size
+    torchrun --standalone --nproc_per_node=8 train_gpu.py --preset 124m --precision bf16 --compile
 
 A layer writes an item v of each token, bound to a key k of unit modulus, into S slots, and reads
 with the conjugate of a query q: M_t = decay_t * M_{t-1} + w_t (k_t v_t), r_t = conj(q_t) (a_t M_t).
-The output is W_o(norm(r_t) silu(g_t)). A layer is bind, gated_linear_attention, unbind. It keeps M,
-3 inputs of the convolution and the position, however long the past is.
+The output is W_o(norm(r_t) silu(g_t)). It keeps M, 3 inputs of the convolution and the position,
+however long the past is.
 
 Expect   --preset demo: val_loss falls from 5.5 to 1.64 nats per byte (n=1); see docs/hamt.md
 Shapes   B sequences, T tokens, C model width, D memory width (D/2 complex bins), H heads, E = D / H
          values of a head, K = E / 2 bins of a head, S slots of a head, L tokens of a chunk,
          J chunks, N tokens of a micro-batch, V vocabulary, P parameter tensors, X any width
-Units    losses in nats per token unless the name says otherwise; phases in radians
-Random   initial weights, by seed and name (init_weights); the order of the text, by seed and epoch;
-         dropout and what is recalled, by seed, step and row (seed_B). Nothing else is
+Units    losses in nats per token; phases in radians
 Raises   UserError (one line, exit code 2) where a user can help
 Sources  holographic reduced representations: Plate 1995; keys of unit modulus: Ganesan et al.,
          arXiv 2109.02157; chunks and decay: GLA, arXiv 2312.06635; convolution: Mamba, 2312.00752
-Shared   plumbing/ keeps the run alive; what of it moves a loss is text_batches.py (token order and
-         random bits, by the knobs of text_knobs.py) and row_states.py (CARRY_STATE)
-Marks    "same as train_gpt.py": a copy, which a test compares; "differs": what is unlike there
+Shared   plumbing/ keeps the run alive; what of it moves a loss is text_batches.py (order of tokens,
+         what is drawn for a row by seed, step and row) and row_states.py (CARRY_STATE)
 """
 
 import hashlib
@@ -37,13 +31,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from plumbing import Session, knob, read_knobs, show_plan
+from plumbing import Session, flops_per_token, knob, read_knobs, show_plan
 from plumbing.data import Prefetch
 from plumbing.device import check_compiler, choose_precision, choose_rows
-from plumbing.plan import plan_facts
 from plumbing.row_states import State, row_states
 from plumbing.splits import Split
-from plumbing.text_batches import TextBatches, micro_batches, random_bits
+from plumbing.text_batches import TextBatches, dropout_mask, micro_batches, random_bits
 from plumbing.text_knobs import TEXT_RUN_KNOBS, TextRunKnobs
 from plumbing.text_runs import open_text, plan_text, results_columns, session_options
 from plumbing.text_scores import evaluate, log_final, log_validation, probe_backward
@@ -52,14 +45,13 @@ from plumbing.world import World, flat_gradients, join_world, launch
 # ---------------- Knobs
 
 # fmt: off
-PRESETS = {  # A size is the parameters of either mixer, within 3%, with GPT-2's vocabulary.
+PRESETS = {  # sizes: parameters of either mixer, within 3%, with GPT-2's vocabulary
     "original": {},
     "33m": dict(n_embd=384, hcm_dim=384, n_layer=8, num_slots=8, n_head=6),
     "50m": dict(n_embd=512, hcm_dim=512, n_layer=8, num_slots=8, n_head=4),
     "100m": dict(n_embd=640, hcm_dim=1536, n_layer=10, num_slots=16, n_head=4),
     "124m": dict(n_embd=768, hcm_dim=768, n_layer=12, num_slots=16, n_head=4),
     "200m": dict(n_embd=896, hcm_dim=2048, n_layer=12, num_slots=16, n_head=4),
-    # The bytes of Python's own documentation, on a CPU
     "demo": dict(
         device="cpu", precision="fp32", data="embedded", tokenizer="bytes",
         n_embd=128, hcm_dim=128, n_layer=2, num_slots=16, n_head=4, dropout=0.0,
@@ -68,7 +60,7 @@ PRESETS = {  # A size is the parameters of either mixer, within 3%, with GPT-2's
 }
 # fmt: on
 # These move a loss by rounding at most, so a resumed run may have others.
-RESUME_MAY_DIFFER = [*TEXT_RUN_KNOBS, "preset", "gradient_checkpointing", "chunk_length", "kernel"]
+RESUME_MAY_DIFFER = [*TEXT_RUN_KNOBS, "preset", "chunk_length"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -77,18 +69,15 @@ class Knobs(TextRunKnobs):
     preset: str = knob("original", "named set of defaults", choices=tuple(PRESETS), group="model")
     mixer: str = knob("hamt", "what mixes tokens", choices=("hamt", "attention"))
     n_embd: int = knob(512, "model width, in channels", low=2)
-    hcm_dim: int = knob(2048, "memory width in real numbers, two of them for a complex bin", low=2)
-    n_layer: int = knob(8, "number of blocks", low=1)
-    n_head: int = knob(8, "number of heads, each with addresses and phases of its own", low=1)
-    num_slots: int = knob(16, "number of slots of a head's memory", low=1)
+    hcm_dim: int = knob(2048, "memory width in real numbers, two for a complex bin", low=2)
+    n_layer: int = knob(8, "blocks", low=1)
+    n_head: int = knob(8, "heads, each with addresses and phases of its own", low=1)
+    num_slots: int = knob(16, "slots of a head's memory", low=1)
     conv: bool | None = knob(None, "convolve 4 tokens first; auto: on for hamt", none="auto")
     use_gating: bool = knob(True, "gate the memory's read with SiLU")
-    slowest_decay: float = knob(
-        2**-7, "fraction that the slowest slot forgets per token at the start", above=0, high=0.25
-    )
+    slowest_decay: float = knob(2**-7, "fraction lost per token, slowest slot", above=0, high=0.25)
     memory: str = knob("on", "what reads find; local: own write", choices=("on", "local", "off"))
     chunk_length: int = knob(64, "tokens of a chunk, for speed only", low=1, high=128)
-    kernel: str = knob("plain", "fla: kernels of fla-core, on CUDA", choices=("plain", "fla"))
     dropout: float = knob(0.1, "rate for embeddings and layer outputs", low=0, high=0.95)
     use_auxiliary_loss: bool = knob(False, "also train recall of earlier items")
     aux_loss_weight: float = knob(0.1, "weight of that loss; train_loss omits it", low=0)
@@ -99,7 +88,6 @@ class Knobs(TextRunKnobs):
     weight_decay: float = knob(0.01, "decay of matrices; others have none", low=0)
     grad_clip: float = knob(1.0, "largest norm of the gradient; 0: no clipping", low=0)
     precision: str = knob("fp16", "of matrix products", choices=tuple(DTYPES), group="machine")
-    gradient_checkpointing: bool = knob(False, "save memory: compute a block twice")
 
     def __post_init__(self):
         wants = f"N_HEAD={self.n_head} times an even number"
@@ -107,10 +95,6 @@ class Knobs(TextRunKnobs):
             raise ValueError(f"HCM_DIM={self.hcm_dim} must be {wants}")
         if self.mixer == "attention" and self.n_embd % (2 * self.n_head):
             raise ValueError(f"N_EMBD={self.n_embd} must be {wants}")
-        if self.device == "cpu" and self.precision == "fp16":
-            raise ValueError("PRECISION=fp16 needs a GPU; with DEVICE=cpu use bf16 or fp32")
-        if self.device == "cpu" and self.kernel == "fla":
-            raise ValueError("KERNEL=fla needs a GPU; with DEVICE=cpu use plain")
         uses_memory = self.use_auxiliary_loss or self.memory != "on" or self.carry_state
         if self.mixer == "attention" and uses_memory:
             raise ValueError("USE_AUXILIARY_LOSS, MEMORY and CARRY_STATE are for MIXER=hamt only")
@@ -121,9 +105,7 @@ class Knobs(TextRunKnobs):
 
     @property
     def ffn_width(self) -> int:
-        """4 times the model width; with attention wider or narrower, so that both mixers have the
-        same number of parameters up to rounding.
-        """
+        """4 times the model width; with attention, what gives both mixers' models one size."""
         width = 4 * self.n_embd
         if self.mixer == "attention":
             with torch.device("meta"):
@@ -137,7 +119,6 @@ class Knobs(TextRunKnobs):
 
 CONV_LENGTH = 4  # tokens
 INIT_STD = 0.02
-MATRICES = ("wte", "_proj")  # ends of the names of weights of matrix products
 MAX_DECAY = 1.0  # limit of -log(decay): exponents of 128 tokens stay within +-64
 
 Tensors = tuple[Tensor, ...]
@@ -145,9 +126,7 @@ Mixed = tuple[Tensor, Tensors, Tensor | None]  # a layer's output, state and aux
 
 
 def autocast(x: Tensor, dtype: torch.dtype) -> torch.autocast:
-    """Products in this dtype; fp32 switches autocast off, also one that is around it. A meta tensor
-    counts as a CPU's.
-    """
+    """Products in this dtype; fp32 switches off what is around it. A meta tensor is a CPU's."""
     device_type = "cuda" if x.is_cuda else "cpu"
     return torch.autocast(device_type, dtype, enabled=dtype != torch.float32)
 
@@ -159,32 +138,39 @@ def key_of(phase: Tensor) -> Tensors:
 
 
 def bind(item: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Multiply by a key of unit modulus, made by key_of(). Real parts come first, then imaginary
-    parts. A product of two spectra is the circular convolution of the two vectors.
+    """Multiply by a key of unit modulus, made by key_of(). Real parts stand before imaginary ones.
+    A product of two spectra is the circular convolution of the two vectors.
     """
     return item * cos + item.roll(item.size(-1) // 2, -1) * sin
 
 
 def unbind(bound: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Multiply by the conjugate key, which undoes bind. (Tensor.unbind is torch's.)"""
+    """Multiply by the conjugate key, which undoes bind."""
     return bind(bound, cos, -sin)
 
 
-def phases_of_positions(position: Tensor, T: int, bins: int, turning: int) -> Tensor:
-    """(T, 1, bins) for tokens from `position` on; the first `turning` bins turn as rotary's do. The
-    products are fp64 and reduced to one turn: position 10^6 is as precise as position 1.
+def angles_at(cfg: Knobs, position: Tensor, T: int, dtype: torch.dtype) -> Tensor | Tensors:
+    """What all mixers turn keys by, for tokens from `position` on: phases (T, 1, bins of a head),
+    for attention as a key. All bins of attention turn, and half of a memory's, so that it reads by
+    content and by distance. The products are fp64 and reduced to one turn: position 10^6 is as
+    precise as position 1.
     """
+    bins = turning = cfg.n_embd // cfg.n_head // 2
+    if cfg.mixer == "hamt":
+        bins = cfg.hcm_dim // cfg.n_head // 2
+        turning = round(bins / 2)
     index = torch.arange(bins, dtype=torch.float64, device=position.device)
     frequency = torch.where(index < turning, 1e4 ** -(index / max(turning, 1)), 0.0)
     positions = position + torch.arange(T, device=position.device)
-    return torch.outer(positions.double(), frequency)[:, None] % (2 * math.pi)
+    phases = torch.outer(positions.double(), frequency)[:, None] % (2 * math.pi)
+    phases = phases.to(dtype)
+    return key_of(phases) if cfg.mixer == "attention" else phases
 
 
 def causal_conv(x: Tensor, past: Tensor, kernel: Tensor) -> Tensors:
     """Depthwise convolution over the tokens of x (B, T, X), which follow the CONV_LENGTH - 1 inputs
-    `past`; and the last inputs. A kernel (CONV_LENGTH, 2, X) makes two outputs, (B, T, 2, X).
-
-    As shifted products, which the compiler joins with what surrounds them.
+    `past`; and the last inputs. A kernel (CONV_LENGTH, 2, X) makes two outputs, (B, T, 2, X). It is
+    made of shifted products, which the compiler joins with what surrounds them.
     """
     T = x.size(1)
     x = torch.cat([past.type_as(x), x], dim=1)
@@ -196,12 +182,6 @@ def causal_conv(x: Tensor, past: Tensor, kernel: Tensor) -> Tensors:
     for i in range(1, CONV_LENGTH):
         y = torch.addcmul(y, x[:, i : i + T], taps[i])
     return y, past
-
-
-def dropout_mask(seed_B: Tensor, shape: tuple[int, ...], p: float) -> Tensor:
-    """(B, *shape) bool: True where kept, each with probability 1 - p."""
-    bits = random_bits(seed_B, math.prod(shape))
-    return (bits >= int(p * 2**63)).view(-1, *shape)
 
 
 def dropout(x: Tensor, kept: Tensor | None, p: float) -> Tensor:
@@ -225,12 +205,13 @@ def gated_linear_attention(
     if T == 1:
         return recurrent_step(q, k, v, log_decay, state)
     L = min(L, T)
-    num_chunks = -(-T // L)
-    group = 1  # chunks in one of the second level
-    if num_chunks > 256:
-        group = 2 ** (num_chunks.bit_length() // 2)
+    group = 1 if T <= 256 * L else 32  # chunks in one of the second level
     missing = -T % (L * group)
-    q, k, v, log_decay = (in_chunks(x, L, missing) for x in (q, k, v, log_decay))
+    inputs = q, k, v, log_decay
+    if missing > 0:  # filled up with tokens that write and forget nothing
+        inputs = [F.pad(x, (0, 0, 0, 0, 0, missing)) for x in inputs]
+    # each (B, H, J, L, X)
+    q, k, v, log_decay = (x.unflatten(1, (-1, L)).permute(0, 3, 1, 2, 4) for x in inputs)
     since_start = log_decay.cumsum(3)
     # Exponents count from a constant in the middle of their range. A middle taken from the decays
     # themselves would let a later token move an earlier one by a rounding error.
@@ -256,18 +237,11 @@ def recurrent_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Te
     return (q @ state).transpose(1, 2), state
 
 
-def in_chunks(x_BTHX: Tensor, L: int, missing: int) -> Tensor:
-    """(B, H, J, L, X). Zeros fill up the last chunk: tokens that write and forget nothing."""
-    if missing > 0:
-        x_BTHX = F.pad(x_BTHX, (0, 0, 0, 0, 0, missing))
-    return x_BTHX.unflatten(1, (-1, L)).permute(0, 3, 1, 2, 4)
-
-
 def states_between(added: Tensor, log_decay: Tensor, state: Tensor, group: int) -> Tensors:
     """(B, H, J, S, E) states before each of J chunks, and the one after the last.
 
-    A state after a chunk is exp(log_decay) * the state before it + added. decayed_sums does work
-    that grows with J squared. So it sums many chunks in groups, and then between the groups.
+    A state after a chunk is exp(log_decay) * the state before it + added. The work of decayed_sums
+    grows with J squared, so that many chunks are summed in groups first.
     """
     if group == 1:
         added = torch.cat([state[:, :, None], added], dim=2)  # added to an empty state
@@ -283,22 +257,12 @@ def states_between(added: Tensor, log_decay: Tensor, state: Tensor, group: int) 
 def decayed_sums(added: Tensor, log_decay: Tensor) -> Tensor:
     """(..., J, S, E): after each of J chunks, what is left of all that was added so far.
 
-    log_decay is (..., J, S). It is summed anew for each pair of chunks: a difference of two long
+    log_decay (..., J, S) is summed anew for each pair of chunks, because a difference of two long
     sums would lose the small terms.
     """
     steps = log_decay.mT[..., None].expand(*log_decay.mT.shape, log_decay.size(-2))
     weight_SJJ = steps.tril(-1).cumsum(-2).exp().tril()
     return torch.einsum("...sij,...jse->...ise", weight_SJJ, added)
-
-
-def fla_attention(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, L: int
-) -> Tensors:
-    """gated_linear_attention by the kernels of flash-linear-attention (package fla-core)."""
-    from fla.ops.gla import chunk_gla
-
-    options = dict(scale=1.0, initial_state=state, output_final_state=True)
-    return chunk_gla(q.type_as(v), k.type_as(v), v, log_decay, **options)
 
 
 # ---------------- Model: layers
@@ -322,7 +286,7 @@ class Memory(nn.Module):
         # Rows of in_proj make item, key, address, forget logit and gate.
         self.widths = [D, bins, slots, slots, D if cfg.use_gating else 0]
         # Channels of the convolution: item, write key, read key, write address, read address.
-        self.conv_widths, self.conv_lags = [D, bins, bins, slots, slots], (0, 1, 0, 1, 0)
+        self.conv_widths = [D, bins, bins, slots, slots]
         self.in_proj = parameter(sum(self.widths), C)
         self.out_proj = parameter(C, D)
         self.norm = parameter(D)
@@ -336,13 +300,6 @@ class Memory(nn.Module):
         channels = sum(self.widths[:3]) if cfg.has_conv else 0
         memory = new_zeros(B, cfg.n_head, cfg.num_slots, cfg.hcm_dim // cfg.n_head)
         return memory, new_zeros(B, CONV_LENGTH - 1, channels)
-
-    def angles(self, position: Tensor, T: int) -> Tensor:
-        """What forward adds to keys, (T, 1, K), the same in all layers. Half of the bins turn with
-        position, so that a memory reads by content and by distance.
-        """
-        K = self.cfg.hcm_dim // self.cfg.n_head // 2
-        return phases_of_positions(position, T, K, round(K / 2)).type_as(self.in_proj)
 
     def forward(self, x_BTC: Tensor, state: Tensors, phase_T1K: Tensor, seed_B: Tensor) -> Mixed:
         """The output (B, T, C), the state after the last token, and the auxiliary loss."""
@@ -372,7 +329,7 @@ class Memory(nn.Module):
         y = y + F.linear(imaginary.flatten(2).to(dtype), of_imaginary.flatten(1))
         return y, (memory, past), aux
 
-    def unbind_and_gate(self, found: Tensor, phase: Tensor, gate: Tensor) -> Tensors:
+    def unbind_and_gate(self, found: Tensor, phase: Tensor, gate: Tensor) -> list[Tensor]:
         """norm(unbind(found)) silu(gate): its real and its imaginary part, (B, T, H, K) each.
 
         They are never joined, which would be the slowest kernel of the layer. The norm is that of
@@ -390,7 +347,7 @@ class Memory(nn.Module):
         if self.cfg.use_gating:
             gates = gate.unflatten(-1, heads).unbind(-2)
             parts = [part * F.silu(gate) for part, gate in zip(parts, gates, strict=True)]
-        return parts[0], parts[1]
+        return parts
 
     def convolve(self, item: Tensor, key: Tensor, address: Tensor, past: Tensor) -> Tensors:
         """The item of each token, its keys of writing and of reading (B, T, 2, H K), both addresses
@@ -414,8 +371,8 @@ class Memory(nn.Module):
     ) -> Tensors:
         """What the read addresses find, still bound, and the memory after the last token."""
         if self.cfg.memory == "on":
-            attend = fla_attention if self.cfg.kernel == "fla" else gated_linear_attention
-            return attend(read, write, bound, log_decay, memory, self.cfg.chunk_length)
+            L = self.cfg.chunk_length
+            return gated_linear_attention(read, write, bound, log_decay, memory, L)
         if self.cfg.memory == "local":  # a control: what each token finds of its own write
             return (read * write).sum(-1, keepdim=True) * bound, memory
         return torch.zeros_like(bound), memory
@@ -423,11 +380,9 @@ class Memory(nn.Module):
     def delayed_recall(
         self, item: Tensor, cos: Tensor, sin: Tensor, written: Tensors, seed_B: Tensor
     ) -> Tensor:
-        """1 - cosine between an earlier item and what its own key and address still find of it.
-        `written` is what recall takes behind its read addresses.
-
-        One item is drawn for each token but the first, from those before it. The loss is blind to
-        scale, so that nothing is gained by making items small.
+        """1 - cosine between an item and what its own key and address still find of it: for each
+        token but the first, an item before it is drawn. The loss is blind to scale, so that nothing
+        is gained by making items small. `written` is what recall takes behind its read addresses.
         """
         B, T = item.shape[:2]
         row_B1 = torch.arange(B, device=item.device)[:, None]
@@ -445,7 +400,7 @@ class Attention(nn.Module):
         super().__init__()
         self.cfg = cfg
         C = cfg.n_embd
-        self.conv_widths, self.conv_lags = [C, C, C], (0, 1, 0)  # Q, K, V
+        self.conv_widths = [C, C, C]  # Q, K, V
         self.in_proj = parameter(3 * C, C)
         self.out_proj = parameter(C, C)
         if cfg.has_conv:
@@ -456,11 +411,6 @@ class Attention(nn.Module):
         none = new_zeros(B, 0, cfg.n_head, cfg.n_embd // cfg.n_head)
         channels = 3 * cfg.n_embd if cfg.has_conv else 0
         return none, none, new_zeros(B, CONV_LENGTH - 1, channels)
-
-    def angles(self, position: Tensor, T: int) -> Tensors:
-        """What forward turns queries and keys by, the same in all layers."""
-        bins = self.cfg.n_embd // self.cfg.n_head // 2
-        return key_of(phases_of_positions(position, T, bins, bins).type_as(self.in_proj))
 
     def forward(self, x_BTC: Tensor, state: Tensors, rotary: Tensors, seed_B: Tensor) -> Mixed:
         """As Memory.forward, without an auxiliary loss."""
@@ -486,11 +436,9 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm residual block: a mixer over time, then a GELU FFN.
 
-    A mixer has empty_state(B), angles(position, T), and forward(x, state, angles, seed_B), which
-    returns y, the state and an auxiliary loss or None. Names of its weights of products end in
-    _proj, which decides weight decay, FLOPs and the scale of outputs. With CONV, prepare_recall
-    wants conv_kernel, conv_widths and conv_lags. A new one is a choice of Knobs.mixer, made in
-    __init__ below; ffn_width and flops_per_token know the mixers by name, too.
+    A mixer has empty_state(B), and forward(x, state, angles, seed_B), which returns y, the state
+    and an auxiliary loss or None; with CONV, conv_kernel and conv_widths. The names of weights of
+    products end in _proj: it decides weight decay and the scale of outputs.
     """
 
     def __init__(self, cfg: Knobs):
@@ -502,13 +450,9 @@ class Block(nn.Module):
         self.down_proj = parameter(cfg.n_embd, cfg.ffn_width)
 
     def forward(
-        self,
-        x_BTC: Tensor,
-        state: Tensors,
-        angles: Tensor | Tensors,
-        seed_B: Tensor,
-        kept: tuple[Tensor | None, Tensor | None],
+        self, x_BTC: Tensor, state: Tensors, angles: Tensor | Tensors, seed_B: Tensor, kept: tuple
     ) -> Mixed:
+        """`kept`: what dropout keeps of the mixer's output and of the FFN's."""
         y, state, aux = self.mixer(self.norm1(x_BTC), state, angles, seed_B)
         x_BTC = x_BTC + dropout(y, kept[0], self.p)
         hidden = F.gelu(F.linear(self.norm2(x_BTC), self.up_proj))
@@ -537,23 +481,20 @@ class Model(nn.Module):
             return None
         return self.dropout_mask(seed_B, x_BTC.shape[1:], self.cfg.dropout)
 
-    def run_block(self, block: Block, x_BTC: Tensor, *args: object) -> tuple:
-        """The last argument is the block's seed: for its mixer, and behind it for two masks."""
-        seed_B = args[-1]
+    def run_block(self, block: Block, x_BTC: Tensor, *args: object, seed_B: Tensor) -> Mixed:
         kept = self.kept(seed_B + 1, x_BTC), self.kept(seed_B + 2, x_BTC)
-        return block(x_BTC, *args, kept)
+        return block(x_BTC, *args, seed_B, kept)
 
     def hidden(
         self, x_BT: Tensor, state: State | None = None, seed_B: Tensor | None = None
     ) -> tuple[Tensor, State, Tensor]:
         """What the head reads (B, T, C), the state after the last token, the auxiliary loss.
-
         seed_B, int64, decides what is drawn at random in training.
         """
         cfg, (B, T) = self.cfg, x_BT.shape
         state = self.empty_state(B) if state is None else state
         seed_B = x_BT.new_zeros(B) if seed_B is None else seed_B
-        angles = self.blocks[0].mixer.angles(state.position, T)  # the same for all blocks
+        angles = angles_at(cfg, state.position, T, self.wte.dtype)
         run_block = self.run_block
         if cfg.gradient_checkpointing and torch.is_grad_enabled():
             options = dict(use_reentrant=False, preserve_rng_state=False)
@@ -563,7 +504,7 @@ class Model(nn.Module):
             x_BTC = F.embedding(x_BT, self.wte)
             x_BTC = dropout(x_BTC, self.kept(seed_B, x_BTC), cfg.dropout)
             for i, (block, layer) in enumerate(zip(self.blocks, state.layers, strict=True)):
-                x_BTC, layer, aux = run_block(block, x_BTC, layer, angles, seed_B + 3 * i)
+                x_BTC, layer, aux = run_block(block, x_BTC, layer, angles, seed_B=seed_B + 3 * i)
                 layers.append(layer)
                 if aux is not None:
                     aux_sum = aux_sum + aux / cfg.n_layer
@@ -581,14 +522,12 @@ class Model(nn.Module):
         arguments = (h_NC, self.wte, y_BT.flatten(), self.chunk_loss, torch.is_grad_enabled())
         return LinearCrossEntropy.apply(*arguments), aux, state
 
-    def stream(self, x_BT: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Logits (B, T, V) of tokens that follow those of `state`, and the state after them."""
-        h_BTC, state, _ = self.hidden(x_BT, state)
-        return F.linear(h_BTC, self.wte).type_as(self.wte), state
+    def head(self, h: Tensor) -> Tensor:
+        """Logits (..., V), of which training never forms all."""
+        return F.linear(h, self.wte).type_as(self.wte)
 
     def logits(self, x_BT: Tensor) -> Tensor:
-        """(B, T, V), for generation and tests; training never forms all of them."""
-        return self.stream(x_BT)[0]
+        return self.head(self.hidden(x_BT)[0])
 
 
 @torch.no_grad()
@@ -619,16 +558,16 @@ def init_weights(model: Model, cfg: Knobs) -> None:
 def prepare_recall(mixer: nn.Module, cfg: Knobs) -> None:
     """Gives the weights what recall needs at the start (measured: docs/hamt.md). A memory's phases
     spread over the circle, and its addresses differ. A convolution starts as a copy of its input,
-    `conv_lags` tokens late, so that an item has the key of the token before it: what followed a
-    token is found by that token.
+    but every second part, by which an item is found, comes one token late: what followed a token is
+    found by that token.
     """
     if cfg.mixer == "hamt":
         for part in mixer.in_proj.split(mixer.widths)[1:3]:  # key and address
             part.mul_(2.0 / (INIT_STD * cfg.n_embd**0.5))
     if cfg.has_conv:
-        parts = mixer.conv_kernel.split(mixer.conv_widths, dim=1)
-        for part, lag in zip(parts, mixer.conv_lags, strict=True):
-            part[CONV_LENGTH - 1 - lag] += 1.0
+        for i, part in enumerate(mixer.conv_kernel.split(mixer.conv_widths, dim=1)):
+            tokens_late = i % 2
+            part[CONV_LENGTH - 1 - tokens_late] += 1.0
 
 
 # ---------------- Loss
@@ -651,9 +590,8 @@ def chunk_loss_and_gradient(logits_NV: Tensor, target_N: Tensor) -> tuple[Tensor
 # same as train_gpt.py
 class LinearCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of a linear head, a chunk of rows at a time: never all (N, V) logits.
-
-    Gradients are formed in the forward pass, while a chunk's logits are there, and scaled in the
-    backward pass. Products have the dtype of `hidden`; sums are fp32.
+    Gradients are formed beside them, in the forward pass. Products have the dtype of `hidden`; sums
+    are fp32.
     """
 
     CHUNK_ROWS = 8192
@@ -687,15 +625,16 @@ class LinearCrossEntropy(torch.autograd.Function):
 # ---------------- Optimizer and schedule
 
 
-# differs: matrices decay and the rest does not, and the gradient is clipped
+# differs from train_gpt.py: matrices decay and the rest does not, and the gradient is clipped
 class AdamW(torch.optim.AdamW):
     """torch's fused AdamW, whose step is left out where the device flag `all_finite` is down."""
 
     def __init__(self, model: Model, cfg: Knobs):
         self.grad_clip = cfg.grad_clip
-        named = dict(model.named_parameters())
-        matrices = [p for name, p in named.items() if name.endswith(MATRICES)]
-        others = [p for name, p in named.items() if not name.endswith(MATRICES)]
+        matrices, others = [], []
+        for name, p in model.named_parameters():
+            is_matrix = name.endswith(("wte", "_proj"))
+            (matrices if is_matrix else others).append(p)
         groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=others)]
         super().__init__(groups, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
@@ -723,7 +662,7 @@ def warmup_steps(total_steps: int, cfg: Knobs) -> int:
 
 # differs: half a cosine instead of a trapezoid
 def lr_scale(position: float, total_steps: int, cfg: Knobs) -> float:
-    """Linear up to 1 over the warm-up, then half a cosine down to a tenth at the end."""
+    """Linear up to 1 over the warm-up, then down to a tenth at the end."""
     warmup = warmup_steps(total_steps, cfg)
     if position < warmup:
         return (position + 1) / warmup
@@ -742,34 +681,12 @@ RESULTS = results_columns(
 )
 
 
-def mixer_words(cfg: Knobs) -> str:
-    return f"{cfg.mixer}, vocabulary {cfg.vocabulary:,}, FFN width {cfg.ffn_width}"
-
-
-def flops_per_token(model: Model, cfg: Knobs) -> int:
-    """Model FLOPs of forward and backward, for MFU: 6 per weight of a matrix product (the tied
-    matrix counts once, as the head), attention counted causal, and a memory's reads, writes and
-    products within its chunks.
-    """
-    T, D, S = cfg.sequence_length, cfg.hcm_dim, cfg.num_slots
-    named = model.named_parameters()
-    flops = 6 * sum(p.numel() for name, p in named if name.endswith(MATRICES))
-    if cfg.mixer == "attention":
-        return flops + 6 * cfg.n_layer * T * cfg.n_embd
-    if cfg.memory != "on":
-        return flops
-    L = min(cfg.chunk_length, T)
-    return flops + 6 * cfg.n_layer * (L * cfg.n_head * S + L * D + 2 * S * D)
-
-
-# differs: it is a text, which may have to be fetched
+# differs: a text may have to be fetched
 def plan(cfg: Knobs, world: World) -> dict[str, object]:
     """What --dry_run shows; raises UserError where the run would."""
-    check_compiler(cfg.compile, cfg.device)
     with torch.device("meta"):
         model = Model(cfg)
-        facts = {"mixer": mixer_words(cfg), **plan_facts(cfg, world, model, probe_backward)}
-    return facts | plan_text(cfg, world, flops_per_token(model, cfg))
+    return plan_text(cfg, world, model, cfg.mixer == "attention")
 
 
 # ---------------- Training
@@ -785,7 +702,7 @@ class TrainState:
 
 # differs: what dropout keeps is drawn by a function of its own
 def compile_model(model: Model) -> None:
-    """Compiles blocks, which are alike: one compilation serves all from a cold start."""
+    """Blocks are alike: one compilation serves all of them."""
     for block in model.blocks:
         block.compile(dynamic=False)
     model.chunk_loss = torch.compile(chunk_loss_and_gradient, dynamic=False)  # without its loop
@@ -804,13 +721,13 @@ def train(cfg: Knobs, session: Session, batches: TextBatches, splits: dict[str, 
     if cfg.compile:
         compile_model(model)
     rows = choose_rows(cfg, world, model, probe_backward)  # sequences of a micro-batch
-    gradients.zero_()  # of choose_rows's trial
+    gradients.zero_()  # of the probe
     carried, state = row_states(model, world), TrainState()
     saved = dict(model=model, adam=adam, scaler=scaler, states=carried, state=state)
     session.row.update(device_batch_size=rows, tokenizer=cfg.encoding, conv=int(cfg.has_conv))
     session.row["warmup_iters"] = warmup_steps(total_steps, cfg)
-    facts = {"mixer": mixer_words(cfg), "rows": rows, "data": batches.summary}
-    session.describe(model, flops_per_token(model, cfg), facts)
+    facts = {"rows": rows, "data": batches.summary}
+    session.describe(model, flops_per_token(model, cfg.mixer == "attention"), facts)
     session.restore(**saved)
     prefetch = Prefetch(batches.make, state.step, world.device, cfg.num_workers)
     while True:
@@ -822,7 +739,7 @@ def train(cfg: Knobs, session: Session, batches: TextBatches, splits: dict[str, 
             log_validation(session, score)
         if session.should_save:
             session.save(state.step, **saved)
-        if session.stopping:  # finished, early stop, a signal, or a step that was not finite
+        if session.stopping:  # finished, early stop, a signal, or not finite
             break
 
         # -------- clock running: one optimizer step --------
@@ -837,7 +754,7 @@ def train(cfg: Knobs, session: Session, batches: TextBatches, splits: dict[str, 
             scaler.scale(loss + cfg.aux_loss_weight * aux).backward()
             train_loss += loss.detach()
             aux_loss += aux.detach()
-        world.all_reduce(gradients)  # each rank has added its share of the batch's mean
+        world.all_reduce(gradients)  # each rank has its share of the batch's mean
         scaler.unscale_(adam)
         grad_norms = torch.stack(torch._foreach_norm([p.grad for p in model.parameters()]))
         overflow = ~grad_norms.isfinite().all() & scaler.is_enabled()  # fp16 skips such a step
@@ -852,7 +769,7 @@ def train(cfg: Knobs, session: Session, batches: TextBatches, splits: dict[str, 
     log_final(session, model, splits, rows, has_constant_state=cfg.mixer == "hamt")
 
 
-# differs: a text says how long it is and where its epochs end
+# differs: a text says how long it is
 def main() -> int:
     cfg = read_knobs(Knobs, PRESETS, doc=__doc__)
     if cfg.dry_run:
@@ -864,13 +781,11 @@ def main() -> int:
         session = Session(
             cfg,
             world,
-            **session_options(cfg, batches, splits),
+            **session_options(cfg, batches, splits, metrics=["aux_loss"]),
             columns=RESULTS,
             presets=PRESETS,
             resume_may_differ=RESUME_MAY_DIFFER,
             sources=[__file__],
-            metrics=["aux_loss", "val_bits_per_byte"],
-            out_of_memory="lower DEVICE_BATCH_SIZE or set GRADIENT_CHECKPOINTING=1",
         )
         with session:
             train(cfg, session, batches, splits)

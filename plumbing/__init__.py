@@ -33,7 +33,7 @@ MODULES = {
     "exchange": "StepStats",
     "knobs": "ROOT UserError describe knob knobs_json read_knobs spellings",
     "leaks": "check_disjoint",
-    "plan": "plan_facts planned_world show_plan",
+    "plan": "flops_per_token plan_facts planned_world show_plan",
     "run_ids": "new_run_id",
     "results": "append_result changed_knobs check_results",
     "run_knobs": "RUN_KNOBS RunKnobs",

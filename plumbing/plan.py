@@ -61,6 +61,17 @@ def plan_facts(
     }
 
 
+def flops_per_token(model: nn.Module, has_attention: bool = True) -> int:
+    """FLOPs of forward and backward, for MFU: 6 per parameter, and with attention its products,
+    which are causal.
+    """
+    cfg = model.cfg
+    flops = 6 * sum(p.numel() for p in model.parameters())
+    if has_attention:
+        flops += 6 * cfg.n_layer * cfg.sequence_length * cfg.n_embd
+    return flops
+
+
 def count_flops(run_step: Callable[[], None]) -> int:
     """FLOPs of the matrix products of run_step(), as torch counts them: of attention all that is
     computed, the masked part included.

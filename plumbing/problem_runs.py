@@ -7,6 +7,7 @@ columns that it has always had, in their order.
 from torch import nn
 
 from plumbing.epochs import intervals
+from plumbing.plan import flops_per_token
 from plumbing.problem_batches import ProblemBatches
 from plumbing.problem_knobs import ProblemKnobs
 from plumbing.problem_records import PROBLEM_METRICS, gpu_facts
@@ -39,13 +40,6 @@ def session_options(cfg: ProblemKnobs, data: ProblemBatches) -> dict[str, object
         "named_by": "OUTPUT_DIR" if cfg.output_dir else "RUN_ID",
         "out_of_memory": "lower BATCH_SIZE",
     }
-
-
-def flops_per_token(model: nn.Module) -> int:
-    """Of forward and backward pass: 6 per weight, and causal attention."""
-    cfg = model.cfg
-    num_params = sum(p.numel() for p in model.parameters())
-    return 6 * num_params + 6 * cfg.n_layer * cfg.sequence_length * cfg.n_embd
 
 
 def facts_of(model: nn.Module, world: World, data: ProblemBatches) -> dict[str, object]:

@@ -4,6 +4,7 @@ Promises: the sequences of a step are a function of the step and the batch, neve
 ranks or of the micro-batch, and so are the seeds of what is drawn at random for a row.
 """
 
+import math
 from collections.abc import Iterator
 from functools import lru_cache
 
@@ -72,8 +73,8 @@ class TextBatches:
     @property
     def summary(self) -> str:
         epochs = self.total_steps / self.epoch_steps
-        words = f"{self.shards.total:,} tokens, {epochs:.2f} epochs"
-        return f"{words} of {self.epoch_steps} steps"
+        words = f"{self.shards.total:,} tokens of a vocabulary of {self.cfg.vocabulary:,}"
+        return f"{words}, {epochs:.2f} epochs of {self.epoch_steps} steps"
 
 
 def micro_batches(batch: tuple[Tensor, ...], num_rows: int) -> Iterator[tuple[slice, tuple]]:
@@ -94,3 +95,9 @@ def random_bits(seed_B: Tensor, count: int) -> Tensor:
     x = (x ^ (x >> 30)) * -4658895280553007687
     x = (x ^ (x >> 27)) * -7723592293110705685
     return x ^ (x >> 31)
+
+
+def dropout_mask(seed_B: Tensor, shape: tuple[int, ...], p: float) -> Tensor:
+    """(B, *shape) bool: True where kept, each with probability 1 - p."""
+    bits = random_bits(seed_B, math.prod(shape))
+    return (bits >= int(p * 2**63)).view(-1, *shape)

@@ -44,6 +44,7 @@ class TextRunKnobs(RunKnobs):
     save_every: int = knob(1000, "steps between checkpoints", low=0, alias=("save_steps",))
     save_epochs: bool = knob(True, "a checkpoint also at the end of each epoch")
     compile: bool = knob(False, "compile the model's block", alias=("compile_model",), group="run")
+    gradient_checkpointing: bool = knob(False, "save memory: compute a block twice")
     tracker_project: str = knob(
         "hamt-competitive-llm", "project at the tracker's service", alias=("wandb_project",)
     )
@@ -65,6 +66,6 @@ class TextRunKnobs(RunKnobs):
         return self.vocab_size or VOCABULARY[self.encoding]
 
 
-# A micro-batch moves a loss by rounding only.
+# The last two move a loss by rounding only.
 TEXT_RUN_KNOBS = [*RUN_KNOBS, "max_val_samples", "num_workers", "data_folder", "final_test"]
-TEXT_RUN_KNOBS += ["save_epochs", "tracker_project", "device_batch_size"]
+TEXT_RUN_KNOBS += ["save_epochs", "tracker_project", "device_batch_size", "gradient_checkpointing"]

@@ -4,11 +4,17 @@ Promises: a text that is not there, too short or of another vocabulary is refuse
 plan fetches nothing, and a text that a run would fetch is no reason not to start one.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from torch import nn
+
+from plumbing.device import check_compiler, choose_precision
+from plumbing.plan import flops_per_token, plan_facts
 from plumbing.splits import NotFetched, Split, open_splits
 from plumbing.text_batches import TextBatches
 from plumbing.text_knobs import TextRunKnobs
+from plumbing.text_scores import probe_backward
 from plumbing.world import World
 
 
@@ -23,10 +29,11 @@ def open_text(
 
 
 def session_options(
-    cfg: TextRunKnobs, batches: TextBatches, splits: dict[str, Split]
+    cfg: TextRunKnobs, batches: TextBatches, splits: dict[str, Split], metrics: Sequence[str]
 ) -> dict[str, object]:
-    """What a Session is told of a text. Epochs decide when to validate unless VAL_EVERY does, and
-    with SAVE_EPOCHS a checkpoint is also due at the end of each.
+    """What a Session is told of a text; `metrics` are columns of the trainer's own. Epochs decide
+    when to validate unless VAL_EVERY does, and with SAVE_EPOCHS a checkpoint is also due at the end
+    of each.
     """
     epoch_steps = batches.epoch_steps
     return {
@@ -36,6 +43,8 @@ def session_options(
         "steps_per_epoch": epoch_steps,
         "val_every": epoch_steps if cfg.val_every is None else cfg.val_every,
         "save_every": [cfg.save_every, epoch_steps if cfg.save_epochs else 0],
+        "metrics": [*metrics, "val_bits_per_byte"],
+        "out_of_memory": "lower DEVICE_BATCH_SIZE or set GRADIENT_CHECKPOINTING=1",
     }
 
 
@@ -56,13 +65,22 @@ def results_columns(model: str) -> list[str]:
     return f"run_id date git_commit seed {model} {text} {scores} {measured}".split()
 
 
-def plan_text(cfg: TextRunKnobs, world: World, flops_per_token: float) -> dict[str, object]:
-    """What --dry_run shows of a text and of what training on it computes."""
-    step_flops = flops_per_token * cfg.batch_size * cfg.sequence_length
+def plan_text(
+    cfg: TextRunKnobs, world: World, model: nn.Module, has_attention: bool
+) -> dict[str, object]:
+    """What --dry_run shows of a model on the meta device, of a text and of training on it. Raises
+    UserError for a text, a compiler or a precision that the run would refuse.
+    """
+    check_compiler(cfg.compile, cfg.device)
+    if cfg.device == "cpu":
+        choose_precision(cfg.precision, world.device)
+    facts = plan_facts(cfg, world, model, probe_backward)
+    step_tokens = cfg.batch_size * cfg.sequence_length
+    step_flops = flops_per_token(model, has_attention) * step_tokens
     try:
         batches, _ = open_text(cfg, world, download=False)
     except NotFetched as error:
-        return {"compute": f"{step_flops:.3g} FLOPs a step", "data": error}
+        return facts | {"compute": f"{step_flops:.3g} FLOPs a step", "data": error}
     flops = step_flops * batches.total_steps
     compute = f"{flops:.3g} FLOPs in {batches.total_steps} steps"
-    return {"compute": compute, "data": batches.summary}
+    return facts | {"compute": compute, "data": batches.summary}

@@ -149,15 +149,6 @@ def gpus(args: argparse.Namespace) -> Iterator[Finding]:
     yield looked("NCCL", found[0] != "n" or not is_needed, found, way_out)
 
 
-def kernels(args: argparse.Namespace) -> Iterator[Finding]:
-    has_flex = util.find_spec("torch.nn.attention.flex_attention") is not None
-    way_out = "train_scaled.py needs torch 2.9 for FLEX=1"
-    yield looked("FlexAttention", has_flex, "in torch" if has_flex else "none", way_out, NOTE)
-    version = version_of("flash-linear-attention")
-    way_out = "pip install flash-linear-attention, for FLA=1 and KERNEL=fla on a GPU"
-    yield looked("fla", bool(version), version or "not installed", way_out, NOTE)
-
-
 def compiler(args: argparse.Namespace) -> Iterator[Finding]:
     from plumbing.device import check_compiler
 
@@ -261,7 +252,7 @@ def output_of(*command: str) -> str:
 
 
 CHECKS: tuple[Callable[[argparse.Namespace], Iterator[Finding]], ...] = (
-    python, packages, torch_itself, driver, gpus, kernels, compiler, processor, memory, disk,
+    python, packages, torch_itself, driver, gpus, compiler, processor, memory, disk,
     shards, launcher, knobs,
 )  # fmt: skip
 

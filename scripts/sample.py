@@ -117,8 +117,8 @@ class Carried:
         new_T = torch.tensor(list(ids[self.num_held :]), device=self.model.wte.device)
         self.num_held = len(ids)
         for chunk_T in new_T.split(self.CHUNK):
-            logits_BTV, self.state = self.model.stream(chunk_T[None], self.state)
-        return logits_BTV[0, -1].float().cpu()
+            h_BTC, self.state, _ = self.model.hidden(chunk_T[None], self.state)
+        return self.model.head(h_BTC[0, -1]).float().cpu()
 
 
 class Patches:

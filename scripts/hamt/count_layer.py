@@ -87,7 +87,8 @@ def count(cfg: train_gpu.Knobs, T: int) -> dict[str, object]:
         model = train_gpu.Model(cfg)
         block = model.blocks[0]
         x_BTC = torch.empty(1, T, cfg.n_embd, requires_grad=True)
-        angles = block.mixer.angles(torch.zeros((), dtype=torch.long), T)
+        zero = torch.zeros((), dtype=torch.long)
+        angles = train_gpu.angles_at(cfg, zero, T, torch.float32)
         seed_B = torch.zeros(1, dtype=torch.long)
     state = block.mixer.empty_state(1)
     weights = list(block.parameters())

@@ -96,7 +96,8 @@ def stream_nats(ours: Ours, tokens: np.ndarray, precision: str = "fp32") -> floa
         part = torch.from_numpy(tokens[at : at + FEED + 1].astype(np.int64)).to(ours.device)
         part = part[: min(FEED, len(tokens) - 1 - at) + 1]
         with autocast(ours, precision):
-            logits, state = ours.model.stream(part[None, :-1], state)
+            h_BTC, state, _ = ours.model.hidden(part[None, :-1], state)
+            logits = ours.model.head(h_BTC)
         total += (
             F.cross_entropy(logits[0].float(), part[1:], reduction="none").double().sum().item()
         )

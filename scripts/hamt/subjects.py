@@ -11,7 +11,6 @@ from pathlib import Path
 import beside  # noqa: F401  (finds scripts/lib and the trainers)
 import numpy as np
 import torch
-import torch.nn.functional as F
 from lib import runs as lib
 from torch import Tensor
 
@@ -53,7 +52,7 @@ class Ours:
 
     def decode(self, x_BT: Tensor, state: train_gpu.State) -> tuple[Tensor, train_gpu.State]:
         h_BTC, state, _ = self.model.hidden(x_BT, state)
-        return F.linear(h_BTC[:, -1], self.model.wte), state
+        return self.model.head(h_BTC[:, -1]), state
 
     def state_bytes(self, state: train_gpu.State) -> int:
         return state.num_bytes

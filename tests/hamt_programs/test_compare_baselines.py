@@ -62,8 +62,9 @@ class Model(torch.nn.Module):
 
     def forward(self, input_ids, past_key_values=None, use_cache=True, logits_to_keep=0):
         state = past_key_values or self.inner.empty_state(len(input_ids))
-        logits, state = self.inner.stream(input_ids, state)
-        return SimpleNamespace(logits=logits[:, -logits_to_keep:], past_key_values=state)
+        hidden, state, _ = self.inner.hidden(input_ids, state)
+        logits = self.inner.head(hidden[:, -logits_to_keep:])
+        return SimpleNamespace(logits=logits, past_key_values=state)
 
 class AutoModelForCausalLM:
     from_pretrained = staticmethod(lambda name, local_files_only: Model(here(name, local_files_only)))

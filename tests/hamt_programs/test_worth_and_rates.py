@@ -18,7 +18,7 @@ from hamt_support import ONE
 
 import plumbing
 import train_gpu
-from plumbing import UserError
+from plumbing import UserError, flops_per_token
 
 NAMES = "run_id date git_commit seed stage status mixer conv learning_rate final_val_loss test_loss"
 
@@ -147,9 +147,9 @@ def test_counted_flops_are_those_that_the_trainer_states(mixer):
     values |= dict(precision="fp32", device="cpu", data="embedded", sequence_length=1024)
     cfg = train_gpu.Knobs(**values, mixer=mixer)
     with torch.device("meta"):
-        stated = train_gpu.flops_per_token(train_gpu.Model(cfg), cfg)
+        stated = flops_per_token(train_gpu.Model(cfg), mixer == "attention")
     block = stated - 6 * cfg.vocabulary * cfg.n_embd
     found = count_layer.count(cfg, 1024)
-    # the trainer leaves out the convolution, and counts attention's backward pass as two forwards
-    assert 1.0 <= found["flops"] * 1e6 / block < 1.1
+    # stated without a memory's products, and attention's backward pass as two forwards
+    assert 1.0 <= found["flops"] * 1e6 / block < 1.2
     assert found["kept"] > 0 and found["moved"] > 2 * found["kept"]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 import train_gpu
 from plumbing import World, list_checkpoints, read_checkpoint
-from train_gpu import Knobs, Model
+from train_gpu import Knobs, Model, State
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -59,6 +59,12 @@ def lively(seed: int = 1, double: bool = True, **values: object) -> Model:
 
 def tokens(B: int = 2, T: int = 29, V: int = 256, seed: int = 0) -> torch.Tensor:
     return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def stream(model: Model, x_BT: torch.Tensor, state: State) -> tuple[torch.Tensor, State]:
+    """Logits of tokens that follow those of `state`, and the state after them."""
+    h_BTC, state, _ = model.hidden(x_BT, state)
+    return model.head(h_BTC), state
 
 
 def write_text(folder: Path, paragraphs: int = 400) -> Path:

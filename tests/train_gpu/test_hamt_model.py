@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from hamt_support import MEMORIES, MODELS, knobs, lively, loop, plain_attention, tokens
+from hamt_support import MEMORIES, MODELS, knobs, lively, loop, plain_attention, stream, tokens
 
 import train_gpu
+from plumbing.text_batches import dropout_mask
 from train_gpu import PRESETS, Knobs, Memory, Model, bind, key_of, unbind
 
 NOWHERE = torch.zeros(2, dtype=torch.long)  # seeds of two rows, where nothing is drawn
@@ -20,7 +21,7 @@ def vectors(B: int = 2, T: int = 29, C: int = 16) -> torch.Tensor:
 
 def output(mixer: torch.nn.Module, x_BTC: torch.Tensor) -> torch.Tensor:
     """Of a mixer that starts with an empty state at position 0."""
-    angles = mixer.angles(torch.tensor(0), x_BTC.size(1))
+    angles = train_gpu.angles_at(mixer.cfg, torch.tensor(0), x_BTC.size(1), x_BTC.dtype)
     return mixer(x_BTC, mixer.empty_state(len(x_BTC)), angles, NOWHERE)[0]
 
 
@@ -55,7 +56,7 @@ def test_streaming_in_any_pieces_equals_the_whole(name):
     model, x = lively(**MODELS[name]), tokens(2, 41)
     whole, state, parts = model.logits(x), model.empty_state(2), []
     for part in x.split([1, 1, 9, 16, 1, 13], dim=1):
-        logits, state = model.stream(part, state)
+        logits, state = stream(model, part, state)
         parts.append(logits)
     assert (torch.cat(parts, 1) - whole).abs().max() < 1e-10
     assert int(state.position) == 41
@@ -82,7 +83,7 @@ def test_nothing_before_a_changed_token_moves_in_the_streaming_form(name):
     for text in (x, y):
         state, parts = model.empty_state(1), []
         for part in text.split(5, dim=1):
-            logits, state = model.stream(part, state)
+            logits, state = stream(model, part, state)
             parts.append(logits)
         outs.append(torch.cat(parts, 1))
     assert torch.equal(outs[0][:, :14], outs[1][:, :14])
@@ -93,7 +94,7 @@ def test_a_states_size_does_not_grow_with_the_text():
     model, sizes = lively(), set()
     state = model.empty_state(1)
     for part in tokens(1, 300).split(60, dim=1):
-        _, state = model.stream(part, state)
+        _, state = stream(model, part, state)
         sizes.add(state.num_bytes)
     per_layer = 2 * 5 * (24 // 2) + 3 * (24 + 12 + 2 * 5)  # H * S * E, 3 inputs of convolution
     assert sizes == {2 * 8 * per_layer}
@@ -247,7 +248,7 @@ def test_dropout_of_a_row_does_not_depend_on_the_micro_batch(name):
 
 def test_dropout_keeps_the_stated_share_and_its_masks_are_unrelated():
     seeds = torch.tensor([0, 1, 2, 3**30])
-    kept = train_gpu.dropout_mask(seeds, (100, 200), 0.1).double()
+    kept = dropout_mask(seeds, (100, 200), 0.1).double()
     assert (kept.mean((1, 2)) - 0.9).abs().max() < 0.01
     centred = (kept - kept.mean()).flatten(1)
     assert (torch.corrcoef(centred) - torch.eye(4)).abs().max() < 0.03

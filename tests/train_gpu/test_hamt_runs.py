@@ -37,7 +37,7 @@ def test_the_mixer_of_a_run_is_in_its_record(monkeypatch, tmp_path):
     for conv in (0, 1):
         values = dict(run_id=f"r{conv}", num_iterations=1, mixer="attention", conv=conv)
         _, out = run_here(monkeypatch, tmp_path, **values)
-        assert "attention, vocabulary 256, FFN width" in out
+        assert "tokens of a vocabulary of 256" in out
     assert [(r["mixer"], r["conv"]) for r in rows(tmp_path)] == [
         ("attention", "0"),
         ("attention", "1"),
