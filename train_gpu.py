@@ -33,7 +33,8 @@ from torch.utils.checkpoint import checkpoint
 
 from plumbing import Session, flops_per_token, knob, read_knobs, show_plan
 from plumbing.data import Prefetch
-from plumbing.device import check_compiler, choose_precision, choose_rows
+from plumbing.device import check_machine, choose_rows
+from plumbing.kernels import fla_attention
 from plumbing.row_states import State, row_states
 from plumbing.splits import Split
 from plumbing.text_batches import TextBatches, dropout_mask, micro_batches, random_bits
@@ -75,21 +76,26 @@ class Knobs(TextRunKnobs):
     num_slots: int = knob(16, "slots of a head's memory", low=1)
     conv: bool | None = knob(None, "convolve 4 tokens first; auto: on for hamt", none="auto")
     use_gating: bool = knob(True, "gate the memory's read with SiLU")
-    slowest_decay: float = knob(2**-7, "fraction lost per token, slowest slot", above=0, high=0.25)
-    memory: str = knob("on", "what reads find; local: own write", choices=("on", "local", "off"))
+    slowest_decay: float = knob(2**-7, "part that the slowest slot forgets", above=0, high=0.25)
+    memory: str = knob(
+        "on",
+        "reads find all tokens (on), their own (local) or none",
+        choices=("on", "local", "off"),
+    )
     chunk_length: int = knob(64, "tokens of a chunk, for speed only", low=1, high=128)
     dropout: float = knob(0.1, "rate for embeddings and layer outputs", low=0, high=0.95)
     use_auxiliary_loss: bool = knob(False, "also train recall of earlier items")
     aux_loss_weight: float = knob(0.1, "weight of that loss; train_loss omits it", low=0)
     use_scheduler: bool = knob(True, "cosine to a tenth of LR", group="optimizer and schedule")
-    time_budget_s: float | None = knob(None, "run the schedule on this time", above=0, none="off")
+    time_budget_s: float | None = knob(None, "seconds for the schedule", above=0, none="off")
     warmup_iters: int | None = knob(None, "auto: 2% of the steps, at most 1000", low=0, none="auto")
     lr: float = knob(3e-4, "peak learning rate of AdamW", low=0)
     weight_decay: float = knob(0.01, "decay of matrices; others have none", low=0)
     grad_clip: float = knob(1.0, "largest norm of the gradient; 0: no clipping", low=0)
-    precision: str = knob("fp16", "of matrix products", choices=tuple(DTYPES), group="machine")
+    precision: str = knob("fp16", "of products", choices=tuple(DTYPES), group="machine")
 
     def __post_init__(self):
+        super().__post_init__()
         wants = f"N_HEAD={self.n_head} times an even number"
         if self.hcm_dim % (2 * self.n_head):
             raise ValueError(f"HCM_DIM={self.hcm_dim} must be {wants}")
@@ -286,7 +292,7 @@ class Memory(nn.Module):
         # Rows of in_proj make item, key, address, forget logit and gate.
         self.widths = [D, bins, slots, slots, D if cfg.use_gating else 0]
         # Channels of the convolution: item, write key, read key, write address, read address.
-        self.conv_widths = [D, bins, bins, slots, slots]
+        self.conv_widths, self.conv_lags = [D, bins, bins, slots, slots], (0, 1, 0, 1, 0)
         self.in_proj = parameter(sum(self.widths), C)
         self.out_proj = parameter(C, D)
         self.norm = parameter(D)
@@ -371,8 +377,8 @@ class Memory(nn.Module):
     ) -> Tensors:
         """What the read addresses find, still bound, and the memory after the last token."""
         if self.cfg.memory == "on":
-            L = self.cfg.chunk_length
-            return gated_linear_attention(read, write, bound, log_decay, memory, L)
+            attend = fla_attention if self.cfg.kernel == "fla" else gated_linear_attention
+            return attend(read, write, bound, log_decay, memory, self.cfg.chunk_length)
         if self.cfg.memory == "local":  # a control: what each token finds of its own write
             return (read * write).sum(-1, keepdim=True) * bound, memory
         return torch.zeros_like(bound), memory
@@ -400,7 +406,7 @@ class Attention(nn.Module):
         super().__init__()
         self.cfg = cfg
         C = cfg.n_embd
-        self.conv_widths = [C, C, C]  # Q, K, V
+        self.conv_widths, self.conv_lags = [C, C, C], (0, 1, 0)  # Q, K, V
         self.in_proj = parameter(3 * C, C)
         self.out_proj = parameter(C, C)
         if cfg.has_conv:
@@ -437,8 +443,8 @@ class Block(nn.Module):
     """Pre-norm residual block: a mixer over time, then a GELU FFN.
 
     A mixer has empty_state(B), and forward(x, state, angles, seed_B), which returns y, the state
-    and an auxiliary loss or None; with CONV, conv_kernel and conv_widths. The names of weights of
-    products end in _proj: it decides weight decay and the scale of outputs.
+    and an auxiliary loss or None; with CONV, conv_kernel, conv_widths and conv_lags. Names that end
+    in _proj are of matrices: it decides weight decay and the scale of outputs.
     """
 
     def __init__(self, cfg: Knobs):
@@ -558,15 +564,14 @@ def init_weights(model: Model, cfg: Knobs) -> None:
 def prepare_recall(mixer: nn.Module, cfg: Knobs) -> None:
     """Gives the weights what recall needs at the start (measured: docs/hamt.md). A memory's phases
     spread over the circle, and its addresses differ. A convolution starts as a copy of its input,
-    but every second part, by which an item is found, comes one token late: what followed a token is
-    found by that token.
+    but what an item is found by comes one token late: what followed a token is found by that token.
     """
     if cfg.mixer == "hamt":
         for part in mixer.in_proj.split(mixer.widths)[1:3]:  # key and address
             part.mul_(2.0 / (INIT_STD * cfg.n_embd**0.5))
     if cfg.has_conv:
-        for i, part in enumerate(mixer.conv_kernel.split(mixer.conv_widths, dim=1)):
-            tokens_late = i % 2
+        parts = mixer.conv_kernel.split(mixer.conv_widths, dim=1)
+        for part, tokens_late in zip(parts, mixer.conv_lags, strict=True):
             part[CONV_LENGTH - 1 - tokens_late] += 1.0
 
 
@@ -674,7 +679,6 @@ def lr_scale(position: float, total_steps: int, cfg: Knobs) -> float:
 
 # ---------------- Records and plan
 
-HINT = "set DEVICE=cpu; PRESET=demo is a size for that"
 RESULTS = results_columns(
     "mixer hidden_dim hcm_dim num_layers num_slots num_attention_heads conv memory "
     "use_auxiliary_loss"
@@ -684,9 +688,7 @@ RESULTS = results_columns(
 # differs: a text may have to be fetched
 def plan(cfg: Knobs, world: World) -> dict[str, object]:
     """What --dry_run shows; raises UserError where the run would."""
-    with torch.device("meta"):
-        model = Model(cfg)
-    return plan_text(cfg, world, model, cfg.mixer == "attention")
+    return plan_text(cfg, world, Model, cfg.mixer == "attention")
 
 
 # ---------------- Training
@@ -720,7 +722,7 @@ def train(cfg: Knobs, session: Session, batches: TextBatches, splits: dict[str, 
     scaler = torch.amp.GradScaler(world.device.type, enabled=cfg.precision == "fp16")
     if cfg.compile:
         compile_model(model)
-    rows = choose_rows(cfg, world, model, probe_backward)  # sequences of a micro-batch
+    rows = choose_rows(cfg, world, model, probe_backward)
     gradients.zero_()  # of the probe
     carried, state = row_states(model, world), TrainState()
     saved = dict(model=model, adam=adam, scaler=scaler, states=carried, state=state)
@@ -739,7 +741,7 @@ def train(cfg: Knobs, session: Session, batches: TextBatches, splits: dict[str, 
             log_validation(session, score)
         if session.should_save:
             session.save(state.step, **saved)
-        if session.stopping:  # finished, early stop, a signal, or not finite
+        if session.stopping:
             break
 
         # -------- clock running: one optimizer step --------
@@ -774,9 +776,8 @@ def main() -> int:
     cfg = read_knobs(Knobs, PRESETS, doc=__doc__)
     if cfg.dry_run:
         return show_plan(cfg, plan, RESULTS)
-    with join_world(cfg.device, HINT) as world:
-        check_compiler(cfg.compile, cfg.device)
-        choose_precision(cfg.precision, world.device)
+    with join_world(cfg.device, "set DEVICE=cpu; PRESET=demo is a size for that") as world:
+        check_machine(cfg, world.device)
         batches, splits = open_text(cfg, world)
         session = Session(
             cfg,

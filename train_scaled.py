@@ -52,7 +52,7 @@ from plumbing.byte_runs import (
 )
 from plumbing.byte_scores import evaluate, probe_backward
 from plumbing.data import Prefetch
-from plumbing.device import CudaGraph, check_compiler, choose_precision, choose_rows
+from plumbing.device import CudaGraph, check_machine, choose_precision, choose_rows
 from plumbing.exports import check_run_fits, load_model_weights
 from plumbing.rollback import roll_back
 from plumbing.row_states import RowStates, State, row_states
@@ -958,7 +958,7 @@ def main() -> int:
     if cfg.dry_run:
         return show_plan(cfg, plan, RESULTS)
     with join_world(cfg.device, "set DEVICE=cpu; PRESET=demo is a size for that") as world:
-        check_compiler(cfg.compile, cfg.device)
+        check_machine(cfg, world.device)
         batches, val = open_bytes(cfg, world, PATCH)
         session = Session(
             cfg,

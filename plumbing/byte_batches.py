@@ -93,10 +93,10 @@ class ByteBatches:
         total_bytes = step_bytes * cfg.num_iterations
         epochs = total_bytes / self.text.total
         found: dict[str, object] = {
-            "tokens per step": f"{step_bytes:,} bytes",
+            "step": f"{step_bytes:,} bytes",
             "training tokens": f"{total_bytes:,} in {cfg.num_iterations} steps",
             "data": f"{self.text.total:,} bytes, {val.total:,} to validate",
-            "epochs": f"{epochs:.2f} in {self.num_windows} windows a strip",
+            "epochs": f"{epochs:.2f}",
         }
         if epochs > MANY_EPOCHS:
             found["warning"] = (

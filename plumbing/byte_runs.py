@@ -13,7 +13,7 @@ from plumbing.byte_batches import ByteBatches, ScoredBytes, text_facts
 from plumbing.byte_knobs import ByteRunKnobs
 from plumbing.byte_records import BYTE_METRICS
 from plumbing.byte_scores import flops_per_byte, probe_backward
-from plumbing.device import check_compiler, compile_parts
+from plumbing.device import check_machine, compile_parts
 from plumbing.exports import run_bytes
 from plumbing.knobs import ROOT
 from plumbing.plan import WhenShown, plan_facts
@@ -62,8 +62,10 @@ def session_options(
 def plan_bytes(
     cfg: ByteRunKnobs, world: World, make_model: Callable[[ByteRunKnobs], nn.Module], ahead: int
 ) -> dict[str, object]:
-    """What --dry_run and the log show of a model, its disk, its compute and its text."""
-    check_compiler(cfg.compile, cfg.device)
+    """What --dry_run and the log show of a model, its disk, its compute and its text. Raises
+    UserError for a text, a compiler or a precision that the run would refuse.
+    """
+    check_machine(cfg, world.device)
     with torch.device("meta"):
         model = make_model(cfg)
         facts = plan_facts(cfg, world, model, probe_backward)

@@ -29,6 +29,13 @@ if TYPE_CHECKING:
         batch_size: int
         device_batch_size: int | None
 
+    class MachineKnobs(Protocol):
+        """The knobs that check_machine reads."""
+
+        compile: bool
+        device: str
+        precision: str
+
 
 # Dense bf16 (T4, V100: fp16) tensor-core peaks in FLOP/s, from the vendors' data sheets. The first
 # name that occurs in the device's name counts.
@@ -173,6 +180,15 @@ def choose_precision(wanted: str, device: torch.device) -> str:
     if wanted == "fp16" and major < 7:
         raise UserError(f"PRECISION=fp16: {where} and no fp16 units; use PRECISION=fp32")
     return wanted
+
+
+def check_machine(cfg: "MachineKnobs", device: torch.device) -> None:
+    """Raise UserError for a compiler or a precision that this machine does not have. A plan that is
+    made on another machine's CPU cannot know the precisions of the run's GPU.
+    """
+    check_compiler(cfg.compile, cfg.device)
+    if device.type == cfg.device:
+        choose_precision(cfg.precision, device)
 
 
 def choose_rows(

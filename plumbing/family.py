@@ -61,7 +61,7 @@ FAMILY = {
     ),
     "train_gpu.py": (
         "mixer n_embd hcm_dim n_layer num_slots n_head vocab_size slowest_decay "
-        "use_gating conv memory chunk_length dropout use_auxiliary_loss aux_loss_weight "
+        "use_gating conv memory chunk_length kernel dropout use_auxiliary_loss aux_loss_weight "
         "data tokenizer max_train_samples max_val_samples num_workers sequence_length "
         "device_batch_size carry_state num_epochs time_budget_s use_scheduler warmup_iters lr "
         "weight_decay grad_clip precision gradient_checkpointing final_test early_stop_patience "

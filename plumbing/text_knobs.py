@@ -7,6 +7,7 @@ and further spellings are those of the program that train_gpu.py follows.
 
 from dataclasses import dataclass
 
+from plumbing.kernels import check_kernel
 from plumbing.knobs import ROOT, knob
 from plumbing.run_knobs import RUN_KNOBS, RunKnobs
 
@@ -44,6 +45,11 @@ class TextRunKnobs(RunKnobs):
     save_every: int = knob(1000, "steps between checkpoints", low=0, alias=("save_steps",))
     save_epochs: bool = knob(True, "a checkpoint also at the end of each epoch")
     compile: bool = knob(False, "compile the model's block", alias=("compile_model",), group="run")
+    kernel: str = knob(
+        "plain",
+        "plain tensor code, or fla: the kernels of the package fla-core, on a GPU",
+        choices=("plain", "fla"),
+    )
     gradient_checkpointing: bool = knob(False, "save memory: compute a block twice")
     tracker_project: str = knob(
         "hamt-competitive-llm", "project at the tracker's service", alias=("wandb_project",)
@@ -53,6 +59,9 @@ class TextRunKnobs(RunKnobs):
         str(ROOT / "logs"), "folder of logs, metrics and checkpoints", alias=("output_dir",)
     )
     results_file: str = knob(str(ROOT / "experiments/results_hamt.csv"), "file with a row per run")
+
+    def __post_init__(self):
+        check_kernel(self.kernel, self.device)
 
     @property
     def encoding(self) -> str:
@@ -66,6 +75,7 @@ class TextRunKnobs(RunKnobs):
         return self.vocab_size or VOCABULARY[self.encoding]
 
 
-# The last two move a loss by rounding only.
+# The last three move a loss by rounding only.
 TEXT_RUN_KNOBS = [*RUN_KNOBS, "max_val_samples", "num_workers", "data_folder", "final_test"]
 TEXT_RUN_KNOBS += ["save_epochs", "tracker_project", "device_batch_size", "gradient_checkpointing"]
+TEXT_RUN_KNOBS += ["kernel"]

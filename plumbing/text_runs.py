@@ -4,12 +4,13 @@ Promises: a text that is not there, too short or of another vocabulary is refuse
 plan fetches nothing, and a text that a run would fetch is no reason not to start one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from torch import nn
 
-from plumbing.device import check_compiler, choose_precision
+from plumbing.device import check_machine
 from plumbing.plan import flops_per_token, plan_facts
 from plumbing.splits import NotFetched, Split, open_splits
 from plumbing.text_batches import TextBatches
@@ -66,15 +67,18 @@ def results_columns(model: str) -> list[str]:
 
 
 def plan_text(
-    cfg: TextRunKnobs, world: World, model: nn.Module, has_attention: bool
+    cfg: TextRunKnobs,
+    world: World,
+    make_model: Callable[[TextRunKnobs], nn.Module],
+    has_attention: bool,
 ) -> dict[str, object]:
-    """What --dry_run shows of a model on the meta device, of a text and of training on it. Raises
-    UserError for a text, a compiler or a precision that the run would refuse.
+    """What --dry_run shows of a model, which it makes without memory, of a text and of training on
+    it. Raises UserError for a text, a compiler or a precision that the run would refuse.
     """
-    check_compiler(cfg.compile, cfg.device)
-    if cfg.device == "cpu":
-        choose_precision(cfg.precision, world.device)
-    facts = plan_facts(cfg, world, model, probe_backward)
+    check_machine(cfg, world.device)
+    with torch.device("meta"):
+        model = make_model(cfg)
+        facts = plan_facts(cfg, world, model, probe_backward)
     step_tokens = cfg.batch_size * cfg.sequence_length
     step_flops = flops_per_token(model, has_attention) * step_tokens
     try:

@@ -149,6 +149,12 @@ def gpus(args: argparse.Namespace) -> Iterator[Finding]:
     yield looked("NCCL", found[0] != "n" or not is_needed, found, way_out)
 
 
+def kernels(args: argparse.Namespace) -> Iterator[Finding]:
+    version = version_of("fla-core")
+    way_out = "pip install fla-core, for KERNEL=fla of train_gpu.py on a GPU"
+    yield looked("fla", bool(version), version or "not installed", way_out, NOTE)
+
+
 def compiler(args: argparse.Namespace) -> Iterator[Finding]:
     from plumbing.device import check_compiler
 
@@ -252,7 +258,7 @@ def output_of(*command: str) -> str:
 
 
 CHECKS: tuple[Callable[[argparse.Namespace], Iterator[Finding]], ...] = (
-    python, packages, torch_itself, driver, gpus, compiler, processor, memory, disk,
+    python, packages, torch_itself, driver, gpus, kernels, compiler, processor, memory, disk,
     shards, launcher, knobs,
 )  # fmt: skip
 

@@ -13,7 +13,7 @@ from support import ROOT
 # than its 680 and 840; docs/design.md says what the lines are.
 BUDGETS = {
     "train_gpt.py": (630, 29),
-    "train_gpu.py": (796, 38),
+    "train_gpu.py": (800, 38),
     "train_scaled.py": (980, 46),
     "train_arith.py": (540, 25),
     "arithmetic.py": (435, 22),

@@ -112,7 +112,7 @@ def test_dry_run_shows_sizes_and_trains_nothing(monkeypatch, capsys, tmp_path):
     data = str(write_text(tmp_path, train=20000))
     code, out = dry_run(monkeypatch, capsys, "--preset", "phase8", "--data", data)
     assert code == 0
-    assert "parameters:      129,302,416" in out and "tokens per step: 8,192 bytes" in out
+    assert "parameters:      129,302,416" in out and "step:            8,192 bytes" in out
     assert "training tokens: 409,600,000 in 50000 steps" in out
     flops = float(out.split("compute:")[1].split()[0])
     assert abs(flops / 8.7e16 - 1) < 0.05, "the fact sheet's count"

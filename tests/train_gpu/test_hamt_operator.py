@@ -1,10 +1,13 @@
 """gated_linear_attention: its definition at every length, precision, causality, compilation."""
 
+import importlib.util
+
 import pytest
 import torch
 from hamt_support import knobs, lively, stream, tokens
 
 import train_gpu
+from plumbing.kernels import check_kernel, fla_attention
 from train_gpu import gated_linear_attention, recurrent_step
 
 
@@ -137,3 +140,32 @@ def test_phases_are_as_precise_at_position_a_million_as_at_the_start():
     near, _ = stream(model, x_BT, model.empty_state(1))
     there, _ = stream(model, x_BT, far)
     assert (near - there).abs().max() < 1e-6
+
+
+@pytest.mark.gpu
+def test_the_kernels_of_fla_give_what_the_plain_form_gives():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    pytest.importorskip("fla", reason="needs the package fla-core")
+    given = inputs(256, B=2, H=4, S=16, E=64)
+    results = []
+    for attend, dtype in ((gated_linear_attention, torch.float32), (fla_attention, torch.bfloat16)):
+        leaves = [x.float().cuda().requires_grad_() for x in given]
+        values = leaves[2].to(dtype)
+        read, _ = attend(*leaves[:2], values, *leaves[3:], 64)
+        read.float().square().sum().backward()
+        results.append([read.float(), *(x.grad for x in leaves)])
+    for a, b in zip(*results, strict=True):
+        assert (a - b).norm() / a.norm() < 3e-3
+
+
+def test_the_kernels_are_off_by_default_and_refused_on_a_cpu():
+    assert train_gpu.Knobs().kernel == "plain"
+    with pytest.raises(ValueError, match="KERNEL=fla needs a GPU"):
+        knobs(kernel="fla")
+
+
+def test_kernels_that_are_not_installed_are_refused_before_the_run(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="needs the package fla-core: pip install fla-core"):
+        check_kernel("fla", "cuda")
