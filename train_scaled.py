@@ -3,7 +3,6 @@
     PRESET=demo python train_scaled.py                  a laptop, a minute, no download
     nohup python3 -u train_scaled.py > training_scaled_50k.log 2>&1 &      one GPU, 50,000 steps
     DATA=my.txt python train_scaled.py                  your own text
-    DATA=wikipedia:tr torchrun --standalone --nproc_per_node=2 train_scaled.py
     DATA=texts/ PRESET=phase8 python train_scaled.py    the original, in exact mathematics
 
 After a crash start the same command with RUN_ID=NAME, the run's folder in logs/, and with >> for >:
@@ -14,7 +13,7 @@ the patches, and a small recurrent decoder writes the bytes of the next patch. T
 Hebbian; a second one, by bytes, remembers what followed the last few, wherever patches begin.
 
 Size     132,718,190 parameters; PRESET=phase8: 129,302,416
-Expect   docs/scaled.md: recall, bits per byte and speed, with commands
+Expect   docs/scaled.md has the figures, with commands
 Shapes   B rows, T bytes, N = T / 4 patches, D model width, H heads, E = D / H head width, F width
          of a memory's values, C patches of a chunk, M chunks, G histories; x_BND is (B, N, D)
 Units    SLIDING_WINDOW and half-lives in patches; losses in nats per byte
@@ -243,7 +242,7 @@ def exp_lower(exponent: Tensor) -> Tensor:
 def chunk_states(keep: Tensor, added: Tensor, first: Tensor) -> Tensor:
     """S_{n+1} = keep_n S_n + added_n: the M + 1 states (B, H, M + 1, E, F) from S_0 = first on.
 
-    Each round doubles the chunks that a state covers: log2(M) rounds, no loop over chunks.
+    Each round doubles the chunks that a state covers: log2(M) rounds.
     """
     states = torch.cat([first[:, :, None], added], 2)
     keep = F.pad(keep, (0, 0, 0, 0, 1, 0))
@@ -319,7 +318,7 @@ def unit_length(x: Tensor) -> Tensor:
 
 
 def products_in(dtype: torch.dtype, x: Tensor) -> torch.autocast:
-    """A context for computing with x. fp32 switches autocast off, also one that is around it."""
+    """Products with x in dtype; fp32 switches autocast off, also one that is around it."""
     kind = "cuda" if x.is_cuda else "cpu"
     return torch.autocast(kind, dtype, enabled=dtype != torch.float32)
 
@@ -367,7 +366,7 @@ class ScaledMemory(nn.Module):
         D, H = cfg.n_embd, cfg.n_head
         self.cfg = cfg
         self.qkv, self.gate = nn.Linear(D, 3 * D), nn.Linear(D, D)
-        self.conv_kernel = nn.Parameter(torch.zeros(4, 3 * D))  # three patches before, and this one
+        self.conv_kernel = nn.Parameter(torch.zeros(4, 3 * D))  # three patches before, then this
         self.conv_bias = nn.Parameter(torch.zeros(3 * D))
         self.retention = nn.Parameter(initial_retention(cfg))
         self.retention_shift = nn.Linear(D, H, bias=False)  # what the input adds to them
@@ -456,7 +455,7 @@ class OriginalBlock(nn.Module):
 
 
 class ScaledBlock(nn.Module):
-    """Our block: rotary window attention and memory side by side, joined by one projection."""
+    """Our block: rotary window attention beside a memory, joined by one projection."""
 
     def __init__(self, cfg: Knobs):
         super().__init__()
@@ -489,7 +488,7 @@ class ScaledBlock(nn.Module):
 
 
 class PatchRefiner(nn.Module):
-    """One gated MLP, applied several times to each patch by itself."""
+    """A gated MLP, applied several times to each patch by itself."""
 
     def __init__(self, cfg: Knobs, norm: type[nn.Module]):
         super().__init__()
@@ -556,15 +555,20 @@ class OriginalDecoder(nn.Module):
         """What the GRU reads before it predicts a patch's first byte, as rows of `of_byte`."""
         return [of_byte[0]]
 
-    def forward(self, z_BND: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def byte_inputs(self) -> Tensor:
+        """The GRU's product with each byte value, (256, 768)."""
+        return F.linear(self.embed.weight, self.gru.weight_ih[:, :BYTES])
+
+    def forward(
+        self, z_BND: Tensor, x: Tensor, y: Tensor, of_byte: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Logits, fp32, of the bytes y (B, N, 4) of patches, and the hidden states that they come
         from, both (B, N, 4, 256), given the latent before each patch, the 8 bytes x (B, N, 8)
-        before it, and the bytes before them in their own patch.
+        before it, and the bytes before them in their own patch. of_byte: known byte_inputs().
         """
-        # The GRU's product with its input: of each byte value (256, 768), and of each latent.
-        of_byte, of_latent = self.gru.weight_ih.split(BYTES, dim=1)
-        of_byte = F.linear(self.embed.weight, of_byte)
-        of_latent = F.linear(self.latent(z_BND), of_latent, self.gru.bias_ih)
+        of_byte = self.byte_inputs() if of_byte is None else of_byte
+        weight = self.gru.weight_ih[:, BYTES:]
+        of_latent = F.linear(self.latent(z_BND), weight, self.gru.bias_ih)
         own = y[..., :-1]
         hidden, states = None, []
         for byte in [*self.first_inputs(x, of_byte), *F.embedding(own, of_byte).unbind(2)]:

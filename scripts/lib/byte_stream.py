@@ -26,6 +26,8 @@ class Stream:
         self.held = torch.zeros(B, 0, dtype=torch.long, device=device)  # of the unfinished patch
         self.past = torch.zeros(B, LONGEST, dtype=torch.long, device=device)  # the last bytes
         self.z_BND = None  # the latent of the last whole patch
+        with torch.no_grad():
+            self.of_byte = model.decoder.byte_inputs()  # the same for every byte that comes
 
     def next_byte(self) -> Tensor:
         """Time of the next byte; the first that is predicted comes at time 1."""
@@ -62,7 +64,7 @@ class Stream:
             return torch.zeros(len(self.held), BYTES, device=self.held.device)
         before = self.past[:, : LONGEST - done][:, -PAST:]  # of the patch that is predicted
         own = F.pad(self.held, (0, PATCH - done))
-        logits, hidden = model.decoder(self.z_BND, before[:, None], own[:, None])
+        logits, hidden = model.decoder(self.z_BND, before[:, None], own[:, None], self.of_byte)
         logits, hidden = logits[:, 0, done], hidden[:, 0, done]
         if model.byte_memory is None or model.cfg.memory == "zero":
             return logits

@@ -78,7 +78,7 @@ def test_a_compiler_that_fails_is_one_line_and_training_goes_on(monkeypatch, tmp
 
     monkeypatch.setattr(torch, "compile", broken)
     for module in (train_scaled, byte_runs):
-        monkeypatch.setattr(module, "check_compiler", lambda *args: None)
+        monkeypatch.setattr(module, "check_machine", lambda *args: None)
     code, out = run_here(monkeypatch, tmp_path, run_id="a", compile=1, num_iterations=2)
     line = "compile: failed, training goes on without it (RuntimeError: no such backend)"
     assert code == 0 and line in out
