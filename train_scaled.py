@@ -1,6 +1,6 @@
 """train_scaled.py -- a 133M byte-level language model: attention windows and decaying memories.
 
-    PRESET=demo python train_scaled.py                  a laptop, a minute, no download
+    PRESET=demo python train_scaled.py                  a laptop, no download
     nohup python3 -u train_scaled.py > training_scaled_50k.log 2>&1 &      one GPU, 50,000 steps
     DATA=my.txt python train_scaled.py                  your own text
     DATA=texts/ PRESET=phase8 python train_scaled.py    the original, in exact mathematics
