@@ -1,11 +1,11 @@
 """train_gpu.py -- HAMT: a language model whose layers keep a holographic associative memory.
 
-    python train_gpu.py --preset demo                        a CPU, a minute, no download
-    python train_gpu.py --preset 100m --mixer attention      the rotary transformer of the same size
+    python train_gpu.py --preset demo                      a CPU, minutes, no download
+    python train_gpu.py --preset 100m --mixer attention    the rotary transformer of the same size
     torchrun --standalone --nproc_per_node=8 train_gpu.py --preset 124m --precision bf16 --compile
 
-A layer writes an item v of each token, bound to a key k of unit modulus, into S slots, and reads
-with the conjugate of a query q: M_t = decay_t * M_{t-1} + w_t (k_t v_t), r_t = conj(q_t) (a_t M_t).
+A layer writes each token's item v, bound to a key k of unit modulus, into S slots by address w, and
+reads by address a and key q: M_t = decay_t * M_{t-1} + w_t (k_t v_t), r_t = conj(q_t) (a_t M_t).
 The output is W_o(norm(r_t) silu(g_t)). It keeps M, 3 inputs of the convolution and the position,
 however long the past is.
 
@@ -17,8 +17,8 @@ Units    losses in nats per token; phases in radians
 Raises   UserError (one line, exit code 2) where a user can help
 Sources  holographic reduced representations: Plate 1995; keys of unit modulus: Ganesan et al.,
          arXiv 2109.02157; chunks and decay: GLA, arXiv 2312.06635; convolution: Mamba, 2312.00752
-Shared   plumbing/ keeps the run alive; what of it moves a loss is text_batches.py (order of tokens,
-         what is drawn for a row by seed, step and row) and row_states.py (CARRY_STATE)
+Shared   plumbing/ keeps the run alive. Of it, only text_batches.py (order of tokens, random bits by
+         seed, step and row) and row_states.py (CARRY_STATE) move a loss
 """
 
 import hashlib
@@ -74,9 +74,9 @@ class Knobs(TextRunKnobs):
     n_layer: int = knob(8, "blocks", low=1)
     n_head: int = knob(8, "heads, each with addresses and phases of its own", low=1)
     num_slots: int = knob(16, "slots of a head's memory", low=1)
-    conv: bool | None = knob(None, "convolve 4 tokens first; auto: on for hamt", none="auto")
+    conv: bool | None = knob(None, "causal convolution of 4 tokens; auto: hamt", none="auto")
     use_gating: bool = knob(True, "gate the memory's read with SiLU")
-    slowest_decay: float = knob(2**-7, "part that the slowest slot forgets", above=0, high=0.25)
+    slowest_decay: float = knob(2**-7, "part the slowest slot forgets a token", above=0, high=0.25)
     memory: str = knob(
         "on",
         "reads find all tokens (on), their own (local) or none",
@@ -92,7 +92,9 @@ class Knobs(TextRunKnobs):
     lr: float = knob(3e-4, "peak learning rate of AdamW", low=0)
     weight_decay: float = knob(0.01, "decay of matrices; others have none", low=0)
     grad_clip: float = knob(1.0, "largest norm of the gradient; 0: no clipping", low=0)
-    precision: str = knob("fp16", "of products", choices=tuple(DTYPES), group="machine")
+    precision: str = knob(
+        "fp16", "number format of products", choices=tuple(DTYPES), group="machine"
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -132,7 +134,7 @@ Mixed = tuple[Tensor, Tensors, Tensor | None]  # a layer's output, state and aux
 
 
 def autocast(x: Tensor, dtype: torch.dtype) -> torch.autocast:
-    """Products in this dtype; fp32 switches off what is around it. A meta tensor is a CPU's."""
+    """Products in dtype; fp32 ends an autocast around it. A meta tensor counts as a CPU's."""
     device_type = "cuda" if x.is_cuda else "cpu"
     return torch.autocast(device_type, dtype, enabled=dtype != torch.float32)
 
@@ -156,10 +158,10 @@ def unbind(bound: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def angles_at(cfg: Knobs, position: Tensor, T: int, dtype: torch.dtype) -> Tensor | Tensors:
-    """What all mixers turn keys by, for tokens from `position` on: phases (T, 1, bins of a head),
-    for attention as a key. All bins of attention turn, and half of a memory's, so that it reads by
-    content and by distance. The products are fp64 and reduced to one turn: position 10^6 is as
-    precise as position 1.
+    """Phases (T, 1, bins of a head) of tokens from `position` on, by which keys turn; for attention
+    their key_of(). All bins of attention turn, and half of a memory's, so that it reads by
+    content and by distance. Products are fp64, reduced to one turn: position 10^6 is as precise as
+    position 1.
     """
     bins = turning = cfg.n_embd // cfg.n_head // 2
     if cfg.mixer == "hamt":
@@ -203,15 +205,15 @@ def gated_linear_attention(
     """Reads (B, T, H, E) and the state (B, H, S, E) after the last token.
 
     state_t = exp(log_decay_t) * state_{t-1} + k_t v_t^T and read_t = q_t state_t, per head, for
-    q, k and log_decay (B, T, H, S). In the header, q and k are the addresses a and w, and v is the
-    bound item k v. Every chunk length L gives the same up to rounding. Products with v have its
+    q, k and log_decay (B, T, H, S). Here q and k are the header's addresses a and w, and v its
+    bound item. Every chunk length L gives the same up to rounding. Products with v have its
     type; the rest, and all for a single token, has the type of the state.
     """
     T = v.size(1)
     if T == 1:
         return recurrent_step(q, k, v, log_decay, state)
     L = min(L, T)
-    group = 1 if T <= 256 * L else 32  # chunks in one of the second level
+    group = 1 if T <= 256 * L else 32  # chunks of a second-level group
     missing = -T % (L * group)
     inputs = q, k, v, log_decay
     if missing > 0:  # filled up with tokens that write and forget nothing
@@ -225,7 +227,7 @@ def gated_linear_attention(
     centred = since_start - middle
     falling = centred.exp()
     q_falling = q * falling
-    k_rising = k * (-centred).exp()  # the gradient of 1 / falling overflows sooner
+    k_rising = k * (-centred).exp()  # 1 / falling would square in its gradient
     k_at_end = k_rising * falling[:, :, :, -1:]
     scores = (q_falling @ k_rising.mT).tril()
     added = (k_at_end.type_as(v).mT @ v).type_as(state)
@@ -263,8 +265,8 @@ def states_between(added: Tensor, log_decay: Tensor, state: Tensor, group: int) 
 def decayed_sums(added: Tensor, log_decay: Tensor) -> Tensor:
     """(..., J, S, E): after each of J chunks, what is left of all that was added so far.
 
-    log_decay (..., J, S) is summed anew for each pair of chunks, because a difference of two long
-    sums would lose the small terms.
+    weight[s, i, j] is exp of the sum of log_decay (..., J, S) from j + 1 to i, summed anew for each
+    pair: a difference of two long sums would lose the small terms.
     """
     steps = log_decay.mT[..., None].expand(*log_decay.mT.shape, log_decay.size(-2))
     weight_SJJ = steps.tril(-1).cumsum(-2).exp().tril()
@@ -291,7 +293,7 @@ class Memory(nn.Module):
         C, D, bins, slots = cfg.n_embd, cfg.hcm_dim, cfg.hcm_dim // 2, cfg.n_head * cfg.num_slots
         # Rows of in_proj make item, key, address, forget logit and gate.
         self.widths = [D, bins, slots, slots, D if cfg.use_gating else 0]
-        # Channels of the convolution: item, write key, read key, write address, read address.
+        # Convolved: item, write and read key, write and read address; lags in tokens.
         self.conv_widths, self.conv_lags = [D, bins, bins, slots, slots], (0, 1, 0, 1, 0)
         self.in_proj = parameter(sum(self.widths), C)
         self.out_proj = parameter(C, D)
@@ -444,7 +446,7 @@ class Block(nn.Module):
 
     A mixer has empty_state(B), and forward(x, state, angles, seed_B), which returns y, the state
     and an auxiliary loss or None; with CONV, conv_kernel, conv_widths and conv_lags. Names that end
-    in _proj are of matrices: it decides weight decay and the scale of outputs.
+    in _proj have weight decay. Knobs, angles_at and prepare_recall know the mixers by name.
     """
 
     def __init__(self, cfg: Knobs):
@@ -562,9 +564,9 @@ def init_weights(model: Model, cfg: Knobs) -> None:
 
 
 def prepare_recall(mixer: nn.Module, cfg: Knobs) -> None:
-    """Gives the weights what recall needs at the start (measured: docs/hamt.md). A memory's phases
-    spread over the circle, and its addresses differ. A convolution starts as a copy of its input,
-    but what an item is found by comes one token late: what followed a token is found by that token.
+    """Gives the weights what recall needs at the start (measured: docs/hamt.md). Keys and addresses
+    have std 2: phases fill the circle, slots differ. Convolutions start as copies, those of write
+    keys and addresses one token late: token t + 1 is stored under token t, and found by it.
     """
     if cfg.mixer == "hamt":
         for part in mixer.in_proj.split(mixer.widths)[1:3]:  # key and address
@@ -697,7 +699,7 @@ def plan(cfg: Knobs, world: World) -> dict[str, object]:
 # same as train_gpt.py
 @dataclass
 class TrainState:
-    """With model, optimizer, scaler, row states and session.spent_s all that a step depends on."""
+    """All a step depends on, with model, optimizer, scaler, row states and session.spent_s."""
 
     step: int = 0
 
@@ -771,7 +773,7 @@ def train(cfg: Knobs, session: Session, batches: TextBatches, splits: dict[str, 
     log_final(session, model, splits, rows, has_constant_state=cfg.mixer == "hamt")
 
 
-# differs: a text says how long it is
+# differs: its data are a text
 def main() -> int:
     cfg = read_knobs(Knobs, PRESETS, doc=__doc__)
     if cfg.dry_run:

@@ -1,8 +1,8 @@
 """train_scaled.py -- a 133M byte-level language model: attention windows and decaying memories.
 
-    PRESET=demo python train_scaled.py                  a laptop, no download
-    nohup python3 -u train_scaled.py > training_scaled_50k.log 2>&1 &      one GPU, 50,000 steps
-    DATA=my.txt python train_scaled.py                  your own text
+    PRESET=demo python train_scaled.py     a laptop, no download
+    nohup python3 -u train_scaled.py > training_scaled_50k.log 2>&1 &    one GPU, 50,000 steps
+    DATA=my.txt python train_scaled.py     your own text
     DATA=texts/ PRESET=phase8 python train_scaled.py    the original, in exact mathematics
 
 After a crash start the same command with RUN_ID=NAME, the run's folder in logs/, and with >> for >:
@@ -103,8 +103,8 @@ class Knobs(ByteRunKnobs):
     n_layer: int = knob(12, "number of blocks", low=1)
     n_head: int = knob(12, "number of heads, of attention and of the memory", low=1)
     n_embd: int = knob(768, "model width, in channels", low=8)
-    sliding_window: int | None = knob(64, "patches a query sees; off: a row's", low=1, none="off")
-    memory: str = knob("on", "zero: computed, not used; off: none", choices=("on", "zero", "off"))
+    sliding_window: int | None = knob(64, "patches a query sees; off: whole row", low=1, none="off")
+    memory: str = knob("on", "zero: read, but not used; off: none", choices=("on", "zero", "off"))
     mem_range: float = knob(0.0, "lowest retention of the blocks' memory", low=0, high=0.9999)
     mem_init: float | None = knob(
         None, "initial logit of all retentions; log: half-lives 32 to 65536", none="log"
@@ -122,7 +122,9 @@ class Knobs(ByteRunKnobs):
     weight_decay: float = knob(0.1, "weight decay of AdamW", low=0)
     decay_on: str = knob("matrices", "what weight decay acts on", choices=("matrices", "all"))
     grad_clip: float = knob(0.5, "largest norm of the gradient", above=0)
-    precision: str = knob("auto", "dtype of products", choices=("auto", *DTYPES), group="machine")
+    precision: str = knob(
+        "auto", "number format of products", choices=("auto", *DTYPES), group="machine"
+    )
 
     def __post_init__(self):
         super().__post_init__()
