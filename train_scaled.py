@@ -103,7 +103,9 @@ class Knobs(ByteRunKnobs):
     n_layer: int = knob(12, "number of blocks", low=1)
     n_head: int = knob(12, "number of heads, of attention and of the memory", low=1)
     n_embd: int = knob(768, "model width, in channels", low=8)
-    sliding_window: int | None = knob(64, "patches a query sees; off: whole row", low=1, none="off")
+    sliding_window: int | None = knob(
+        64, "patches a query sees; off: a whole row", low=1, none="off"
+    )
     memory: str = knob("on", "zero: read, but not used; off: none", choices=("on", "zero", "off"))
     mem_range: float = knob(0.0, "lowest retention of the blocks' memory", low=0, high=0.9999)
     mem_init: float | None = knob(
@@ -113,7 +115,7 @@ class Knobs(ByteRunKnobs):
     mem_rows: int = knob(65536, "rows of each table of the memory by bytes; 0: none", low=0)
     ngram_rows: int = knob(12288, "rows of each n-gram table of DECODER=scaled; 0: none", low=0)
     thinking_steps: int = knob(3, "passes of the weight-tied MLP after the blocks", low=0)
-    dropout: float = knob(0.0, "dropout of input, memory and MLPs", low=0, high=0.9)
+    dropout: float = knob(0.0, "dropout of input, memory and blocks' MLPs", low=0, high=0.9)
     warmup_iters: int = knob(500, "steps of linear warm-up", low=0, group="schedule")
     schedule: str = knob("linear", "lr after the warm-up", choices=("constant", "linear"))
     curriculum: bool = knob(False, "retention times 0.10, from 15% of steps 0.50, from 40% 0.99")
@@ -173,8 +175,8 @@ def merge_heads(x_BHNE: Tensor) -> Tensor:
 
 
 def rotary_tables(position_N: Tensor, width: int) -> Rotary:
-    """cos and sin (N, width / 2) of positions (Su et al., arXiv 2104.09864). Angles are fp64, since
-    BLOCKS=original counts on: after 50 million patches, fp32 would be off by up to 2 radians.
+    """cos and sin (N, width / 2) of positions (Su et al., arXiv 2104.09864). Angles are fp64, as
+    positions of BLOCKS=original grow: at 50 million, fp32 would be off by up to 2 radians.
     """
     channel = torch.arange(0, width, 2, device=position_N.device, dtype=torch.float64)
     angle = position_N[:, None] * 10000.0 ** (-channel / width)
@@ -244,14 +246,14 @@ def exp_lower(exponent: Tensor) -> Tensor:
 def chunk_states(keep: Tensor, added: Tensor, first: Tensor) -> Tensor:
     """S_{n+1} = keep_n S_n + added_n: the M + 1 states (B, H, M + 1, E, F) from S_0 = first on.
 
-    Each round doubles the chunks that a state covers: log2(M) rounds.
+    Each round doubles the chunks that a state covers.
     """
     states = torch.cat([first[:, :, None], added], 2)
     keep = F.pad(keep, (0, 0, 0, 0, 1, 0))
     for level in range(added.size(2).bit_length()):
-        before = (0, 0, 0, 0, 2**level, -(2**level))
-        states = states + keep @ F.pad(states, before)
-        keep = keep @ F.pad(keep, before)
+        shift = (0, 0, 0, 0, 2**level, -(2**level))
+        states = states + keep @ F.pad(states, shift)
+        keep = keep @ F.pad(keep, shift)
     return states
 
 
@@ -271,9 +273,9 @@ def decaying_memory(
     # Zeros fill the last chunk; they change nothing.
     q, k, v = (F.pad(t, (0, 0, 0, -N % C)).unflatten(2, (-1, C)) for t in (q, k, v))
     log_since_start = F.pad(log_decay, (0, -N % C)).unflatten(2, (-1, C)).cumsum(3)[..., None]
-    whole = log_since_start[..., -1:, :]
+    total = log_since_start[..., -1:, :]
     within = exp_lower(log_since_start - log_since_start.mT)  # (B, H, M, C, C), of patch j at i
-    k_to_end = (k * (whole - log_since_start).exp()).mT
+    k_to_end = (k * (total - log_since_start).exp()).mT
     if delta_rule:
         # A write u depends on those before it in the chunk, and linearly on the state S before it:
         # u = solved_v - solved_k S, for all patches at once (the papers' WY form). The solver reads
@@ -282,13 +284,13 @@ def decaying_memory(
         lower = within * (k @ k.mT)
         solved = torch.linalg.solve_triangular(lower, right, upper=False, unitriangular=True)
         solved_v, solved_k = solved.split([v.size(-1), k.size(-1)], -1)
-        keep = whole.exp() * torch.eye(k.size(-1), device=k.device) - k_to_end @ solved_k
+        keep = total.exp() * torch.eye(k.size(-1), device=k.device) - k_to_end @ solved_k
         states = chunk_states(keep, k_to_end @ solved_v, state)
         v = solved_v - solved_k @ states[:, :, :-1]
     else:
         # The state before chunk n sums what is left of the first state and of what each chunk
         # before n has added: row n of `across`, in fp64 as its exponents subtract long sums.
-        edges = F.pad(whole[..., 0, 0].double().cumsum(2), (1, 0))[..., None]
+        edges = F.pad(total[..., 0, 0].double().cumsum(2), (1, 0))[..., None]
         across = exp_lower(edges - edges.mT).float()  # (B, H, M + 1, M + 1)
         states = torch.cat([state[:, :, None], k_to_end @ v], 2)
         states = (across @ states.flatten(3)).view_as(states)
@@ -474,7 +476,7 @@ class ScaledBlock(nn.Module):
         cfg, N = self.cfg, x_BND.size(1)
         h = self.norm1(x_BND)
         q, k, v = split_heads(self.qkv(h), cfg.n_head)
-        # Keys are kept unrotated: each call rotates them by positions that start at 0.
+        # Keys are kept unrotated: each call rotates them anew, and only distances matter.
         k, v, new = join_past(k, v, past, mask is None)
         cos, sin = (table[-k.size(2) :] for table in rotary)
         q, k = rotate(q, cos[-N:], sin[-N:]), rotate(k, cos, sin)
@@ -639,7 +641,7 @@ class ByteMemory(nn.Module):
         by_count = self.escape_by_count.view(G, counts, counts)
         escape = by_count[length, found, different] + self.escape_by_state(hidden).float()
         escape = escape + self.escape_by_age.view(G, AGES)[length, self.tables.age_class(age)]
-        # What the longer histories leave to each length; first, the model's share. A product of
+        # log_left[g] is what lengths g, g + 1, ... leave; [0] is the model's share. A product of
         # escapes, as a sum of logarithms: the gradient of cumprod would wait for the device.
         log_escape = torch.where(found > 0, F.logsigmoid(escape), 0.0)
         log_left = F.pad(log_escape.flip(-1).cumsum(-1).flip(-1), (0, 1))
@@ -655,7 +657,7 @@ class ByteMemory(nn.Module):
     def forward(
         self, logits: Tensor, hidden: Tensor, text: Tensor, first: Tensor, tables: Tables
     ) -> tuple[Tensor, Tables]:
-        """log p (B, T, 256) of the bytes of `text`, and the tables after them."""
+        """log p (B, T, 256) of the last T bytes of `text`, and the tables after them."""
         followers, age, writes = self.tables.read(text, first, tables)
         tables = tuple(table.clone() for table in tables)
         self.tables.write(tables, writes)
@@ -754,8 +756,8 @@ class ByteLM(nn.Module):
         self, x_BT: Tensor, y_BT: Tensor, past: State | None = None
     ) -> tuple[Tensor, State, Tensor]:
         """Logits (B, T, 256), fp32, of the targets y, each given all bytes before it; the state
-        after x; and the logits of the decoder alone: the same if no memory by bytes is used.
-        past: the state before x, None at the beginning of a text.
+        after x (of the tables: after y); and the decoder's own logits: the same object if
+        nothing is mixed in. past: the state before x, None at the beginning of a text.
         """
         old = self.empty_state(len(x_BT)) if past is None else past
         *_, (seen,), tables = old.layers
@@ -776,8 +778,8 @@ class ByteLM(nn.Module):
     def forward(
         self, x_BT: Tensor, y_BT: Tensor, past: State | None = None
     ) -> tuple[Tensor, State]:
-        """-log p of each target byte, (B, T), in nats, and the state after x. It is 0 where a
-        target is -1, which is not scored; the byte there is taken from x.
+        """-log p of each target byte, (B, T), in nats, and the state after x. A target of -1
+        scores 0; its byte is taken from x.
         """
         known = torch.where(y_BT < 0, F.pad(x_BT[:, PATCH:], (0, PATCH)), y_BT)
         with products_in(self.dtype, x_BT):
@@ -915,7 +917,7 @@ def train(cfg: Knobs, session: Session, batches: ByteBatches, val: ScoredBytes) 
         compile_model(session, model, rows)
     gradients.zero_()  # of the probes
     backward_pass = partial(run_backward_pass, model, carried, scaler, rows)
-    if cfg.uses_cuda_graph:  # see there what it forbids
+    if cfg.uses_cuda_graph:  # see its limits there
         backward_pass = CudaGraph(backward_pass, world.device)
     prefetch = Prefetch(batches.make, state.step, world.device)
 
@@ -948,7 +950,7 @@ def train(cfg: Knobs, session: Session, batches: ByteBatches, val: ScoredBytes) 
         lr = cfg.lr * lr_scale(state.step, cfg) * 0.5**state.rolled_back
         state.step += 1
         figures = state.step, train_loss, lr, grad_norms, overflow
-        # On the device: whether the update may be applied.
+        # A flag on the device: whether the update may be applied.
         all_finite = session.step(*figures, plasticity=model.plasticity / world.size)
         gradients *= (cfg.grad_clip / grad_norms.norm()).clamp(max=1.0)
         adam.step(lr, all_finite)
