@@ -38,7 +38,8 @@ NAMES = {
         "ATTENTION_ID": "attention", "...": ""},
     "report.md": {"RUN_ID": "gpt", "/tmp/b/results.csv": "experiments/results.csv",
         "/tmp/b/logs": "logs", "/tmp/b/report.html": "big.html"},
-    "scaled.md": {"RUN_ID": "scaled", "ID,ID,ID": "scaled"},
+    "scaled.md": {
+        "RUN_ID": "scaled", "ID,ID,ID": "scaled", "FOLDER/test.txt": "book.txt"},
     "studies.md": {"...": "experiments/studies/gating.toml"},
 }  # fmt: skip
 # Flags that make a command small. They stand behind its own, and the last one counts.
