@@ -49,14 +49,16 @@ class TextRunKnobs(RunKnobs):
         "plain",
         "plain tensor code, or fla: the kernels of the package fla-core, on a GPU",
         choices=("plain", "fla"),
-        group="run",
+        group="machine",
     )
-    gradient_checkpointing: bool = knob(False, "save memory: compute a block twice", group="run")
+    gradient_checkpointing: bool = knob(
+        False, "save memory: compute a block twice", group="machine"
+    )
     tracker_project: str = knob(
         "hamt-competitive-llm",
         "project at the tracker's service",
         alias=("wandb_project",),
-        group="run",
+        group="evaluation and saving",
     )
     run_id: str = knob("", "name of the run, to resume it", alias=("run_name",))
     logs_folder: str = knob(
