@@ -151,5 +151,5 @@ def test_counted_flops_are_those_that_the_trainer_states(mixer):
     block = stated - 6 * cfg.vocabulary * cfg.n_embd
     found = count_layer.count(cfg, 1024)
     # stated without a memory's products, and attention's backward pass as two forwards
-    assert 1.0 <= found["flops"] * 1e6 / block < 1.2
+    assert 1.0 <= found["flops"] * 1e6 / block < (1.1 if mixer == "attention" else 1.2)
     assert found["kept"] > 0 and found["moved"] > 2 * found["kept"]
