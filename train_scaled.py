@@ -12,8 +12,7 @@ Text is cut into patches of 4 bytes. Blocks of window attention beside a decayin
 the patches, and a small recurrent decoder writes the bytes of the next patch. The memory is
 Hebbian; a second one, by bytes, remembers what followed the last few, wherever patches begin.
 
-Size     132,718,190 parameters; PRESET=phase8: 129,302,416
-Expect   docs/scaled.md has the figures, with commands
+Size     133,505,646 parameters; PRESET=phase8: 129,302,416. Figures: docs/scaled.md
 Shapes   B rows, T bytes, N = T / 4 patches, D model width, H heads, E = D / H head width, F width
          of a memory's values, C patches of a chunk, M chunks, G histories; x_BND is (B, N, D)
 Units    SLIDING_WINDOW and half-lives in patches; losses in nats per byte
@@ -61,10 +60,10 @@ from plumbing.world import World, flat_gradients, join_world, launch
 
 PATCH = 4  # bytes
 CHUNK = 64  # patches that the blocks' memory treats at once
-PAST = 8  # bytes before a predicted one that the decoder may look at
-READS = 4  # the last of these, which its GRU reads before it predicts a patch
+PAST = 8  # bytes before a predicted one that the decoder reads
 NGRAMS = (3, 4, 5, 6)  # bytes; lengths of the decoder's n-grams
 NGRAM_WIDTH = 64  # channels of a row of their tables
+AHEAD_WEIGHT = 0.3  # of the latent's own loss; 1 was tried (docs/scaled.md)
 HALF_LIVES = (5, 16)  # log2 of patches; of the first and the last head with MEM_INIT=log
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KINDS = ("scaled", "original")
@@ -322,7 +321,7 @@ def unit_length(x: Tensor) -> Tensor:
 
 
 def products_in(dtype: torch.dtype, x: Tensor) -> torch.autocast:
-    """Products with x in dtype; fp32 switches autocast off, also one that is around it."""
+    """Products with x in dtype; fp32 ends an autocast around it."""
     kind = "cuda" if x.is_cuda else "cpu"
     return torch.autocast(kind, dtype, enabled=dtype != torch.float32)
 
@@ -515,7 +514,7 @@ class NGramTables(nn.Module):
 
     A hash of the bytes names a row in the table of each length. The four rows, side by side, are
     projected and added to the decoder's hidden state: common histories are looked up, which the GRU
-    would learn slowly. Histories may share a row. Rows begin at zero: untrained ones add nothing.
+    would learn slowly. Rows begin at zero: untrained ones add nothing.
     Hashed n-gram embeddings: Pagnoni et al., Byte Latent Transformer, arXiv 2412.09871.
     """
 
@@ -542,18 +541,16 @@ class OriginalDecoder(nn.Module):
         super().__init__()
         self.latent, self.embed = nn.Linear(cfg.n_embd, BYTES), nn.Embedding(BYTES, BYTES)
         self.gru, self.out = nn.GRUCell(2 * BYTES, BYTES), nn.Linear(BYTES, BYTES)
-        self.grams = None
+        self.grams = self.ahead = None
 
-    def step(self, hidden: Tensor | None, given: Tensor) -> Tensor:
-        """The GRU's cell: the next hidden state from the last one (None: zero) and the input."""
-        of_hidden = self.gru.bias_hh
-        if hidden is not None:
-            of_hidden = F.linear(hidden, self.gru.weight_hh, of_hidden)
+    def step(self, hidden: Tensor, given: Tensor) -> Tensor:
+        """The GRU's cell: the next hidden state from the last and the input's product."""
+        of_hidden = F.linear(hidden, self.gru.weight_hh, self.gru.bias_hh)
         gates, candidate = given.split([2 * BYTES, BYTES], -1)
         hidden_gates, hidden_candidate = of_hidden.split([2 * BYTES, BYTES], -1)
         reset, keep = torch.sigmoid(gates + hidden_gates).chunk(2, -1)
-        new = (1 - keep) * torch.tanh(candidate + reset * hidden_candidate)
-        return new if hidden is None else new + keep * hidden
+        new = torch.tanh(candidate + reset * hidden_candidate)
+        return (1 - keep) * new + keep * hidden
 
     def first_inputs(self, x: Tensor, of_byte: Tensor) -> list[Tensor]:
         """What the GRU reads before it predicts a patch's first byte, as rows of `of_byte`."""
@@ -574,7 +571,7 @@ class OriginalDecoder(nn.Module):
         weight = self.gru.weight_ih[:, BYTES:]
         of_latent = F.linear(self.latent(z_BND), weight, self.gru.bias_ih)
         own = y[..., :-1]
-        hidden, states = None, []
+        hidden, states = torch.zeros_like(of_latent[..., :BYTES]), []
         for byte in [*self.first_inputs(x, of_byte), *F.embedding(own, of_byte).unbind(2)]:
             hidden = self.step(hidden, of_latent + byte)
             states.append(hidden)
@@ -586,16 +583,25 @@ class OriginalDecoder(nn.Module):
 
 
 class ScaledDecoder(OriginalDecoder):
-    """The same GRU, which first reads the four bytes before the patch, so that its weights learn
-    short histories from every byte; and beside it tables of n-grams.
+    """The same GRU, which first reads the patch before, so that its weights learn short histories
+    from every byte; and beside it tables of n-grams.
+
+    Both soon predict so well that the latent, noise at first, is ignored and never taught. So in
+    training it also predicts the next patch alone, by a layer that has no other use. Several bytes
+    from one latent: Gloeckle et al., Multi-token Prediction, arXiv 2404.19737.
     """
 
     def __init__(self, cfg: Knobs):
         super().__init__(cfg)
         self.grams = NGramTables(cfg.ngram_rows) if cfg.ngram_rows else None
+        self.ahead = nn.Linear(cfg.n_embd, PATCH * BYTES)
+
+    def look_ahead(self, z_BND: Tensor) -> Tensor:
+        """Logits (B, N, 4, 256), fp32, of the bytes of the next patch, from the latent alone."""
+        return self.ahead(z_BND).unflatten(-1, (PATCH, BYTES)).float()
 
     def first_inputs(self, x: Tensor, of_byte: Tensor) -> list[Tensor]:
-        return [F.embedding(byte, of_byte) for byte in x[..., -READS:].unbind(-1)]
+        return [F.embedding(byte, of_byte) for byte in x[..., -PATCH:].unbind(-1)]
 
 
 class ByteMemory(nn.Module):
@@ -694,11 +700,6 @@ class ByteLM(nn.Module):
         # Multiplies every retention of the blocks' memory. Saved, so that it is applied as trained.
         self.register_buffer("plasticity", torch.ones(()))
 
-    @property
-    def compiled_parts(self) -> list[nn.Module | None]:
-        """What the compiler gets, each by itself."""
-        return [*self.blocks, self.decoder, self.thinking, self.byte_memory]
-
     def init_weights(self, seed: int) -> None:
         """PyTorch's initialisation. Each module draws from a seed of its own, made of SEED
         and its name: a part more or less changes no other part's weights.
@@ -754,10 +755,10 @@ class ByteLM(nn.Module):
 
     def logits(
         self, x_BT: Tensor, y_BT: Tensor, past: State | None = None
-    ) -> tuple[Tensor, State, Tensor]:
+    ) -> tuple[Tensor, State, list[tuple[float, Tensor]]]:
         """Logits (B, T, 256), fp32, of the targets y, each given all bytes before it; the state
-        after x (of the tables: after y); and the decoder's own logits: the same object if
-        nothing is mixed in. past: the state before x, None at the beginning of a text.
+        after x (of the tables: after y); and other logits that learn to predict y, with the weights
+        of their losses. past: the state before x, None at the beginning of a text.
         """
         old = self.empty_state(len(x_BT)) if past is None else past
         *_, (seen,), tables = old.layers
@@ -765,15 +766,20 @@ class ByteLM(nn.Module):
         before = torch.cat([seen[:, -PATCH:], x_BT], 1).unfold(1, PAST, PATCH)
         logits, hidden = self.decoder(z_BND, before, y_BT.unflatten(1, (-1, PATCH)))
         logits, hidden = logits.flatten(1, 2), hidden.flatten(1, 2)
+        others = []
+        if self.training and self.decoder.ahead is not None:
+            others.append((AHEAD_WEIGHT, self.decoder.look_ahead(z_BND).flatten(1, 2)))
         if self.byte_memory is None:
-            return logits, state, logits
+            return logits, state, others
         text = torch.cat([seen, x_BT[:, :PATCH], y_BT], 1)
         first = PATCH * old.position + 1  # the first target has time 1
-        # Detached: decoder and blocks learn from the decoder's own loss. Those trained on the mix
-        # lean on the memory, and do worse while it is young.
+        # Detached: a decoder that learned from the mix would lean on the memory, and do worse while
+        # that is young.
         given = logits.detach(), hidden.detach()
         mixed, state.layers[-1] = self.byte_memory(*given, text, first, tables)
-        return logits if self.cfg.memory == "zero" else mixed, state, logits
+        if self.cfg.memory == "zero":
+            return logits, state, others
+        return mixed, state, [*others, (1.0, logits)]
 
     def forward(
         self, x_BT: Tensor, y_BT: Tensor, past: State | None = None
@@ -783,20 +789,14 @@ class ByteLM(nn.Module):
         """
         known = torch.where(y_BT < 0, F.pad(x_BT[:, PATCH:], (0, PATCH)), y_BT)
         with products_in(self.dtype, x_BT):
-            logits, state, alone = self.logits(x_BT, known, past)
+            logits, state, others = self.logits(x_BT, known, past)
         nll = partial(F.cross_entropy, target=y_BT, ignore_index=-1, reduction="none")
         loss = nll(logits.mT)
-        if self.training and alone is not logits:
-            own = nll(alone.mT)  # adds its gradient, and no value
-            loss = loss + (own - own.detach())
+        if self.training:
+            for weight, logits in others:
+                other = weight * nll(logits.mT)
+                loss = loss + (other - other.detach())  # adds its gradient, and no value
         return loss, state
-
-    def half_lives(self) -> Tensor | None:
-        """Of the blocks' memory, (L, H), in patches and fp64, for inputs that do not move them."""
-        if self.cfg.memory == "off":
-            return None
-        logits = torch.stack([block.memory.retention.detach() for block in self.blocks])
-        return math.log(0.5) / log_retention(logits.double(), self.cfg.mem_range, self.plasticity)
 
 
 # ---------------- Optimizer
@@ -811,8 +811,8 @@ class AdamW(torch.optim.AdamW):
         decayed = [p for p in model.parameters() if p.dim() >= least_dim]
         spared = [p for p in model.parameters() if p.dim() < least_dim]
         groups = [dict(params=decayed), dict(params=spared, weight_decay=0.0)]
-        betas = (0.9, cfg.beta2)
-        super().__init__(groups, cfg.lr, betas, weight_decay=cfg.weight_decay, fused=True)
+        decay = cfg.weight_decay
+        super().__init__(groups, cfg.lr, (0.9, cfg.beta2), weight_decay=decay, fused=True)
 
     def step(self, lr: float, all_finite: Tensor) -> None:
         for group in self.param_groups:
@@ -914,7 +914,7 @@ def train(cfg: Knobs, session: Session, batches: ByteBatches, val: ScoredBytes) 
     session.restore(**saved)
     rows = choose_rows(cfg, world, model, probe_backward)
     if cfg.compile:
-        compile_model(session, model, rows)
+        compile_model(session, model, rows)  # block by block
     gradients.zero_()  # of the probes
     backward_pass = partial(run_backward_pass, model, carried, scaler, rows)
     if cfg.uses_cuda_graph:  # see its limits there
@@ -950,7 +950,6 @@ def train(cfg: Knobs, session: Session, batches: ByteBatches, val: ScoredBytes) 
         lr = cfg.lr * lr_scale(state.step, cfg) * 0.5**state.rolled_back
         state.step += 1
         figures = state.step, train_loss, lr, grad_norms, overflow
-        # A flag on the device: whether the update may be applied.
         all_finite = session.step(*figures, plasticity=model.plasticity / world.size)
         gradients *= (cfg.grad_clip / grad_norms.norm()).clamp(max=1.0)
         adam.step(lr, all_finite)

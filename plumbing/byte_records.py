@@ -10,7 +10,8 @@ import json
 import math
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from plumbing.byte_batches import ScoredBytes
 from plumbing.checkpoints import write_whole
@@ -22,6 +23,17 @@ from plumbing.world import World
 BYTE_METRICS = "val_bpc val_bits_per_char half_life_min half_life_median half_life_max".split()
 
 
+def half_lives(model: nn.Module) -> Tensor | None:
+    """Of the blocks' memory, (L, H), in patches and fp64, for inputs that do not move them; None
+    where there is no memory."""
+    if model.cfg.memory == "off":
+        return None
+    logits_LH = torch.stack([block.memory.retention.detach() for block in model.blocks]).double()
+    low = model.cfg.mem_range
+    kept_LH = model.plasticity * (low + (1 - low) * torch.sigmoid(logits_LH))
+    return math.log(0.5) / kept_LH.log()
+
+
 def record_validation(session: Session, model: nn.Module, loss: float, val: ScoredBytes) -> None:
     """A validation: `loss` in nats per byte of `val`."""
     bits = loss / math.log(2)
@@ -30,10 +42,10 @@ def record_validation(session: Session, model: nn.Module, loss: float, val: Scor
     metrics = {"val_bpc": bits, "val_bits_per_char": bits_per_char}
     note = f" val_bpc:{bits:.4f} val_bits_per_char:{bits_per_char:.4f}"
     line = ""
-    half_lives = model.half_lives()  # in patches; None without a memory in the blocks
-    if half_lives is not None:
-        low, high = half_lives.min().item(), half_lives.max().item()
-        middle = half_lives.median().item()
+    found_LH = half_lives(model)
+    if found_LH is not None:
+        low, high = found_LH.min().item(), found_LH.max().item()
+        middle = found_LH.median().item()
         metrics |= {"half_life_min": low, "half_life_median": middle, "half_life_max": high}
         line = f"half_life_patches: min:{low:.4g} median:{middle:.4g} max:{high:.4g}"
     session.log_validation(session.step_now, loss, note, **metrics)

@@ -86,9 +86,14 @@ def describe_run(session: Session, model: nn.Module, ahead: int) -> None:
     session.describe(model, flops_per_byte(make_model, cfg), facts)
 
 
+def parts_to_compile(model: nn.Module) -> list[nn.Module | None]:
+    """What the compiler gets, each by itself; None is a part that the model does not have."""
+    return [*model.blocks, model.decoder, model.thinking, model.byte_memory]
+
+
 def compile_model(session: Session, model: nn.Module, rows: int) -> None:
     """Compile the model's parts, and try them. A compiler that fails does not end the run."""
     run_step = partial(probe_backward, model, rows)
-    problem = compile_parts(model.compiled_parts, run_step, session.world)
+    problem = compile_parts(parts_to_compile(model), run_step, session.world)
     if problem:
         session.say(f"compile: failed, training goes on without it ({problem})")

@@ -44,6 +44,7 @@ import torch.nn.functional as F  # noqa: E402
 from lib import benching  # noqa: E402
 
 import train_scaled  # noqa: E402
+from plumbing.byte_runs import parts_to_compile  # noqa: E402
 from plumbing.device import CudaGraph, compile_parts  # noqa: E402
 from plumbing.knobs import UserError  # noqa: E402
 from plumbing.row_states import RowStates  # noqa: E402
@@ -164,7 +165,7 @@ def passes(model: ByteLM, world: World) -> Callable[[], None]:
         take_pass(x, y)
 
     if cfg.compile:
-        problem = compile_parts(model.compiled_parts, partial(run, backward_pass), world)
+        problem = compile_parts(parts_to_compile(model), partial(run, backward_pass), world)
         if problem:
             raise UserError(f"it cannot be compiled: {problem}")
     return run

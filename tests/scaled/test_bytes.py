@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from lib.byte_stream import Stream
 from plain_scaled import byte_memory
 from scaled_support import fresh, repeats, text
@@ -121,6 +122,29 @@ def test_an_escape_is_that_of_ppm_at_first_and_is_learned_by_count_and_by_age():
         memory.escape_by_age[4 * 20 + 2] += 1  # of an age from 4 to 7
         memory.escape_by_age[4 * 20 + 3] += 1
     assert others() == pytest.approx(1 / (1 + 2 * math.exp(-2)))
+
+
+@pytest.mark.parametrize("mem_rows", [0, 64])
+def test_the_latent_learns_the_next_patch_by_itself_and_no_prediction_or_loss_shows_it(mem_rows):
+    knobs = dict(mem_rows=mem_rows, thinking_steps=0)
+    model, x, y = fresh(**knobs).train(), repeats(2, 64), repeats(2, 64, seed=1)
+    # With its products with the latent at zero, the decoder teaches the trunk nothing.
+    torch.nn.init.zeros_(model.decoder.latent.weight)
+    y[0, 5] = -1  # teaches nothing, either
+    z_BND, _ = model.trunk(x, model.empty_state(2), at_start=True)
+    known = torch.where(y < 0, x.roll(-4, 1), y)
+    alone = model.decoder.ahead(z_BND).unflatten(2, (4, 256)).flatten(1, 2)
+    wanted = 0.3 * F.cross_entropy(alone.mT, y, ignore_index=-1, reduction="sum")
+    weight = model.blocks[0].qkv.weight
+    (gradient,) = torch.autograd.grad(wanted, weight)
+    loss, _ = model(x, y)
+    loss.sum().backward()
+    torch.testing.assert_close(weight.grad, gradient)
+    assert gradient.abs().max() > 1e-3
+    assert torch.equal(loss.detach(), model.eval()(x, y)[0].detach())
+    before = model.logits(x, known)[0]
+    torch.nn.init.normal_(model.decoder.ahead.weight)
+    assert torch.equal(model.logits(x, known)[0], before)
 
 
 def test_a_decoder_learns_as_if_its_memory_by_bytes_were_not_there_and_the_loss_is_the_mixed_one():

@@ -37,7 +37,7 @@ def captured(monkeypatch, n_layer: int, validations: int = 0, **knobs) -> list[i
     with monkeypatch.context() as m:
         m.setattr(torch, "compile", lambda f, **rest: compiler(f, backend=counting, **rest))
         probe = lambda: probe_backward(model, 2)
-        assert compile_parts(model.compiled_parts, probe, ONE) == ""
+        assert compile_parts(byte_runs.parts_to_compile(model), probe, ONE) == ""
     x, past = repeats(2, model.cfg.sequence_length), model.empty_state(2)
     for _ in range(2):
         nll, past = model(x, x, past)

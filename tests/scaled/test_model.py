@@ -8,6 +8,7 @@ from plain_scaled import PlainPhase8, copy_phase8, step_recurrence
 from scaled_support import VARIANTS, fresh, repeats, small, tensors_equal, text
 
 import train_scaled
+from plumbing.byte_records import half_lives
 from train_scaled import ByteLM, Knobs
 
 
@@ -18,20 +19,23 @@ def test_the_seeds_parameter_counts_are_exact(preset, count):
     assert sum(p.numel() for p in model.parameters()) == count
 
 
-def test_the_default_is_within_3_percent_of_129m():
+def test_the_default_predicts_with_as_many_parameters_as_the_seed_within_3_percent():
     with torch.device("meta"):
-        count = sum(p.numel() for p in ByteLM(Knobs()).parameters())
-    assert abs(count / 129_302_416 - 1) < 0.03
+        model = ByteLM(Knobs())
+    every = sum(p.numel() for p in model.parameters())
+    of_training_alone = sum(p.numel() for p in model.decoder.ahead.parameters())
+    assert every == 133_505_646
+    assert abs((every - of_training_alone) / 129_302_416 - 1) < 0.03
 
 
 @pytest.mark.parametrize(("low", "logit", "half_life"), [(0.995, 8.0, 413_338), (0.99, 0.0, 138.3)])
 def test_retention_starts_as_the_seed_has_it(low, logit, half_life):
-    found = fresh("phase8", mem_range=low, mem_init=logit).half_lives()
+    found = half_lives(fresh("phase8", mem_range=low, mem_init=logit))
     assert found.shape == (2, 2) and (found / half_life - 1).abs().max() < 0.002
 
 
 def test_log_spaced_half_lives_run_from_32_to_65536_patches():
-    found = fresh(n_embd=64, n_head=4).half_lives()[0]
+    found = half_lives(fresh(n_embd=64, n_head=4))[0]
     assert torch.allclose(found, torch.logspace(5, 16, 4, base=2, dtype=torch.float64), rtol=1e-3)
 
 
