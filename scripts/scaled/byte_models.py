@@ -139,6 +139,15 @@ def other_memory(model: ByteLM, memory: str) -> ByteLM:
     return copy.to(model.plasticity.device).eval()
 
 
+def without_latent(model: ByteLM) -> ByteLM:
+    """A copy whose decoder is given latents of zero: only the last bytes and its memory by bytes
+    are left to it.
+    """
+    copy = other_memory(model, model.cfg.memory)
+    torch.nn.init.zeros_(copy.decoder.latent.weight)  # what comes of it is added to a bias
+    return copy
+
+
 def n_params(model: ByteLM) -> int:
     return sum(p.numel() for p in model.parameters())
 

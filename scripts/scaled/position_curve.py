@@ -9,9 +9,9 @@ its end, in constant memory. Every byte counts once; the first four of a documen
 scores, count 8 bits each. Means over bins of position, with intervals by bootstrap over documents;
 differences are of the same documents.
 
-Models   full; memory zeroed: the same weights with the memory silent; window only: trained without
-         a memory; full attention: in pieces of its own SEQUENCE_LENGTH, behind which it was never
-         trained
+Models   full; memory zeroed: the same weights with the memory silent; latent zeroed: with nothing
+         of the blocks in the decoder; window only: trained without a memory; full attention: in
+         pieces of its own SEQUENCE_LENGTH, behind which it was never trained
 Prints   bits per byte and per character of the whole text, beside xz -9e, bz2 -9, zstd -22 and PPMd
          on the same bytes. These compressors have seen no training text
 Files    OUT.csv a line per model and bin, OUT.json, OUT.png if matplotlib is there
@@ -312,8 +312,9 @@ def read_models(a: argparse.Namespace, device: torch.device) -> dict[str, ByteLM
         run, weights = (getattr(a, kind + word) for word in ("run", "weights"))
         if run or weights:
             models[name] = lib.load(lib.weights_path(a.logs_folder, run, weights), device)
-            if name == "full" and models[name].cfg.memory == "on":
-                models["memory zeroed"] = lib.other_memory(models[name], "zero")
+    if models["full"].cfg.memory == "on":
+        models["memory zeroed"] = lib.other_memory(models["full"], "zero")
+    models["latent zeroed"] = lib.without_latent(models["full"])
     if "window only" in models and models["window only"].cfg.memory == "on":
         raise UserError(
             "--window_run/--window_weights: a model with MEMORY=on is no window-only control"

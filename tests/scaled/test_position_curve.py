@@ -3,6 +3,7 @@
 import lzma
 import math
 
+import byte_models
 import numpy as np
 import position_curve
 import pytest
@@ -49,6 +50,18 @@ def test_full_attention_is_read_in_pieces_of_its_own_length():
     (piece,) = position_curve.read_bits(model, [TEXT[64:128]], 1, None)
     np.testing.assert_allclose(bits[64:128], piece, atol=1e-4)
     assert (bits[[0, 64, 128, 192]] == 8).all() and len(bits) == 200
+
+
+def test_without_its_latent_a_model_sees_the_last_bytes_alone():
+    model = tiny(mem_rows=0)
+    other = b"#" * 100 + TEXT[100:200]
+
+    def bits_differ(model) -> np.ndarray:
+        a, b = (position_curve.read_bits(model, [t], 1, None)[0] for t in (TEXT[:200], other))
+        return np.abs(a - b)[112:]  # what the decoder reads has no byte of the first 100
+
+    assert bits_differ(model).max() > 1e-4
+    assert bits_differ(byte_models.without_latent(model)).max() == 0
 
 
 def test_documents_cut_at_a_separator_hold_every_byte():

@@ -79,7 +79,7 @@ def test_position_curve_writes_its_table_its_figure_and_the_compressors(weights,
     position_curve.main([*models, "--text", weights["text"], "--length", "1024", "--out", str(out)])
     rows = read_csv(out.with_suffix(".csv"))
     about = json.loads(out.with_suffix(".json").read_text())
-    assert len(rows) == 4 * 5 and sum(int(r["bytes"]) for r in rows if r["model"] == "full") == 5001
+    assert len(rows) == 5 * 5 and sum(int(r["bytes"]) for r in rows if r["model"] == "full") == 5001
     totals = {r["name"]: r for r in about["totals"]}
     share = about["characters"] / about["bytes"]
     assert totals["full"]["bits_per_char"] * share == pytest.approx(totals["full"]["bits_per_byte"])
