@@ -18,7 +18,7 @@ Shapes   B rows, T bytes, N = T / 4 patches, D model width, H heads, E = D / H h
 Units    SLIDING_WINDOW and half-lives in patches; losses in nats per byte
 Raises   UserError (one line, exit code 2) where a user can help
 Sources  AGIFORMER phase 8 (inkbytefo/agi-former, a393cb5), rewritten from its description
-Shared   plumbing/ keeps the run alive. What of it moves a loss: byte_batches.py (text order),
+Shared   plumbing/ keeps the run alive. What affects a loss: byte_batches.py (text order),
          splits.py (held-out text), row_states.py (carried states), device.py (PRECISION=auto)
 Marks    "differs": how it departs from train_gpt.py
 """
@@ -60,7 +60,7 @@ from plumbing.world import World, flat_gradients, join_world, launch
 
 PATCH = 4  # bytes
 CHUNK = 64  # patches that the blocks' memory treats at once
-PAST = 8  # bytes before a predicted one that the decoder reads
+PAST = 2 * PATCH  # bytes before a patch that the decoder is given
 NGRAMS = (3, 4, 5, 6)  # bytes; lengths of the decoder's n-grams
 NGRAM_WIDTH = 64  # channels of a row of their tables
 AHEAD_WEIGHT = 0.3  # of the latent's own loss; 1 was tried (docs/scaled.md)
@@ -117,7 +117,7 @@ class Knobs(ByteRunKnobs):
     dropout: float = knob(0.0, "dropout of input, memory and blocks' MLPs", low=0, high=0.9)
     warmup_iters: int = knob(500, "steps of linear warm-up", low=0, group="schedule")
     schedule: str = knob("linear", "lr after the warm-up", choices=("constant", "linear"))
-    curriculum: bool = knob(False, "retention times 0.10, from 15% of steps 0.50, from 40% 0.99")
+    curriculum: bool = knob(False, "retention times 0.10; 0.50 from 15% of steps; 0.99 from 40%")
     lr: float = knob(6e-4, "peak learning rate of AdamW", low=0)
     beta2: float = knob(0.95, "second beta of AdamW", low=0, high=0.99999)
     weight_decay: float = knob(0.1, "weight decay of AdamW", low=0)
@@ -183,7 +183,7 @@ def rotary_tables(position_N: Tensor, width: int) -> Rotary:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each channel a of the first half with its b of the second, by phase 8's sign."""
+    """Rotate pairs (a, b) of channels of the two halves, with phase 8's sign."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
 
@@ -513,8 +513,8 @@ class NGramTables(nn.Module):
     """Learned vectors for the last 3, 4, 5 and 6 bytes.
 
     A hash of the bytes names a row in the table of each length. The four rows, side by side, are
-    projected and added to the decoder's hidden state: common histories are looked up, which the GRU
-    would learn slowly. Rows begin at zero: untrained ones add nothing.
+    projected and added to the decoder's hidden state: common histories, which the GRU would learn
+    slowly, are looked up. Rows begin at zero: untrained ones add nothing.
     Hashed n-gram embeddings: Pagnoni et al., Byte Latent Transformer, arXiv 2412.09871.
     """
 
@@ -557,7 +557,7 @@ class OriginalDecoder(nn.Module):
         return [of_byte[0]]
 
     def byte_inputs(self) -> Tensor:
-        """The GRU's product with each byte value, (256, 768)."""
+        """The GRU's product with each byte, (256, 3 * 256)."""
         return F.linear(self.embed.weight, self.gru.weight_ih[:, :BYTES])
 
     def forward(
@@ -586,9 +586,9 @@ class ScaledDecoder(OriginalDecoder):
     """The same GRU, which first reads the patch before, so that its weights learn short histories
     from every byte; and beside it tables of n-grams.
 
-    Both soon predict so well that the latent, noise at first, is ignored and never taught. So in
-    training it also predicts the next patch alone, by a layer that has no other use. Several bytes
-    from one latent: Gloeckle et al., Multi-token Prediction, arXiv 2404.19737.
+    Both soon predict so well that the latent, noise at first, is ignored and never taught. So
+    training also has the next patch predicted from the latent alone, by a layer of its own. Several
+    bytes from one latent: Gloeckle et al., Multi-token Prediction, arXiv 2404.19737.
     """
 
     def __init__(self, cfg: Knobs):
@@ -757,8 +757,8 @@ class ByteLM(nn.Module):
         self, x_BT: Tensor, y_BT: Tensor, past: State | None = None
     ) -> tuple[Tensor, State, list[tuple[float, Tensor]]]:
         """Logits (B, T, 256), fp32, of the targets y, each given all bytes before it; the state
-        after x (of the tables: after y); and other logits that learn to predict y, with the weights
-        of their losses. past: the state before x, None at the beginning of a text.
+        after x (of the tables: after y); and pairs (weight, logits) whose losses on y add
+        their gradients only. past: the state before x, None at the beginning of a text.
         """
         old = self.empty_state(len(x_BT)) if past is None else past
         *_, (seen,), tables = old.layers
@@ -766,11 +766,11 @@ class ByteLM(nn.Module):
         before = torch.cat([seen[:, -PATCH:], x_BT], 1).unfold(1, PAST, PATCH)
         logits, hidden = self.decoder(z_BND, before, y_BT.unflatten(1, (-1, PATCH)))
         logits, hidden = logits.flatten(1, 2), hidden.flatten(1, 2)
-        others = []
+        extra = []
         if self.training and self.decoder.ahead is not None:
-            others.append((AHEAD_WEIGHT, self.decoder.look_ahead(z_BND).flatten(1, 2)))
+            extra.append((AHEAD_WEIGHT, self.decoder.look_ahead(z_BND).flatten(1, 2)))
         if self.byte_memory is None:
-            return logits, state, others
+            return logits, state, extra
         text = torch.cat([seen, x_BT[:, :PATCH], y_BT], 1)
         first = PATCH * old.position + 1  # the first target has time 1
         # Detached: a decoder that learned from the mix would lean on the memory, and do worse while
@@ -778,24 +778,24 @@ class ByteLM(nn.Module):
         given = logits.detach(), hidden.detach()
         mixed, state.layers[-1] = self.byte_memory(*given, text, first, tables)
         if self.cfg.memory == "zero":
-            return logits, state, others
-        return mixed, state, [*others, (1.0, logits)]
+            return logits, state, extra
+        return mixed, state, [*extra, (1.0, logits)]
 
     def forward(
         self, x_BT: Tensor, y_BT: Tensor, past: State | None = None
     ) -> tuple[Tensor, State]:
         """-log p of each target byte, (B, T), in nats, and the state after x. A target of -1
-        scores 0; its byte is taken from x.
+        scores 0; its byte is that of x, or 0 behind x.
         """
         known = torch.where(y_BT < 0, F.pad(x_BT[:, PATCH:], (0, PATCH)), y_BT)
         with products_in(self.dtype, x_BT):
-            logits, state, others = self.logits(x_BT, known, past)
+            logits, state, extra = self.logits(x_BT, known, past)
         nll = partial(F.cross_entropy, target=y_BT, ignore_index=-1, reduction="none")
         loss = nll(logits.mT)
         if self.training:
-            for weight, logits in others:
-                other = weight * nll(logits.mT)
-                loss = loss + (other - other.detach())  # adds its gradient, and no value
+            for weight, other in extra:
+                own = weight * nll(other.mT)
+                loss = loss + (own - own.detach())  # adds its gradient but no value
         return loss, state
 
 
@@ -804,7 +804,7 @@ class ByteLM(nn.Module):
 
 # differs: matrices decay, vectors as DECAY_ON says
 class AdamW(torch.optim.AdamW):
-    """torch's fused AdamW, whose step is left out where the device flag `all_finite` is down."""
+    """torch's fused AdamW, which skips a step where the device flag `all_finite` is down."""
 
     def __init__(self, model: ByteLM, cfg: Knobs):
         least_dim = 1 if cfg.decay_on == "all" else 2
