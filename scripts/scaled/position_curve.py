@@ -193,23 +193,20 @@ def curves(bits: dict[str, list[np.ndarray]], at: list[int], seed: int) -> list[
 def totals(
     bits: dict[str, list[np.ndarray]], text: bytes, characters: int, seed: int
 ) -> list[dict[str, object]]:
-    """Bits per byte and per character of the whole text: models, then compressors."""
+    """Bits per byte and per character of the whole text: models, and what each needs more than the
+    full one; then compressors.
+    """
     rows = []
-    for name, found in bits.items():
-        sums, counts = (
-            np.array([[d.sum()] for d in found]),
-            np.array([[len(d)] for d in found], float),
+    sums = {name: np.array([[doc.sum()] for doc in found]) for name, found in bits.items()}
+    counts = np.array([[len(doc)] for doc in bits["full"]], float)
+    for name in bits:
+        mean, low, high = (float(v[0]) for v in bootstrap(sums[name], counts, seed))
+        row = dict(name=name, bits_per_byte=mean, low=low, high=high)
+        more = bootstrap(sums[name] - sums["full"], counts, seed)
+        row["above_full"], row["above_full_low"], row["above_full_high"] = (
+            float(v[0]) for v in more
         )
-        mean, low, high = (float(v[0]) for v in bootstrap(sums, counts, seed))
-        rows.append(
-            dict(
-                name=name,
-                bits_per_byte=mean,
-                low=low,
-                high=high,
-                bits_per_char=mean * len(text) / characters,
-            )
-        )
+        rows.append(row | dict(bits_per_char=mean * len(text) / characters))
     for name, (size, program) in compressed(text).items():
         bpb = math.nan if size is None else 8 * size / len(text)
         rows.append(
@@ -352,10 +349,14 @@ def show(rows: list[dict[str, object]], total: list[dict[str, object]]) -> None:
         bits = interval(row, "bits_per_byte", "")
         shown.append((row["model"], place, row["documents"], bits, lead))
     lib.show_table(shown)
-    shown = [("whole text", "bits per byte", "bits per character", "")]
+    shown = [("whole text", "bits per byte", "bits per character", "above full [95%]")]
     for row in total:
         by_byte, by_char = f"{row['bits_per_byte']:.4f}", f"{row['bits_per_char']:.4f}"
-        shown.append((row["name"], by_byte, by_char, row.get("program", "")))
+        if "program" in row:
+            last = row["program"]
+        else:
+            last = "" if row["name"] == "full" else interval(row, "above_full", "above_full_")
+        shown.append((row["name"], by_byte, by_char, last))
     lib.show_table(shown)
 
 

@@ -32,8 +32,12 @@ def test_bits_by_position_add_up_to_the_whole_texts_and_count_each_byte_once():
                 0
             ].double().sum().item() / math.log(2)
     assert sums.sum() == pytest.approx(expected, rel=1e-5)
-    total = position_curve.totals(dict(full=bits), text, 1, 0)[0]
+    worse = [doc + 0.5 for doc in bits]
+    total, above, *_ = position_curve.totals(dict(full=bits, worse=worse), text, 1, 0)
     assert total["bits_per_byte"] == pytest.approx(expected / len(text), rel=1e-5)
+    assert total["above_full"] == 0
+    for key in ("above_full", "above_full_low", "above_full_high"):
+        assert above[key] == pytest.approx(0.5)
 
 
 def test_bits_do_not_depend_on_who_is_read_beside_whom_or_in_what_pieces(monkeypatch):
