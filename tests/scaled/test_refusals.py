@@ -139,10 +139,11 @@ def test_a_run_that_reads_its_text_too_often_is_warned_and_told_what_to_give(
     assert code == 0 and "would read" not in out
 
 
-def test_rows_that_are_looked_up_cost_no_flops_and_bytes_that_are_read_do():
+def test_rows_that_are_looked_up_cost_no_flops_and_bytes_that_are_read_or_taught_do():
     flops = lambda **values: flops_per_byte(ByteLM, small(**values))
     assert flops(recompute=True) == flops()
     assert flops(ngram_rows=64) == flops(ngram_rows=4096) > flops(ngram_rows=0)
-    more = 3 * 6 * 3 * 256 * 256 / 4  # three more steps of the GRU for each patch of four bytes
+    # For each patch of four bytes: three more steps of the GRU, and what the latent predicts.
+    more = 3 * 2 * (3 * 3 * 256 * 256 + small().n_embd * 4 * 256) / 4
     extra = flops(ngram_rows=0) - flops(ngram_rows=0, decoder="original")
     assert extra == pytest.approx(more)
