@@ -17,7 +17,7 @@ Shapes   B rows, T bytes, N = T / 4 patches, D model width, H heads, E = D / H h
          of a memory's values, C patches of a chunk, M chunks, G histories; x_BND is (B, N, D)
 Units    SLIDING_WINDOW and half-lives in patches; losses in nats per byte
 Raises   UserError (one line, exit code 2) where a user can help
-Sources  AGIFORMER phase 8 (inkbytefo/agi-former, a393cb5), rewritten from its description
+Sources  AGIFORMER phase 8 (inkbytefo/agi-former, a393cb5), from its description
 Shared   plumbing/ keeps the run alive. What affects a loss: byte_batches.py (text order),
          splits.py (held-out text), row_states.py (carried states), device.py (PRECISION=auto)
 Marks    "differs": how it departs from train_gpt.py
@@ -183,7 +183,7 @@ def rotary_tables(position_N: Tensor, width: int) -> Rotary:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (a, b) of channels of the two halves, with phase 8's sign."""
+    """Rotate pairs of channels, one of each half, with phase 8's sign."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
 
@@ -269,7 +269,7 @@ def decaying_memory(
     """
     N = q.size(2)
     C = min(CHUNK, N)
-    # Zeros fill the last chunk; they change nothing.
+    # Zeros fill the last chunk.
     q, k, v = (F.pad(t, (0, 0, 0, -N % C)).unflatten(2, (-1, C)) for t in (q, k, v))
     log_since_start = F.pad(log_decay, (0, -N % C)).unflatten(2, (-1, C)).cumsum(3)[..., None]
     total = log_since_start[..., -1:, :]
@@ -314,8 +314,8 @@ def initial_retention(cfg: Knobs) -> Tensor:
 
 
 def unit_length(x: Tensor) -> Tensor:
-    """x over its length. A text's first key is zero, and where it is, a smaller constant than this
-    makes gradients that overflow in fp16.
+    """x over its length. A text's first key starts as zero, where a smaller constant than this has
+    gradients that overflow in fp16.
     """
     return x * (x.square().sum(-1, keepdim=True) + 1e-3).rsqrt()
 
@@ -475,7 +475,7 @@ class ScaledBlock(nn.Module):
         cfg, N = self.cfg, x_BND.size(1)
         h = self.norm1(x_BND)
         q, k, v = split_heads(self.qkv(h), cfg.n_head)
-        # Keys are kept unrotated: each call rotates them anew, and only distances matter.
+        # Keys are kept unrotated: each call rotates them, as only distances matter.
         k, v, new = join_past(k, v, past, mask is None)
         cos, sin = (table[-k.size(2) :] for table in rotary)
         q, k = rotate(q, cos[-N:], sin[-N:]), rotate(k, cos, sin)
@@ -514,7 +514,7 @@ class NGramTables(nn.Module):
 
     A hash of the bytes names a row in the table of each length. The four rows, side by side, are
     projected and added to the decoder's hidden state: common histories, which the GRU would learn
-    slowly, are looked up. Rows begin at zero: untrained ones add nothing.
+    slowly, are looked up. Rows begin at zero.
     Hashed n-gram embeddings: Pagnoni et al., Byte Latent Transformer, arXiv 2412.09871.
     """
 
@@ -790,11 +790,15 @@ class ByteLM(nn.Module):
         known = torch.where(y_BT < 0, F.pad(x_BT[:, PATCH:], (0, PATCH)), y_BT)
         with products_in(self.dtype, x_BT):
             logits, state, extra = self.logits(x_BT, known, past)
-        nll = partial(F.cross_entropy, target=y_BT, ignore_index=-1, reduction="none")
-        loss = nll(logits.mT)
+
+        def nll(logits: Tensor) -> Tensor:
+            rows = logits.flatten(0, 1), y_BT.flatten()
+            return F.cross_entropy(*rows, ignore_index=-1, reduction="none").view_as(y_BT)
+
+        loss = nll(logits)
         if self.training:
             for weight, other in extra:
-                own = weight * nll(other.mT)
+                own = weight * nll(other)
                 loss = loss + (own - own.detach())  # adds its gradient but no value
         return loss, state
 
