@@ -97,7 +97,7 @@ def test_a_study_is_listed_without_a_pass_through_any_model(monkeypatch, capsys,
     monkeypatch.setattr(byte_runs, "probe_backward", measured)
     options = ["--logs_folder", str(tmp_path), "--results_file", f"{tmp_path}/r"]
     assert run_study.main([str(study), "--stage", "scaled_lr", "--dry_run", *options]) == 0
-    assert "5,348,974" in capsys.readouterr().out, "parameters"
+    assert "5,481,070" in capsys.readouterr().out, "parameters"
 
 
 def test_the_table_fits_on_the_screen_and_shows_what_is_going_on(tmp_path):
