@@ -63,7 +63,7 @@ CHUNK = 64  # patches that the blocks' memory treats at once
 PAST = 2 * PATCH  # bytes before a patch that the decoder is given
 NGRAMS = (3, 4, 5, 6)  # bytes; lengths of the decoder's n-grams
 NGRAM_WIDTH = 64  # channels of a row of their tables
-AHEAD_WEIGHT = 0.3  # of the latent's own loss; 1 was tried (docs/scaled.md)
+AHEAD_WEIGHT = 0.3  # of the latent's own loss; 1 was tried, n=1 each
 HALF_LIVES = (5, 16)  # log2 of patches; of the first and the last head with MEM_INIT=log
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KINDS = ("scaled", "original")

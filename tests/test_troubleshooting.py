@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "troubleshooting.md"
-# Said by Python, torch, torchrun or a test of a machine, not by us.
+# Python, torch or torchrun says these.
 NOT_OURS = ("ChildFailedError", "Setting OMP_NUM_THREADS", "run.py: error", "No such file")
 # Values that stand in the page's messages, where a program puts in its own.
 EXAMPLES = (
@@ -45,7 +45,8 @@ def runs_of_words(text: str, size: int) -> set[tuple[str, ...]]:
     return runs
 
 
-def test_every_explained_message_has_three_words_in_a_row_that_a_program_prints():
+def test_every_explained_message_has_words_in_a_row_that_a_program_prints():
+    """Three of them, or as many as stand together where there are fewer."""
     printed = {size: set() for size in (3, 2, 1)}
     for text in printed_strings():
         for size, runs in printed.items():

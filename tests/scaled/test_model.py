@@ -34,6 +34,16 @@ def test_retention_starts_as_the_seed_has_it(low, logit, half_life):
     assert found.shape == (2, 2) and (found / half_life - 1).abs().max() < 0.002
 
 
+def test_half_lives_are_those_of_the_retention_that_the_model_applies():
+    model = fresh(mem_range=0.3, mem_init=2.0)
+    model.plasticity.fill_(0.5)
+    for block in model.blocks:
+        torch.nn.init.normal_(block.memory.retention)
+    logits = torch.stack([block.memory.retention.detach() for block in model.blocks])
+    kept = train_scaled.log_retention(logits, 0.3, model.plasticity).exp()
+    assert torch.allclose(0.5 ** (1 / half_lives(model).float()), kept, rtol=1e-5)
+
+
 def test_log_spaced_half_lives_run_from_32_to_65536_patches():
     found = half_lives(fresh(n_embd=64, n_head=4))[0]
     assert torch.allclose(found, torch.logspace(5, 16, 4, base=2, dtype=torch.float64), rtol=1e-3)
