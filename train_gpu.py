@@ -139,20 +139,21 @@ def autocast(x: Tensor, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device_type, dtype, enabled=dtype != torch.float32)
 
 
-def key_of(phase: Tensor) -> Tensors:
-    """Cosines (c, c) and sines (-s, s) of phases, for real and imaginary parts."""
-    phase = torch.cat([-phase, phase], dim=-1)
-    return phase.cos(), phase.sin()
+def key_of(phase: Tensor, dtype: torch.dtype) -> Tensors:
+    """Real and imaginary part of a key of unit modulus."""
+    return phase.cos().to(dtype), phase.sin().to(dtype)
 
 
-def bind(item: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Multiply by a key of unit modulus, made by key_of(). Real parts stand before imaginary ones.
-    A product of two spectra is the circular convolution of the two vectors.
+def bind(item: Tensor, cos: Tensor, sin: Tensor) -> Tensors:
+    """Real and imaginary part of an item times a key, which key_of() has made. The item (.., E) has
+    its real parts before its imaginary ones. A product of two spectra is the circular convolution
+    of the two vectors.
     """
-    return item * cos + item.roll(item.size(-1) // 2, -1) * sin
+    real, imaginary = item.chunk(2, dim=-1)
+    return real * cos - imaginary * sin, imaginary * cos + real * sin
 
 
-def unbind(bound: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def unbind(bound: Tensor, cos: Tensor, sin: Tensor) -> Tensors:
     """Multiply by the conjugate key, which undoes bind."""
     return bind(bound, cos, -sin)
 
@@ -172,24 +173,25 @@ def angles_at(cfg: Knobs, position: Tensor, T: int, dtype: torch.dtype) -> Tenso
     positions = position + torch.arange(T, device=position.device)
     phases = torch.outer(positions.double(), frequency)[:, None] % (2 * math.pi)
     phases = phases.to(dtype)
-    return key_of(phases) if cfg.mixer == "attention" else phases
+    return key_of(phases, dtype) if cfg.mixer == "attention" else phases
 
 
-def causal_conv(x: Tensor, past: Tensor, kernel: Tensor) -> Tensors:
+def causal_conv(x: Tensor, past: Tensor, kernel: Tensor) -> Tensor:
     """Depthwise convolution over the tokens of x (B, T, X), which follow the CONV_LENGTH - 1 inputs
-    `past`; and the last inputs. A kernel (CONV_LENGTH, 2, X) makes two outputs, (B, T, 2, X). It is
-    made of shifted products, which the compiler joins with what surrounds them.
+    `past`, with a kernel (CONV_LENGTH, X). It is made of shifted products, which the compiler joins
+    with what surrounds them.
     """
     T = x.size(1)
     x = torch.cat([past.type_as(x), x], dim=1)
-    past = x[:, T:]
-    if kernel.dim() == 3:
-        x = x[:, :, None]
-    taps = kernel.unbind()
-    y = x[:, :T] * taps[0]
+    y = x[:, :T] * kernel[0]
     for i in range(1, CONV_LENGTH):
-        y = torch.addcmul(y, x[:, i : i + T], taps[i])
-    return y, past
+        y = torch.addcmul(y, x[:, i : i + T], kernel[i])
+    return y.type_as(x)
+
+
+def newest_inputs(past: Tensor, x: Tensor) -> Tensor:
+    """The last CONV_LENGTH - 1 inputs of a convolution, after x (B, T, X)."""
+    return torch.cat([past.type_as(x), x], dim=1)[:, 1 - CONV_LENGTH :]
 
 
 def dropout(x: Tensor, kept: Tensor | None, p: float) -> Tensor:
@@ -202,14 +204,14 @@ def dropout(x: Tensor, kept: Tensor | None, p: float) -> Tensor:
 def gated_linear_attention(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, L: int
 ) -> Tensors:
-    """Reads (B, T, H, E) and the state (B, H, S, E) after the last token.
+    """Reads (B, H, T, E) and the state (B, H, S, E) after the last token.
 
     state_t = exp(log_decay_t) * state_{t-1} + k_t v_t^T and read_t = q_t state_t, per head, for
-    q, k and log_decay (B, T, H, S). Here q and k are the header's addresses a and w, and v its
-    bound item. Every chunk length L gives the same up to rounding. Products with v have its
-    type; the rest, and all for a single token, has the type of the state.
+    q, k and log_decay (B, H, T, S) and v (B, H, T, E). Here q and k are the header's addresses a
+    and w, and v its bound item. Every chunk length L gives the same up to rounding. Products with v
+    have its type; the rest, and all for a single token, has the type of the state.
     """
-    T = v.size(1)
+    T = v.size(2)
     if T == 1:
         return recurrent_step(q, k, v, log_decay, state)
     L = min(L, T)
@@ -217,9 +219,8 @@ def gated_linear_attention(
     missing = -T % (L * group)
     inputs = q, k, v, log_decay
     if missing > 0:  # filled up with tokens that write and forget nothing
-        inputs = [F.pad(x, (0, 0, 0, 0, 0, missing)) for x in inputs]
-    # each (B, H, J, L, X)
-    q, k, v, log_decay = (x.unflatten(1, (-1, L)).permute(0, 3, 1, 2, 4) for x in inputs)
+        inputs = [F.pad(x, (0, 0, 0, missing)) for x in inputs]
+    q, k, v, log_decay = (x.unflatten(2, (-1, L)) for x in inputs)  # each (B, H, J, L, X)
     since_start = log_decay.cumsum(3)
     # Exponents count from a constant in the middle of their range. A middle taken from the decays
     # themselves would let a later token move an earlier one by a rounding error.
@@ -234,15 +235,14 @@ def gated_linear_attention(
     states, state = states_between(added, since_start[:, :, :, -1], state, group)
     q_at_start = q_falling * math.exp(middle)
     read = scores.type_as(v) @ v + q_at_start.type_as(v) @ states.type_as(v)
-    read = read.permute(0, 2, 3, 1, 4).flatten(1, 2)
-    return read[:, :T] if missing else read, state
+    return read.flatten(2, 3)[:, :, :T], state
 
 
 def recurrent_step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor) -> Tensors:
     """gated_linear_attention of one token, by its definition."""
-    q, k, v, log_decay = (x.transpose(1, 2).type_as(state) for x in (q, k, v, log_decay))
+    q, k, v, log_decay = (x.type_as(state) for x in (q, k, v, log_decay))
     state = state * log_decay.exp().mT + k.mT @ v
-    return (q @ state).transpose(1, 2), state
+    return q @ state, state
 
 
 def states_between(added: Tensor, log_decay: Tensor, state: Tensor, group: int) -> Tensors:
@@ -320,64 +320,60 @@ class Memory(nn.Module):
         with autocast(x_BTC, torch.float32):  # for phases, decays and the state
             address, forget_logit = rest.split(slots, dim=-1)
             *parts, past = self.convolve(item, key, address, past)
-            heads = [part.unflatten(-1, (cfg.n_head, -1)).type_as(memory) for part in parts]
-            item, keys, addresses = heads
-            (write_key, read_key), (write, read) = keys.unbind(2), addresses.softmax(-1).unbind(2)
-            cos, sin = key_of(write_key + phase_T1K)
-            forget_logit = forget_logit.unflatten(-1, (cfg.n_head, -1)) + self.decay_bias
-            log_decay = -MAX_DECAY * forget_logit.sigmoid()
-            written = write, bind(item, cos, sin).to(dtype), log_decay, memory
+            heads = [x.unflatten(-1, (cfg.n_head, -1)) for x in (*parts, forget_logit)]
+            item, write_key, read_key, write, read, forget_logit = heads
+            write, read = (x.softmax(-1, memory.dtype).transpose(1, 2) for x in (write, read))
+            log_decay = -MAX_DECAY * (forget_logit + self.decay_bias).sigmoid().transpose(1, 2)
+            key = key_of(write_key + phase_T1K, dtype)
+            bound = torch.cat([part.transpose(1, 2) for part in bind(item, *key)], dim=-1)
+            written = write, bound, log_decay, memory
             found, memory = self.recall(read, *written)
             aux = None
             if self.training and cfg.use_auxiliary_loss:
-                aux = self.delayed_recall(item, cos, sin, written, seed_B)
-            real, imaginary = self.unbind_and_gate(found, read_key + phase_T1K, gate)
+                aux = self.delayed_recall(item, key, written, seed_B)
+            key = key_of(read_key + phase_T1K, dtype)
+            real, imaginary = self.unbind_and_gate(found.transpose(1, 2), key, gate)
         of_real, of_imaginary = self.out_proj.unflatten(1, (cfg.n_head, 2, -1)).unbind(2)
-        y = F.linear(real.flatten(2).to(dtype), of_real.flatten(1))
-        y = y + F.linear(imaginary.flatten(2).to(dtype), of_imaginary.flatten(1))
+        y = F.linear(real.to(dtype), of_real.flatten(1))
+        y = y + F.linear(imaginary.to(dtype), of_imaginary.flatten(1))
         return y, (memory, past), aux
 
-    def unbind_and_gate(self, found: Tensor, phase: Tensor, gate: Tensor) -> list[Tensor]:
-        """norm(unbind(found)) silu(gate): its real and its imaginary part, (B, T, H, K) each.
+    def unbind_and_gate(self, found: Tensor, key: Tensors, gate: Tensor) -> list[Tensor]:
+        """norm(unbind(found)) silu(gate): its real and its imaginary part, (B, T, H K) each, of
+        what was found (B, T, H, E).
 
-        They are never joined, which would be the slowest kernel of the layer. The norm is that of
-        `found`: a key of unit modulus changes no length.
+        They are never joined, which would be the slowest kernel of the layer. The norm comes first:
+        a key of unit modulus changes no length.
         """
-        found = found.type_as(phase)
-        cos, sin = phase.cos(), phase.sin()
-        real, imaginary = found.chunk(2, dim=-1)
-        parts = [real * cos + imaginary * sin, imaginary * cos - real * sin]
-        eps = torch.finfo(found.dtype).eps
-        scale = torch.rsqrt(found.square().mean(-1, keepdim=True) + eps)
+        normed = F.rms_norm(found, found.shape[-1:], eps=torch.finfo(self.norm.dtype).eps)
         heads = (self.cfg.n_head, 2, -1)
-        weights = self.norm.unflatten(0, heads).unbind(1)
-        parts = [part * scale * weight for part, weight in zip(parts, weights, strict=True)]
+        weights = self.norm.unflatten(0, heads).type_as(gate).unbind(1)
+        parts = [part * weight for part, weight in zip(unbind(normed, *key), weights, strict=True)]
         if self.cfg.use_gating:
             gates = gate.unflatten(-1, heads).unbind(-2)
             parts = [part * F.silu(gate) for part, gate in zip(parts, gates, strict=True)]
-        return parts
+        return [part.flatten(2) for part in parts]
 
     def convolve(self, item: Tensor, key: Tensor, address: Tensor, past: Tensor) -> Tensors:
-        """The item of each token, its keys of writing and of reading (B, T, 2, H K), both addresses
-        (B, T, 2, H S); and the last inputs.
+        """The item of each token, its keys and its addresses of writing and of reading, each
+        (B, T, ..); and the last inputs of the convolution.
         """
-        D, bins, slots = widths = self.widths[:3]
+        parts = [item, key, key, address, address]
         if not self.cfg.has_conv:
-            both = (-1, -1, 2, -1)
-            return item, key[:, :, None].expand(both), address[:, :, None].expand(both), past
-        of_item, of_keys, of_addresses = self.conv_kernel.split([D, 2 * bins, 2 * slots], dim=-1)
-        old_item, old_key, old_address = past.split(widths, dim=-1)
-        item, old_item = causal_conv(item, old_item, of_item)
-        keys, old_key = causal_conv(key, old_key, of_keys.unflatten(-1, (2, bins)))
-        of_addresses = of_addresses.unflatten(-1, (2, slots))
-        addresses, old_address = causal_conv(address, old_address, of_addresses)
-        past = torch.cat([old_item, old_key, old_address], dim=-1)
-        return item, keys, addresses, past
+            return *parts, past
+        old_item, old_key, old_address = past.split(self.widths[:3], dim=-1)
+        old_parts = [old_item, old_key, old_key, old_address, old_address]
+        kernels = self.conv_kernel.split(self.conv_widths, dim=1)
+        inputs = [x[:, 1 - CONV_LENGTH :] for x in (item, key, address)]
+        past = newest_inputs(past, torch.cat(inputs, dim=-1))
+        return *map(causal_conv, parts, old_parts, kernels), past
 
     def recall(
         self, read: Tensor, write: Tensor, bound: Tensor, log_decay: Tensor, memory: Tensor
     ) -> Tensors:
-        """What the read addresses find, still bound, and the memory after the last token."""
+        """What the read addresses find, still bound, and the memory after the last token. Shapes
+        are those of gated_linear_attention.
+        """
         if self.cfg.memory == "on":
             attend = fla_attention if self.cfg.kernel == "fla" else gated_linear_attention
             return attend(read, write, bound, log_decay, memory, self.cfg.chunk_length)
@@ -386,7 +382,7 @@ class Memory(nn.Module):
         return torch.zeros_like(bound), memory
 
     def delayed_recall(
-        self, item: Tensor, cos: Tensor, sin: Tensor, written: Tensors, seed_B: Tensor
+        self, item: Tensor, key: Tensors, written: Tensors, seed_B: Tensor
     ) -> Tensor:
         """1 - cosine between an item and what its own key and address still find of it: for each
         token but the first, an item before it is drawn. The loss is blind to scale, so that nothing
@@ -396,9 +392,12 @@ class Memory(nn.Module):
         row_B1 = torch.arange(B, device=item.device)[:, None]
         num_earlier_T = torch.arange(T, device=item.device).clamp(min=1)
         drawn = row_B1, random_bits(seed_B, T) % num_earlier_T
-        found, _ = self.recall(written[0][drawn], *written)
-        found = unbind(found, cos[drawn], sin[drawn])
-        return 1 - F.cosine_similarity(found, item[drawn].detach(), dim=-1)[:, 1:].mean()
+        write = written[0].transpose(1, 2)
+        found, _ = self.recall(write[drawn].transpose(1, 2), *written)
+        cos, sin = key
+        found = torch.cat(unbind(found.transpose(1, 2), cos[drawn], sin[drawn]), dim=-1)
+        wanted = item[drawn].detach().type_as(write)
+        return 1 - F.cosine_similarity(found.type_as(write), wanted, dim=-1)[:, 1:].mean()
 
 
 class Attention(nn.Module):
@@ -426,10 +425,9 @@ class Attention(nn.Module):
         old_k, old_v, past = state
         made = F.linear(x_BTC, self.in_proj)
         if self.cfg.has_conv:
-            convolved, past = causal_conv(made, past, self.conv_kernel)
-            made = convolved.type_as(made)
+            past, made = newest_inputs(past, made), causal_conv(made, past, self.conv_kernel)
         q, k, v = (part.view(B, T, self.cfg.n_head, -1) for part in made.split(C, dim=-1))
-        q, k = unbind(q, *rotary).type_as(v), unbind(k, *rotary).type_as(v)
+        q, k = (torch.cat(unbind(x, *rotary), dim=-1).type_as(v) for x in (q, k))
         mask = None
         if old_k.size(1) > 0:
             k = torch.cat([old_k.type_as(k), k], dim=1)

@@ -25,10 +25,12 @@ def fla_attention(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, chunk_length: int
 ) -> tuple[Tensor, Tensor]:
     """Gated linear attention by flash-linear-attention (Yang et al., arXiv 2312.06635): reads
-    (B, T, H, E) and the state (B, H, S, E) after the last token, for q, k and log_decay
-    (B, T, H, S) and v (B, T, H, E). The kernel chooses its own chunk_length.
+    (B, H, T, E) and the state (B, H, S, E) after the last token, for q, k and log_decay
+    (B, H, T, S) and v (B, H, T, E). The kernel chooses its own chunk_length.
     """
     from fla.ops.gla import chunk_gla
 
     options = dict(scale=1.0, initial_state=state, output_final_state=True)
-    return chunk_gla(q.type_as(v), k.type_as(v), v, log_decay, **options)
+    token_first = [x.transpose(1, 2) for x in (q.type_as(v), k.type_as(v), v, log_decay)]
+    read, state = chunk_gla(*token_first, **options)
+    return read.transpose(1, 2), state

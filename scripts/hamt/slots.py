@@ -53,10 +53,10 @@ def slot_cosine(M_BSE: Tensor) -> float:
 def watched(
     model: train_gpu.Model, keep: dict[int, Tensor] | None = None
 ) -> Iterator[list[tuple[int, Tensor, Tensor]]]:
-    """While inside, the list fills with (layer, write addresses (B, T, H, S), state behind (B,
-    H, S, E)) of the memory
-    layers. `keep` has by layer a (H, S) of ones and zeros: where it is 0 nothing is written, so
-    nothing is read."""
+    """While inside, the list fills with (layer, write addresses (B, H, T, S), state behind
+    (B, H, S, E)) of the memory layers. `keep` has by layer a (H, S) of ones and zeros: where it is
+    0 nothing is written, so nothing is read.
+    """
     seen, keep = [], keep or {}
     layers = {
         i: block.mixer for i, block in enumerate(model.blocks) if hasattr(block.mixer, "recall")
@@ -67,7 +67,8 @@ def watched(
 
         def recorded(read, write, bound, log_decay, memory) -> tuple[Tensor, Tensor]:
             if layer in keep:
-                write, memory = write * keep[layer], memory * keep[layer][..., None]
+                write = write * keep[layer][:, None]
+                memory = memory * keep[layer][..., None]
             found, memory = recall(read, write, bound, log_decay, memory)
             seen.append((layer, write, memory))
             return found, memory
@@ -155,14 +156,14 @@ def slot_statistics(
             return paired_change(sequence_losses(model, x_BT, y_BT), base)
 
     heads, slots = [], []
-    for layer, write_BTHS, M_BHSE in seen:
-        ones_HS = torch.ones_like(write_BTHS[0, 0])
+    for layer, write_BHTS, M_BHSE in seen:
+        ones_HS = torch.ones_like(write_BHTS[0, :, 0])
         for head in range(M_BHSE.size(1)):
             own = each_slot(layer, head, ones_HS, without)
             slots += own
-            addresses = write_BTHS[:, :, head].flatten(0, 1)
+            addresses = write_BHTS[:, head].flatten(0, 1)
             heads.append(head_row(layer, head, addresses, M_BHSE[:, head], own))
-    none = {layer: torch.zeros_like(write[0, 0]) for layer, write, _ in seen}
+    none = {layer: torch.zeros_like(write[0, :, 0]) for layer, write, _ in seen}
     heads += [dict(layer=layer, head=None) | without({layer: mask}) for layer, mask in none.items()]
     heads.append(dict(layer=None, head=None, loss=float(base.mean())) | without(none))
     return heads, slots

@@ -110,15 +110,16 @@ def test_binding_is_circular_convolution():
     b = torch.fft.ifft(torch.complex(item[:n], item[n:]))
     direct = torch.stack([sum(a[i] * b[(t - i) % n] for i in range(n)) for t in range(n)])
     expected = torch.fft.fft(direct)
-    found = bind(item, *key_of(key))
+    found = torch.cat(bind(item, *key_of(key, torch.float64)))
     assert torch.allclose(found, torch.cat([expected.real, expected.imag]), atol=1e-12)
 
 
 def test_the_conjugate_key_undoes_a_key_exactly():
     phase, item = torch.randn(7, 6).double(), torch.randn(7, 12).double()
-    cos, sin = key_of(phase)
-    assert torch.allclose(unbind(bind(item, cos, sin), cos, sin), item, atol=1e-12)
-    assert (bind(item, cos, sin) - item).abs().max() > 0.5
+    key = key_of(phase, torch.float64)
+    bound = torch.cat(bind(item, *key), dim=-1)
+    assert torch.allclose(torch.cat(unbind(bound, *key), dim=-1), item, atol=1e-12)
+    assert (bound - item).abs().max() > 0.5
 
 
 def test_without_its_memory_the_model_sees_one_token():
@@ -140,15 +141,15 @@ def test_the_auxiliary_loss_is_blind_to_scale_and_trains_only():
     mixer = memory(use_auxiliary_loss=True)
     item = torch.randn(2, 40, 2, 12).double()
     phase = torch.randn(2, 40, 2, 6).double()
-    cos, sin = key_of(phase)
-    write = torch.rand(2, 40, 2, 5).double().softmax(-1)
-    decay = -torch.rand(2, 40, 2, 5).double() * 0.01
+    key = key_of(phase, torch.float64)
+    write = torch.rand(2, 2, 40, 5).double().softmax(-1)
+    decay = -torch.rand(2, 2, 40, 5).double() * 0.01
     found = []
     for scale in (1.0, 1e-3):
         empty = mixer.empty_state(2)[0]
-        bound = bind(item * scale, cos, sin)
+        bound = torch.cat(bind(item * scale, *key), dim=-1).transpose(1, 2)
         written = write, bound, decay, empty
-        found.append(float(mixer.delayed_recall(item * scale, cos, sin, written, NOWHERE + 5)))
+        found.append(float(mixer.delayed_recall(item * scale, key, written, NOWHERE + 5)))
     assert abs(found[0] - found[1]) < 1e-6
     model.eval()
     assert aux() == 0
@@ -160,14 +161,15 @@ def test_an_item_alone_in_its_slot_is_recalled_without_loss():
     mixer = memory(use_auxiliary_loss=True)
     item = torch.randn(2, T, 2, 12).double()
     phase = torch.randn(2, T, 2, 6).double()
-    cos, sin = key_of(phase)
-    write = torch.eye(T).double()[None, :, None].expand(2, T, 2, T)
+    key = key_of(phase, torch.float64)
+    write = torch.eye(T).double().expand(2, 2, T, T)
     no_decay = torch.zeros_like(write)
-    rest = bind(item, cos, sin), no_decay, mixer.empty_state(2)[0]
+    bound = torch.cat(bind(item, *key), dim=-1).transpose(1, 2)
+    rest = bound, no_decay, mixer.empty_state(2)[0]
     written = write, *rest
-    assert abs(float(mixer.delayed_recall(item, cos, sin, written, NOWHERE))) < 1e-12
+    assert abs(float(mixer.delayed_recall(item, key, written, NOWHERE))) < 1e-12
     written = torch.ones_like(write) / T, *rest  # all slots alike
-    assert float(mixer.delayed_recall(item, cos, sin, written, NOWHERE)) > 0.05
+    assert float(mixer.delayed_recall(item, key, written, NOWHERE)) > 0.05
 
 
 # ---------------------------------------------------------------- sizes and initial weights

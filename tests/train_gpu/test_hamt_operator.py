@@ -15,19 +15,18 @@ def inputs(T: int, B: int = 2, H: int = 2, S: int = 5, E: int = 6) -> list:
     """q, k, v, log_decay, state."""
     rng = torch.Generator().manual_seed(T)
     draw = lambda *shape: torch.rand(*shape, generator=rng, dtype=torch.float64)
-    q, k, log_decay = draw(B, T, H, S), draw(B, T, H, S), -draw(B, T, H, S)
-    v, state = draw(B, T, H, E) - 0.5, draw(B, H, S, E) - 0.5
+    q, k, log_decay = draw(B, H, T, S), draw(B, H, T, S), -draw(B, H, T, S)
+    v, state = draw(B, H, T, E) - 0.5, draw(B, H, S, E) - 0.5
     return [q, k, v, log_decay, state]
 
 
 def recurrence(q, k, v, log_decay, state) -> tuple[torch.Tensor, torch.Tensor]:
     reads = []
-    for t in range(q.size(1)):
-        now = slice(t, t + 1)
-        step = (q[:, now], k[:, now], v[:, now], log_decay[:, now], state)
-        read, state = recurrent_step(*step)
+    for t in range(q.size(2)):
+        step = [x[:, :, t : t + 1] for x in (q, k, v, log_decay)]
+        read, state = recurrent_step(*step, state)
         reads.append(read)
-    return torch.cat(reads, dim=1), state
+    return torch.cat(reads, dim=2), state
 
 
 @pytest.mark.parametrize(("T", "L"), [(29, 1), (29, 4), (29, 29), (29, 128), (300, 64), (600, 2)])
@@ -57,10 +56,10 @@ def test_a_change_at_t_moves_nothing_before_t(L):
     for t in (0, 1, 63, 64, 511, 599):
         changed = [x.clone() for x in given]
         for x in changed[:4]:
-            x[:, t] *= 0.5
+            x[:, :, t] *= 0.5
         after, _ = gated_linear_attention(*changed, L)
-        assert torch.equal(before[:, :t], after[:, :t])
-        assert not torch.equal(before[:, t], after[:, t])
+        assert torch.equal(before[:, :, :t], after[:, :, :t])
+        assert not torch.equal(before[:, :, t], after[:, :, t])
 
 
 def test_the_strongest_decay_over_the_longest_chunk_stays_finite_and_exact():
@@ -78,8 +77,8 @@ def test_what_a_slow_slot_keeps_survives_a_fast_stretch_before_it():
     """Sums of decays are formed between two places, never as differences of long sums, in which
     fp32 would lose what is small."""
     given = inputs(4096, B=1, H=1, S=2, E=2)
-    given[3][:, :3000] = -1.0
-    given[3][:, 3000:] = -1e-4
+    given[3][:, :, :3000] = -1.0
+    given[3][:, :, 3000:] = -1e-4
     exact, _ = gated_linear_attention(*given, 16)
     single = [x.float() for x in given]
     found, _ = gated_linear_attention(*single, 16)
@@ -105,9 +104,9 @@ def captured_operations(T: int, **values: object) -> list[int]:
 
 
 def test_the_compiler_captures_the_same_operations_whatever_the_length_once_for_all_blocks():
-    assert [captured_operations(T) for T in (128, 1024, 8192)] == [[207]] * 3
+    assert [captured_operations(T) for T in (128, 1024, 8192)] == [[237]] * 3
     [long] = captured_operations(32768)  # with a second level of chunks
-    assert long <= 247
+    assert long <= 277
 
 
 def test_a_compiled_block_gives_what_the_block_gives():
