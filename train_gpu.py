@@ -6,8 +6,8 @@
 
 A layer writes each token's item v, bound to a key k of unit modulus, into S slots by address w, and
 reads by address a and key q: M_t = decay_t * M_{t-1} + w_t (k_t v_t), r_t = conj(q_t) (a_t M_t).
-The output is W_o(norm(r_t) silu(g_t)). It keeps M, 3 inputs of the convolution and the position,
-however long the past is.
+The output is W_o(norm(r_t) silu(g_t)). However long the past is, a layer keeps M and 3 inputs of
+its convolution, and the model keeps the position.
 
 Expect   --preset demo: val_loss falls from 5.5 to 1.64 nats per byte (n=1); see docs/hamt.md
 Shapes   B sequences, T tokens, C model width, D memory width (D/2 complex bins), H heads, E = D / H
@@ -90,7 +90,7 @@ class Knobs(TextRunKnobs):
     time_budget_s: float | None = knob(None, "seconds for the schedule", above=0, none="off")
     warmup_iters: int | None = knob(None, "auto: 2% of the steps, at most 1000", low=0, none="auto")
     lr: float = knob(3e-4, "peak learning rate of AdamW", low=0)
-    weight_decay: float = knob(0.01, "decay of matrices; others have none", low=0)
+    weight_decay: float = knob(0.01, "weight decay of embedding and projections", low=0)
     grad_clip: float = knob(1.0, "largest norm of the gradient; 0: no clipping", low=0)
     precision: str = knob(
         "fp16", "number format of products", choices=tuple(DTYPES), group="machine"
@@ -120,7 +120,7 @@ class Knobs(TextRunKnobs):
                 mixers = Memory(replace(self, mixer="hamt")), Attention(self)
             memory, attention = (sum(p.numel() for p in m.parameters()) for m in mixers)
             width += round((memory - attention) / (2 * self.n_embd))
-        return max(width, 1)
+        return width
 
 
 # ---------------- Model: keys, convolution, dropout
@@ -283,8 +283,8 @@ def parameter(*shape: int) -> nn.Parameter:
 class Memory(nn.Module):
     """The holographic layer: bind, gated linear attention over slots, unbind.
 
-    One projection makes the keys of writing and of reading, and one makes both addresses; only the
-    convolution tells the two apart. Recall is learned far sooner so (docs/hamt.md).
+    Keys of writing and of reading come from the same rows of in_proj, and so do both addresses;
+    only the convolution makes them differ. So recall is learned far sooner (docs/hamt.md).
     """
 
     def __init__(self, cfg: Knobs):
@@ -342,16 +342,17 @@ class Memory(nn.Module):
         """norm(unbind(found)) silu(gate): its real and its imaginary part, (B, T, H K) each, of
         what was found (B, T, H, E).
 
-        They are never joined, which would be the slowest kernel of the layer. The norm comes first:
-        a key of unit modulus changes no length.
+        They stay apart, as joining them would be the slowest kernel of the layer. The norm comes
+        first, as a key of unit modulus changes no length.
         """
         normed = F.rms_norm(found, found.shape[-1:], eps=torch.finfo(self.norm.dtype).eps)
+        parts = unbind(normed, *key)
         heads = (self.cfg.n_head, 2, -1)
         weights = self.norm.unflatten(0, heads).type_as(gate).unbind(1)
-        parts = [part * weight for part, weight in zip(unbind(normed, *key), weights, strict=True)]
+        parts = [part * weight for part, weight in zip(parts, weights, strict=True)]
         if self.cfg.use_gating:
             gates = gate.unflatten(-1, heads).unbind(-2)
-            parts = [part * F.silu(gate) for part, gate in zip(parts, gates, strict=True)]
+            parts = [part * F.silu(half) for part, half in zip(parts, gates, strict=True)]
         return [part.flatten(2) for part in parts]
 
     def convolve(self, item: Tensor, key: Tensor, address: Tensor, past: Tensor) -> Tensors:
@@ -444,7 +445,7 @@ class Block(nn.Module):
 
     A mixer has empty_state(B), and forward(x, state, angles, seed_B), which returns y, the state
     and an auxiliary loss or None; with CONV, conv_kernel, conv_widths and conv_lags. Names that end
-    in _proj have weight decay. Knobs, angles_at and prepare_recall know the mixers by name.
+    in _proj have weight decay. What asks for cfg.mixer knows the mixers by name.
     """
 
     def __init__(self, cfg: Knobs):
@@ -487,9 +488,11 @@ class Model(nn.Module):
             return None
         return self.dropout_mask(seed_B, x_BTC.shape[1:], self.cfg.dropout)
 
-    def run_block(self, block: Block, x_BTC: Tensor, *args: object, seed_B: Tensor) -> Mixed:
+    def run_block(
+        self, block: Block, x_BTC: Tensor, state: Tensors, angles: Tensor | Tensors, seed_B: Tensor
+    ) -> Mixed:
         kept = self.kept(seed_B + 1, x_BTC), self.kept(seed_B + 2, x_BTC)
-        return block(x_BTC, *args, seed_B, kept)
+        return block(x_BTC, state, angles, seed_B, kept)
 
     def hidden(
         self, x_BT: Tensor, state: State | None = None, seed_B: Tensor | None = None
@@ -510,7 +513,7 @@ class Model(nn.Module):
             x_BTC = F.embedding(x_BT, self.wte)
             x_BTC = dropout(x_BTC, self.kept(seed_B, x_BTC), cfg.dropout)
             for i, (block, layer) in enumerate(zip(self.blocks, state.layers, strict=True)):
-                x_BTC, layer, aux = run_block(block, x_BTC, layer, angles, seed_B=seed_B + 3 * i)
+                x_BTC, layer, aux = run_block(block, x_BTC, layer, angles, seed_B + 3 * i)
                 layers.append(layer)
                 if aux is not None:
                     aux_sum = aux_sum + aux / cfg.n_layer
@@ -556,7 +559,7 @@ def init_weights(model: Model, cfg: Knobs) -> None:
             seed_name = seed_name.replace("_proj", "")
             digest = hashlib.sha256(f"{cfg.seed} {seed_name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-            p.copy_(torch.empty(p.shape).normal_(std=std, generator=generator))
+            p.normal_(std=std, generator=generator)
     for block in model.blocks:
         prepare_recall(block.mixer, cfg)
 
@@ -636,10 +639,9 @@ class AdamW(torch.optim.AdamW):
 
     def __init__(self, model: Model, cfg: Knobs):
         self.grad_clip = cfg.grad_clip
-        matrices, others = [], []
-        for name, p in model.named_parameters():
-            is_matrix = name.endswith(("wte", "_proj"))
-            (matrices if is_matrix else others).append(p)
+        named = list(model.named_parameters())
+        matrices = [p for name, p in named if name.endswith(("wte", "_proj"))]
+        others = [p for name, p in named if not name.endswith(("wte", "_proj"))]
         groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=others)]
         super().__init__(groups, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
