@@ -53,7 +53,7 @@ bench: $(READY)
 # Eight minutes at most, the most valuable part first; each part is a file as soon as it is done.
 GPU_OUT := experiments/gpu
 bench-gpu: $(READY)
-	$(BIN)/python scripts/gpt/bench.py --device cuda --out $(GPU_OUT) --deadline_s 240
+	$(BIN)/python scripts/gpt/bench.py --device cuda --out $(GPU_OUT) --deadline_s 150
 	-$(BIN)/python scripts/hamt/compare_baselines.py --speed_only --preset 100m --device cuda \
 		--precision bf16 --knobs compile=1 --lengths 1024,8192 --tokens_per_step 16384 \
 		--decode_contexts 1024,16384 --output_dir $(GPU_OUT) --deadline_s 120
