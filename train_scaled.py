@@ -552,9 +552,9 @@ class OriginalDecoder(nn.Module):
         new = torch.tanh(candidate + reset * hidden_candidate)
         return (1 - keep) * new + keep * hidden
 
-    def first_inputs(self, x: Tensor, of_byte: Tensor) -> list[Tensor]:
-        """What the GRU reads before it predicts a patch's first byte, as rows of `of_byte`."""
-        return [of_byte[0]]
+    def bytes_read(self, x: Tensor, own: Tensor) -> Tensor:
+        """The bytes that the GRU reads in a patch: a byte 0, and the patch's own but the last."""
+        return F.pad(own, (1, 0))
 
     def byte_inputs(self) -> Tensor:
         """The GRU's product with each byte, (256, 3 * 256)."""
@@ -563,23 +563,23 @@ class OriginalDecoder(nn.Module):
     def forward(
         self, z_BND: Tensor, x: Tensor, y: Tensor, of_byte: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Logits, fp32, of the bytes y (B, N, 4) of patches, and the hidden states that they come
-        from, both (B, N, 4, 256), given the latent before each patch, the 8 bytes x (B, N, 8)
-        before it, and the bytes before them in their own patch. of_byte: known byte_inputs().
+        """Logits, fp32, of the bytes y (B, N, 4) of patches, and the GRU's hidden states, both
+        (B, N, 4, 256), given the latent before each patch, the 8 bytes x (B, N, 8) before it, and
+        the bytes before them in their own patch. of_byte: byte_inputs(), where they are known.
         """
         of_byte = self.byte_inputs() if of_byte is None else of_byte
         weight = self.gru.weight_ih[:, BYTES:]
         of_latent = F.linear(self.latent(z_BND), weight, self.gru.bias_ih)
         own = y[..., :-1]
         hidden, states = torch.zeros_like(of_latent[..., :BYTES]), []
-        for byte in [*self.first_inputs(x, of_byte), *F.embedding(own, of_byte).unbind(2)]:
+        for byte in F.embedding(self.bytes_read(x, own), of_byte).unbind(2):
             hidden = self.step(hidden, of_latent + byte)
             states.append(hidden)
-        hidden = torch.stack(states[-PATCH:], 2)
-        if self.grams is None:
-            return self.out(hidden).float(), hidden
-        grams = self.grams(torch.cat([x, own], -1).unfold(-1, PAST, 1))
-        return self.out(hidden + grams).float(), hidden
+        hidden = torch.stack(states[-PATCH:], 2)  # before, it only read the patch before
+        decoded = hidden
+        if self.grams is not None:
+            decoded = hidden + self.grams(torch.cat([x, own], -1).unfold(-1, PAST, 1))
+        return self.out(decoded).float(), hidden
 
 
 class ScaledDecoder(OriginalDecoder):
@@ -600,8 +600,8 @@ class ScaledDecoder(OriginalDecoder):
         """Logits (B, N, 4, 256), fp32, of the bytes of the next patch, from the latent alone."""
         return self.ahead(z_BND).unflatten(-1, (PATCH, BYTES)).float()
 
-    def first_inputs(self, x: Tensor, of_byte: Tensor) -> list[Tensor]:
-        return [F.embedding(byte, of_byte) for byte in x[..., -PATCH:].unbind(-1)]
+    def bytes_read(self, x: Tensor, own: Tensor) -> Tensor:
+        return torch.cat([x[..., -PATCH:], own], -1)
 
 
 class ByteMemory(nn.Module):
@@ -656,7 +656,7 @@ class ByteMemory(nn.Module):
         weight = (followers > 0) * self.log_rank_weight.view(G, FOLLOWERS).exp()
         weight = weight / weight.sum(-1, keepdim=True).clamp(min=1e-12)
         weight = weight * log_taken.exp()[..., None]
-        byte = (followers.long() - 1).clamp(min=0)
+        byte = (followers.long() - 1).clamp(min=0)  # stored as byte + 1, 0 for none
         p = log_left[..., :1].exp() * logits.softmax(-1)
         return p.scatter_add(-1, byte.flatten(-2), weight.flatten(-2)).clamp(min=1e-30).log()
 
@@ -814,9 +814,9 @@ class AdamW(torch.optim.AdamW):
         least_dim = 1 if cfg.decay_on == "all" else 2
         decayed = [p for p in model.parameters() if p.dim() >= least_dim]
         spared = [p for p in model.parameters() if p.dim() < least_dim]
-        groups = [dict(params=decayed), dict(params=spared, weight_decay=0.0)]
-        decay = cfg.weight_decay
-        super().__init__(groups, cfg.lr, (0.9, cfg.beta2), weight_decay=decay, fused=True)
+        decayed = dict(params=decayed, weight_decay=cfg.weight_decay)
+        spared = dict(params=spared, weight_decay=0.0)
+        super().__init__([decayed, spared], cfg.lr, (0.9, cfg.beta2), fused=True)
 
     def step(self, lr: float, all_finite: Tensor) -> None:
         for group in self.param_groups:
@@ -919,7 +919,6 @@ def train(cfg: Knobs, session: Session, batches: ByteBatches, val: ScoredBytes) 
     rows = choose_rows(cfg, world, model, probe_backward)
     if cfg.compile:
         compile_model(session, model, rows)  # block by block
-    gradients.zero_()  # of the probes
     backward_pass = partial(run_backward_pass, model, carried, scaler, rows)
     if cfg.uses_cuda_graph:  # see its limits there
         backward_pass = CudaGraph(backward_pass, world.device)
@@ -946,6 +945,7 @@ def train(cfg: Knobs, session: Session, batches: ByteBatches, val: ScoredBytes) 
         carried.start_step(batches.starts_over(state.step))
         model.plasticity.fill_(plasticity(state.step, cfg))  # equal on all ranks, logged as a sum
         seed_dropout(cfg, state.step, world.rank)
+        gradients.zero_()
         train_loss = backward_pass(x_BT, y_BT)
         world.all_reduce(gradients)  # a sum: each rank divided its loss by the whole batch
         scaler.unscale_(adam)
@@ -958,7 +958,6 @@ def train(cfg: Knobs, session: Session, batches: ByteBatches, val: ScoredBytes) 
         gradients *= (cfg.grad_clip / grad_norms.norm()).clamp(max=1.0)
         adam.step(lr, all_finite)
         scaler.update()
-        gradients.zero_()
     prefetch.close()
     session.notes += ["rolled_back=1"] * state.rolled_back
 
