@@ -97,7 +97,7 @@ RESUME_MAY_DIFFER = [*BYTE_RUN_KNOBS, "preset"]
 @dataclass(frozen=True)
 class Knobs(ByteRunKnobs):
     preset: str = knob("scaled", "named set of defaults", choices=tuple(PRESETS), group="knobs")
-    blocks: str = knob("scaled", "scaled: ours; original: AGIFORMER phase 8's", choices=KINDS, group="model")
+    blocks: str = knob("scaled", "scaled: ours; original: phase 8's", choices=KINDS, group="model")
     decoder: str = knob("scaled", "scaled: ours; original: phase 8's", choices=KINDS)
     n_layer: int = knob(12, "number of blocks", low=1)
     n_head: int = knob(12, "number of heads, of attention and of the memory", low=1)

@@ -35,6 +35,17 @@ def test_a_user_error_is_one_line_and_exit_code_2(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
+def test_a_reader_that_leaves_is_no_traceback(tmp_path):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, str(ROOT / "train_gpt.py"), "--preset=demo", "--dry_run"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment(), stdout=writing, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 def test_importing_the_trainers_starts_nothing(tmp_path):
     code = "import os, torch.distributed as d\n"
     for trainer in TRAINERS:
