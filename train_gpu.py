@@ -178,8 +178,7 @@ def angles_at(cfg: Knobs, position: Tensor, T: int, dtype: torch.dtype) -> Tenso
 
 def causal_conv(x: Tensor, past: Tensor, kernel: Tensor) -> Tensor:
     """Depthwise convolution over the tokens of x (B, T, X), which follow the CONV_LENGTH - 1 inputs
-    `past`, with a kernel (CONV_LENGTH, X). It is made of shifted products, which the compiler joins
-    with what surrounds them.
+    `past`, with a kernel (CONV_LENGTH, X). The compiler joins such shifted products with the rest.
     """
     T = x.size(1)
     x = torch.cat([past.type_as(x), x], dim=1)
@@ -189,9 +188,10 @@ def causal_conv(x: Tensor, past: Tensor, kernel: Tensor) -> Tensor:
     return y.type_as(x)
 
 
-def newest_inputs(past: Tensor, x: Tensor) -> Tensor:
-    """The last CONV_LENGTH - 1 inputs of a convolution, after x (B, T, X)."""
-    return torch.cat([past.type_as(x), x], dim=1)[:, 1 - CONV_LENGTH :]
+def newest_inputs(past: Tensor, *inputs: Tensor) -> Tensor:
+    """The last CONV_LENGTH - 1 of `past` and of the inputs (B, T, ..)."""
+    newest = torch.cat([x[:, 1 - CONV_LENGTH :] for x in inputs], dim=-1)
+    return torch.cat([past.type_as(newest), newest], dim=1)[:, 1 - CONV_LENGTH :]
 
 
 def dropout(x: Tensor, kept: Tensor | None, p: float) -> Tensor:
@@ -356,8 +356,8 @@ class Memory(nn.Module):
         return [part.flatten(2) for part in parts]
 
     def convolve(self, item: Tensor, key: Tensor, address: Tensor, past: Tensor) -> Tensors:
-        """The item of each token, its keys and its addresses of writing and of reading, each
-        (B, T, ..); and the last inputs of the convolution.
+        """Item, write and read key, write and read address of each token, all (B, T, ..); and the
+        last inputs of the convolution.
         """
         parts = [item, key, key, address, address]
         if not self.cfg.has_conv:
@@ -365,9 +365,8 @@ class Memory(nn.Module):
         old_item, old_key, old_address = past.split(self.widths[:3], dim=-1)
         old_parts = [old_item, old_key, old_key, old_address, old_address]
         kernels = self.conv_kernel.split(self.conv_widths, dim=1)
-        inputs = [x[:, 1 - CONV_LENGTH :] for x in (item, key, address)]
-        past = newest_inputs(past, torch.cat(inputs, dim=-1))
-        return *map(causal_conv, parts, old_parts, kernels), past
+        given = zip(parts, old_parts, kernels, strict=True)
+        return *[causal_conv(*x) for x in given], newest_inputs(past, item, key, address)
 
     def recall(
         self, read: Tensor, write: Tensor, bound: Tensor, log_decay: Tensor, memory: Tensor
@@ -426,7 +425,9 @@ class Attention(nn.Module):
         old_k, old_v, past = state
         made = F.linear(x_BTC, self.in_proj)
         if self.cfg.has_conv:
-            past, made = newest_inputs(past, made), causal_conv(made, past, self.conv_kernel)
+            old = past
+            past = newest_inputs(old, made)
+            made = causal_conv(made, old, self.conv_kernel)
         q, k, v = (part.view(B, T, self.cfg.n_head, -1) for part in made.split(C, dim=-1))
         q, k = (torch.cat(unbind(x, *rotary), dim=-1).type_as(v) for x in (q, k))
         mask = None

@@ -575,7 +575,7 @@ class OriginalDecoder(nn.Module):
         for byte in F.embedding(self.bytes_read(x, own), of_byte).unbind(2):
             hidden = self.step(hidden, of_latent + byte)
             states.append(hidden)
-        hidden = torch.stack(states[-PATCH:], 2)  # before, it only read the patch before
+        hidden = torch.stack(states[-PATCH:], 2)  # before, it read the last patch
         decoded = hidden
         if self.grams is not None:
             decoded = hidden + self.grams(torch.cat([x, own], -1).unfold(-1, PAST, 1))
@@ -814,9 +814,9 @@ class AdamW(torch.optim.AdamW):
         least_dim = 1 if cfg.decay_on == "all" else 2
         decayed = [p for p in model.parameters() if p.dim() >= least_dim]
         spared = [p for p in model.parameters() if p.dim() < least_dim]
-        decayed = dict(params=decayed, weight_decay=cfg.weight_decay)
-        spared = dict(params=spared, weight_decay=0.0)
-        super().__init__([decayed, spared], cfg.lr, (0.9, cfg.beta2), fused=True)
+        groups = [dict(params=decayed), dict(params=spared, weight_decay=0.0)]
+        decay = cfg.weight_decay
+        super().__init__(groups, cfg.lr, (0.9, cfg.beta2), weight_decay=decay, fused=True)
 
     def step(self, lr: float, all_finite: Tensor) -> None:
         for group in self.param_groups:

@@ -5,6 +5,7 @@ the run would be refused.
 """
 
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -103,14 +104,17 @@ def show_plan(
     """Print the knobs and what plan(cfg, world) returns; the exit code of a dry run. `columns` are
     those of the trainer's results rows.
     """
-    print(knobs_json(cfg))
+    lines, code = [knobs_json(cfg)], 0
     if cfg.device == "cuda" and not torch.cuda.is_available():
-        print("device:          cuda, which this machine does not have; the run needs one")
+        lines.append("device:          cuda, which this machine does not have; the run needs one")
     try:
         check_records(cfg, columns)
-        for name, value in plan(cfg, planned_world()).items():
-            print(f"{name + ':':16} {value}")
+        lines += [f"{name + ':':16} {x}" for name, x in plan(cfg, planned_world()).items()]
     except UserError as error:
-        print(f"problem:         {error}")
-        return 2
-    return 0
+        lines.append(f"problem:         {error}")
+        code = 2
+    try:
+        print("\n".join(lines), flush=True)
+    except BrokenPipeError:  # the reader has left, as `head` does when it has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush
+    return code

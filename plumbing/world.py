@@ -208,9 +208,6 @@ def launch(main: Callable[[], int | None]) -> typing.NoReturn:
         if os.environ.get("RANK", "0") == "0":
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
         code = 2
-    except BrokenPipeError:  # who read our output has left, as `head` does when it has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush
-        code = 1
     except Exception:
         if not is_group:
             raise

@@ -4,13 +4,13 @@
 
 A forward and a backward pass of one block run on fake tensors, which have no data, so that no GPU
 is needed and any size is counted in seconds. (Not on the meta device: autocast leaves its products
-in fp32.) FLOPs are those of matrix products, attention and
-the convolution (two for a multiplication with its addition). Attention is a fused kernel that keeps
-no scores; half of its scores are masked and not counted, and its backward pass has 2.5 times the
-FLOPs of its forward pass. Moved bytes are the sizes of all inputs and outputs of every
-operation, as eager PyTorch runs them one by one; a compiler that fuses operations moves less. Kept
-bytes are what the forward pass keeps for the backward pass, as eager PyTorch runs the block, and as
-torch.compile cuts it into two graphs. Both are what a second row adds, without weights.
+in fp32.) FLOPs are those of matrix products and attention (two for a multiplication with its
+addition). Attention is a fused kernel that keeps no scores; half of its scores are masked and not
+counted, and its backward pass has 2.5 times the FLOPs of its forward pass. Moved bytes are the
+sizes of all inputs and outputs of every operation, as eager PyTorch runs them one by one; a
+compiler that fuses operations moves less. Kept bytes are what the forward pass keeps for the
+backward pass, as eager PyTorch runs the block, and as torch.compile cuts it into two graphs. Both
+are what a second row adds, without weights.
 
 Prints   a table: a row for each mixer and length
 Units    FLOPs and bytes per token of a row
@@ -70,15 +70,10 @@ def fused_attention(q, k, v, **_: object) -> Tensor:
 
 
 def total_flops(counter: FlopCounterMode, cfg: train_gpu.Knobs, T: int) -> float:
-    """Of T tokens. torch counts a convolution's backward pass as if it had one group, and a fused
-    kernel of the CPU not at all: both are put right here.
-    """
+    """Of T tokens. What torch may count for a fused kernel of the CPU is replaced by our own."""
     total = 0.0
     for operation, flops in counter.get_flop_counts()["Global"].items():
-        name = str(operation)
-        if name.startswith("aten.convolution") and "backward" not in name:
-            total += 3 * flops
-        elif not name.startswith(("aten.convolution", "aten._scaled_dot_product")):
+        if not str(operation).startswith("aten._scaled_dot_product"):
             total += flops
     if cfg.mixer == "attention":
         total += 3.5 * 2 * T * T * cfg.n_embd
