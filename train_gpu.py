@@ -176,22 +176,21 @@ def angles_at(cfg: Knobs, position: Tensor, T: int, dtype: torch.dtype) -> Tenso
     return key_of(phases, dtype) if cfg.mixer == "attention" else phases
 
 
-def causal_conv(x: Tensor, past: Tensor, kernel: Tensor) -> Tensor:
-    """Depthwise convolution over the tokens of x (B, T, X), which follow the CONV_LENGTH - 1 inputs
-    `past`, with a kernel (CONV_LENGTH, X). The compiler joins such shifted products with the rest.
+def join_past(past: Tensor, x: Tensor) -> Tensors:
+    """Tokens (B, T, C) with those before them that a convolution needs; and the next `past`."""
+    joined = torch.cat([past.type_as(x), x], dim=1)
+    return joined, joined[:, x.size(1) :].to(past.dtype, copy=True)
+
+
+def causal_conv(x: Tensor, kernel: Tensor) -> Tensor:
+    """Depthwise convolution of CONV_LENGTH - 1 + T tokens (B, .., X), which gives T tokens, with a
+    kernel (CONV_LENGTH, X). The compiler joins such shifted products with the rest.
     """
-    T = x.size(1)
-    x = torch.cat([past.type_as(x), x], dim=1)
+    T = x.size(1) + 1 - CONV_LENGTH
     y = x[:, :T] * kernel[0]
     for i in range(1, CONV_LENGTH):
         y = torch.addcmul(y, x[:, i : i + T], kernel[i])
     return y.type_as(x)
-
-
-def newest_inputs(past: Tensor, *inputs: Tensor) -> Tensor:
-    """The last CONV_LENGTH - 1 of `past` and of the inputs (B, T, ..)."""
-    newest = torch.cat([x[:, 1 - CONV_LENGTH :] for x in inputs], dim=-1)
-    return torch.cat([past.type_as(newest), newest], dim=1)[:, 1 - CONV_LENGTH :]
 
 
 def dropout(x: Tensor, kept: Tensor | None, p: float) -> Tensor:
@@ -303,70 +302,60 @@ class Memory(nn.Module):
         self.decay_bias = parameter(cfg.n_head, cfg.num_slots)
 
     def empty_state(self, B: int) -> Tensors:
-        """M (B, H, S, E), and what the convolution has read last."""
+        """M (B, H, S, E), and the newest tokens (B, CONV_LENGTH - 1, C) for the convolution."""
         cfg, new_zeros = self.cfg, self.in_proj.new_zeros
-        channels = sum(self.widths[:3]) if cfg.has_conv else 0
         memory = new_zeros(B, cfg.n_head, cfg.num_slots, cfg.hcm_dim // cfg.n_head)
-        return memory, new_zeros(B, CONV_LENGTH - 1, channels)
+        return memory, new_zeros(B, CONV_LENGTH - 1 if cfg.has_conv else 0, cfg.n_embd)
 
     def forward(self, x_BTC: Tensor, state: Tensors, phase_T1K: Tensor, seed_B: Tensor) -> Mixed:
         """The output (B, T, C), the state after the last token, and the auxiliary loss."""
-        cfg, (memory, past) = self.cfg, state
-        D, bins, slots, _, gated = self.widths
-        # A product for each part: the parts' gradients need not be joined before it.
-        weights = self.in_proj.split([D, bins, 2 * slots, gated])
-        item, key, rest, gate = [F.linear(x_BTC, weight) for weight in weights]
-        dtype = item.dtype
+        cfg, (memory, past), T = self.cfg, state, x_BTC.size(1)
+        *widths, gated = self.widths
+        weight, of_gate = self.in_proj.split([sum(widths), gated])
+        gate = F.linear(x_BTC, of_gate)
+        dtype = gate.dtype
+        x, past = join_past(past, x_BTC.to(dtype))
+        parts = F.linear(x, weight).split(widths, dim=-1)
+        item, key, address, forget_logit = [x.unflatten(-1, (cfg.n_head, -1)) for x in parts]
         with autocast(x_BTC, torch.float32):  # for phases, decays and the state
-            address, forget_logit = rest.split(slots, dim=-1)
-            *parts, past = self.convolve(item, key, address, past)
-            heads = [x.unflatten(-1, (cfg.n_head, -1)) for x in (*parts, forget_logit)]
-            item, write_key, read_key, write, read, forget_logit = heads
+            item, write_key, read_key, write, read = self.convolve(item, key, address)
+            write_key, read_key = (key_of(x + phase_T1K, dtype) for x in (write_key, read_key))
             write, read = (x.softmax(-1, memory.dtype).transpose(1, 2) for x in (write, read))
-            log_decay = -MAX_DECAY * (forget_logit + self.decay_bias).sigmoid().transpose(1, 2)
-            key = key_of(write_key + phase_T1K, dtype)
-            bound = torch.cat([part.transpose(1, 2) for part in bind(item, *key)], dim=-1)
-            written = write, bound, log_decay, memory
+            log_decay = -MAX_DECAY * (forget_logit[:, -T:] + self.decay_bias).sigmoid()
+            bound = torch.cat([part.transpose(1, 2) for part in bind(item, *write_key)], dim=-1)
+            written = write, bound, log_decay.transpose(1, 2), memory
             found, memory = self.recall(read, *written)
             aux = None
             if self.training and cfg.use_auxiliary_loss:
-                aux = self.delayed_recall(item, key, written, seed_B)
-            key = key_of(read_key + phase_T1K, dtype)
-            real, imaginary = self.unbind_and_gate(found.transpose(1, 2), key, gate)
-        of_real, of_imaginary = self.out_proj.unflatten(1, (cfg.n_head, 2, -1)).unbind(2)
-        y = F.linear(real.to(dtype), of_real.flatten(1))
-        y = y + F.linear(imaginary.to(dtype), of_imaginary.flatten(1))
+                aux = self.delayed_recall(item, write_key, written, seed_B)
+            read_BTD = self.unbind_and_gate(found.transpose(1, 2), read_key, gate)
+        # The norm's weight is a factor of out_proj's columns: one product less for each token.
+        y = F.linear(read_BTD.to(dtype), self.out_proj * self.norm)
         return y, (memory, past), aux
 
-    def unbind_and_gate(self, found: Tensor, key: Tensors, gate: Tensor) -> list[Tensor]:
-        """norm(unbind(found)) silu(gate): its real and its imaginary part, (B, T, H K) each, of
-        what was found (B, T, H, E).
+    def unbind_and_gate(self, found: Tensor, key: Tensors, gate: Tensor) -> Tensor:
+        """norm(unbind(found)) silu(gate), (B, T, D), of what was found (B, T, H, E).
 
-        They stay apart, as joining them would be the slowest kernel of the layer. The norm comes
-        first, as a key of unit modulus changes no length.
+        The norm comes first, as a key of unit modulus changes no length. The halves are joined last,
+        so that each is written where out_proj reads it.
         """
         normed = F.rms_norm(found, found.shape[-1:], eps=torch.finfo(self.norm.dtype).eps)
         parts = unbind(normed, *key)
-        heads = (self.cfg.n_head, 2, -1)
-        weights = self.norm.unflatten(0, heads).type_as(gate).unbind(1)
-        parts = [part * weight for part, weight in zip(parts, weights, strict=True)]
         if self.cfg.use_gating:
-            gates = gate.unflatten(-1, heads).unbind(-2)
+            gates = gate.unflatten(-1, (self.cfg.n_head, 2, -1)).unbind(-2)
             parts = [part * F.silu(half) for part, half in zip(parts, gates, strict=True)]
-        return [part.flatten(2) for part in parts]
+        return torch.stack(parts, dim=-2).flatten(2)
 
-    def convolve(self, item: Tensor, key: Tensor, address: Tensor, past: Tensor) -> Tensors:
-        """Item, write and read key, write and read address of each token, all (B, T, ..); and the
-        last inputs of the convolution.
-        """
-        parts = [item, key, key, address, address]
+    def convolve(self, item: Tensor, key: Tensor, address: Tensor) -> Tensors:
+        """Item, write and read key, write and read address of each token, all (B, T, H, ..)."""
         if not self.cfg.has_conv:
-            return *parts, past
-        old_item, old_key, old_address = past.split(self.widths[:3], dim=-1)
-        old_parts = [old_item, old_key, old_key, old_address, old_address]
-        kernels = self.conv_kernel.split(self.conv_widths, dim=1)
-        given = zip(parts, old_parts, kernels, strict=True)
-        return *[causal_conv(*x) for x in given], newest_inputs(past, item, key, address)
+            return item, key, key, address, address
+        H, (D, bins, slots) = self.cfg.n_head, self.widths[:3]
+        of_item, of_keys, of_addresses = self.conv_kernel.split([D, 2 * bins, 2 * slots], dim=1)
+        item = causal_conv(item, of_item.unflatten(1, (H, -1)))
+        keys = causal_conv(key[:, :, None], of_keys.unflatten(1, (2, H, -1)))
+        addresses = causal_conv(address[:, :, None], of_addresses.unflatten(1, (2, H, -1)))
+        return item, *keys.unbind(2), *addresses.unbind(2)
 
     def recall(
         self, read: Tensor, write: Tensor, bound: Tensor, log_decay: Tensor, memory: Tensor
@@ -416,18 +405,17 @@ class Attention(nn.Module):
     def empty_state(self, B: int) -> Tensors:
         cfg, new_zeros = self.cfg, self.in_proj.new_zeros
         none = new_zeros(B, 0, cfg.n_head, cfg.n_embd // cfg.n_head)
-        channels = 3 * cfg.n_embd if cfg.has_conv else 0
-        return none, none, new_zeros(B, CONV_LENGTH - 1, channels)
+        return none, none, new_zeros(B, CONV_LENGTH - 1 if cfg.has_conv else 0, cfg.n_embd)
 
     def forward(self, x_BTC: Tensor, state: Tensors, rotary: Tensors, seed_B: Tensor) -> Mixed:
         """As Memory.forward, without an auxiliary loss."""
         B, T, C = x_BTC.shape
         old_k, old_v, past = state
+        if self.cfg.has_conv:
+            x_BTC, past = join_past(past, x_BTC)
         made = F.linear(x_BTC, self.in_proj)
         if self.cfg.has_conv:
-            old = past
-            past = newest_inputs(old, made)
-            made = causal_conv(made, old, self.conv_kernel)
+            made = causal_conv(made, self.conv_kernel)
         q, k, v = (part.view(B, T, self.cfg.n_head, -1) for part in made.split(C, dim=-1))
         q, k = (torch.cat(unbind(x, *rotary), dim=-1).type_as(v) for x in (q, k))
         mask = None

@@ -104,9 +104,9 @@ def captured_operations(T: int, **values: object) -> list[int]:
 
 
 def test_the_compiler_captures_the_same_operations_whatever_the_length_once_for_all_blocks():
-    assert [captured_operations(T) for T in (128, 1024, 8192)] == [[237]] * 3
+    assert [captured_operations(T) for T in (128, 1024, 8192)] == [[186]] * 3
     [long] = captured_operations(32768)  # with a second level of chunks
-    assert long <= 277
+    assert long <= 210
 
 
 def test_a_compiled_block_gives_what_the_block_gives():
