@@ -6,8 +6,8 @@
 
 A layer writes each token's item v, bound to a key k of unit modulus, into S slots by address w, and
 reads by address a and key q: M_t = decay_t * M_{t-1} + w_t (k_t v_t), r_t = conj(q_t) (a_t M_t).
-The output is W_o(norm(r_t) silu(g_t)). However long the past is, a layer keeps M and 3 inputs of
-its convolution, and the model keeps the position.
+The output is W_o(norm(r_t) silu(g_t)). However long the past is, a layer keeps M and, for its short
+convolution, the 3 tokens before the next one, and the model keeps the position.
 
 Expect   --preset demo: val_loss falls from 5.5 to 1.64 nats per byte (n=1); see docs/hamt.md
 Shapes   B sequences, T tokens, C model width, D memory width (D/2 complex bins), H heads, E = D / H
@@ -177,7 +177,7 @@ def angles_at(cfg: Knobs, position: Tensor, T: int, dtype: torch.dtype) -> Tenso
 
 
 def join_past(past: Tensor, x: Tensor) -> Tensors:
-    """Tokens (B, T, C) with those before them that a convolution needs; and the next `past`."""
+    """Tokens (B, T, C) with the `past` that a convolution needs before them; and the next past."""
     joined = torch.cat([past.type_as(x), x], dim=1)
     return joined, joined[:, x.size(1) :].to(past.dtype, copy=True)
 
@@ -309,18 +309,21 @@ class Memory(nn.Module):
 
     def forward(self, x_BTC: Tensor, state: Tensors, phase_T1K: Tensor, seed_B: Tensor) -> Mixed:
         """The output (B, T, C), the state after the last token, and the auxiliary loss."""
-        cfg, (memory, past), T = self.cfg, state, x_BTC.size(1)
+        cfg, T = self.cfg, x_BTC.size(1)
+        memory, past = state
         *widths, gated = self.widths
-        weight, of_gate = self.in_proj.split([sum(widths), gated])
+        of_rest, of_gate = self.in_proj.split([sum(widths), gated])
         gate = F.linear(x_BTC, of_gate)
         dtype = gate.dtype
         x, past = join_past(past, x_BTC.to(dtype))
-        parts = F.linear(x, weight).split(widths, dim=-1)
-        item, key, address, forget_logit = [x.unflatten(-1, (cfg.n_head, -1)) for x in parts]
+        parts = F.linear(x, of_rest).split(widths, dim=-1)
+        item, phase, address, forget_logit = [x.unflatten(-1, (cfg.n_head, -1)) for x in parts]
         with autocast(x_BTC, torch.float32):  # for phases, decays and the state
-            item, write_key, read_key, write, read = self.convolve(item, key, address)
-            write_key, read_key = (key_of(x + phase_T1K, dtype) for x in (write_key, read_key))
-            write, read = (x.softmax(-1, memory.dtype).transpose(1, 2) for x in (write, read))
+            item, write_phase, read_phase, write, read = self.convolve(item, phase, address)
+            write_key = key_of(write_phase + phase_T1K, dtype)
+            read_key = key_of(read_phase + phase_T1K, dtype)
+            write = write.softmax(-1, memory.dtype).transpose(1, 2)
+            read = read.softmax(-1, memory.dtype).transpose(1, 2)
             log_decay = -MAX_DECAY * (forget_logit[:, -T:] + self.decay_bias).sigmoid()
             bound = torch.cat([part.transpose(1, 2) for part in bind(item, *write_key)], dim=-1)
             written = write, bound, log_decay.transpose(1, 2), memory
@@ -336,8 +339,8 @@ class Memory(nn.Module):
     def unbind_and_gate(self, found: Tensor, key: Tensors, gate: Tensor) -> Tensor:
         """norm(unbind(found)) silu(gate), (B, T, D), of what was found (B, T, H, E).
 
-        The norm comes first, as a key of unit modulus changes no length. The halves are joined last,
-        so that each is written where out_proj reads it.
+        The norm comes first, as a key of unit modulus changes no length. Halves are joined last, so
+        that the compiler writes each where out_proj reads it.
         """
         normed = F.rms_norm(found, found.shape[-1:], eps=torch.finfo(self.norm.dtype).eps)
         parts = unbind(normed, *key)
@@ -346,16 +349,17 @@ class Memory(nn.Module):
             parts = [part * F.silu(half) for part, half in zip(parts, gates, strict=True)]
         return torch.stack(parts, dim=-2).flatten(2)
 
-    def convolve(self, item: Tensor, key: Tensor, address: Tensor) -> Tensors:
-        """Item, write and read key, write and read address of each token, all (B, T, H, ..)."""
+    def convolve(self, item: Tensor, phase: Tensor, address: Tensor) -> Tensors:
+        """Item, phase of write and read key, write and read address of each token: (B, T, H, ..)."""
         if not self.cfg.has_conv:
-            return item, key, key, address, address
-        H, (D, bins, slots) = self.cfg.n_head, self.widths[:3]
-        of_item, of_keys, of_addresses = self.conv_kernel.split([D, 2 * bins, 2 * slots], dim=1)
+            return item, phase, phase, address, address
+        H = self.cfg.n_head
+        D, bins, slots = self.widths[:3]
+        of_item, of_phases, of_addresses = self.conv_kernel.split([D, 2 * bins, 2 * slots], dim=1)
         item = causal_conv(item, of_item.unflatten(1, (H, -1)))
-        keys = causal_conv(key[:, :, None], of_keys.unflatten(1, (2, H, -1)))
+        phases = causal_conv(phase[:, :, None], of_phases.unflatten(1, (2, H, -1)))
         addresses = causal_conv(address[:, :, None], of_addresses.unflatten(1, (2, H, -1)))
-        return item, *keys.unbind(2), *addresses.unbind(2)
+        return item, *phases.unbind(2), *addresses.unbind(2)
 
     def recall(
         self, read: Tensor, write: Tensor, bound: Tensor, log_decay: Tensor, memory: Tensor

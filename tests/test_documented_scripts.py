@@ -63,6 +63,7 @@ SMALLER = {
     "scripts/arith/patch_heads.py": "--limit 4",
     "scripts/arith/probe_depth.py": "--limit 16 --untrained 1",
     "scripts/arith/bench_arith.py": "--parts data --examples 64",
+    "scripts/hamt/count_kernels.py": "--preset demo --length 64",
     "scripts/hamt/count_layer.py": "--preset demo --lengths 64",
     "scripts/hamt/memory_worth.py": "--windows 4",
     "scripts/hamt/recall_bench.py": "--steps 1 --batch_size 2 --seeds 1 --rate_seeds 1 "

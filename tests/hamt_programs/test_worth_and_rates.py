@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 
 import best_rates
+import count_kernels
 import count_layer
 import memory_worth
 import numpy as np
@@ -166,3 +167,20 @@ def test_in_bf16_less_is_kept_than_in_fp32():
         with FakeTensorMode():
             kept.append(count_layer.kept_per_token(cfg, 256, compiled=True))
     assert kept[0] < 0.75 * kept[1]
+
+
+def test_operations_that_a_compiler_joins_are_one_kernel_that_reads_and_writes_once():
+    fused, x = count_kernels.FusedKernels(), torch.randn(64, 1024)
+    torch._dynamo.reset()
+    torch.compile(lambda x: (2 * x + 1).relu(), backend=fused)(x)
+    assert (fused.kernels, fused.bytes) == (1, 2 * 4 * x.numel())
+
+
+def test_a_compiled_block_moves_less_than_an_eager_one_in_fewer_kernels():
+    values = dict(n_embd=64, hcm_dim=64, n_layer=1, num_slots=4, n_head=2, dropout=0.0)
+    cfg = train_gpu.Knobs(**values, precision="bf16", device="cpu", data="embedded")
+    fused = count_kernels.count(cfg, 128)
+    with FakeTensorMode():
+        eager = count_layer.count(cfg, 128)
+    assert 0 < fused["moved"] < eager["moved"] / 2
+    assert 0 < fused["kernels"] < eager["operations"] / 2
