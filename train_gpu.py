@@ -7,7 +7,7 @@
 A layer writes each token's item v, bound to a key k of unit modulus, into S slots by address w, and
 reads by address a and key q: M_t = decay_t * M_{t-1} + w_t (k_t v_t), r_t = conj(q_t) (a_t M_t).
 The output is W_o(norm(r_t) silu(g_t)). However long the past is, a layer keeps M and, for its short
-convolution, the 3 tokens before the next one, and the model keeps the position.
+convolution, its 3 newest inputs, and the model keeps the position.
 
 Expect   --preset demo: val_loss falls from 5.5 to 1.64 nats per byte (n=1); see docs/hamt.md
 Shapes   B sequences, T tokens, C model width, D memory width (D/2 complex bins), H heads, E = D / H
@@ -60,7 +60,7 @@ PRESETS = {  # sizes: parameters of either mixer, within 3%, with GPT-2's vocabu
         val_every=50, save_every=100, max_val_samples=256),
 }
 # fmt: on
-# These move a loss by rounding at most, so a resumed run may have others.
+# These change rounding only (with TIME_BUDGET_S, also the steps that it has time for).
 RESUME_MAY_DIFFER = [*TEXT_RUN_KNOBS, "preset", "chunk_length"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -74,9 +74,11 @@ class Knobs(TextRunKnobs):
     n_layer: int = knob(8, "blocks", low=1)
     n_head: int = knob(8, "heads, each with addresses and phases of its own", low=1)
     num_slots: int = knob(16, "slots of a head's memory", low=1)
-    conv: bool | None = knob(None, "causal convolution of 4 tokens; auto: hamt", none="auto")
+    conv: bool | None = knob(None, "causal convolution of 4 tokens; auto: on for hamt", none="auto")
     use_gating: bool = knob(True, "gate the memory's read with SiLU")
-    slowest_decay: float = knob(2**-7, "part the slowest slot forgets a token", above=0, high=0.25)
+    slowest_decay: float = knob(
+        2**-7, "share that the slowest slot forgets a token", above=0, high=0.25
+    )
     memory: str = knob(
         "on",
         "reads find all tokens (on), their own (local) or none",
@@ -134,7 +136,7 @@ Mixed = tuple[Tensor, Tensors, Tensor | None]  # a layer's output, state and aux
 
 
 def autocast(x: Tensor, dtype: torch.dtype) -> torch.autocast:
-    """Products in dtype; fp32 ends an autocast around it. A meta tensor counts as a CPU's."""
+    """Matrix products in dtype; fp32 ends an outer autocast. A meta tensor counts as a CPU's."""
     device_type = "cuda" if x.is_cuda else "cpu"
     return torch.autocast(device_type, dtype, enabled=dtype != torch.float32)
 
@@ -146,8 +148,8 @@ def key_of(phase: Tensor, dtype: torch.dtype) -> Tensors:
 
 def bind(item: Tensor, cos: Tensor, sin: Tensor) -> Tensors:
     """Real and imaginary part of an item times a key, which key_of() has made. The item (.., E) has
-    its real parts before its imaginary ones. A product of two spectra is the circular convolution
-    of the two vectors.
+    its real parts before its imaginary ones. The product of two spectra is the spectrum of the
+    vectors' circular convolution.
     """
     real, imaginary = item.chunk(2, dim=-1)
     return real * cos - imaginary * sin, imaginary * cos + real * sin
@@ -177,7 +179,9 @@ def angles_at(cfg: Knobs, position: Tensor, T: int, dtype: torch.dtype) -> Tenso
 
 
 def join_past(past: Tensor, x: Tensor) -> Tensors:
-    """Tokens (B, T, C) with the `past` that a convolution needs before them; and the next past."""
+    """Inputs (B, T, C) of a layer behind the `past` that its convolution needs; and the next past,
+    a copy, as a view would keep all of them alive.
+    """
     joined = torch.cat([past.type_as(x), x], dim=1)
     return joined, joined[:, x.size(1) :].to(past.dtype, copy=True)
 
@@ -290,9 +294,9 @@ class Memory(nn.Module):
         super().__init__()
         self.cfg = cfg
         C, D, bins, slots = cfg.n_embd, cfg.hcm_dim, cfg.hcm_dim // 2, cfg.n_head * cfg.num_slots
-        # Rows of in_proj make item, key, address, forget logit and gate.
+        # Rows of in_proj make item, phase of the key, address, forget logit and gate.
         self.widths = [D, bins, slots, slots, D if cfg.use_gating else 0]
-        # Convolved: item, write and read key, write and read address; lags in tokens.
+        # Convolved: item, write and read phase, write and read address; lags in tokens.
         self.conv_widths, self.conv_lags = [D, bins, bins, slots, slots], (0, 1, 0, 1, 0)
         self.in_proj = parameter(sum(self.widths), C)
         self.out_proj = parameter(C, D)
@@ -302,7 +306,7 @@ class Memory(nn.Module):
         self.decay_bias = parameter(cfg.n_head, cfg.num_slots)
 
     def empty_state(self, B: int) -> Tensors:
-        """M (B, H, S, E), and the newest tokens (B, CONV_LENGTH - 1, C) for the convolution."""
+        """M (B, H, S, E), and the newest inputs (B, CONV_LENGTH - 1, C) for the convolution."""
         cfg, new_zeros = self.cfg, self.in_proj.new_zeros
         memory = new_zeros(B, cfg.n_head, cfg.num_slots, cfg.hcm_dim // cfg.n_head)
         return memory, new_zeros(B, CONV_LENGTH - 1 if cfg.has_conv else 0, cfg.n_embd)
@@ -332,15 +336,15 @@ class Memory(nn.Module):
             if self.training and cfg.use_auxiliary_loss:
                 aux = self.delayed_recall(item, write_key, written, seed_B)
             read_BTD = self.unbind_and_gate(found.transpose(1, 2), read_key, gate)
-        # The norm's weight is a factor of out_proj's columns: one product less for each token.
+        # Only the elementwise gate follows the norm, so its weight may scale out_proj's columns.
         y = F.linear(read_BTD.to(dtype), self.out_proj * self.norm)
         return y, (memory, past), aux
 
     def unbind_and_gate(self, found: Tensor, key: Tensors, gate: Tensor) -> Tensor:
         """norm(unbind(found)) silu(gate), (B, T, D), of what was found (B, T, H, E).
 
-        The norm comes first, as a key of unit modulus changes no length. Halves are joined last, so
-        that the compiler writes each where out_proj reads it.
+        The norm is taken before unbinding, which keeps lengths, and joining halves comes last: so
+        the compiler neither rolls nor copies them.
         """
         normed = F.rms_norm(found, found.shape[-1:], eps=torch.finfo(self.norm.dtype).eps)
         parts = unbind(normed, *key)
@@ -350,7 +354,7 @@ class Memory(nn.Module):
         return torch.stack(parts, dim=-2).flatten(2)
 
     def convolve(self, item: Tensor, phase: Tensor, address: Tensor) -> Tensors:
-        """Item, phase of write and read key, write and read address of each token: (B, T, H, ..)."""
+        """Item, write and read phase, write and read address of each token, all (B, T, H, ..)."""
         if not self.cfg.has_conv:
             return item, phase, phase, address, address
         H = self.cfg.n_head
@@ -377,9 +381,9 @@ class Memory(nn.Module):
     def delayed_recall(
         self, item: Tensor, key: Tensors, written: Tensors, seed_B: Tensor
     ) -> Tensor:
-        """1 - cosine between an item and what its own key and address still find of it: for each
-        token but the first, an item before it is drawn. The loss is blind to scale, so that nothing
-        is gained by making items small. `written` is what recall takes behind its read addresses.
+        """1 - cosine between an item and what its own key and address still find of it; each token
+        but the first draws one earlier item. The loss is blind to scale, so that nothing is gained
+        by making items small. `written`: recall's arguments after the read addresses.
         """
         B, T = item.shape[:2]
         row_B1 = torch.arange(B, device=item.device)[:, None]
@@ -421,7 +425,8 @@ class Attention(nn.Module):
         if self.cfg.has_conv:
             made = causal_conv(made, self.conv_kernel)
         q, k, v = (part.view(B, T, self.cfg.n_head, -1) for part in made.split(C, dim=-1))
-        q, k = (torch.cat(unbind(x, *rotary), dim=-1).type_as(v) for x in (q, k))
+        q = torch.cat([half.type_as(v) for half in unbind(q, *rotary)], dim=-1)
+        k = torch.cat([half.type_as(v) for half in unbind(k, *rotary)], dim=-1)
         mask = None
         if old_k.size(1) > 0:
             k = torch.cat([old_k.type_as(k), k], dim=1)
@@ -558,12 +563,13 @@ def init_weights(model: Model, cfg: Knobs) -> None:
 
 
 def prepare_recall(mixer: nn.Module, cfg: Knobs) -> None:
-    """Gives the weights what recall needs at the start (measured: docs/hamt.md). Keys and addresses
-    have std 2: phases fill the circle, slots differ. Convolutions start as copies, those of write
-    keys and addresses one token late: token t + 1 is stored under token t, and found by it.
+    """Gives the weights what recall needs at the start (measured: docs/hamt.md). Phases and
+    addresses have std 2: they fill the circle, and slots differ. Convolutions start as copies,
+    those of write phases and addresses one token late: token t + 1 is stored under token t, and
+    found by it.
     """
     if cfg.mixer == "hamt":
-        for part in mixer.in_proj.split(mixer.widths)[1:3]:  # key and address
+        for part in mixer.in_proj.split(mixer.widths)[1:3]:  # phase and address
             part.mul_(2.0 / (INIT_STD * cfg.n_embd**0.5))
     if cfg.has_conv:
         parts = mixer.conv_kernel.split(mixer.conv_widths, dim=1)
@@ -665,7 +671,7 @@ def lr_scale(position: float, total_steps: int, cfg: Knobs) -> float:
     """Linear up to 1 over the warm-up, then down to a tenth at the end."""
     warmup = warmup_steps(total_steps, cfg)
     if position < warmup:
-        return (position + 1) / warmup
+        return min(1.0, (position + 1) / warmup)  # a budget of time has fractions of steps
     if not cfg.use_scheduler:
         return 1.0
     done = min(1.0, (position - warmup) / max(total_steps - warmup, 1))
@@ -718,7 +724,7 @@ def train(cfg: Knobs, session: Session, batches: TextBatches, splits: dict[str, 
     if cfg.compile:
         compile_model(model)
     rows = choose_rows(cfg, world, model, probe_backward)
-    gradients.zero_()  # of the probe
+    gradients.zero_()  # what the probe left
     carried, state = row_states(model, world), TrainState()
     saved = dict(model=model, adam=adam, scaler=scaler, states=carried, state=state)
     session.row.update(device_batch_size=rows, tokenizer=cfg.encoding, conv=int(cfg.has_conv))

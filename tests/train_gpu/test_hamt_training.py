@@ -91,6 +91,11 @@ def test_the_rate_warms_up_and_falls_to_a_tenth_along_a_cosine():
     assert np.allclose(rates, [0.1, 0.5, 1.0, 1.0, 0.55, 0.1, 0.1])
     assert train_gpu.lr_scale(90, 110, knobs(warmup_iters=10, use_scheduler=False)) == 1
     assert train_gpu.lr_scale(0, 1000, knobs()) == 1 / 20, "2% of the steps"
+    with_budget = [
+        train_gpu.lr_scale(9.9, 110, cfg),
+        train_gpu.lr_scale(0.9, 110, knobs(warmup_iters=1)),
+    ]
+    assert with_budget == [1.0, 1.0], "a part of a step is not past the peak"
     assert train_gpu.schedule_position(3, 5.0, 100, knobs(time_budget_s=20)) == 25
 
 
