@@ -17,8 +17,8 @@ Units    losses in nats per token; phases in radians
 Raises   UserError (one line, exit code 2) where a user can help
 Sources  holographic reduced representations: Plate 1995; keys of unit modulus: Ganesan et al.,
          arXiv 2109.02157; chunks and decay: GLA, arXiv 2312.06635; convolution: Mamba, 2312.00752
-Shared   plumbing/ keeps the run alive. Of it, only text_batches.py (order of tokens, random bits by
-         seed, step and row) and row_states.py (CARRY_STATE) move a loss
+Shared   plumbing/ keeps the run alive. Of it, beside the data, only text_batches.py (order of
+         tokens, random bits by seed, step and row) and row_states.py (CARRY_STATE) move a loss
 """
 
 import hashlib
@@ -398,7 +398,7 @@ class Memory(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal rotary attention. Its state is the keys and values of all tokens so far."""
+    """Causal rotary attention. Its state is all keys and values so far, and inputs of CONV."""
 
     def __init__(self, cfg: Knobs):
         super().__init__()
@@ -545,7 +545,7 @@ def init_weights(model: Model, cfg: Knobs) -> None:
     for name, p in model.named_parameters():
         if p.dim() == 1:
             p.fill_(1.0)
-        elif name.endswith("decay_bias"):  # from 1/4 to SLOWEST_DECAY, evenly on a log scale
+        elif name.endswith("decay_bias"):  # from 1/4 (all of one slot) to SLOWEST_DECAY, by ratios
             spread = torch.linspace(2, -math.log2(cfg.slowest_decay), p.size(1))
             rate = -torch.log1p(-(2.0**-spread)) / MAX_DECAY
             p.copy_(rate.logit().expand_as(p))

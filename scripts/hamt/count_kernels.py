@@ -14,13 +14,12 @@ Prints   a table: a row for each mixer
 Units    bytes per token of a row
 """
 
-import argparse
 from collections.abc import Callable, Sequence
 
 import beside  # noqa: F401  (finds scripts/lib and the trainers)
 import torch
 from comparison_tables import markdown, show
-from count_layer import make_block
+from one_block import block_flags, block_knobs, make_block
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._inductor import compile_fx, config
 from torch._inductor.debug import DebugContext
@@ -28,7 +27,6 @@ from torch._inductor.graph import GraphLowering
 from torch._inductor.virtualized import V
 
 import train_gpu
-from plumbing import read_knobs
 from plumbing.world import launch
 
 COLUMNS = {
@@ -91,21 +89,11 @@ def count(cfg: train_gpu.Knobs, T: int) -> dict[str, object]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    presets = tuple(train_gpu.PRESETS)
-    parser.add_argument("--preset", choices=presets, default="100m", help="of train_gpu.py (100m)")
+    parser = block_flags(__doc__)
     parser.add_argument("--length", type=int, default=1024, help="tokens of a row (1024)")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="(bf16)")
-    a = parser.parse_args(argv)
-    rows = []
-    for mixer in ("hamt", "attention"):
-        given = dict(preset=a.preset, mixer=mixer, precision=a.precision, dropout=0.0)
-        flags = [f"--{name}={value}" for name, value in given.items()]
-        rows.append(count(read_knobs(train_gpu.Knobs, train_gpu.PRESETS, flags, {}), a.length))
+    flags = parser.parse_args(argv)
+    mixers = ("hamt", "attention")
+    rows = [count(block_knobs(flags, mixer), flags.length) for mixer in mixers]
     show(markdown(rows, COLUMNS))
 
 

@@ -16,7 +16,6 @@ Prints   a table: a row for each mixer and length
 Units    FLOPs and bytes per token of a row
 """
 
-import argparse
 from collections.abc import Sequence
 from unittest import mock
 
@@ -25,14 +24,14 @@ import torch
 import torch.nn.functional as F
 from comparison_flags import numbers
 from comparison_tables import markdown, show
-from torch import Tensor, nn
+from one_block import block_flags, block_knobs, make_block
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpu
-from plumbing import read_knobs
 from plumbing.world import launch
 
 COLUMNS = {
@@ -78,16 +77,6 @@ def total_flops(counter: FlopCounterMode, cfg: train_gpu.Knobs, T: int) -> float
     if cfg.mixer == "attention":
         total += 3.5 * 2 * T * T * cfg.n_embd
     return total
-
-
-def make_block(cfg: train_gpu.Knobs, B: int, T: int) -> tuple[nn.Module, tuple]:
-    """A block, and what it is called with for B rows of T tokens."""
-    block = train_gpu.Model(cfg).blocks[0]
-    x_BTC = torch.empty(B, T, cfg.n_embd, requires_grad=True)
-    zero = torch.zeros((), dtype=torch.long)
-    angles = train_gpu.angles_at(cfg, zero, T, torch.float32)
-    seed_B = torch.zeros(B, dtype=torch.long)
-    return block, (x_BTC, block.mixer.empty_state(B), angles, seed_B, (None, None))
 
 
 def kept_bytes(cfg: train_gpu.Knobs, B: int, T: int, compiled: bool) -> int:
@@ -147,22 +136,13 @@ def count(cfg: train_gpu.Knobs, T: int) -> dict[str, object]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    presets = tuple(train_gpu.PRESETS)
-    parser.add_argument("--preset", choices=presets, default="100m", help="of train_gpu.py (100m)")
+    parser = block_flags(__doc__)
     parser.add_argument("--lengths", type=numbers, default=[1024, 8192, 65536], help="of a row")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="(bf16)")
-    a = parser.parse_args(argv)
+    flags = parser.parse_args(argv)
     rows = []
     for mixer in ("hamt", "attention"):
-        for T in a.lengths:
-            given = dict(preset=a.preset, mixer=mixer, precision=a.precision, dropout=0.0)
-            flags = [f"--{name}={value}" for name, value in given.items()]
-            cfg = read_knobs(train_gpu.Knobs, train_gpu.PRESETS, flags, {})
+        cfg = block_knobs(flags, mixer)
+        for T in flags.lengths:
             with FakeTensorMode():
                 rows.append(count(cfg, T))
     show(markdown(rows, COLUMNS))
