@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from plumbing.knobs import UserError
 from plumbing.world import World
 
 
@@ -100,8 +101,16 @@ class RowStates:
         return {"position": self.state.position, "rows": whole}
 
     def load_state_dict(self, saved: dict[str, object]) -> None:
+        """Raises UserError where they are those of another model, such as one of another commit."""
         if self.state is None:
             return
+        own = [tuple(tensor.shape[1:]) for tensor in self.tensors]
+        given = [tuple(rows.shape[1:]) for rows in saved["rows"]]
+        if own != given:
+            raise UserError(
+                "states of another model: what the rows carry has other shapes than it has here; "
+                "use the commit that wrote them (the log of that run has it), or start a new run"
+            )
         self.state.position.copy_(saved["position"])
         for tensor, rows in zip(self.tensors, saved["rows"], strict=True):
             tensor.copy_(rows[self.world.share(self.batch_size)])

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hamt_support import MODELS, ONE, knobs, lively, same, tokens
 
 import train_gpu
-from plumbing import TokenShards, World, write_shard
+from plumbing import TokenShards, UserError, World, write_shard
 from plumbing.row_states import RowStates
 from plumbing.splits import Split
 from plumbing.text_batches import TextBatches
@@ -161,6 +161,14 @@ def test_a_carried_state_is_used_no_gradient_flows_into_it_and_an_epoch_starts_w
     states.start_step(is_new_epoch=True)
     again, _, _ = model(x[:, 16:32], x[:, 17:33], states.take(everything))
     assert torch.equal(again, cold)
+
+
+def test_carried_states_of_a_model_with_other_layers_are_refused():
+    model = lively(double=False, carry_state=True, batch_size=2)
+    other = lively(double=False, carry_state=True, batch_size=2, num_slots=3)
+    saved = RowStates(other.empty_state, 2, ONE).state_dict()
+    with pytest.raises(UserError, match="states of another model"):
+        RowStates(model.empty_state, 2, ONE).load_state_dict(saved)
 
 
 # ---------------------------------------------------------------- evaluation
