@@ -318,7 +318,7 @@ class Memory(nn.Module):
         *widths, gated = self.widths
         of_rest, of_gate = self.in_proj.split([sum(widths), gated])
         gate = F.linear(x_BTC, of_gate)
-        dtype = gate.dtype
+        dtype = gate.dtype  # of products
         x, past = join_past(past, x_BTC.to(dtype))
         parts = F.linear(x, of_rest).split(widths, dim=-1)
         item, phase, address, forget_logit = [x.unflatten(-1, (cfg.n_head, -1)) for x in parts]
@@ -398,7 +398,7 @@ class Memory(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal rotary attention. Its state is all keys and values so far, and inputs of CONV."""
+    """Causal rotary attention. Its state: all keys and values, and the newest inputs."""
 
     def __init__(self, cfg: Knobs):
         super().__init__()
@@ -545,7 +545,8 @@ def init_weights(model: Model, cfg: Knobs) -> None:
     for name, p in model.named_parameters():
         if p.dim() == 1:
             p.fill_(1.0)
-        elif name.endswith("decay_bias"):  # from 1/4 (all of one slot) to SLOWEST_DECAY, by ratios
+        elif name.endswith("decay_bias"):
+            # from 1/4 to SLOWEST_DECAY, evenly on a log scale; a single slot has 1/4
             spread = torch.linspace(2, -math.log2(cfg.slowest_decay), p.size(1))
             rate = -torch.log1p(-(2.0**-spread)) / MAX_DECAY
             p.copy_(rate.logit().expand_as(p))

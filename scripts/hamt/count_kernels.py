@@ -6,6 +6,7 @@ torch.compile joins operations into kernels. Its scheduler decides which ones, b
 shapes and at the kind of device, and counts what every kernel reads and writes. This program lets
 it decide as for a GPU and stops before code is written, so no GPU is needed. It says how much there
 is to move, and not how long that takes; compare forms of the layer with it before a GPU decides.
+Attention itself is the fused kernel of the CPU, and counts as one that keeps no scores.
 
 Bytes are those of a forward and a backward pass, and what a second row adds, without weights. The
 hooks into the compiler are internal to torch: written for torch 2.13, they may fail in another.
@@ -18,6 +19,7 @@ from collections.abc import Callable, Sequence
 
 import beside  # noqa: F401  (finds scripts/lib and the trainers)
 import torch
+from comparison_flags import one_number
 from comparison_tables import markdown, show
 from one_block import block_flags, block_knobs, make_block
 from torch._functorch._aot_autograd.utils import make_boxed_func
@@ -44,8 +46,7 @@ class FusedKernels:
         self.bytes, self.kernels = 0, 0
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list) -> Callable:
-        with config.patch(cpu_backend="triton"):  # the code that a GPU would get
-            return compile_fx.compile_fx(graph, inputs, inner_compile=self.count)
+        return compile_fx.compile_fx(graph, inputs, inner_compile=self.count)
 
     def count(
         self, graph: torch.fx.GraphModule, inputs: list, is_backward: bool = False, **_: object
@@ -53,11 +54,16 @@ class FusedKernels:
         """The steps of compile_fx_inner up to the scheduler; then runs the graph uncompiled."""
         fake_mode = compile_fx.fake_tensor_prop(graph, inputs)
         compile_fx._recursive_record_original_output_strides(graph)
-        with V.set_fake_mode(fake_mode), config.patch(cpu_backend="triton"):
+        as_for_a_gpu = config.patch(cpu_backend="triton")
+        with V.set_fake_mode(fake_mode), as_for_a_gpu:
             compile_fx._recursive_post_grad_passes(graph, is_inference=False)
             lowered = GraphLowering(graph, shape_env=fake_mode.shape_env, is_backward=is_backward)
-            handlers = V.set_graph_handler(lowered), V.set_extern_kernel_nodes([])
-            with handlers[0], handlers[1], V.set_real_inputs(inputs), DebugContext():
+            with (
+                V.set_graph_handler(lowered),
+                V.set_extern_kernel_nodes([]),
+                V.set_real_inputs(inputs),
+                DebugContext(),
+            ):
                 lowered.run(*inputs)
                 lowered._update_scheduler()
                 num_bytes, kernels, _ = lowered.count_bytes()
@@ -90,7 +96,7 @@ def count(cfg: train_gpu.Knobs, T: int) -> dict[str, object]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = block_flags(__doc__)
-    parser.add_argument("--length", type=int, default=1024, help="tokens of a row (1024)")
+    parser.add_argument("--length", type=one_number, default=1024, help="tokens of a row (1024)")
     flags = parser.parse_args(argv)
     mixers = ("hamt", "attention")
     rows = [count(block_knobs(flags, mixer), flags.length) for mixer in mixers]

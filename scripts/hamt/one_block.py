@@ -11,6 +11,7 @@ from plumbing import read_knobs
 
 
 def block_flags(doc: str) -> argparse.ArgumentParser:
+    """The flags that both counting programs have; doc is the program's docstring."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -21,7 +22,7 @@ def block_flags(doc: str) -> argparse.ArgumentParser:
 
 
 def block_knobs(flags: argparse.Namespace, mixer: str) -> train_gpu.Knobs:
-    """Without dropout, of which a block is given only masks."""
+    """Without dropout, since masks are drawn outside of the block."""
     given = dict(preset=flags.preset, mixer=mixer, precision=flags.precision, dropout=0.0)
     words = [f"--{name}={value}" for name, value in given.items()]
     return read_knobs(train_gpu.Knobs, train_gpu.PRESETS, words, {})

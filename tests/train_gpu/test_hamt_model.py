@@ -96,7 +96,7 @@ def test_a_states_size_does_not_grow_with_the_text():
     for part in tokens(1, 300).split(60, dim=1):
         _, state = stream(model, part, state)
         sizes.add(state.num_bytes)
-    per_layer = 2 * 5 * (24 // 2) + 3 * model.cfg.n_embd  # H * S * E, 3 tokens of the convolution
+    per_layer = 2 * 5 * (24 // 2) + 3 * model.cfg.n_embd  # H * S * E, 3 inputs of the convolution
     assert sizes == {2 * 8 * per_layer}
 
 
